@@ -1,0 +1,66 @@
+"""Adapters in exported ONNX models: insert, prove, swap and remove them.
+
+Example:
+    >>> import onnx_adapt as oa
+    >>> base = oa.open_model("models/dnsmos-p808.onnx")
+    >>> adapted = oa.insert(base, after="mos_estimator_small_1/dense_*/MatMul_add")
+    >>> len(oa.list_slots(adapted))
+    3
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from onnx_adapt.errors import AdaptError
+    from onnx_adapt.manifest import Slot
+    from onnx_adapt.model_file import Model, open_model, save_model
+    from onnx_adapt.report import Report
+    from onnx_adapt.rewrite import insert, list_slots, remove
+    from onnx_adapt.sites import Site, find_sites
+    from onnx_adapt.standalone import build_adapter
+    from onnx_adapt.verify import verify
+
+# Where each public name lives: `import onnx_adapt` itself imports nothing heavy.
+_HOMES = {
+    "AdaptError": "errors",
+    "Model": "model_file",
+    "Report": "report",
+    "Site": "sites",
+    "Slot": "manifest",
+    "build_adapter": "standalone",
+    "find_sites": "sites",
+    "insert": "rewrite",
+    "list_slots": "rewrite",
+    "open_model": "model_file",
+    "remove": "rewrite",
+    "save_model": "model_file",
+    "verify": "verify",
+}
+
+__all__ = [
+    "AdaptError",
+    "Model",
+    "Report",
+    "Site",
+    "Slot",
+    "build_adapter",
+    "find_sites",
+    "insert",
+    "list_slots",
+    "open_model",
+    "remove",
+    "save_model",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

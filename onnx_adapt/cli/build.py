@@ -1,0 +1,44 @@
+"""`onnx-adapt build`."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_adapt.cli.show import print_json, say, tell_saved
+
+
+@click.command("build")
+@click.argument("hidden_size", type=int)
+@click.option("--bottleneck", default=64, show_default=True, help="The inner size.")
+@click.option("--activation", default="relu", show_default=True, help="Between projections.")
+@click.option("--name", default="adapter", show_default=True, help="Start of layer names.")
+@click.option("--bias/--no-bias", default=True, help="Give both projections a bias.")
+@click.option("--seed", default=0, show_default=True, help="Of the random down-projection.")
+@click.option("-o", "--output", type=click.Path(), help="Default: NAME.onnx.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    hidden_size: int,
+    bottleneck: int,
+    activation: str,
+    name: str,
+    bias: bool,
+    seed: int,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Build an adapter as a model of its own: (batch, HIDDEN_SIZE) to the same.
+
+    \b
+      onnx-adapt build 384 --bottleneck 64 -o adapter.onnx
+    """
+    import onnx_adapt as oa
+
+    model = oa.build_adapter(
+        hidden_size, bottleneck, activation=activation, name=name, bias=bias, seed=seed
+    )
+    saved = oa.save_model(model, output or f"{name}.onnx")
+    nodes = [node.name for node in model.proto.graph.node]
+    if as_json:
+        print_json({"output": str(saved.path), "size": saved.size, "nodes": nodes})
+    tell_saved(saved)
+    say(f"layers: {', '.join(nodes)}")

@@ -1,0 +1,127 @@
+"""`onnx-adapt insert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from onnx_adapt.cli.show import patience, print_json, print_table, say, tell_saved
+from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+
+if TYPE_CHECKING:
+    from onnx_adapt import Model, Report
+    from onnx_adapt.model_file import Saved
+
+
+@click.command("insert")
+@click.argument("model", type=click.Path())
+@click.option(
+    "--after",
+    multiple=True,
+    required=True,
+    help="Address, node, tensor, module path or glob. Repeatable.",
+)
+@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
+@click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
+@click.option("--bottleneck", type=int, help="Fix the inner size; it starts as the identity.")
+@click.option("--activation", default="relu", show_default=True, help="Between projections.")
+@click.option("--bias", is_flag=True, help="Give both projections a bias.")
+@click.option("--source", default="", help="A tensor for the adapter to read instead.")
+@click.option("--seed", default=0, show_default=True, help="Of the random down-projection.")
+@click.option("--inline-functions", is_flag=True, help="Inline model-local functions first.")
+@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz to verify with.")
+@click.option("--no-verify", is_flag=True, help="Do not run the result in ONNX Runtime.")
+@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: str,
+    after: tuple[str, ...],
+    output: str | None,
+    swappable: bool,
+    bottleneck: int | None,
+    activation: str,
+    bias: bool,
+    source: str,
+    seed: int,
+    inline_functions: bool,
+    inputs: tuple[str, ...],
+    no_verify: bool,
+    keep_external: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Insert an adapter slot into MODEL after each named place.
+
+    \b
+      onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
+      onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
+    """
+    import onnx_adapt as oa
+
+    path = Path(output) if output else Path(model).with_suffix(".adapted.onnx")
+    base = oa.open_model(model)
+    before = {slot.name for slot in oa.list_slots(base)}
+    adapted = oa.insert(
+        base,
+        after=after,
+        activation=activation,
+        bias=bias,
+        source=source,
+        bottleneck=bottleneck,
+        baked=not swappable,
+        seed=seed,
+        inline_functions=inline_functions,
+    )
+    slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+    with patience() as (progress, stage):
+        proof = None if no_verify else _prove(base, adapted, inputs, stage)
+        saved = oa.save_model(
+            adapted, path, overwrite=force, keep_external=keep_external, progress=progress
+        )
+    if as_json:
+        print_json(
+            {
+                "output": str(saved.path),
+                "size": saved.size,
+                "data": [str(file) for file in saved.data],
+                "verified": proof is not None,
+                "slots": [slot_dict(slot) for slot in slots],
+            }
+        )
+    else:
+        print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
+    _tell(model, base, saved, proof)
+
+
+def _prove(
+    base: Model, adapted: Model, inputs: tuple[str, ...], stage: Callable[[str], None]
+) -> Report | None:
+    """Check the result before anything is written; None if it cannot be checked here."""
+    import onnx_adapt as oa
+    from onnx_adapt.errors import UnprovableError
+
+    try:
+        report = oa.verify(base, adapted, inputs=inputs or None, weights=False, stage=stage)
+    except UnprovableError as error:
+        say(f"warning: not verified: {error.message}")
+        say(f"hint: {error.hint}")
+        return None
+    return report.raise_for_mismatch()
+
+
+def _tell(model: str, base: Model, saved: Saved, proof: Report | None) -> None:
+    if proof is not None:
+        detail = next(check.detail for check in proof.checks if check.name == "off")
+        say(f"verified against {base.label}: {detail}")
+    tell_saved(saved)
+    if not base.canonical:
+        say(
+            f"note: {base.label} is not encoded as protobuf encodes it; removing the slots "
+            "gives the same model, but not the same bytes"
+        )
+    if proof is not None:
+        say(f"next: onnx-adapt verify {model} {saved.path.name}")

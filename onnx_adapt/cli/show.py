@@ -1,0 +1,105 @@
+"""How results look: tables for people, one JSON document for machines, talk on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from onnx_adapt.model_file import Saved
+
+_PATIENCE = 1.0
+
+
+def plain(text: str) -> str:
+    """Text that is safe on a terminal: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """Talk to the person, on stderr."""
+    click.echo(plain(text), err=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout; numbers are right-aligned, nothing is cut when piped."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    body = [list(row) for row in rows]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        numbers = bool(body) and all(isinstance(row[i], int | float) for row in body)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(Text(plain("" if cell is None else str(cell))) for cell in row))
+    piped = not sys.stdout.isatty()
+    Console(width=1_000_000 if piped else None, soft_wrap=False).print(table)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people: `69.1 MB`."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def tell_saved(saved: Saved) -> None:
+    """Say on stderr what a save wrote."""
+    say(f"wrote {saved.path} ({size_text(saved.size)})")
+    if saved.moved_out:
+        say(
+            f"note: with its weights {saved.path.name} would pass protobuf's 2 GB; they are "
+            f"in {saved.data[-1].name}, which belongs beside it"
+        )
+    elif saved.data:
+        names = ", ".join(file.name for file in saved.data)
+        say(f"copied the data beside it: {names}")
+
+
+@contextmanager
+def patience() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """Show what is going on, on a terminal, once work has lasted over a second.
+
+    Yields:
+        A function to tell about bytes (done, total), and one to tell about stages.
+    """
+    started = time.monotonic()
+    bar: Any = None
+    task: Any = None
+
+    def show(description: str, done: int | None, total: int | None) -> None:
+        nonlocal bar, task
+        if bar is None:
+            if time.monotonic() - started < _PATIENCE or not sys.stderr.isatty():
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bar = Progress(console=Console(stderr=True), transient=True)
+            task = bar.add_task(description, total=total)
+            bar.start()
+        bar.update(task, description=description, completed=done, total=total)
+
+    try:
+        yield (
+            lambda done, total: show("writing", done, total),
+            lambda text: show(plain(text), None, None),
+        )
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -1,0 +1,41 @@
+"""`onnx-adapt sites`."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_adapt.cli.show import print_json, print_table, say
+
+
+@click.command("sites")
+@click.argument("model", type=click.Path())
+@click.argument("pattern", required=False)
+@click.option(
+    "--all", "all_tensors", is_flag=True, help="Every float tensor, not only layers."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -> None:
+    """List the places of MODEL that can take an adapter.
+
+    PATTERN is a part of a name, or a glob over addresses, nodes, tensors and modules.
+
+    \b
+      onnx-adapt sites model.onnx '*.output.dense'
+    """
+    import onnx_adapt as oa
+    from onnx_adapt.resolve import select_sites
+
+    sites = select_sites(oa.open_model(model), pattern, all_tensors=all_tensors)
+    if as_json:
+        print_json({"sites": [site.as_dict() for site in sites]})
+        return
+    columns = ("address", "node", "op", "module", "width", "dtype", "axis", "refused")
+    shown = [c for c in columns if c in _ALWAYS or any(getattr(s, c) for s in sites)]
+    print_table(shown, [[getattr(site, column) for column in shown] for site in sites])
+    good = [site for site in sites if site.refused is None]
+    say(f"{len(good)} of {len(sites)} can take an adapter")
+    if good:
+        say(f"next: onnx-adapt insert {model} --after '{good[0].address}'")
+
+
+_ALWAYS = ("address", "op", "width", "dtype", "axis")

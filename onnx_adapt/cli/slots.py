@@ -1,0 +1,50 @@
+"""`onnx-adapt slots`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from onnx_adapt.cli.show import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from onnx_adapt import Slot
+
+SLOT_COLUMNS = ("slot", "tensor", "width", "dtype", "bottleneck", "activation", "parts")
+
+
+def slot_row(slot: Slot) -> tuple[object, ...]:
+    """One slot as a row of a table."""
+    size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
+    parts = " ".join(slot.parts)
+    return (slot.name, slot.tensor, slot.width, slot.dtype, size, slot.activation, parts)
+
+
+def slot_dict(slot: Slot) -> dict[str, object]:
+    """One slot for `--json`, with the names its weights are fed by."""
+    return {**asdict(slot), "weights": {part: slot.weight(part) for part in slot.parts}}
+
+
+@click.command("slots")
+@click.argument("model", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(model: str, as_json: bool) -> None:
+    """List the slots of MODEL, as its manifest has them.
+
+    \b
+      onnx-adapt slots model.adapted.onnx --json
+    """
+    import onnx_adapt as oa
+    from onnx_adapt.initializers import check_weights
+
+    opened = oa.open_model(model)
+    slots = oa.list_slots(opened)
+    check_weights(opened.proto, slots)
+    if as_json:
+        print_json({"slots": [slot_dict(slot) for slot in slots]})
+    elif slots:
+        print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
+    if not slots:
+        say(f"{opened.label} has no slots; `onnx-adapt insert` adds some")

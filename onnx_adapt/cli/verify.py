@@ -1,0 +1,83 @@
+"""`onnx-adapt verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from onnx_adapt.cli.show import patience, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from onnx_adapt import Report
+
+
+@click.command("verify")
+@click.argument("base", type=click.Path())
+@click.argument("adapted", type=click.Path())
+@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
+@click.option("--strict", is_flag=True, help="A slot that moves nothing is a failure.")
+@click.option("--seed", default=0, show_default=True, help="Of made-up inputs and weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    base: str,
+    adapted: str,
+    inputs: tuple[str, ...],
+    strict: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Prove in ONNX Runtime that ADAPTED is BASE plus exactly its slots.
+
+    Same interface; same outputs with the slots off; with random weights every slot's
+    output is the float64 formula's; the outputs move; the checker has nothing new to say.
+
+    \b
+      onnx-adapt verify model.onnx model.adapted.onnx
+    """
+    import onnx_adapt as oa
+
+    with patience() as (_, stage):
+        report = oa.verify(
+            base, adapted, inputs=inputs or None, strict=strict, seed=seed, stage=stage
+        )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _show(report)
+    if not report.passed:
+        ctx.exit(1)
+
+
+def _show(report: Report) -> None:
+    marks = {True: "ok", False: "FAILED"}
+    print_table(
+        ("check", "result", "measured"),
+        [(check.name, marks[check.passed], check.detail) for check in report.checks],
+    )
+    if report.slots:
+        click.echo()
+        print_table(
+            ("slot", "error", "tolerance", "bottlenecks", "effect"),
+            [
+                (
+                    slot.name,
+                    "not reached" if slot.error is None else f"{slot.error:.1e}",
+                    f"{slot.tolerance:.0e}",
+                    " ".join(map(str, slot.bottlenecks)),
+                    f"{slot.effect:.1e}" if slot.effect else "none",
+                )
+                for slot in report.slots
+            ],
+        )
+    for text in report.warnings:
+        say(f"warning: {text}")
+    shapes = "; ".join(
+        ", ".join(f"{name} {list(shape)}" for name, shape in item.items())
+        for item in report.shapes
+    )
+    say(f"ONNX Runtime {report.runtime}, inputs {shapes}")
+    verdict = "is" if report.passed else "is NOT"
+    say(f"{report.adapted} {verdict} {report.base} plus its slots")

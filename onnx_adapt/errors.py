@@ -1,0 +1,105 @@
+"""Everything that can go wrong, as one tree.
+
+AdaptError
+├── ModelFileError        a model file that cannot be read as what it claims to be
+│   ├── ExternalDataError     data beside a model that is missing, short or out of bounds
+│   └── SaveError             a result that cannot be written
+├── SiteError             a place in a graph that was asked for
+│   ├── SiteNotFoundError     no such place
+│   ├── AmbiguousSiteError    several such places
+│   └── SiteRefusedError      the place is there and cannot take an adapter
+├── SlotError             a slot that cannot be built, or that another tool damaged
+├── ManifestError         the record of slots in a model is unreadable or too new
+├── RunError              ONNX Runtime, the checker or the inliner refused a model
+├── UnprovableError       nothing can be proven: the base does not run here
+└── MismatchError         a verification failed
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaptError",
+    "AmbiguousSiteError",
+    "ExternalDataError",
+    "ManifestError",
+    "MismatchError",
+    "ModelFileError",
+    "RunError",
+    "SaveError",
+    "SiteError",
+    "SiteNotFoundError",
+    "SiteRefusedError",
+    "SlotError",
+    "UnprovableError",
+]
+
+
+class AdaptError(Exception):
+    """Any failure that onnx-adapt reports, with a message and the next step.
+
+    Args:
+        message: What went wrong and where: it names the node, tensor or file.
+        hint: What to do about it, or an empty string.
+
+    Example:
+        >>> raise AdaptError("no slot is called 'fr'", hint="see `onnx-adapt slots`")
+        Traceback (most recent call last):
+        ...
+        onnx_adapt.errors.AdaptError: no slot is called 'fr'
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ModelFileError(AdaptError, ValueError):
+    """A file is not an ONNX model, or is cut off."""
+
+
+class ExternalDataError(ModelFileError):
+    """The data beside a model is missing, too short, or outside its folder."""
+
+
+class SaveError(AdaptError, OSError):
+    """A result cannot be written; the destination is as it was."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        AdaptError.__init__(self, message, hint=hint)
+
+
+class SiteError(AdaptError, ValueError):
+    """A place in a graph cannot be used."""
+
+
+class SiteNotFoundError(SiteError, LookupError):
+    """Nothing in the model has this name."""
+
+
+class AmbiguousSiteError(SiteError, LookupError):
+    """The name means several places."""
+
+
+class SiteRefusedError(SiteError):
+    """The named tensor cannot take an adapter."""
+
+
+class SlotError(AdaptError, ValueError):
+    """A slot cannot be built as asked, or is damaged."""
+
+
+class ManifestError(AdaptError, ValueError):
+    """The record of the slots inside a model cannot be used."""
+
+
+class RunError(AdaptError, RuntimeError):
+    """A model was refused by ONNX Runtime, the ONNX checker or the inliner."""
+
+
+class UnprovableError(AdaptError, RuntimeError):
+    """The base model does not run here, so nothing can be compared with it."""
+
+
+class MismatchError(AdaptError, AssertionError):
+    """A verification failed; raised by `Report.raise_for_mismatch`."""

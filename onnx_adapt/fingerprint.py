@@ -1,0 +1,82 @@
+"""The identity of a base model: cheap at any size, different for another fine-tune."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+
+from onnx_adapt import external_data, walk
+from onnx_adapt.errors import ModelFileError
+from onnx_adapt.model_file import Model
+from onnx_adapt.payloads import LARGE, Payload, token_index
+
+_WINDOWS, _WINDOW = 8, LARGE // 8
+
+
+def fingerprint(model: Model) -> str:
+    """Hash the graph, the header of every tensor, and up to 4 KB of each tensor's data.
+
+    Large tensors are sampled at eight evenly spaced places. Where the data is stored
+    (inline or in a file beside the model) makes no difference.
+
+    Raises:
+        ModelFileError: If data of the model cannot be read.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model.proto)
+    digest = hashlib.sha256()
+    samples: list[bytes] = []
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for tensor in walk.tensors(bare):
+            samples.append(_sample(model, tensor, files, stack))
+            tensor.ClearField("raw_data")
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+    digest.update(bare.SerializeToString())
+    for sample in samples:
+        digest.update(len(sample).to_bytes(8, "little") + sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sample(
+    model: Model, tensor: onnx.TensorProto, files: dict[Path, BinaryIO], stack: ExitStack
+) -> bytes:
+    index = token_index(tensor.raw_data)
+    if index is not None:
+        place = model.payloads[index]
+    elif external_data.is_external(tensor) and model.path is not None:
+        place = external_data.payload(model.path, tensor)
+    else:
+        return _windows_of(tensor.raw_data)
+    try:
+        if place.source.path not in files:
+            files[place.source.path] = stack.enter_context(place.source.path.open("rb"))
+        return _windows(place, files[place.source.path])
+    except OSError as error:
+        raise ModelFileError(f"cannot read {place.source.path}: {error.strerror}") from error
+
+
+def _starts(length: int) -> list[int]:
+    return [(length - _WINDOW) * i // (_WINDOWS - 1) for i in range(_WINDOWS)]
+
+
+def _windows_of(data: bytes) -> bytes:
+    if len(data) <= LARGE:
+        return data
+    return b"".join(data[at : at + _WINDOW] for at in _starts(len(data)))
+
+
+def _windows(place: Payload, file: BinaryIO) -> bytes:
+    if place.length <= LARGE:
+        file.seek(place.offset)
+        return file.read(place.length)
+    pieces = []
+    for at in _starts(place.length):
+        file.seek(place.offset + at)
+        pieces.append(file.read(_WINDOW))
+    return b"".join(pieces)

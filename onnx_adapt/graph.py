@@ -1,0 +1,271 @@
+"""A read-only index of a model: who makes a tensor, who reads it, its type, is it used."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.model_file import Model
+from onnx_adapt.walk import Scope
+
+FLOATS: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.DOUBLE: "float64",
+}
+"""Element types an adapter can compute in, with the names used everywhere else."""
+
+Shape = tuple[int | str | None, ...]
+
+SLOT_KEY = "pkg.onnx_adapt.slot"
+"""Key in a node's `metadata_props`: the slot the node was inserted for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """What is known of a tensor.
+
+    Attributes:
+        elem_type: ONNX element type, or 0 if it is not known or not a tensor.
+        shape: One entry per axis (a number, a symbol or None), or None if unknown.
+    """
+
+    elem_type: int = 0
+    shape: Shape | None = None
+
+
+UNKNOWN = TensorType()
+
+
+def elem_name(elem_type: int) -> str:
+    """The name of an element type: `float32`, `int64`, ...; '' if unknown."""
+    if elem_type in FLOATS:
+        return FLOATS[elem_type]
+    return str(onnx.TensorProto.DataType.Name(elem_type)).lower() if elem_type else ""
+
+
+def read_type(value: onnx.ValueInfoProto) -> TensorType:
+    """Read the type of a declared tensor; sequences, maps and optionals are unknown."""
+    if not value.type.HasField("tensor_type"):
+        return UNKNOWN
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return TensorType(tensor.elem_type)
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+        for dim in tensor.shape.dim
+    )
+    return TensorType(tensor.elem_type, shape)
+
+
+def slot_of(node: onnx.NodeProto) -> str:
+    """The slot a node was inserted for, or ''."""
+    for entry in node.metadata_props:
+        if entry.key == SLOT_KEY:
+            return str(entry.value)
+    return ""
+
+
+def default_opset(proto: onnx.ModelProto) -> int:
+    """The version of the default operator set that a model imports; 0 if none."""
+    versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    return versions[0] if versions else 0
+
+
+def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    """The integer attribute `name` of a node."""
+    for item in node.attribute:
+        if item.name == name:
+            return int(item.i)
+    return default
+
+
+@dataclass(slots=True, eq=False)
+class GraphView:
+    """The index of one graph; names not found here are looked up in the graph around it.
+
+    Attributes:
+        scope: The graph and the way to it.
+        nodes: Its nodes in order.
+        parent: The view of the graph around it, or None for the main graph.
+        producers: Tensor -> index of the node that makes it.
+        consumers: Tensor -> indices of the nodes that read it, also from their bodies.
+        constants: Tensor -> its value, for initializers and Constant nodes.
+        types: Tensor -> its type.
+        outputs: Names of the graph's outputs.
+        live: Tensors whose values can reach an output of the model.
+    """
+
+    scope: Scope
+    nodes: list[onnx.NodeProto]
+    parent: GraphView | None
+    producers: dict[str, int] = field(default_factory=dict)
+    consumers: dict[str, list[int]] = field(default_factory=dict)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    types: dict[str, TensorType] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+    live: set[str] = field(default_factory=set)
+
+    def type_of(self, tensor: str) -> TensorType:
+        """The type of a tensor that can be read here."""
+        view: GraphView | None = self
+        while view is not None:
+            if tensor in view.types:
+                return view.types[tensor]
+            if tensor in view.producers:
+                return UNKNOWN
+            view = view.parent
+        return UNKNOWN
+
+    def constant(self, tensor: str) -> onnx.TensorProto | None:
+        """The stored value of a tensor that can be read here, if it has one."""
+        view = self.home(tensor)
+        return view.constants.get(tensor) if view else None
+
+    def home(self, tensor: str) -> GraphView | None:
+        """The view of the graph that declares or produces a tensor readable here."""
+        view: GraphView | None = self
+        while view is not None:
+            known = (view.producers, view.constants, view.types)
+            if any(tensor in names for names in known):
+                return view
+            view = view.parent
+        return None
+
+    def producer(self, tensor: str) -> tuple[GraphView, onnx.NodeProto] | None:
+        """The node that makes a tensor readable here, and the graph it is in."""
+        view = self.home(tensor)
+        if view is None or tensor not in view.producers:
+            return None
+        return view, view.nodes[view.producers[tensor]]
+
+    def readers(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes of this graph that read a tensor, in order."""
+        return [self.nodes[i] for i in self.consumers.get(tensor, ())]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelIndex:
+    """The views of all graphs of a model, the main graph first.
+
+    Attributes:
+        model: The model that is indexed.
+        views: One view per graph, by path.
+    """
+
+    model: Model
+    views: dict[str, GraphView]
+
+    @property
+    def main(self) -> GraphView:
+        """The view of the main graph."""
+        return self.views["main"]
+
+    def names(self) -> set[str]:
+        """Every tensor name used anywhere, functions left out."""
+        found: set[str] = set()
+        for view in self.views.values():
+            found.update(view.producers, view.constants, view.types, view.consumers)
+        return found
+
+
+def index_model(model: Model) -> ModelIndex:
+    """Index a model; types come from its own records and from ONNX shape inference.
+
+    Inference runs on the graph without weights, so its cost does not grow with them.
+    """
+    inferred = {scope.path: scope.graph for scope in walk.scopes(_infer(model.proto).graph)}
+    views: dict[str, GraphView] = {}
+    for scope in walk.scopes(model.proto.graph):
+        parent = views[scope.parent.path] if scope.parent else None
+        view = _view(scope, parent)
+        for value in inferred[scope.path].value_info:
+            view.types.setdefault(value.name, read_type(value))
+        for value in inferred[scope.path].output:
+            view.types.setdefault(value.name, read_type(value))
+        views[scope.path] = view
+    _mark_live(views)
+    return ModelIndex(model, views)
+
+
+def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
+        # What the model itself records is used then; a site without a type says so.
+        return proto
+
+
+def _view(scope: Scope, parent: GraphView | None) -> GraphView:
+    graph = scope.graph
+    view = GraphView(scope, list(graph.node), parent)
+    view.outputs = frozenset(value.name for value in graph.output)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        known = read_type(value)
+        if known.elem_type or known.shape is not None:
+            view.types[value.name] = known
+    for tensor in graph.initializer:
+        view.constants[tensor.name] = tensor
+        view.types.setdefault(tensor.name, TensorType(tensor.data_type, tuple(tensor.dims)))
+    for index, node in enumerate(view.nodes):
+        for name in node.output:
+            if name:
+                view.producers[name] = index
+        for name in (*node.input, *captured(node)):
+            if name:
+                view.consumers.setdefault(name, []).append(index)
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            value = node.attribute[0].t
+            view.constants[node.output[0]] = value
+            view.types.setdefault(
+                node.output[0], TensorType(value.data_type, tuple(value.dims))
+            )
+    return view
+
+
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the bodies of a node read from the graphs around them."""
+    for _, body in walk.bodies(node):
+        own = {value.name for value in body.input} | {t.name for t in body.initializer}
+        for inner in body.node:
+            for name in (*inner.input, *captured(inner)):
+                if name and name not in own:
+                    yield name
+            own.update(inner.output)
+        for value in body.output:
+            if value.name not in own:
+                yield value.name
+
+
+_VALUE_FREE = {"Shape", "Size"}
+"""Operators that read a tensor's shape but not its values."""
+
+
+def _mark_live(views: dict[str, GraphView]) -> None:
+    """Find the tensors whose values can reach an output of the model."""
+    waiting = deque((views["main"], name) for name in views["main"].outputs)
+    children: dict[tuple[int, int], list[GraphView]] = {}
+    for view in views.values():
+        if view.parent is not None:
+            children.setdefault((id(view.parent), view.scope.owner), []).append(view)
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        view, tensor = waiting.popleft()
+        home = view.home(tensor)
+        if home is None or tensor in home.live:
+            continue
+        home.live.add(tensor)
+        index = home.producers.get(tensor)
+        if index is None or (id(home), index) in seen:
+            continue
+        seen.add((id(home), index))
+        node = home.nodes[index]
+        if node.op_type not in _VALUE_FREE:
+            waiting.extend((home, name) for name in node.input if name)
+        for body in children.get((id(home), index), ()):
+            waiting.extend((body, name) for name in body.outputs)

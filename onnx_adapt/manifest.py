@@ -1,0 +1,174 @@
+"""The record of slots that is written into a model, and nothing but the record.
+
+It is one JSON document in the model's `metadata_props`, so any tool that reads ONNX
+metadata can read it, ONNX Runtime included.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import onnx
+
+from onnx_adapt.errors import ManifestError
+
+KEY = "onnx_adapt"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Nodes inserted at one site, with weights of their own.
+
+    Attributes:
+        name: Unique in the model.
+        graph: Path of the graph the slot is in (`main` or the way to a body).
+        node: Name of the node that produces the site's tensor.
+        tensor: The site's tensor.
+        inner: The name the producer's output has now.
+        output: The name of the slot's output: `tensor`, or the `inner` of the slot
+            stacked on this one.
+        source: The tensor the adapter reads; equal to `inner` unless chosen.
+        width: Size of the feature axis of the site's tensor.
+        source_width: The same of the source.
+        dtype: `float32`, `float16`, `bfloat16` or `float64`.
+        axis: The feature axis: -1, or 1 for channels.
+        rank: Number of axes of the tensor if the axis is 1, else 0.
+        activation: Name of the activation between the projections.
+        parts: Names of the weights, in the order of the formula.
+        norm: Output tensor of a normalisation of the base that is re-applied to the
+            source, or ''.
+        norm_after: What the slot's own normalisation wraps: `term`, `sum` or ''.
+        module: PyTorch module path of the site, or ''.
+        swappable: Whether the weights can be fed at inference time.
+        bottleneck: Inner size if it is fixed; 0 if each adapter brings its own.
+    """
+
+    name: str
+    graph: str
+    node: str
+    tensor: str
+    inner: str
+    output: str
+    source: str
+    width: int
+    source_width: int
+    dtype: str
+    axis: int
+    rank: int
+    activation: str
+    parts: tuple[str, ...]
+    norm: str
+    norm_after: str
+    module: str
+    swappable: bool
+    bottleneck: int
+
+    def weight(self, part: str) -> str:
+        """The name of one weight in the model, and of the input that feeds it."""
+        return f"adapter.{self.name}.{part}"
+
+    @property
+    def symbol(self) -> str:
+        """The symbolic dimension of the bottleneck: each slot has its own."""
+        return f"r_{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Every slot of a model and what is needed to get the base back.
+
+    Attributes:
+        fingerprint: Identity of the base model (`sha256:...`).
+        ir_version: The base's IR version.
+        canonical: Whether the base can come back byte for byte.
+        inlined: Whether model-local functions were inlined before insertion.
+        slots: The slots, in order of insertion.
+    """
+
+    fingerprint: str
+    ir_version: int
+    canonical: bool
+    inlined: bool
+    slots: tuple[Slot, ...]
+
+
+def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
+    """Read the manifest of a model; None if it has no slots.
+
+    Raises:
+        ManifestError: If the record is damaged or of a newer format.
+    """
+    texts = [entry.value for entry in proto.metadata_props if entry.key == KEY]
+    if not texts:
+        return None
+    try:
+        data = json.loads(texts[0])
+        version = data["format"]
+        if not isinstance(version, int) or version > FORMAT:
+            raise ManifestError(
+                f"the model's slots were written in format {version}; this version of "
+                f"onnx-adapt reads up to {FORMAT}",
+                hint="upgrade: pip install -U onnx-adapt",
+            )
+        slots = tuple(_read_slot(item) for item in data["slots"])
+        base = data["base"]
+        manifest = Manifest(
+            fingerprint=_typed(base["fingerprint"], str),
+            ir_version=_typed(base["ir_version"], int),
+            canonical=_typed(base["canonical"], bool),
+            inlined=_typed(base["inlined"], bool),
+            slots=slots,
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(
+            f"the record of slots in the model is damaged ({error!r})",
+            hint="another tool rewrote it; insert into the base model again",
+        ) from error
+    if len({slot.name for slot in slots}) != len(slots):
+        raise ManifestError("two slots of the model have one name")
+    return manifest
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value
+
+
+_KINDS = {"int": int, "str": str, "bool": bool}
+
+
+def _read_slot(item: dict[str, Any]) -> Slot:
+    values: dict[str, Any] = {}
+    for field in fields(Slot):
+        if field.name == "parts":
+            values["parts"] = tuple(_typed(part, str) for part in item["parts"])
+        else:
+            values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
+    return Slot(**values)
+
+
+def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
+    """Put the manifest into a model in place of the one it has; None takes it out."""
+    for index in reversed(range(len(proto.metadata_props))):
+        if proto.metadata_props[index].key == KEY:
+            del proto.metadata_props[index]
+    if manifest is None:
+        return
+    data = {
+        "format": FORMAT,
+        "base": {
+            "fingerprint": manifest.fingerprint,
+            "ir_version": manifest.ir_version,
+            "canonical": manifest.canonical,
+            "inlined": manifest.inlined,
+        },
+        "slots": [asdict(slot) for slot in manifest.slots],
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    proto.metadata_props.add(key=KEY, value=text)

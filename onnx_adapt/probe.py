@@ -1,0 +1,261 @@
+"""Run a model's slots with weights of our choice, and read what happens inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.errors import SlotError
+from onnx_adapt.feeds import Feeds
+from onnx_adapt.graph import FLOATS, index_model
+from onnx_adapt.initializers import fill_weights, open_weights, read_weights
+from onnx_adapt.manifest import Slot, read_manifest
+from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.runtime import Runner, Values, as_arrays
+from onnx_adapt.slot import Norm, neutral_weights, part_shape, slot_value
+from onnx_adapt.taps import Tap, Tapper
+
+_SIZES = (1, 8, 64)
+_STRENGTHS = (1.0, 10.0, 100.0)
+"""Quantised models swallow small changes: a slot gets three chances to move an output."""
+
+_TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
+"""For a slot's output against the oracle, relative to its largest value. The arithmetic
+is in the slot's type: a few roundings for each of up to some thousand summands."""
+
+_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
+
+
+def neutral_model(model: Model) -> Model:
+    """The model with every slot off; the model itself if its slots are off already."""
+    manifest = read_manifest(model.proto)
+    slots = manifest.slots if manifest else ()
+    stored = read_weights(model, slots)
+    changed: dict[str, Mapping[str, Array]] = {}
+    for slot in slots:
+        weights = stored[slot.name]
+        if not _is_neutral(weights):
+            size = slot.bottleneck or 0
+            changed[slot.name] = neutral_weights(slot, size)
+    return fill_weights(model, changed) if changed else model
+
+
+def _is_neutral(weights: Mapping[str, Array]) -> bool:
+    """Whether a slot with these weights gives its target."""
+    ones = [weights[part] for part in ("scale",) if part in weights]
+    zeros = [weights[part] for part in ("up", "up_bias", "after_bias") if part in weights]
+    return all(np.all(w == 1) for w in ones) and all(not np.any(w) for w in zeros)
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What was seen at one slot so far."""
+
+    error: float | None = None
+    bottlenecks: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotTaps:
+    target: Tap
+    source: Tap
+    output: Tap
+
+
+class Probe:
+    """The adapted model with its slots swappable and its sites readable.
+
+    Args:
+        model: The adapted model.
+        slots: Its slots.
+        outputs: The model's own outputs.
+        seed: Of the random weights.
+    """
+
+    def __init__(
+        self, model: Model, slots: Sequence[Slot], outputs: Sequence[str], seed: int
+    ) -> None:
+        self._slots = slots
+        self._outputs = list(outputs)
+        self._rng = np.random.default_rng(seed)
+        self._own = read_weights(model, slots)
+        self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
+        opened = open_weights(model)
+        index = index_model(opened)
+        neutral = {slot.name: neutral_weights(slot) for slot in slots}
+        opened = fill_weights(opened, neutral)
+        tapper = Tapper(opened.proto)
+        self._taps: dict[str, _SlotTaps] = {}
+        for slot in slots:
+            home = index.views[slot.graph].home(slot.source)
+            elem_type = _ELEM_TYPES[slot.dtype]
+            places = (
+                (slot.graph, slot.inner),
+                (home.scope.path if home else slot.graph, slot.source),
+                (slot.graph, slot.output),
+            )
+            taps = [tapper.tap(path, tensor, elem_type) for path, tensor in places]
+            if not all(taps):
+                raise SlotError(
+                    f"slot {slot.name!r} is inside an operator that hides its tensors"
+                )
+            self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
+        self._runner = Runner(replace(opened, path=model.path), optimised=True)
+        self._still: list[Values] = []
+        self._typical: dict[str, list[tuple[float, float]]] = {}
+
+    def tolerance(self, slot: Slot) -> float:
+        """How far a slot's output may be from the oracle."""
+        return _TOLERANCE[slot.dtype]
+
+    def measure(self, feeds: Sequence[Feeds]) -> dict[str, Measurement]:
+        """Run with random weights of several bottlenecks and compare with the oracle."""
+        found = {slot.name: Measurement() for slot in self._slots}
+        for item in feeds:
+            quiet = self._runner.run(item)
+            self._still.append({name: quiet[name] for name in self._outputs})
+            for slot in self._slots:
+                taps = self._taps[slot.name]
+                source, target = quiet[taps.source.output], quiet[taps.target.output]
+                self._typical.setdefault(slot.name, []).append(
+                    (_typical(source), _typical(target))
+                )
+        for shift in range(len(_SIZES)):
+            for number, item in enumerate(feeds):
+                weights = {
+                    slot.name: self._random(slot, self._size(slot, i + shift), number)
+                    for i, slot in enumerate(self._slots)
+                }
+                self._compare(item, weights, found)
+        if any(not _is_neutral(weights) for weights in self._own.values()):
+            for item in feeds:
+                self._compare(item, self._own, found)
+        return found
+
+    def _size(self, slot: Slot, turn: int) -> int:
+        return slot.bottleneck or _SIZES[turn % len(_SIZES)]
+
+    def effect(self, slot: Slot, feeds: Sequence[Feeds]) -> float:
+        """How far the outputs move when one slot alone is on; 0 if nothing moves."""
+        moved = 0.0
+        for strength in _STRENGTHS:
+            for number, item in enumerate(feeds):
+                weights = self._random(slot, slot.bottleneck or _SIZES[1], number, strength)
+                fed = {**item, **_as_feeds(slot, weights)}
+                got = self._runner.run(fed, self._outputs)
+                moved = max(moved, movement(self._still[number], got))
+            if moved:
+                break
+        return moved
+
+    def _compare(
+        self,
+        item: Feeds,
+        weights: Mapping[str, Mapping[str, Array]],
+        found: Mapping[str, Measurement],
+    ) -> None:
+        fed = dict(item)
+        for slot in self._slots:
+            fed.update(_as_feeds(slot, weights[slot.name]))
+        got = self._runner.run(fed)
+        for slot in self._slots:
+            error = self._error(slot, got, weights[slot.name])
+            if error is not None:
+                seen = found[slot.name]
+                seen.error = error if seen.error is None else _worse(seen.error, error)
+                if "down_bias" in slot.parts or "up" in slot.parts:
+                    axis = 1 if slot.axis == 1 else 0
+                    seen.bottlenecks.add(weights[slot.name]["up"].shape[axis])
+
+    def _error(self, slot: Slot, got: Values, weights: Mapping[str, Array]) -> float | None:
+        taps = self._taps[slot.name]
+        targets = _steps(got[taps.target.output], taps.target.depth)
+        sources = _steps(got[taps.source.output], taps.source.depth)
+        outputs = _steps(got[taps.output.output], taps.output.depth)
+        worst: float | None = None
+        for step, target in targets.items():
+            source = sources[step[: taps.source.depth]]
+            if target.size == 0:
+                continue
+            oracle = slot_value(slot, target, source, weights, self._norms.get(slot.name))
+            scale = max(float(np.abs(oracle).max(initial=0.0)), 1e-30)
+            off = np.abs(outputs[step].astype(np.float64) - oracle).max(initial=0.0)
+            error = float(off) / scale
+            worst = error if worst is None else _worse(worst, error)
+        return worst
+
+    def _random(
+        self, slot: Slot, size: int, number: int, strength: float = 1.0
+    ) -> dict[str, Array]:
+        """Random weights whose effect has the size of the target itself."""
+        source, target = self._typical[slot.name][number]
+        weights = {}
+        for part in slot.parts:
+            draw = self._rng.standard_normal(part_shape(slot, part, size))
+            if part == "down":
+                draw *= 1 / (source * np.sqrt(slot.source_width))
+            elif part in ("up", "up_bias"):
+                draw *= 0.5 * strength * target / np.sqrt(max(size, 1))
+            elif part in ("scale", "gain", "norm_weight", "after_weight"):
+                draw = 1 + 0.3 * draw
+            weights[part] = draw.astype(DTYPES[slot.dtype])
+        return weights
+
+
+def read_norm(model: Model, slot: Slot) -> Norm:
+    """The base's normalisation that a slot re-applies, with its weights."""
+    view = index_model(model).views[slot.graph]
+    made = view.producer(slot.norm)
+    if made is None:
+        raise SlotError(f"slot {slot.name!r}: normalisation {slot.norm!r} is gone")
+    home, node = made
+    tensors = [home.constant(name) for name in node.input[1:] if name]
+    values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    centred = node.op_type == "LayerNormalization"
+    return Norm(values[0], values[1] if len(values) > 1 else None, epsilon, centred)
+
+
+def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {slot.weight(part): value for part, value in weights.items()}
+
+
+def _steps(value: Array, depth: int) -> dict[tuple[int, ...], Array]:
+    """The iterations of a tapped tensor, by number."""
+    return {step: value[step] for step in np.ndindex(value.shape[:depth])}
+
+
+def _typical(value: Array) -> float:
+    """The root mean square of a tensor; 1 if it is empty or all zero."""
+    wide = value.astype(np.float64)
+    wide = wide[np.isfinite(wide)]
+    return float(np.sqrt(np.mean(wide * wide))) or 1.0 if wide.size else 1.0
+
+
+def _worse(a: float, b: float) -> float:
+    """The larger error; NaN is the largest."""
+    return b if not b <= a else a
+
+
+def movement(still: Values, got: Values) -> float:
+    """The largest change of any output relative to its largest value."""
+    worst = 0.0
+    for name, value in still.items():
+        for a, b in zip(as_arrays(value), as_arrays(got[name]), strict=False):
+            worst = max(worst, _change(a, b))
+    return worst
+
+
+def _change(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    if a.shape != b.shape or a.dtype.kind not in "fiubV":
+        return 0.0 if np.array_equal(a, b) else 1.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if np.array_equal(x, y, equal_nan=True):
+        return 0.0
+    scale = max(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)), 1e-6)
+    off = np.abs(np.nan_to_num(x) - np.nan_to_num(y))
+    return max(float(off.max(initial=0.0)) / scale, 1e-12)

@@ -1,0 +1,108 @@
+"""What a verification found, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from onnx_adapt.errors import MismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One of the checks of a verification.
+
+    Attributes:
+        name: `interface`, `off`, `on`, `effect` or `checker`.
+        passed: Whether it holds.
+        detail: What was measured, or what is wrong.
+        warnings: What does not hold for these inputs but need not be an error.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SlotResult:
+    """What was measured at one slot.
+
+    Attributes:
+        name: The slot.
+        error: Largest difference from the float64 oracle, relative to the largest value;
+            None if the slot was not reached.
+        tolerance: What the error may be for this element type.
+        bottlenecks: Bottlenecks tried.
+        effect: Largest change of a model output when this slot alone is on, relative to
+            the output's largest value; None if effects were not measured.
+    """
+
+    name: str
+    error: float | None
+    tolerance: float
+    bottlenecks: tuple[int, ...]
+    effect: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of `verify`.
+
+    Attributes:
+        base: Label of the base model.
+        adapted: Label of the adapted model.
+        checks: The checks, in order.
+        slots: One result per slot, where `on` and `effect` ran.
+        shapes: Shapes of the inputs used, one dict per set.
+        runtime: Version of ONNX Runtime, or '' if it was not used.
+        strict: Whether warnings count as failures.
+    """
+
+    base: str
+    adapted: str
+    checks: tuple[Check, ...]
+    slots: tuple[SlotResult, ...]
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    runtime: str
+    strict: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check holds, and with `strict` without a warning."""
+        held = all(check.passed for check in self.checks)
+        return held and not (self.strict and self.warnings)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings of all checks."""
+        return tuple(text for check in self.checks for text in check.warnings)
+
+    def raise_for_mismatch(self) -> Report:
+        """Return the report, or raise if it did not pass.
+
+        Raises:
+            MismatchError: If a check failed.
+        """
+        if self.passed:
+            return self
+        failed = [check for check in self.checks if not check.passed]
+        reasons = [f"{check.name}: {check.detail}" for check in failed]
+        raise MismatchError(
+            f"{self.adapted} does not match {self.base}: "
+            + "; ".join(reasons or list(self.warnings)),
+            hint="`onnx-adapt verify --json` has every number",
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The report for `--json`."""
+        return {
+            "passed": self.passed,
+            "base": self.base,
+            "adapted": self.adapted,
+            "runtime": self.runtime,
+            "strict": self.strict,
+            "checks": [asdict(check) for check in self.checks],
+            "slots": [asdict(slot) for slot in self.slots],
+            "shapes": [{k: list(v) for k, v in item.items()} for item in self.shapes],
+        }

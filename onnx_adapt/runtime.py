@@ -1,0 +1,134 @@
+"""The door to ONNX Runtime: a session on a model whose weights stay in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_adapt import external_data, walk
+from onnx_adapt.errors import RunError, UnprovableError
+from onnx_adapt.model_file import Model
+from onnx_adapt.payloads import token_index
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+Values = dict[str, Any]
+"""Arrays by name; a sequence output is a list, a map output a dict."""
+
+
+class Runner:
+    """A model in ONNX Runtime on the CPU.
+
+    Args:
+        model: The model; nothing of it is copied but the graph.
+        optimised: Whether ONNX Runtime may optimise the graph (its default level).
+
+    Raises:
+        RunError: If ONNX Runtime refuses the model.
+        UnprovableError: If ONNX Runtime is not installed.
+    """
+
+    def __init__(self, model: Model, *, optimised: bool) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        )
+        proto, folder = refer_to_files(model)
+        if folder is not None:
+            options.add_session_config_entry(_FOLDER, str(folder))
+        self._label = model.label
+        failures = _failures()
+        self._failures = failures
+        try:
+            self._session = ort.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except failures as error:
+            raise RunError(
+                f"ONNX Runtime {ort.__version__} cannot load {model.label}: {_short(error)}",
+                hint="does the model run on the CPU without adapters?",
+            ) from error
+        self.outputs = [item.name for item in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Values:
+        """Run the model once.
+
+        Raises:
+            RunError: If ONNX Runtime refuses the inputs or fails.
+        """
+        names = list(self.outputs if outputs is None else outputs)
+        try:
+            values = self._session.run(names, dict(feeds))
+        except self._failures as error:
+            raise RunError(f"{self._label} does not run: {_short(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+
+def refer_to_files(model: Model) -> tuple[onnx.ModelProto, Path | None]:
+    """The model with every large tensor as external data, and the folder that is in.
+
+    Inline tensors refer to the byte range they have inside the model file itself.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    folder: Path | None = None
+    beside = next(external_data.references(proto), None)
+    if beside is not None and model.path is not None:
+        folder = model.path.parent
+    for tensor in walk.tensors(proto):
+        index = token_index(tensor.raw_data)
+        if index is None:
+            continue
+        place = model.payloads[index]
+        if folder is None:
+            folder = place.source.path.resolve().parent
+        name = place.source.path.name
+        if not (folder / name).exists():
+            name = place.source.path.resolve().name
+        external_data.refer(tensor, name, place.offset, place.length)
+    return proto, folder
+
+
+def runtime_version() -> str:
+    """The version of ONNX Runtime."""
+    return str(_onnxruntime().__version__)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnprovableError(
+            "ONNX Runtime is not installed",
+            hint="pip install 'onnx-adapt[cpu]', or skip the proof with --no-verify",
+        ) from error
+    return onnxruntime
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its exceptions have no class of their own in common."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = [value for value in vars(state).values() if isinstance(value, type)]
+    return (RuntimeError, ValueError, *(kind for kind in kinds if issubclass(kind, Exception)))
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def as_arrays(value: Any) -> list[np.ndarray[Any, np.dtype[Any]]]:
+    """The arrays inside an output: itself, the items of a sequence, the values of a map."""
+    if isinstance(value, list):
+        return [array for item in value for array in as_arrays(item)]
+    if isinstance(value, dict):
+        return [array for key in sorted(value) for array in as_arrays(value[key])]
+    return [np.asarray(value)]

@@ -1,0 +1,98 @@
+"""Visit every graph and tensor of a model, bodies of control flow included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A graph and the way to it.
+
+    Attributes:
+        graph: The graph itself.
+        path: `main` for the main graph; for a body the way through its nodes, such as
+            `main/cond.then_branch`.
+        parent: The graph that holds the node with this body, or None for the main graph.
+        owner: Index of that node in the parent graph, or -1.
+        attribute: Name of the attribute that holds the body.
+    """
+
+    graph: onnx.GraphProto
+    path: str = "main"
+    parent: Scope | None = None
+    owner: int = -1
+    attribute: str = ""
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
+    """The graphs inside one node (If, Loop, Scan, ...), with the attribute's name."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.name, attribute.g
+        for number, graph in enumerate(attribute.graphs):
+            yield f"{attribute.name}[{number}]", graph
+
+
+def scopes(main: onnx.GraphProto) -> Iterator[Scope]:
+    """The main graph and every body inside it, outermost first."""
+    waiting = [Scope(main)]
+    while waiting:
+        scope = waiting.pop(0)
+        yield scope
+        holders = [(i, n) for i, n in enumerate(scope.graph.node) if any(bodies(n))]
+        names = Counter(node.name for _, node in holders)
+        for index, node in holders:
+            label = node.name
+            if not label or names[label] > 1:
+                label = f"{label or node.op_type}#{index}"
+            for attribute, body in bodies(node):
+                path = f"{scope.path}/{label}.{attribute}"
+                waiting.append(Scope(body, path, scope, index, attribute))
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from _attribute_tensors(attribute)
+
+
+def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    sparse = [*attribute.sparse_tensors]
+    if attribute.HasField("sparse_tensor"):
+        sparse.append(attribute.sparse_tensor)
+    for item in sparse:
+        yield item.values
+        yield item.indices
+    if attribute.HasField("g"):
+        yield from graph_tensors(attribute.g)
+    for graph in attribute.graphs:
+        yield from graph_tensors(graph)
+
+
+def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph and in the bodies inside it."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from _node_tensors(graph.node)
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored anywhere in a model: graphs, functions, training information."""
+    yield from graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+        for attribute in function.attribute_proto:
+            yield from _attribute_tensors(attribute)
+    for training in proto.training_info:
+        yield from graph_tensors(training.initialization)
+        yield from graph_tensors(training.algorithm)
