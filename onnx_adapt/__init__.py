@@ -13,44 +13,67 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from onnx_adapt.adapter import Adapter
+    from onnx_adapt.adapter_files import load_adapter, save_adapter
+    from onnx_adapt.checkpoints import Checkpoint, load_checkpoint
+    from onnx_adapt.conversion import convert
     from onnx_adapt.errors import AdaptError
+    from onnx_adapt.filling import bake, extract, fill
     from onnx_adapt.manifest import Slot
     from onnx_adapt.model_file import Model, open_model, save_model
     from onnx_adapt.report import Report
     from onnx_adapt.rewrite import insert, list_slots, remove
     from onnx_adapt.sites import Site, find_sites
     from onnx_adapt.standalone import build_adapter
-    from onnx_adapt.verify import verify
+    from onnx_adapt.verification import verify
 
 # Where each public name lives: `import onnx_adapt` itself imports nothing heavy.
 _HOMES = {
     "AdaptError": "errors",
+    "Adapter": "adapter",
+    "Checkpoint": "checkpoints",
     "Model": "model_file",
     "Report": "report",
     "Site": "sites",
     "Slot": "manifest",
+    "bake": "filling",
     "build_adapter": "standalone",
+    "convert": "conversion",
+    "extract": "filling",
+    "fill": "filling",
     "find_sites": "sites",
     "insert": "rewrite",
     "list_slots": "rewrite",
+    "load_adapter": "adapter_files",
+    "load_checkpoint": "checkpoints",
     "open_model": "model_file",
     "remove": "rewrite",
+    "save_adapter": "adapter_files",
     "save_model": "model_file",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = [
     "AdaptError",
+    "Adapter",
+    "Checkpoint",
     "Model",
     "Report",
     "Site",
     "Slot",
+    "bake",
     "build_adapter",
+    "convert",
+    "extract",
+    "fill",
     "find_sites",
     "insert",
     "list_slots",
+    "load_adapter",
+    "load_checkpoint",
     "open_model",
     "remove",
+    "save_adapter",
     "save_model",
     "verify",
 ]

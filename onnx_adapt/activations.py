@@ -47,7 +47,9 @@ class Emitter:
 
     def node(self, op: str, *inputs: str, label: str = "", **attributes: Any) -> str:
         """Add a node and return its output, `<prefix>/<label>`."""
-        name = f"{self.prefix}/{label or f'{op.lower()}_{len(self.nodes)}'}"
+        name = f"{self.prefix}/{label or op.lower()}"
+        if not label or any(name == node.name for node in self.nodes):
+            name += f"_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [name], name, **attributes))
         return name
 

@@ -9,6 +9,8 @@ AdaptError
 │   ├── AmbiguousSiteError    several such places
 │   └── SiteRefusedError      the place is there and cannot take an adapter
 ├── SlotError             a slot that cannot be built, or that another tool damaged
+├── AdapterError          an adapter file is damaged, or does not fit the model
+├── CheckpointError       a trained checkpoint that cannot be read, mapped or supported
 ├── ManifestError         the record of slots in a model is unreadable or too new
 ├── RunError              ONNX Runtime, the checker or the inliner refused a model
 ├── UnprovableError       nothing can be proven: the base does not run here
@@ -19,7 +21,9 @@ from __future__ import annotations
 
 __all__ = [
     "AdaptError",
+    "AdapterError",
     "AmbiguousSiteError",
+    "CheckpointError",
     "ExternalDataError",
     "ManifestError",
     "MismatchError",
@@ -87,6 +91,14 @@ class SiteRefusedError(SiteError):
 
 class SlotError(AdaptError, ValueError):
     """A slot cannot be built as asked, or is damaged."""
+
+
+class AdapterError(AdaptError, ValueError):
+    """An adapter cannot be read, written or used with a model."""
+
+
+class CheckpointError(AdaptError, ValueError):
+    """A trained checkpoint cannot be read, is not supported, or does not fit the model."""
 
 
 class ManifestError(AdaptError, ValueError):

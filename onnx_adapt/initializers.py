@@ -7,17 +7,18 @@ too. This module is the only one that touches either, so the two stay in step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph import FLOATS
-from onnx_adapt.manifest import Manifest, Slot, read_manifest, write_manifest
+from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.slot import bottleneck_axis, part_shape
 
@@ -25,6 +26,55 @@ _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a weight of the base becomes replaceable.
+
+    Attributes:
+        weight: The record of it.
+        default: The tensor it has while nothing is fed: the base's value.
+        uses: Who reads it: graph, index of the node, position of the input.
+    """
+
+    weight: OpenWeight
+    default: onnx.TensorProto
+    uses: tuple[tuple[str, int, int], ...]
+
+
+def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> None:
+    """Make weights of the base replaceable, in place: each an initializer and an input."""
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
+    for opening in openings:
+        weight = opening.weight
+        if weight.copied:
+            proto.graph.initializer.append(opening.default)
+        else:
+            stored[weight.original].name = weight.name
+        if weight.swappable:
+            declared = helper.make_tensor_value_info(
+                weight.name, opening.default.data_type, list(opening.default.dims)
+            )
+            proto.graph.input.append(declared)
+        for graph, node, position in opening.uses:
+            graphs[graph].node[node].input[position] = weight.name
+
+
+def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
+    """Undo `open_base_weights`, in place."""
+    weights = tuple(weights)
+    drop_named(proto.graph.input, {w.name for w in weights if w.swappable})
+    drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
+    originals = {weight.name: weight.original for weight in weights}
+    for tensor in proto.graph.initializer:
+        tensor.name = originals.get(tensor.name, tensor.name)
+    for scope in walk.scopes(proto.graph) if weights else ():
+        for node in scope.graph.node:
+            for position, name in enumerate(node.input):
+                if name in originals:
+                    node.input[position] = originals[name]
 
 
 def add_weights(proto: onnx.ModelProto, slot: Slot, weights: Weights) -> None:
@@ -37,12 +87,16 @@ def add_weights(proto: onnx.ModelProto, slot: Slot, weights: Weights) -> None:
 
 
 def _tensor(name: str, slot: Slot, value: Array) -> onnx.TensorProto:
-    data = np.ascontiguousarray(value, DTYPES[slot.dtype])
+    return tensor_of(name, np.ascontiguousarray(value, DTYPES[slot.dtype]))
+
+
+def tensor_of(name: str, value: Array) -> onnx.TensorProto:
+    """A float array as a stored tensor."""
     return onnx.TensorProto(
         name=name,
-        data_type=_ELEM_TYPES[slot.dtype],
+        data_type=_ELEM_TYPES[str(value.dtype)],
         dims=value.shape,
-        raw_data=data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes(),
+        raw_data=value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes(),
     )
 
 
@@ -53,6 +107,24 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
         shape[axis] = slot.symbol
     elem_type = _ELEM_TYPES[slot.dtype]
     return helper.make_tensor_value_info(slot.weight(part), elem_type, shape)
+
+
+def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
+    """Check that all that a manifest names is in the model.
+
+    Raises:
+        SlotError: If another tool took initializers or inputs away.
+    """
+    check_weights(proto, manifest.slots)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    inputs = {value.name for value in proto.graph.input}
+    for weight in manifest.weights:
+        if weight.name not in stored or (weight.swappable and weight.name not in inputs):
+            raise SlotError(
+                f"weight {weight.name!r} is not replaceable any more: it was stripped from "
+                "the model",
+                hint="simplifiers do this; run them on the base first, then insert",
+            )
 
 
 def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
@@ -145,6 +217,32 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
     return result
 
 
+def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
+    """A model whose replaceable weights have these values as their default.
+
+    The base's own value stays in the model, so that `remove` gives it back.
+
+    Raises:
+        SlotError: If the model has no such replaceable weight.
+    """
+    manifest = _manifest(model)
+    known = {weight.name: weight for weight in manifest.weights}
+    result = model.copy()
+    stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
+    for name, value in values.items():
+        if name not in known:
+            raise SlotError(f"the model has no replaceable weight {name!r}")
+        if known[name].copied:
+            stored[name].CopyFrom(tensor_of(name, value))
+            known[name] = replace(known[name], trained=True)
+            continue
+        stored[name].name = known[name].original
+        result.proto.graph.initializer.append(tensor_of(name, value))
+        known[name] = replace(known[name], copied=True, trained=True)
+    write_manifest(result.proto, replace(manifest, weights=tuple(known.values())))
+    return result
+
+
 def bake_weights(model: Model) -> Model:
     """A model whose slots are constants: their inputs are gone, their weights stay."""
     return _with_swappable(model, swappable=False)
@@ -171,7 +269,15 @@ def _with_swappable(model: Model, *, swappable: bool) -> Model:
         slots.append(replace(slot, swappable=swappable, bottleneck=size))
         if swappable:
             result.proto.graph.input.extend(_declaration(slots[-1], p) for p in slot.parts)
-    write_manifest(result.proto, replace(manifest, slots=tuple(slots)))
+    drop_named(result.proto.graph.input, {weight.name for weight in manifest.weights})
+    tensors = {tensor.name: tensor for tensor in result.proto.graph.initializer}
+    for weight in manifest.weights if swappable else ():
+        tensor = tensors[weight.name]
+        result.proto.graph.input.append(
+            helper.make_tensor_value_info(weight.name, tensor.data_type, list(tensor.dims))
+        )
+    weights = tuple(replace(weight, swappable=swappable) for weight in manifest.weights)
+    write_manifest(result.proto, replace(manifest, slots=tuple(slots), weights=weights))
     return result
 
 
@@ -179,18 +285,18 @@ def drop_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
     """Take the weights of slots out of a model, in place."""
     slots = tuple(slots)
     _drop_inputs(proto, slots)
-    _drop(proto.graph.initializer, _weight_names(slots))
+    drop_named(proto.graph.initializer, _weight_names(slots))
 
 
 def _drop_inputs(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
-    _drop(proto.graph.input, _weight_names(slots))
+    drop_named(proto.graph.input, _weight_names(slots))
 
 
 def _weight_names(slots: Iterable[Slot]) -> set[str]:
     return {slot.weight(part) for slot in slots for part in slot.parts}
 
 
-def _drop(items: Any, names: set[str]) -> None:
+def drop_named(items: Any, names: set[str]) -> None:
     """Delete the items with these names, a run of neighbours at a time."""
     doomed = [item.name in names for item in items]
     end = len(doomed)

@@ -18,6 +18,11 @@ KEY = "onnx_adapt"
 FORMAT = 1
 
 
+def weight_name(slot: str, part: str) -> str:
+    """The name of one weight of a slot in a model, in a file, and as an input."""
+    return f"adapter.{slot}.{part}"
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """Nodes inserted at one site, with weights of their own.
@@ -38,12 +43,15 @@ class Slot:
         rank: Number of axes of the tensor if the axis is 1, else 0.
         activation: Name of the activation between the projections.
         parts: Names of the weights, in the order of the formula.
+        plus: A tensor that is added to the source before anything else, or ''.
         norm: Output tensor of a normalisation of the base that is re-applied to the
             source, or ''.
         norm_after: What the slot's own normalisation wraps: `term`, `sum` or ''.
         module: PyTorch module path of the site, or ''.
         swappable: Whether the weights can be fed at inference time.
         bottleneck: Inner size if it is fixed; 0 if each adapter brings its own.
+        window: For a convolution that looks at more than one position: kernel, strides,
+            pads and dilations of the down-projection, one after the other; else empty.
     """
 
     name: str
@@ -60,20 +68,41 @@ class Slot:
     rank: int
     activation: str
     parts: tuple[str, ...]
+    plus: str
     norm: str
     norm_after: str
     module: str
     swappable: bool
     bottleneck: int
+    window: tuple[int, ...] = ()
 
     def weight(self, part: str) -> str:
         """The name of one weight in the model, and of the input that feeds it."""
-        return f"adapter.{self.name}.{part}"
+        return weight_name(self.name, part)
 
     @property
     def symbol(self) -> str:
         """The symbolic dimension of the bottleneck: each slot has its own."""
         return f"r_{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWeight:
+    """A weight of the base that adapters may replace: a trained head, a bias.
+
+    Attributes:
+        name: Its name in the model, and of the input that feeds it.
+        original: The base's name for it.
+        copied: Whether it is a copy, and the original is still there.
+        swappable: Whether it can be fed at inference time.
+        trained: Whether the value in the model is an adapter's, not the base's.
+    """
+
+    name: str
+    original: str
+    copied: bool
+    swappable: bool
+    trained: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +115,7 @@ class Manifest:
         canonical: Whether the base can come back byte for byte.
         inlined: Whether model-local functions were inlined before insertion.
         slots: The slots, in order of insertion.
+        weights: Weights of the base that adapters may replace.
     """
 
     fingerprint: str
@@ -93,6 +123,7 @@ class Manifest:
     canonical: bool
     inlined: bool
     slots: tuple[Slot, ...]
+    weights: tuple[OpenWeight, ...] = ()
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -121,6 +152,7 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
             canonical=_typed(base["canonical"], bool),
             inlined=_typed(base["inlined"], bool),
             slots=slots,
+            weights=tuple(_read_weight(item) for item in data["weights"]),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ManifestError):
@@ -146,11 +178,20 @@ _KINDS = {"int": int, "str": str, "bool": bool}
 def _read_slot(item: dict[str, Any]) -> Slot:
     values: dict[str, Any] = {}
     for field in fields(Slot):
-        if field.name == "parts":
-            values["parts"] = tuple(_typed(part, str) for part in item["parts"])
+        if field.name in ("parts", "window"):
+            kind = str if field.name == "parts" else int
+            values[field.name] = tuple(_typed(value, kind) for value in item[field.name])
         else:
             values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
     return Slot(**values)
+
+
+def _read_weight(item: dict[str, Any]) -> OpenWeight:
+    name, original = _typed(item["name"], str), _typed(item["original"], str)
+    copied, swappable, trained = (
+        bool(_typed(item[flag], bool)) for flag in ("copied", "swappable", "trained")
+    )
+    return OpenWeight(name, original, copied, swappable, trained)
 
 
 def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
@@ -169,6 +210,7 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             "inlined": manifest.inlined,
         },
         "slots": [asdict(slot) for slot in manifest.slots],
+        "weights": [asdict(weight) for weight in manifest.weights],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     proto.metadata_props.add(key=KEY, value=text)

@@ -89,6 +89,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         rank=(site.rank or 0) if site.axis == 1 else 0,
         activation=recipe.activation,
         parts=recipe.parts,
+        plus="",
         norm=_norm_tensor(survey, site, recipe.norm),
         norm_after=recipe.norm_after,
         module=site.module or "",

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.compare import movement
 from onnx_adapt.errors import SlotError
 from onnx_adapt.feeds import Feeds
+from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph import FLOATS, index_model
-from onnx_adapt.initializers import fill_weights, open_weights, read_weights
-from onnx_adapt.manifest import Slot, read_manifest
+from onnx_adapt.initializers import (
+    close_base_weights,
+    fill_weights,
+    open_weights,
+    read_weights,
+)
+from onnx_adapt.manifest import Slot, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.runtime import Runner, Values, as_arrays
-from onnx_adapt.slot import Norm, neutral_weights, part_shape, slot_value
+from onnx_adapt.oracle import Norm, slot_value
+from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.slot import bottleneck_axis, fan_in, neutral_weights, part_shape
 from onnx_adapt.taps import Tap, Tapper
 
 _SIZES = (1, 8, 64)
@@ -32,8 +39,8 @@ _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 def neutral_model(model: Model) -> Model:
     """The model with every slot off; the model itself if its slots are off already."""
-    manifest = read_manifest(model.proto)
-    slots = manifest.slots if manifest else ()
+    manifest = required_manifest(model)
+    slots = manifest.slots
     stored = read_weights(model, slots)
     changed: dict[str, Mapping[str, Array]] = {}
     for slot in slots:
@@ -41,13 +48,21 @@ def neutral_model(model: Model) -> Model:
         if not _is_neutral(weights):
             size = slot.bottleneck or 0
             changed[slot.name] = neutral_weights(slot, size)
-    return fill_weights(model, changed) if changed else model
+    result = fill_weights(model, changed) if changed else model
+    trained = [weight for weight in manifest.weights if weight.trained]
+    if trained:
+        result = result.copy() if result is model else result
+        close_base_weights(result.proto, trained)
+        rest = tuple(weight for weight in manifest.weights if not weight.trained)
+        write_manifest(result.proto, replace(manifest, weights=rest))
+    return result
 
 
 def _is_neutral(weights: Mapping[str, Array]) -> bool:
     """Whether a slot with these weights gives its target."""
     ones = [weights[part] for part in ("scale",) if part in weights]
-    zeros = [weights[part] for part in ("up", "up_bias", "after_bias") if part in weights]
+    silent = ("up", "up_bias", "after_bias", "f_up", "f_up_bias", "g_up", "g_up_bias")
+    zeros = [weights[part] for part in silent if part in weights]
     return all(np.all(w == 1) for w in ones) and all(not np.any(w) for w in zeros)
 
 
@@ -64,6 +79,7 @@ class _SlotTaps:
     target: Tap
     source: Tap
     output: Tap
+    plus: Tap
 
 
 class Probe:
@@ -93,12 +109,14 @@ class Probe:
         for slot in slots:
             home = index.views[slot.graph].home(slot.source)
             elem_type = _ELEM_TYPES[slot.dtype]
+            read = index.views[slot.graph].type_of(slot.source).elem_type or elem_type
             places = (
-                (slot.graph, slot.inner),
-                (home.scope.path if home else slot.graph, slot.source),
-                (slot.graph, slot.output),
+                (slot.graph, slot.inner, elem_type),
+                (home.scope.path if home else slot.graph, slot.source, read),
+                (slot.graph, slot.output, elem_type),
+                (slot.graph, slot.plus or slot.inner, elem_type),
             )
-            taps = [tapper.tap(path, tensor, elem_type) for path, tensor in places]
+            taps = [tapper.tap(*place) for place in places]
             if not all(taps):
                 raise SlotError(
                     f"slot {slot.name!r} is inside an operator that hides its tensors"
@@ -167,9 +185,9 @@ class Probe:
             if error is not None:
                 seen = found[slot.name]
                 seen.error = error if seen.error is None else _worse(seen.error, error)
-                if "down_bias" in slot.parts or "up" in slot.parts:
-                    axis = 1 if slot.axis == 1 else 0
-                    seen.bottlenecks.add(weights[slot.name]["up"].shape[axis])
+                for part, value in weights[slot.name].items():
+                    axis = bottleneck_axis(slot, part)
+                    seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
 
     def _error(self, slot: Slot, got: Values, weights: Mapping[str, Array]) -> float | None:
         taps = self._taps[slot.name]
@@ -181,7 +199,9 @@ class Probe:
             source = sources[step[: taps.source.depth]]
             if target.size == 0:
                 continue
-            oracle = slot_value(slot, target, source, weights, self._norms.get(slot.name))
+            plus = got[taps.plus.output][step] if slot.plus else None
+            norm = self._norms.get(slot.name)
+            oracle = slot_value(slot, target, source, weights, norm, plus)
             scale = max(float(np.abs(oracle).max(initial=0.0)), 1e-30)
             off = np.abs(outputs[step].astype(np.float64) - oracle).max(initial=0.0)
             error = float(off) / scale
@@ -196,11 +216,11 @@ class Probe:
         weights = {}
         for part in slot.parts:
             draw = self._rng.standard_normal(part_shape(slot, part, size))
-            if part == "down":
-                draw *= 1 / (source * np.sqrt(slot.source_width))
-            elif part in ("up", "up_bias"):
+            if part in ("down", "f_down", "g_down"):
+                draw *= 1 / (source * np.sqrt(fan_in(slot, part)))
+            elif part.endswith(("up", "up_bias")):
                 draw *= 0.5 * strength * target / np.sqrt(max(size, 1))
-            elif part in ("scale", "gain", "norm_weight", "after_weight"):
+            elif part in ("scale", "gain", "norm_weight", "after_weight", "switch"):
                 draw = 1 + 0.3 * draw
             weights[part] = draw.astype(DTYPES[slot.dtype])
         return weights
@@ -239,23 +259,3 @@ def _typical(value: Array) -> float:
 def _worse(a: float, b: float) -> float:
     """The larger error; NaN is the largest."""
     return b if not b <= a else a
-
-
-def movement(still: Values, got: Values) -> float:
-    """The largest change of any output relative to its largest value."""
-    worst = 0.0
-    for name, value in still.items():
-        for a, b in zip(as_arrays(value), as_arrays(got[name]), strict=False):
-            worst = max(worst, _change(a, b))
-    return worst
-
-
-def _change(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    if a.shape != b.shape or a.dtype.kind not in "fiubV":
-        return 0.0 if np.array_equal(a, b) else 1.0
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if np.array_equal(x, y, equal_nan=True):
-        return 0.0
-    scale = max(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)), 1e-6)
-    off = np.abs(np.nan_to_num(x) - np.nan_to_num(y))
-    return max(float(off.max(initial=0.0)) / scale, 1e-12)

@@ -1,9 +1,4 @@
-"""Insert slots into a model and take them out again.
-
-A slot goes in by a rename: the producer's output gets a new name and the slot's output
-the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
-recorded types and the order of nodes all stay right.
-"""
+"""Insert slots into a model and take them out again."""
 
 from __future__ import annotations
 
@@ -15,22 +10,30 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from onnx_adapt import external_data, walk
+from onnx_adapt import external_data
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.checkpoints import Checkpoint
 from onnx_adapt.errors import RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graph import ModelIndex, default_opset, slot_of
-from onnx_adapt.initializers import add_weights, check_weights, drop_weights
-from onnx_adapt.manifest import Manifest, Slot, read_manifest, write_manifest
+from onnx_adapt.graft import manifest_of, put_in, take_out
+from onnx_adapt.graph import index_model
+from onnx_adapt.initializers import (
+    Opening,
+    check_model_weights,
+    close_base_weights,
+    drop_weights,
+    open_base_weights,
+    tensor_of,
+)
+from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
-from onnx_adapt.plan import Recipe, free_name, norm_node, plan_slot, reserved_names
+from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
 from onnx_adapt.sites import survey_model
-from onnx_adapt.slot import PARTS, check_slot, fresh_weights, neutral_weights, slot_nodes
+from onnx_adapt.slot import PARTS, bottleneck_of, fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
-
-_OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ _log = logging.getLogger(__name__)
 def insert(
     model: Model,
     *,
-    after: str | Sequence[str],
+    after: str | Sequence[str] = (),
+    checkpoint: Checkpoint | None = None,
     activation: str = "relu",
     bias: bool = False,
     parts: Sequence[str] = ("down", "up"),
@@ -59,6 +63,9 @@ def insert(
     Args:
         model: The model; it is left as it was.
         after: Addresses, node names, tensors, module paths or globs.
+        checkpoint: Insert the slots of a trained checkpoint instead, from
+            `load_checkpoint`; of the other arguments only `baked` applies, and puts the
+            trained weights in.
         activation: One of `onnx_adapt.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.PARTS`.
@@ -83,6 +90,10 @@ def insert(
         >>> [slot.width for slot in oa.list_slots(adapted)]
         [64]
     """
+    if checkpoint is not None:
+        if after:
+            raise SiteError("a checkpoint brings its own places", hint="leave out `after`")
+        return _insert_checkpoint(model, checkpoint, baked=baked)
     if bottleneck is not None and bottleneck < 1:
         raise SlotError(
             f"a bottleneck of {bottleneck} is not possible", hint="give 1 or more, e.g. 64"
@@ -113,12 +124,7 @@ def _part_order(part: str) -> tuple[int, str]:
 def _insert(
     model: Model, names: list[str], recipe: Recipe, *, inline_functions: bool
 ) -> Model:
-    known = read_manifest(model.proto)
-    if known is None:
-        ir_version = model.proto.ir_version
-        inlined = inline_functions and bool(model.proto.functions)
-        known = Manifest(fingerprint(model), ir_version, model.canonical, inlined, ())
-    check_weights(model.proto, known.slots)
+    known = manifest_of(model, inlined=inline_functions and bool(model.proto.functions))
     result = inline_model(model) if inline_functions else model.copy()
     survey = survey_model(result)
     resolution = resolve(survey, names)
@@ -130,18 +136,44 @@ def _insert(
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
-    opset = default_opset(result.proto)
-    for slot in slots:
-        check_slot(slot, opset)
-    before = _place(survey.index, slots, known.slots, opset)
     rng = np.random.default_rng(recipe.seed)
-    for slot in slots:
-        size = slot.bottleneck
-        weights = fresh_weights(slot, size, rng) if size else neutral_weights(slot)
-        add_weights(result.proto, slot, weights)
-    result.proto.ir_version = max(result.proto.ir_version, _OLDEST_IR)
-    write_manifest(result.proto, replace(known, slots=before))
-    return result
+    weights = {
+        slot.name: fresh_weights(slot, slot.bottleneck, rng)
+        if slot.bottleneck
+        else neutral_weights(slot)
+        for slot in slots
+    }
+    return put_in(result, survey.index, known, slots, weights)
+
+
+def _insert_checkpoint(model: Model, checkpoint: Checkpoint, *, baked: bool) -> Model:
+    """Insert the slots that a trained checkpoint needs."""
+    known = manifest_of(model)
+    if checkpoint.base != known.fingerprint:
+        raise SlotError(
+            "the checkpoint was loaded for another model", hint="load it for this one"
+        )
+    result = model.copy()
+    adapter = checkpoint.adapter
+    openings = [_baked_opening(o, adapter) if baked else o for o in checkpoint.openings]
+    index = index_model(result)
+    slots = [
+        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.name]))
+        if baked
+        else s
+        for s in checkpoint.slots
+    ]
+    weights = {s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in slots}
+    open_base_weights(result.proto, openings)
+    opened = (*known.weights, *(opening.weight for opening in openings))
+    return put_in(result, index, replace(known, weights=opened), slots, weights)
+
+
+def _baked_opening(opening: Opening, adapter: Adapter) -> Opening:
+    """The trained value as a constant; the base's stays beside it, for `remove`."""
+    weight = replace(opening.weight, copied=True, swappable=False, trained=True)
+    value = tensor_of(weight.name, adapter.replaced[weight.name])
+    return replace(opening, weight=weight, default=value)
 
 
 def inline_model(model: Model) -> Model:
@@ -155,51 +187,6 @@ def inline_model(model: Model) -> Model:
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the functions of {model.label} cannot be inlined: {error}") from error
     return replace(model, proto=proto)
-
-
-def _place(
-    index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
-) -> tuple[Slot, ...]:
-    """Put the nodes of new slots into the graphs, in place.
-
-    Returns:
-        All slots of the model; one that another was stacked on has a new output name.
-    """
-    outputs = {(slot.graph, slot.output): slot for slot in known}
-    for path, view in index.views.items():
-        here = [slot for slot in slots if slot.graph == path]
-        if not here:
-            continue
-        maker: dict[str, onnx.NodeProto] = {}
-        added: dict[int, list[onnx.NodeProto]] = {}
-        for slot in here:
-            position = view.producers[slot.tensor]
-            producer = maker.get(slot.tensor, view.nodes[position])
-            rename_output(producer, slot.tensor, slot.inner)
-            below = outputs.pop((path, slot.tensor), None)
-            if below is not None:
-                outputs[path, slot.inner] = replace(below, output=slot.inner)
-            nodes = slot_nodes(slot, opset, norm_node(view, slot))
-            maker[slot.tensor] = nodes[-1]
-            outputs[path, slot.tensor] = slot
-            added.setdefault(position, []).extend(nodes)
-        merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
-        _set_nodes(view.scope.graph, merged)
-    order = {slot.name: i for i, slot in enumerate((*known, *slots))}
-    return tuple(sorted(outputs.values(), key=lambda slot: order[slot.name]))
-
-
-def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
-def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
-    """Give one output of a node another name."""
-    for i, name in enumerate(node.output):
-        if name == old:
-            node.output[i] = new
 
 
 def list_slots(model: Model) -> tuple[Slot, ...]:
@@ -241,54 +228,19 @@ def remove(model: Model, *, slots: Sequence[str] | None = None) -> Model:
     for name in slots or ():
         if name not in by_name:
             raise SlotError(f"no slot is called {name!r}", hint=f"slots: {', '.join(by_name)}")
-    check_weights(model.proto, manifest.slots)
+    check_model_weights(model.proto, manifest)
     doomed = set(by_name if slots is None else slots)
     result = model.copy()
-    kept = _take_out(result.proto, manifest.slots, doomed)
+    kept = take_out(result.proto, manifest.slots, doomed)
     drop_weights(result.proto, [by_name[name] for name in doomed])
     if kept:
         write_manifest(result.proto, replace(manifest, slots=kept))
         return result
+    close_base_weights(result.proto, manifest.weights)
     write_manifest(result.proto, None)
     result.proto.ir_version = manifest.ir_version
     payloads = external_data.move_in(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
-
-
-def _take_out(
-    proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
-) -> tuple[Slot, ...]:
-    """Delete the nodes of slots and reconnect what was around them, in place."""
-    current = {slot.name: slot for slot in slots}
-    for scope in walk.scopes(proto.graph):
-        present = {slot_of(node) for node in scope.graph.node} & doomed
-        if not present:
-            continue
-        # In order of insertion, so that of stacked slots the innermost goes first.
-        here = [slot.name for slot in slots if slot.name in present]
-        nodes = [node for node in scope.graph.node if slot_of(node) not in here]
-        makers = {name: node for node in nodes for name in node.output}
-        for name in here:
-            gone = current.pop(name)
-            if gone.inner not in makers:
-                raise _damaged(gone)
-            rename_output(makers[gone.inner], gone.inner, gone.output)
-            makers[gone.output] = makers[gone.inner]
-            for other in current.values():
-                if other.graph == gone.graph and other.output == gone.inner:
-                    current[other.name] = replace(other, output=gone.output)
-                    break
-        _set_nodes(scope.graph, nodes)
-    if left := doomed & set(current):
-        raise _damaged(current[min(left)])
-    return tuple(current.values())
-
-
-def _damaged(slot: Slot) -> SlotError:
-    return SlotError(
-        f"slot {slot.name!r} is damaged: its nodes are not where they were inserted",
-        hint="another tool rewrote the graph; start from the base model",
-    )
 
 
 def base_notes(adapted: Model, result: Model) -> list[str]:

@@ -1,18 +1,21 @@
-"""The formula of a slot, twice: as ONNX nodes, and as the float64 oracle.
+"""The formula of a slot as ONNX nodes; `oracle.py` beside it has it in float64 numpy.
 
-    target' = scale * target + gain * (act(norm(source) @ down + down_bias) @ up + up_bias)
+    read    = norm(source)
+    target' = scale * target + gain * (act(read @ down + down_bias) @ up + up_bias)
 
 A part that is absent emits no node, so the plain slot is MatMul -> Relu -> MatMul -> Add
 (Houlsby et al., 2019, https://arxiv.org/abs/1902.00751). A `gate` multiplies the
 adapter's term by the mean of a sigmoid over the sequence, and `norm_after` normalises the
 term or the sum (AdapterHub `adapters` 1.3). On a channel axis the projections are 1x1
-convolutions, with weights in Conv's own layout.
+convolutions, with weights in Conv's own layout. AdapterHub's other residuals have parts
+too: where the slot reads the sum of its target and another tensor, `plus`, the terms
+`residual * plus` and `skip * read` are added; `switch` turns a `norm_after` of the sum on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -25,36 +28,20 @@ from onnx_adapt.manifest import Slot
 PARTS = (
     *("down", "up", "down_bias", "up_bias", "scale", "gain"),
     *("norm_weight", "norm_bias", "gate", "gate_bias", "after_weight", "after_bias"),
+    *("residual", "skip", "switch"),
+    *("table", "f_down", "f_down_bias", "f_up", "f_up_bias"),
+    *("g_down", "g_down_bias", "g_up", "g_up_bias"),
 )
-"""Every weight a slot can have."""
+"""Every weight a slot can have. `table` stands in for `down` where the source is ids; `f_`
+and `g_` are the two networks of a NICE coupling (Dinh et al., 2014), the one slot of
+another shape: `y1 = x1 + f(x2); y2 = x2 + g(y1)` on the halves of the target."""
+
+COUPLING = PARTS[PARTS.index("f_down") :]
 
 EPSILON = 1e-5
 """Epsilon of a slot's own LayerNorms (torch.nn.LayerNorm's default)."""
 
 _CHANNEL_PARTS = frozenset(PARTS[:6])
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A normalisation over the last axis.
-
-    Attributes:
-        weight: `(width,)`.
-        bias: `(width,)` or None.
-        epsilon: Added to the variance.
-        centred: False for RMSNorm, which leaves the mean in.
-    """
-
-    weight: Array
-    bias: Array | None = None
-    epsilon: float = EPSILON
-    centred: bool = True
-
-    def __call__(self, x: Array) -> Array:
-        """Normalise `(..., width)` in float64."""
-        x = x - x.mean(-1, keepdims=True) if self.centred else x
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.weight
-        return x if self.bias is None else x + self.bias
 
 
 def check_slot(slot: Slot, opset: int) -> None:
@@ -71,22 +58,32 @@ def check_slot(slot: Slot, opset: int) -> None:
         )
     if unknown := parts - set(PARTS):
         raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
+    if parts & set(COUPLING):
+        if parts != set(COUPLING) or slot.width % 2 or slot.axis == 1 or opset < 11:
+            raise SlotError(
+                f"slot {slot.name!r}: a coupling has all of {', '.join(COUPLING)}, an even "
+                "width on the last axis, and needs opset 11"
+            )
+        return
+    first = "table" if "table" in parts else "down"
     needs = {"down_bias": "down", "up_bias": "up", "gain": "up", "norm_weight": "down"}
-    needs |= {"up": "down", "down": "up", "norm_bias": "norm_weight", "gate": "up"}
+    needs |= {"up": first, first: "up", "norm_bias": "norm_weight", "gate": "down"}
     needs |= {"gate_bias": "gate", "after_weight": "up", "after_bias": "after_weight"}
     for part in slot.parts:
         if needs.get(part, part) not in parts:
             raise SlotError(f"part {part!r} of a slot needs {needs[part]!r}")
+    if {"table", "down"} <= parts:
+        raise SlotError(f"slot {slot.name!r} has both 'table' and 'down'")
     if not parts:
         raise SlotError(f"slot {slot.name!r} has no parts")
-    if bool(slot.norm_after) != ("after_weight" in parts) or (
-        slot.norm and "down" not in parts
-    ):
-        raise SlotError(f"slot {slot.name!r}: a normalisation does not fit its parts")
-    if slot.norm_after == "sum" and slot.swappable:
-        raise SlotError(
-            "a normalisation of the sum cannot be switched off", hint="insert it --baked"
-        )
+    fits = (
+        bool(slot.norm_after) == ("after_weight" in parts)
+        and (slot.norm_after == "sum") == ("switch" in parts)
+        and ("down" in parts or not slot.norm)
+        and (bool(slot.plus) or "residual" not in parts)
+    )
+    if not fits:
+        raise SlotError(f"slot {slot.name!r}: its parts do not fit its form")
     if slot.axis == 1 and (parts - _CHANNEL_PARTS or slot.norm):
         raise SlotError("norm and gate are defined on the last axis, not on channels")
     if opset < 7:
@@ -104,8 +101,14 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
     """
     wide, source, r = slot.width, slot.source_width, bottleneck
     ones = (1,) * (slot.rank - 2) if slot.axis == 1 else ()
+    kernel = slot.window[: len(ones)] or ones
+    half = wide // 2
+    if part in COUPLING:
+        ends = {"down": (half, r), "down_bias": (r,), "up": (r, half), "up_bias": (half,)}
+        return ends[part[2:]]
     shapes: dict[str, tuple[int, ...]] = {
-        "down": (r, source, *ones) if slot.axis == 1 else (source, r),
+        "down": (r, source, *kernel) if slot.axis == 1 else (source, r),
+        "table": (source, r),
         "up": (wide, r, *ones) if slot.axis == 1 else (r, wide),
         "down_bias": (r,),
         "up_bias": (wide,),
@@ -114,7 +117,7 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
         "norm_weight": (source,),
         "norm_bias": (source,),
         "gate": (source, 1),
-        "gate_bias": (1,),
+        **dict.fromkeys(("gate_bias", "residual", "skip", "switch"), (1,)),
         "after_weight": (wide,),
         "after_bias": (wide,),
     }
@@ -123,8 +126,18 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
 
 def bottleneck_axis(slot: Slot, part: str) -> int | None:
     """The axis of a weight that is the bottleneck, or None."""
-    axes = {"down": 0, "up": 1} if slot.axis == 1 else {"down": 1, "up": 0}
-    return {**axes, "down_bias": 0}.get(part)
+    axes = {"down": 0, "up": 1} if slot.axis == 1 else {"down": 1, "up": 0, "table": 1}
+    return {**axes, "down_bias": 0}.get(part[2:] if part in COUPLING else part)
+
+
+def bottleneck_of(slot: Slot, weights: Mapping[str, Array]) -> int:
+    """The inner size that weights bring to a slot; 0 if the slot has none."""
+    sizes = [
+        value.shape[axis]
+        for part, value in weights.items()
+        if (axis := bottleneck_axis(slot, part)) is not None
+    ]
+    return sizes[0] if sizes else 0
 
 
 def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
@@ -144,11 +157,17 @@ def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict
     +-1/sqrt(fan_in).
     """
     weights = neutral_weights(slot, bottleneck)
-    if "down" in weights:
-        bound = slot.source_width**-0.5
-        drawn = rng.uniform(-bound, bound, weights["down"].shape)
-        weights["down"] = drawn.astype(weights["down"].dtype)
+    for part in ("down", "table", "f_down", "g_down"):
+        if part in weights:
+            bound = fan_in(slot, part) ** -0.5
+            drawn = rng.uniform(-bound, bound, weights[part].shape)
+            weights[part] = drawn.astype(weights[part].dtype)
     return weights
+
+
+def fan_in(slot: Slot, part: str) -> int:
+    """How many numbers each output of a projection sums up."""
+    return 1 if part == "table" else math.prod(part_shape(slot, part, 1))
 
 
 def slot_nodes(
@@ -162,50 +181,119 @@ def slot_nodes(
         norm: The base's normalisation node that `slot.norm` means.
     """
     emit = Emitter(f"adapter.{slot.name}", opset, slot.dtype)
+    if "f_down" in slot.parts:
+        _emit_coupling(emit, slot)
+        return _marked(emit, slot)
     w = {part: slot.weight(part) for part in slot.parts}
-    out = emit.node("Mul", slot.inner, w["scale"], label="scaled") if "scale" in w else ""
-    if "down" in w:
-        term = _emit_term(emit, slot, w, norm)
-        out = emit.node("Add", out or slot.inner, term, label="sum")
+    out = slot.inner
+    if "scale" in w:
+        out = emit.node("Mul", out, w["scale"], label="scaled")
+    if "residual" in w:
+        out = emit.node("Add", out, emit.node("Mul", slot.plus, w["residual"]))
+    if "up" in w:
+        read = _emit_read(emit, slot, norm)
+        if "skip" in w:
+            out = emit.node("Add", out, emit.node("Mul", read, w["skip"]))
+        out = emit.node("Add", out, _emit_term(emit, slot, w, read), label="sum")
     if slot.norm_after == "sum":
-        out = _emit_norm(emit, out, w["after_weight"], w.get("after_bias", ""), "after")
+        after = _emit_norm(emit, out, w["after_weight"], w.get("after_bias", ""), "after")
+        change = emit.node("Mul", emit.node("Sub", after, slot.inner), w["switch"])
+        emit.node("Add", slot.inner, change, label="switched")
+    return _marked(emit, slot)
+
+
+def _marked(emit: Emitter, slot: Slot) -> list[onnx.NodeProto]:
     emit.nodes[-1].output[0] = slot.output
     for node in emit.nodes:
         node.metadata_props.add(key=SLOT_KEY, value=slot.name)
     return emit.nodes
 
 
-def _emit_term(
-    emit: Emitter, slot: Slot, w: dict[str, str], norm: onnx.NodeProto | None
-) -> str:
-    x = slot.source
-    if norm is not None:
-        again = onnx.NodeProto()
-        again.CopyFrom(norm)
-        again.name = f"{emit.prefix}/norm"
-        again.input[0] = x
-        del again.output[1:], again.metadata_props[:]
-        again.output[0] = x = again.name
-        emit.nodes.append(again)
+def _emit_read(emit: Emitter, slot: Slot, norm: onnx.NodeProto | None) -> str:
+    """What the adapter reads: the source, plus what is added to it, normalised."""
+    x = emit.node("Add", slot.source, slot.plus, label="read") if slot.plus else slot.source
+    if norm is None:
+        return x
+    again = onnx.NodeProto()
+    again.CopyFrom(norm)
+    again.name = f"{emit.prefix}/norm"
+    again.input[0] = x
+    del again.output[1:], again.metadata_props[:]
+    again.output[0] = again.name
+    emit.nodes.append(again)
+    return str(again.name)
+
+
+def _emit_term(emit: Emitter, slot: Slot, w: dict[str, str], read: str) -> str:
+    x = read
     if "norm_weight" in w:
         x = _emit_norm(emit, x, w["norm_weight"], w.get("norm_bias", ""), "norm_own")
-    x = _emit_projection(emit, slot, x, w["down"], w.get("down_bias", ""), "down")
+    if "table" in w:
+        x = emit.node("Gather", w["table"], x, label="down")
+    else:
+        window = _window_attributes(slot)
+        x = _emit_projection(emit, x, w["down"], w.get("down_bias", ""), "down", slot, window)
     x = ACTIVATIONS[slot.activation][0](emit, x)
-    x = _emit_projection(emit, slot, x, w["up"], w.get("up_bias", ""), "up")
+    x = _emit_projection(emit, x, w["up"], w.get("up_bias", ""), "up", slot, {})
     if "gain" in w:
         x = emit.node("Mul", x, w["gain"], label="gained")
     if "gate" in w:
-        x = emit.node("Mul", x, _emit_gate(emit, slot.source, w), label="gated")
+        x = emit.node("Mul", x, _emit_gate(emit, read, w), label="gated")
     if slot.norm_after == "term":
         x = _emit_norm(emit, x, w["after_weight"], w.get("after_bias", ""), "after")
     return x
 
 
+def _window_attributes(slot: Slot) -> dict[str, list[int]]:
+    """The window of a slot as attributes of Conv; empty for a 1x1 projection."""
+    n = slot.rank - 2
+    if not slot.window:
+        return {}
+    kernel, strides, rest = slot.window[:n], slot.window[n : 2 * n], slot.window[2 * n :]
+    names = ("kernel_shape", "strides", "pads", "dilations")
+    values = (kernel, strides, rest[: 2 * n], rest[2 * n :])
+    return {name: list(value) for name, value in zip(names, values, strict=True)}
+
+
+def _emit_coupling(emit: Emitter, slot: Slot) -> None:
+    """The NICE coupling; each network is a projection, the activation, a projection."""
+    half = slot.width // 2
+    halves = [f"{emit.prefix}/half_1", f"{emit.prefix}/half_2"]
+    sizes = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [half, half])
+    if emit.opset < 13:
+        split = onnx.helper.make_node(
+            "Split", [slot.inner], halves, axis=-1, split=[half, half]
+        )
+    else:
+        lengths = emit.node("Constant", label="halves", value=sizes)
+        split = onnx.helper.make_node("Split", [slot.inner, lengths], halves, axis=-1)
+    split.name = f"{emit.prefix}/split"
+    emit.nodes.append(split)
+    first = emit.node("Add", halves[0], _emit_network(emit, slot, halves[1], "f"), label="y1")
+    second = emit.node("Add", halves[1], _emit_network(emit, slot, first, "g"), label="y2")
+    emit.node("Concat", first, second, label="sum", axis=-1)
+
+
+def _emit_network(emit: Emitter, slot: Slot, x: str, which: str) -> str:
+    for part in ("down", "up"):
+        x = emit.node("MatMul", x, slot.weight(f"{which}_{part}"), label=f"{which}_{part}")
+        x = emit.node("Add", x, slot.weight(f"{which}_{part}_bias"))
+        if part == "down":
+            x = ACTIVATIONS[slot.activation][0](emit, x)
+    return x
+
+
 def _emit_projection(
-    emit: Emitter, slot: Slot, x: str, weight: str, bias: str, label: str
+    emit: Emitter,
+    x: str,
+    weight: str,
+    bias: str,
+    label: str,
+    slot: Slot,
+    window: dict[str, list[int]],
 ) -> str:
     if slot.axis == 1:
-        return emit.node("Conv", x, weight, *([bias] if bias else []), label=label)
+        return emit.node("Conv", x, weight, *([bias] if bias else []), label=label, **window)
     x = emit.node("MatMul", x, weight, label=label)
     return emit.node("Add", x, bias, label=f"{label}_biased") if bias else x
 
@@ -238,57 +326,3 @@ def _emit_norm(emit: Emitter, x: str, weight: str, bias: str, label: str) -> str
     deviation = emit.node("Sqrt", emit.node("Add", variance, emit.number(EPSILON)))
     x = emit.node("Mul", emit.node("Div", x, deviation), weight, label=label)
     return emit.node("Add", x, bias) if bias else x
-
-
-def slot_value(
-    slot: Slot,
-    target: Array,
-    source: Array,
-    weights: Mapping[str, Array],
-    norm: Norm | None = None,
-) -> Array:
-    """The oracle: what a slot's output is, in float64.
-
-    Args:
-        slot: The slot.
-        target: `(batch, ..., width)`, or `(batch, width, ...)` on a channel axis.
-        source: The same with `source_width`.
-        weights: The slot's weights by part.
-        norm: The base's normalisation that `slot.norm` means.
-
-    Returns:
-        An array of `target`'s shape.
-    """
-    w = {part: np.asarray(weights[part], np.float64) for part in slot.parts}
-    x, y = source.astype(np.float64), target.astype(np.float64)
-    if slot.axis == 1:
-        x, y = np.moveaxis(x, 1, -1), np.moveaxis(y, 1, -1)
-        w = {part: _flat(part, value) for part, value in w.items()}
-    out = y * w["scale"] if "scale" in w else y
-    if "down" in w:
-        out = out + _term(slot, x, w, norm)
-    if slot.norm_after == "sum":
-        out = Norm(w["after_weight"], w.get("after_bias"))(out)
-    return np.moveaxis(out, -1, 1) if slot.axis == 1 else out
-
-
-def _flat(part: str, value: Array) -> Array:
-    """A Conv-layout weight in the layout of the formula."""
-    flat = value.reshape(value.shape[: 2 if part in ("down", "up") else 1])
-    return flat.T if part in ("down", "up") else flat
-
-
-def _term(slot: Slot, x: Array, w: dict[str, Array], norm: Norm | None) -> Array:
-    gate = x
-    if norm is not None:
-        x = norm(x)
-    if "norm_weight" in w:
-        x = Norm(w["norm_weight"], w.get("norm_bias"))(x)
-    hidden = ACTIVATIONS[slot.activation][1](x @ w["down"] + w.get("down_bias", 0))
-    term = (hidden @ w["up"] + w.get("up_bias", 0)) * w.get("gain", 1)
-    if "gate" in w:
-        opening = ACTIVATIONS["sigmoid"][1](gate @ w["gate"] + w.get("gate_bias", 0))
-        term = term * opening.mean(1, keepdims=True)
-    if slot.norm_after == "term":
-        term = Norm(w["after_weight"], w.get("after_bias"))(term)
-    return term

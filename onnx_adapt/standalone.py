@@ -65,6 +65,7 @@ def build_adapter(
         rank=0,
         activation=activation,
         parts=parts,
+        plus="",
         norm="",
         norm_after="",
         module="",

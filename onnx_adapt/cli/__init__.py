@@ -12,7 +12,10 @@ import click
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, MismatchError
 
-_COMMANDS = ("sites", "insert", "remove", "slots", "verify", "build")
+_COMMANDS = (
+    *("sites", "insert", "remove", "slots", "verify", "check"),
+    *("convert", "fill", "extract", "build"),
+)
 
 
 class _Commands(click.Group):

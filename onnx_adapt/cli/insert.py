@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, print_table, say, tell_saved
+from onnx_adapt.cli.show import file_label, patience, print_json, print_table, say, tell_saved
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 
 if TYPE_CHECKING:
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 @click.option(
     "--after",
     multiple=True,
-    required=True,
     help="Address, node, tensor, module path or glob. Repeatable.",
+)
+@click.option("--adapter", type=click.Path(), help="A PEFT or AdapterHub folder, instead.")
+@click.option("--name", default="", help="What to call that adapter.")
+@click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
+@click.option(
+    "--format",
+    "file_format",
+    default="safetensors",
+    type=click.Choice(["safetensors", "onnx_adapter", "npz"]),
+    help="Of the adapter's file.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
 @click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
@@ -40,6 +49,10 @@ if TYPE_CHECKING:
 def command(
     model: str,
     after: tuple[str, ...],
+    adapter: str | None,
+    name: str,
+    base_weights: str | None,
+    file_format: str,
     output: str | None,
     swappable: bool,
     bottleneck: int | None,
@@ -59,15 +72,25 @@ def command(
     \b
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
       onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
+      onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
+
+    With --adapter, the slots that a trained checkpoint needs, and its weights beside the
+    output as OUTPUT.NAME.safetensors (with --baked inside it).
     """
     import onnx_adapt as oa
 
     path = Path(output) if output else Path(model).with_suffix(".adapted.onnx")
     base = oa.open_model(model)
     before = {slot.name for slot in oa.list_slots(base)}
+    if bool(after) == bool(adapter):
+        raise click.UsageError("give either --after or --adapter")
+    checkpoint = None
+    if adapter:
+        checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
     adapted = oa.insert(
         base,
         after=after,
+        checkpoint=checkpoint,
         activation=activation,
         bias=bias,
         source=source,
@@ -82,10 +105,17 @@ def command(
         saved = oa.save_model(
             adapted, path, overwrite=force, keep_external=keep_external, progress=progress
         )
+        weights = None
+        if checkpoint is not None and swappable:
+            weights = saved.path.with_suffix(
+                f".{file_label(checkpoint.adapter)}.{file_format}"
+            )
+            oa.save_adapter(checkpoint.adapter, weights)
     if as_json:
         print_json(
             {
                 "output": str(saved.path),
+                "adapter": str(weights) if weights else None,
                 "size": saved.size,
                 "data": [str(file) for file in saved.data],
                 "verified": proof is not None,
@@ -95,6 +125,8 @@ def command(
     else:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     _tell(model, base, saved, proof)
+    if weights is not None:
+        say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
 
 
 def _prove(

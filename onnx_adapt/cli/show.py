@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from onnx_adapt import Adapter
     from onnx_adapt.model_file import Saved
 
 _PATIENCE = 1.0
@@ -56,6 +58,11 @@ def size_text(size: int) -> str:
         value /= 1000
         units.pop(0)
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def file_label(adapter: Adapter) -> str:
+    """An adapter's name as a part of a file name: nothing in it leads elsewhere."""
+    return re.sub(r"[^\w.-]+", "_", adapter.name).strip(".") or "adapter"
 
 
 def tell_saved(saved: Saved) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from onnx_adapt.cli.show import print_json, print_table, say
@@ -35,7 +37,8 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
     good = [site for site in sites if site.refused is None]
     say(f"{len(good)} of {len(sites)} can take an adapter")
     if good:
-        say(f"next: onnx-adapt insert {model} --after '{good[0].address}'")
+        name = good[0].module or good[0].node or good[0].address
+        say(f"next: onnx-adapt insert {shlex.quote(model)} --after {shlex.quote(name)}")
 
 
 _ALWAYS = ("address", "op", "width", "dtype", "axis")

@@ -1,0 +1,275 @@
+"""Put one slot at every eligible site of six trained models, and verify each.
+
+Every site of every model gets an insertion of its own: ONNX Runtime runs it with real
+inputs (`onnx_adapt.verify`), then the slot is removed and the base must be back. At the
+end each model takes a slot at all its layers at once. Exit status 1 means a failure.
+
+    python benchmarks/sweep.py --jobs 2
+    python benchmarks/sweep.py --layers --models plcmos smart-turn
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import onnx_adapt as oa
+from onnx_adapt.cli.show import print_table, say
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from fetch_models import fetch
+
+Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]
+MakeFeeds = Callable[[np.random.Generator, int], Feeds]
+
+_FOX = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 1012, 102]
+"""Token ids of a sentence of twelve."""
+
+
+def _sentences(_: np.random.Generator, variant: int) -> Feeds:
+    pair = [[*_FOX[:7], 102], [*_FOX[4:11], 102]]
+    ids = np.array(pair if variant else [_FOX], np.int64)
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def _dnsmos(rng: np.random.Generator, variant: int) -> Feeds:
+    noise = rng.standard_normal((1 + variant, 900, 120)) * 0.2
+    return {"input_1": noise.astype(np.float32)}
+
+
+def _plcmos(rng: np.random.Generator, variant: int) -> Feeds:
+    frames = 75 if variant else 120
+    audio = np.abs(rng.standard_normal((1, 1, frames, 257)))
+    rater = rng.standard_normal((1, 64))
+    return {
+        "degraded_audio": audio.astype(np.float32),
+        "rater_embed": rater.astype(np.float32),
+    }
+
+
+def _silero(rng: np.random.Generator, variant: int) -> Feeds:
+    """Both branches of the model's If: it takes one at 16 kHz and the other at 8 kHz.
+
+    The state is one from the middle of a stream: at its start it is zero, and then the
+    adapters on what is made of it have nothing to read.
+    """
+    rate, length = (8000, 288) if variant else (16000, 576)
+    speech = np.repeat(_voice(length, rate, rng)[None], 1 + variant, 0)
+    state = rng.standard_normal((2, 1 + variant, 128)).astype(np.float32)
+    return {"input": speech, "state": state, "sr": np.array(rate, np.int64)}
+
+
+def _voice(
+    length: int, rate: int, rng: np.random.Generator
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Something like speech: harmonics under an envelope, plus noise. `(length,)`."""
+    time_axis = np.arange(length) / rate
+    pitch = 130 + 20 * np.sin(2 * np.pi * 1.5 * time_axis)
+    phase = 2 * np.pi * np.cumsum(pitch) / rate
+    tone = sum(np.sin(k * phase) / k for k in range(1, 12))
+    envelope = 0.5 + 0.5 * np.sin(2 * np.pi * 3 * time_axis)
+    return (0.1 * tone * envelope + 0.005 * rng.standard_normal(length)).astype(np.float32)
+
+
+def _smart_turn(rng: np.random.Generator, variant: int) -> Feeds:
+    features = (0.5 * rng.standard_normal((1 + variant, 80, 800))).clip(-1, 1.5)
+    return {"input_features": features.astype(np.float32)}
+
+
+MODELS: dict[str, MakeFeeds] = {
+    "dnsmos-p808": _dnsmos,
+    "plcmos": _plcmos,
+    "silero-vad-ifless": _silero,
+    "minilm-l3": _sentences,
+    "minilm-l3-fp16": _sentences,
+    "smart-turn": _smart_turn,
+}
+"""The inputs of each model; variant 0 and 1 have different shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Slots to insert into a model at once."""
+
+    model: str
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a trial.
+
+    Attributes:
+        wrong: What failed; empty if nothing did.
+        still: Slots that move no output for these inputs, and why.
+        error: Largest distance of a slot's output from the formula, or NaN.
+        limit: What the error may be.
+        seconds: Time taken.
+    """
+
+    trial: Trial
+    wrong: tuple[str, ...]
+    still: tuple[str, ...]
+    error: float
+    limit: float
+    seconds: float
+
+
+@functools.cache
+def _open(name: str) -> oa.Model:
+    return oa.open_model(fetch(name))
+
+
+def _feeds(name: str) -> list[Feeds]:
+    return [MODELS[name](np.random.default_rng(0), variant) for variant in (0, 1)]
+
+
+def attempt(trial: Trial) -> Outcome:
+    """Insert, verify and remove. Whatever is raised is an outcome too: the sweep goes on."""
+    started = time.perf_counter()
+    wrong: list[str] = []
+    still: list[str] = []
+    error = limit = math.nan
+    try:
+        base = _open(trial.model)
+        adapted = oa.insert(base, after=trial.places)
+        report = oa.verify(base, adapted, inputs=_feeds(trial.model))
+        wrong, still = _failures(report), _motionless(report)
+        error = max((s.error for s in report.slots if s.error is not None), default=math.nan)
+        limit = max((slot.tolerance for slot in report.slots), default=math.nan)
+        if oa.remove(adapted).proto != base.proto:
+            wrong.append("remove: the base does not come back")
+    except Exception as failure:
+        wrong.append(f"{type(failure).__name__}: {failure}")
+    seconds = time.perf_counter() - started
+    return Outcome(trial, tuple(wrong), tuple(still), error, limit, seconds)
+
+
+def _failures(report: oa.Report) -> list[str]:
+    """The checks that failed, but for a slot that these inputs do not reach or move."""
+    unreached = all(slot.error is None for slot in report.slots)
+    excused = {"effect", "on"} if unreached and report.slots else {"effect"}
+    failed = [check for check in report.checks if not check.passed]
+    return [f"{c.name}: {c.detail}" for c in failed if c.name not in excused]
+
+
+def _motionless(report: oa.Report) -> list[str]:
+    return [
+        f"{slot.name} ({'not reached' if slot.error is None else 'reached'})"
+        for slot in report.slots
+        if not slot.effect
+    ]
+
+
+def run(trials: Sequence[Trial], jobs: int) -> list[Outcome]:
+    """Make all attempts, in processes of their own, and tell how far they are."""
+    outcomes: list[Outcome] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for outcome in pool.map(attempt, trials):
+            outcomes.append(outcome)
+            if len(outcomes) % 50 == 0:
+                say(f"{len(outcomes)} of {len(trials)} done")
+    return outcomes
+
+
+def plan(name: str, *, layers: bool) -> tuple[list[oa.Site], list[Trial]]:
+    """The sites of a model, and the trials: each eligible site, then all layers at once."""
+    found = oa.find_sites(_open(name), all_tensors=not layers)
+    usable = [site for site in found if site.refused is None]
+    trials = [Trial(name, (site.address,)) for site in usable]
+    return found, [*trials, Trial(name, tuple(s.address for s in usable if s.layer))]
+
+
+def _row(name: str, sites: Sequence[oa.Site], outcomes: Sequence[Outcome]) -> list[object]:
+    failed = sum(bool(o.wrong) for o in outcomes)
+    still = sum(bool(o.still) and not o.wrong for o in outcomes)
+    errors = [o for o in outcomes if not math.isnan(o.error)]
+    worst = max(errors, key=lambda o: o.error / o.limit, default=None)
+    return [
+        name,
+        len(sites),
+        sum(site.refused is not None for site in sites),
+        len(outcomes),
+        len(outcomes) - failed - still,
+        still,
+        failed,
+        f"{worst.error:.1e}" if worst else "",
+        f"{worst.limit:.0e}" if worst else "",
+        round(sum(o.seconds for o in outcomes), 1),
+    ]
+
+
+_COLUMNS = (
+    *("model", "sites", "refused", "tried", "passed", "moved nothing", "failed"),
+    *("worst error", "limit", "seconds"),
+)
+
+
+def show(sites: dict[str, list[oa.Site]], outcomes: Sequence[Outcome]) -> None:
+    """Print the tables, then every refusal counted and every other exception named."""
+    single, joint = outcomes[: -len(sites)], outcomes[-len(sites) :]
+    of_model = {name: [o for o in single if o.trial.model == name] for name in sites}
+    rows = [_row(name, found, of_model[name]) for name, found in sites.items()]
+    rows.append(_row("all", [s for found in sites.values() for s in found], single))
+    print_table(_COLUMNS, rows)
+    print("\nall layers of a model at once")
+    print_table(
+        ("model", "slots", "result", "moved nothing", "worst error", "limit", "seconds"),
+        [
+            (
+                *(o.trial.model, len(o.trial.places), "FAILED" if o.wrong else "passed"),
+                *(len(o.still), f"{o.error:.1e}", f"{o.limit:.0e}", round(o.seconds, 1)),
+            )
+            for o in joint
+        ],
+    )
+    reasons = Counter(
+        (name, site.refused.split(";")[0])
+        for name, found in sites.items()
+        for site in found
+        if site.refused
+    )
+    _list("refused", (f"{n} x {model}: {reason}" for (model, reason), n in reasons.items()))
+    _list("moved nothing", (f"{_where(o)}: {', '.join(o.still)}" for o in single if o.still))
+    _list("failed", (f"{_where(o)}: {'; '.join(o.wrong)}" for o in outcomes if o.wrong))
+
+
+def _where(outcome: Outcome) -> str:
+    places = outcome.trial.places
+    return f"{outcome.trial.model} {places[0] if len(places) == 1 else 'all layers at once'}"
+
+
+def _list(title: str, lines: Iterable[str]) -> None:
+    print(f"\n{title}", *(list(lines) or ["none"]), sep="\n  ")
+
+
+def main() -> int:
+    """Run the sweep and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", action="store_true", help="only the outputs of layers")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    options = parser.parse_args()
+    planned = {name: plan(name, layers=options.layers) for name in options.models}
+    trials = [trial for _, (*each, _) in planned.values() for trial in each]
+    trials += [each[-1] for _, each in planned.values()]
+    outcomes = run(trials, options.jobs)
+    show({name: sites for name, (sites, _) in planned.items()}, outcomes)
+    return int(any(outcome.wrong for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""An adapter: the weights for the slots of a model, under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.manifest import weight_name
+
+_PREFIX = "adapter."
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Weights by slot, and weights that stand in for some of the base's own.
+
+    Attributes:
+        name: What the adapter is called.
+        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.part_shape`.
+        replaced: Name of an input -> array: trained heads, biases and the like.
+        activations: Slot -> the activation it was trained with, where known.
+        fingerprint: Identity of the base model, or '' if unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> down, up = np.zeros((8, 2), "float32"), np.zeros((2, 8), "float32")
+        >>> adapter = Adapter("fr", {"fc": {"down": down, "up": up}})
+        >>> sorted(adapter.feeds())
+        ['adapter.fc.down', 'adapter.fc.up']
+    """
+
+    name: str
+    weights: Mapping[str, Mapping[str, Array]]
+    replaced: Mapping[str, Array] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def feeds(self) -> dict[str, Array]:
+        """Every array by the name of the model input that takes it, sorted."""
+        flat = {
+            weight_name(slot, part): array
+            for slot, parts in self.weights.items()
+            for part, array in parts.items()
+        }
+        return dict(sorted({**flat, **self.replaced}.items()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.feeds().values())
+
+
+def adapter_from_tensors(
+    name: str,
+    tensors: Mapping[str, Array],
+    *,
+    activations: Mapping[str, str] | None = None,
+    fingerprint: str = "",
+) -> Adapter:
+    """Sort arrays by input name into slots and replaced weights.
+
+    Raises:
+        AdapterError: If an array has an element type that no slot can have.
+    """
+    allowed = set(DTYPES.values())
+    weights: dict[str, dict[str, Array]] = {}
+    replaced: dict[str, Array] = {}
+    for key, array in sorted(tensors.items()):
+        if array.dtype not in allowed:
+            raise AdapterError(
+                f"tensor {key!r} of adapter {name!r} is {array.dtype}",
+                hint=f"adapters hold {', '.join(DTYPES)}",
+            )
+        slot, dot, part = key.removeprefix(_PREFIX).rpartition(".")
+        if key.startswith(_PREFIX) and dot and slot:
+            weights.setdefault(slot, {})[part] = np.ascontiguousarray(array)
+        else:
+            replaced[key] = np.ascontiguousarray(array)
+    return Adapter(name, weights, replaced, dict(activations or {}), fingerprint)

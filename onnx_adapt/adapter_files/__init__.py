@@ -1,0 +1,77 @@
+"""Adapters as files: `.safetensors`, ONNX Runtime's `.onnx_adapter`, and `.npz`."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.whole_files import write_files
+
+_FORMATS = {
+    ".safetensors": "safetensors_file",
+    ".onnx_adapter": "onnx_adapter_file",
+    ".npz": "npz_file",
+}
+FORMATS = tuple(suffix[1:] for suffix in _FORMATS)
+"""Names of the formats: `safetensors`, `onnx_adapter`, `npz`."""
+
+
+def _format(path: Path) -> ModuleType:
+    if path.suffix not in _FORMATS:
+        raise AdapterError(
+            f"{path.name} is of no known adapter format",
+            hint=f"adapter files end in {', '.join(_FORMATS)}",
+        )
+    return import_module(f"onnx_adapt.adapter_files.{_FORMATS[path.suffix]}")
+
+
+def load_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter file; its suffix tells the format.
+
+    Raises:
+        AdapterError: If the file is missing, damaged or of another kind.
+
+    Example:
+        >>> load_adapter("fr.txt")
+        Traceback (most recent call last):
+        ...
+        onnx_adapt.errors.AdapterError: fr.txt is of no known adapter format
+    """
+    file = Path(path)
+    read = _format(file).read
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise AdapterError(
+            f"cannot read {file}: {error.strerror or error}", hint="check the path"
+        ) from error
+    adapter: Adapter = read(data, file)
+    return adapter
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter file, whole or not at all; its suffix tells the format.
+
+    The same adapter gives the same bytes, every time.
+
+    Raises:
+        AdapterError: If the format cannot hold the adapter.
+        SaveError: If the file cannot be written.
+
+    Example:
+        >>> import numpy as np, tempfile, onnx_adapt as oa
+        >>> down, up = np.zeros((8, 2), "float32"), np.zeros((2, 8), "float32")
+        >>> adapter = oa.Adapter("fr", {"fc": {"down": down, "up": up}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = oa.save_adapter(adapter, folder + "/fr.safetensors")
+        ...     oa.load_adapter(path).name
+        'fr'
+    """
+    file = Path(path).absolute()
+    data: bytes = _format(file).write(adapter, file)
+    write_files([(file, [data])])
+    return file

@@ -1,0 +1,129 @@
+"""Trained checkpoints: what PEFT and AdapterHub save, as slots and weights for a graph."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_adapt.activations import Array
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.cores import cores_by_value, named_parameters, refuse_fused
+from onnx_adapt.checkpoints.edits import Edit, Replacement
+from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
+from onnx_adapt.checkpoints.opening import open_weight
+from onnx_adapt.checkpoints.peft import peft_edits
+from onnx_adapt.checkpoints.placing import Workshop, default_cores, place
+from onnx_adapt.checkpoints.read import Folder, read_folder, read_state_dict
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.fingerprint import fingerprint
+from onnx_adapt.initializers import Opening
+from onnx_adapt.manifest import Slot, read_manifest
+from onnx_adapt.model_file import Model
+from onnx_adapt.plan import reserved_names
+from onnx_adapt.sites import survey_model
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained adapter for one graph: the slots it needs, and the weights for them.
+
+    Attributes:
+        adapter: The weights.
+        slots: The slots, as they are to be inserted.
+        openings: Weights of the base that the adapter replaces.
+        base: Fingerprint of the graph it was placed in.
+    """
+
+    adapter: Adapter
+    slots: tuple[Slot, ...]
+    openings: tuple[Opening, ...]
+    base: str
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    name: str = "",
+    base_weights: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
+
+    Args:
+        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        model: The base, exported without the adapter.
+        name: The adapter's name; by default AdapterHub's, or the folder's.
+        base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
+
+    Raises:
+        CheckpointError: If the method is not supported, or modules are not in the graph.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> folder = "tests/cases/peft_bert_lora_default_ts/adapter"
+        >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
+        4
+    """
+    folder = read_folder(Path(path))
+    edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
+    survey = survey_model(model)
+    refuse_fused(survey)
+    if base_weights is None:
+        cores, known = (
+            default_cores(survey),
+            [*survey.modules.paths, *named_parameters(survey)],
+        )
+    else:
+        found = cores_by_value(model, survey, read_state_dict(Path(base_weights)))
+        cores, known = (lambda module: found.get(module, [])), list(found)
+    edits, names = _map(folder, edits, known)
+    manifest = read_manifest(model.proto)
+    taken = reserved_names(survey.index.names())
+    taken |= {slot.name for slot in manifest.slots} if manifest else set()
+    shop = Workshop(model, survey, cores, names, taken)
+    replaced: dict[str, Array] = {}
+    openings: list[Opening] = []
+    for edit in edits:
+        if isinstance(edit, Replacement):
+            opening, value = open_weight(shop, edit)
+            openings.append(opening)
+            replaced[opening.weight.name] = value
+        else:
+            place(shop, edit)
+    identity = manifest.fingerprint if manifest else fingerprint(model)
+    adapter = Adapter(
+        name or str(folder.config.get("name") or "") or folder.path.resolve().name,
+        shop.weights,
+        replaced,
+        {slot.name: slot.activation for slot in shop.slots},
+        identity,
+    )
+    return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
+
+
+def _map(
+    folder: Folder, edits: list[Edit], known: list[str]
+) -> tuple[list[Edit], Mapping[str, str]]:
+    """Map the modules of all edits; a head that the graph does not have is left out."""
+    wanted = list(dict.fromkeys(edit.module for edit in edits))
+    names = map_modules(wanted, known)
+    head = {key.rpartition(".")[0] for key in folder.head}
+    left_out = sorted(head - set(names))
+    if left_out and any(module in names for module in wanted if module not in head):
+        _log.warning(
+            "left out the head saved beside the adapter: the graph has no %s",
+            ", ".join(left_out),
+        )
+        edits = [edit for edit in edits if edit.module not in left_out]
+        wanted = [module for module in wanted if module not in left_out]
+    refuse_unmapped(wanted, names, known)
+    if not edits:
+        raise CheckpointError(f"{folder.path} asks for nothing")
+    return edits, names

@@ -1,0 +1,105 @@
+"""What a checkpoint asks for, in terms of modules and before any graph is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx_adapt.activations import Array
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """LoRA on one module: `y += scale * (B (A x) + bias)`, and DoRA's rescaling.
+
+    Attributes:
+        module: Path of the Linear, Conv1D, Conv2d or Embedding.
+        a: `(r, in)`; `(r, in, kh, kw)` for Conv2d; `(r, vocabulary)` for Embedding.
+        b: `(out, r)`; trailing ones for Conv2d.
+        scale: alpha / r or what replaces it.
+        bias: `(out,)` or None; inside the scaling.
+        magnitude: DoRA's `(out,)` or None.
+        norm_scale: What multiplies `BA` inside DoRA's norm.
+        scales_bias: Whether DoRA's rescaling covers the module's bias.
+        gate: `(1, in)` and `(1,)` of AdapterHub's gate, or None.
+    """
+
+    module: str
+    a: Array
+    b: Array
+    scale: float
+    bias: Array | None = None
+    magnitude: Array | None = None
+    norm_scale: float = 1.0
+    scales_bias: bool = False
+    gate: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """IA3 on one module: its input or its output is multiplied by a vector.
+
+    Attributes:
+        module: Path of the module.
+        vector: `(in,)` or `(out,)`.
+        on_input: Whether the input is scaled.
+    """
+
+    module: str
+    vector: Array
+    on_input: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A weight of the base that was trained as well.
+
+    Attributes:
+        module: Path of the module.
+        parameter: `weight` or `bias`.
+        value: In PyTorch's layout.
+    """
+
+    module: str
+    parameter: str
+    value: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """A bottleneck adapter around one sub-layer.
+
+    Attributes:
+        module: Path of the sub-layer's output Linear.
+        place: Where the adapter sits: `output` (after the Linear), `residual` (after the
+            residual Add) or `norm` (after the LayerNorm behind it).
+        reads: What it reads: `target`; `residual_input`; `norm` (the target with the
+            LayerNorm behind it applied); `sum` (target plus residual input), `normed_sum`.
+        parts: The slot's weights by part, in the slot's layout.
+        activation: Name in `onnx_adapt.activations`.
+        norm_after: `term`, `sum` or ''.
+    """
+
+    module: str
+    place: str
+    reads: str
+    parts: dict[str, Array]
+    activation: str
+    norm_after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """A NICE coupling on the output of a module (invertible adapters).
+
+    Attributes:
+        module: Path of the embeddings.
+        parts: The slot's weights by part.
+        activation: Name in `onnx_adapt.activations`.
+    """
+
+    module: str
+    parts: dict[str, Array]
+    activation: str
+
+
+Edit = LowRank | Scaling | Replacement | Bottleneck | Coupling

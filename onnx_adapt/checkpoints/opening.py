@@ -1,0 +1,162 @@
+"""Find the weights of the base that a checkpoint replaces: heads, biases, norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.checkpoints.cores import read_weight
+from onnx_adapt.checkpoints.edits import Replacement
+from onnx_adapt.checkpoints.placing import Workshop
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph import FLOATS, GraphView
+from onnx_adapt.initializers import Opening, tensor_of
+from onnx_adapt.layers import KINDS, find_weight
+from onnx_adapt.manifest import OpenWeight
+
+_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One place where a parameter enters the graph.
+
+    Attributes:
+        view: The graph.
+        node: The node that reads it.
+        position: Which input.
+        transposed: Whether the graph has the transpose of PyTorch's layout.
+    """
+
+    view: GraphView
+    node: onnx.NodeProto
+    position: int
+    transposed: bool
+
+    @property
+    def index(self) -> int:
+        """The node's place in its graph."""
+        return next(i for i, node in enumerate(self.view.nodes) if node is self.node)
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that is read."""
+        return str(self.node.input[self.position])
+
+
+def open_weight(shop: Workshop, edit: Replacement) -> tuple[Opening, Array]:
+    """Describe how one weight of the base becomes replaceable, and what replaces it.
+
+    Raises:
+        CheckpointError: If the graph has no such weight, or one of another shape.
+    """
+    path = f"{shop.names[edit.module]}.{edit.parameter}"
+    uses = _uses(shop, shop.names[edit.module], edit.parameter)
+    if not uses:
+        raise CheckpointError(
+            f"the checkpoint replaces {path!r}, which was not found in the graph",
+            hint="was it folded away by an optimiser? export the base again",
+        )
+    first = uses[0]
+    current = read_weight(shop.model, first.view, first.tensor)
+    value = edit.value.T if first.transposed else edit.value
+    if value.shape != current.shape:
+        raise CheckpointError(
+            f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
+            f"{list(current.T.shape if first.transposed else current.shape)}",
+            hint="was the base exported with another head?",
+        )
+    stored = first.view.constant(first.tensor)
+    direct = stored is not None and stored.name == first.tensor
+    elem_type = _elem_type(first)
+    dtype = DTYPES[FLOATS[elem_type]]
+    name = f"base.{path}"
+    if direct and stored is not None:
+        default = onnx.TensorProto()
+        default.CopyFrom(stored)
+        default.name = name
+    else:
+        default = tensor_of(name, current.astype(dtype))
+    weight = OpenWeight(
+        name=name,
+        original=first.tensor,
+        copied=not direct or not _is_alone(shop, uses),
+        swappable=True,
+        trained=False,
+    )
+    places = tuple((u.view.scope.path, u.index, u.position) for u in uses)
+    return Opening(weight, default, places), np.ascontiguousarray(value, dtype)
+
+
+def _elem_type(use: Use) -> int:
+    weight = find_weight(use.view, use.tensor)
+    elem_type = weight.elem_type if weight else 0
+    if elem_type not in FLOATS:
+        raise CheckpointError(
+            f"{use.tensor!r} is quantised or no float; a trained weight cannot replace it",
+            hint="insert the adapter into the model before it is quantised",
+        )
+    return elem_type
+
+
+def _is_alone(shop: Workshop, uses: list[Use]) -> bool:
+    """Whether nobody but these uses reads the tensor, and it is in the main graph."""
+    tensor, known = uses[0].tensor, {(id(use.node), use.position) for use in uses}
+    home = uses[0].view.home(tensor)
+    if home is not shop.survey.index.main or tensor in home.outputs:
+        return False
+    if any(tensor == value.name for value in home.scope.graph.input):
+        return False
+    readers = [
+        (id(node), position)
+        for view in shop.survey.index.views.values()
+        for node in view.nodes
+        for position, name in enumerate(node.input)
+        if name == tensor
+    ]
+    return set(readers) == known and all(use.tensor == tensor for use in uses)
+
+
+def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
+    found: list[Use] = []
+    for core in shop.cores(module):
+        kind = KINDS[core.node.op_type]
+        if parameter == "weight":
+            found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))
+        elif 0 <= kind.bias < len(core.node.input) and core.node.input[kind.bias]:
+            found.append(Use(core.view, core.node, kind.bias, False))
+        else:
+            found += _added_bias(core.view, core.raw, core.output)
+    if found:
+        return found
+    for path, view in shop.survey.index.views.items():
+        scopes = shop.survey.modules.scopes[path]
+        inside = [n for s, n in zip(scopes, view.nodes, strict=True) if s == module]
+        found += _norm_uses(view, inside, parameter)
+    return found
+
+
+def _added_bias(view: GraphView, raw: str, output: str) -> list[Use]:
+    return [
+        Use(view, node, 1 - list(node.input).index(raw), False)
+        for node in view.readers(raw)
+        if node.op_type == "Add" and output in node.output
+    ]
+
+
+def _norm_uses(view: GraphView, nodes: list[onnx.NodeProto], parameter: str) -> list[Use]:
+    """A normalisation's parameters, in one node or decomposed into Mul and Add."""
+    position = 1 if parameter == "weight" else 2
+    whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
+    if whole:
+        return [Use(view, node, position, False) for node in whole]
+    op = "Mul" if parameter == "weight" else "Add"
+    for node in reversed([node for node in nodes if node.op_type == op]):
+        for i, name in enumerate(node.input):
+            weight = find_weight(view, name)
+            if weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1:
+                return [Use(view, node, i, False)]
+    return []

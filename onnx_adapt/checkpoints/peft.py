@@ -1,0 +1,130 @@
+"""PEFT checkpoints: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.activations import Array
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.checkpoints.read import Folder
+from onnx_adapt.errors import CheckpointError
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REFUSED = {
+    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
+    "layer_replication": "layers of the base are repeated",
+    "trainable_token_indices": "single rows of the embedding were trained",
+    "target_parameters": "parameters instead of modules were adapted",
+    "use_qalora": "the input is pooled before the adapter",
+    "use_bdlora": "the matrices are block-diagonal",
+    "arrow_config": "adapters are routed at run time",
+    "kasa_config": "the base weights were truncated before training",
+    "monteclora_config": "the adapter is sampled",
+    "velora_config": "the adapter is of another form",
+    "megatron_config": "the model is split over machines",
+}
+_LORA_KEY = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|"
+    r"lora_magnitude_vector|ia3_l)(?:\.(?P<rest>weight|bias|[^.]+\.weight|[^.]+\.bias))?$"
+)
+
+
+def peft_edits(folder: Folder) -> list[Edit]:
+    """What a PEFT checkpoint asks for.
+
+    Raises:
+        CheckpointError: If the method or one of its settings is not supported.
+    """
+    config = folder.config
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "IA3"):
+        raise CheckpointError(
+            f"peft_type {kind} is not supported",
+            hint="LORA (with DoRA, rsLoRA) and IA3 are",
+        )
+    _refuse_settings(config)
+    modules: dict[str, dict[str, Array]] = {}
+    replaced: list[Edit] = []
+    for key, value in folder.tensors.items():
+        path = key.removeprefix("base_model.model.")
+        match = _LORA_KEY.match(path)
+        if ".original_module." in path:
+            continue  # PEFT's own copy of a module in modules_to_save, before training
+        if match is None:
+            replaced.append(_replacement(path, key, value))
+            continue
+        ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
+        modules.setdefault(match["module"], {})[match["part"] + ending] = value
+    make = _ia3 if kind == "IA3" else _lora
+    edits = [edit for module, parts in modules.items() for edit in make(module, parts, config)]
+    return edits + replaced
+
+
+def _refuse_settings(config: Mapping[str, Any]) -> None:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"init_lora_weights={start!r}: training changed the base model's own weights",
+            hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
+    for name, reason in _REFUSED.items():
+        if config.get(name):
+            raise CheckpointError(
+                f"{name}={config[name]!r} is not supported: {reason}",
+                hint="merge the adapter in PyTorch and export again",
+            )
+
+
+def _replacement(path: str, key: str, value: Array) -> Replacement:
+    module, _, parameter = path.rpartition(".")
+    if parameter not in ("weight", "bias") or not module:
+        raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
+    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(module, parameter, value)
+
+
+def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
+    names = ("lora_A", "lora_B")
+    if "lora_embedding_A" in parts:
+        names = ("lora_embedding_A", "lora_embedding_B")
+    if any(name not in parts for name in names):
+        raise CheckpointError(f"module {module!r} has {', '.join(parts)}, not {names}")
+    a, b = (parts[name] for name in names)
+    magnitude = parts.get("lora_magnitude_vector")
+    scale = _scale(module, a.shape[0], config)
+    yield LowRank(
+        module,
+        a.astype(np.float64),
+        b.astype(np.float64),
+        scale,
+        bias=parts.get("lora_B.bias"),
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+        norm_scale=scale,
+    )
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """Give alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
+    vector = parts["ia3_l"]
+    if vector.size == 1:
+        feedforward = config.get("feedforward_modules") or []
+        names = [feedforward] if isinstance(feedforward, str) else feedforward
+        on_input = any(module == n or module.endswith(f".{n}") for n in names)
+    else:
+        # (1, in) scales the input, (out, 1) the output; convolutions add trailing ones.
+        on_input = vector.shape[0] == 1
+    yield Scaling(module, vector.reshape(-1), on_input)

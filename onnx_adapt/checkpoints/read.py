@@ -1,0 +1,105 @@
+"""A checkpoint folder as its library saved it: configuration and tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_adapt.activations import Array
+from onnx_adapt.adapter_files.safetensors_file import read_tensors
+from onnx_adapt.checkpoints.pickles import read_pickled_tensors
+from onnx_adapt.errors import AdapterError, CheckpointError
+
+_CONFIG = "adapter_config.json"
+_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+_HUB = ("adapter.safetensors", "pytorch_adapter.bin")
+_HEAD = ("model_head.safetensors", "pytorch_model_head.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a training library saved.
+
+    Attributes:
+        path: The folder.
+        library: `peft` or `adapterhub`.
+        config: Its adapter_config.json.
+        tensors: Its weights by key.
+        head: Weights of a head saved beside the adapter, by key.
+        head_config: The head's configuration.
+    """
+
+    path: Path
+    library: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Array]
+    head: Mapping[str, Array]
+    head_config: Mapping[str, Any]
+
+
+def read_folder(path: Path) -> Folder:
+    """Read a checkpoint folder.
+
+    Raises:
+        CheckpointError: If it is not one, or its files are damaged.
+    """
+    if not (path / _CONFIG).is_file():
+        inside = sorted(item.parent.name for item in path.glob(f"*/{_CONFIG}"))
+        hint = f"one of its folders? {', '.join(inside)}" if inside else _EXPECTED
+        raise CheckpointError(f"{path} has no {_CONFIG}", hint=hint)
+    config = _read_json(path / _CONFIG)
+    if "peft_type" in config:
+        return Folder(path, "peft", config, _read_first(path, _PEFT), {}, {})
+    if "config" not in config:
+        raise CheckpointError(
+            f"{path / _CONFIG} is of neither PEFT nor AdapterHub",
+            hint="it has neither `peft_type` nor `config`",
+        )
+    has_head = any((path / name).is_file() for name in _HEAD)
+    head_file = path / "head_config.json"
+    return Folder(
+        path,
+        "adapterhub",
+        config,
+        _read_first(path, _HUB),
+        _read_first(path, _HEAD) if has_head else {},
+        _read_json(head_file) if head_file.is_file() else {},
+    )
+
+
+_EXPECTED = "give the folder that save_pretrained (PEFT) or save_adapter (AdapterHub) wrote"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data
+
+
+def _read_first(folder: Path, names: tuple[str, ...]) -> dict[str, Array]:
+    for name in names:
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)
+    raise CheckpointError(f"{folder} has none of {', '.join(names)}", hint=_EXPECTED)
+
+
+def read_state_dict(path: Path) -> dict[str, Array]:
+    """The tensors of a `.safetensors` or `.bin` file.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".safetensors":
+            return read_tensors(data, path)
+    except (OSError, AdapterError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return read_pickled_tensors(data, path)

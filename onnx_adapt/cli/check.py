@@ -1,0 +1,48 @@
+"""`onnx-adapt check`."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_adapt.cli.show import plain, print_json, say
+
+
+@click.command("check")
+@click.argument("model", type=click.Path())
+@click.argument("files", nargs=-1, type=click.Path())
+@click.option("--allow-partial", is_flag=True, help="Do not mind slots without weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.pass_context
+def command(
+    ctx: click.Context, model: str, files: tuple[str, ...], allow_partial: bool, as_json: bool
+) -> None:
+    """Check that MODEL's slots are whole and that the adapters in FILES fit them.
+
+    Names, shapes, element types, coverage, overlap, fingerprint, NaN; slots that are still
+    swappable; symbols and recorded shapes. Exit status 1 if anything is wrong.
+
+    \b
+      onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
+    """
+    import onnx_adapt as oa
+    from onnx_adapt.fitting import damages, misfits, overlaps
+
+    opened = oa.open_model(model)
+    adapters = [oa.load_adapter(file) for file in files]
+    problems = {model: damages(opened)}
+    for file, adapter in zip(files, adapters, strict=True):
+        found = misfits(opened, adapter, allow_partial=allow_partial)
+        problems.setdefault(file, []).extend(found)
+    together = overlaps(adapters)
+    wrong = any(problems.values())
+    if as_json:
+        print_json({"passed": not wrong, "problems": problems, "overlaps": together})
+    else:
+        for place, found in problems.items():
+            click.echo(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
+            for text in found:
+                click.echo(f"  {plain(text)}")
+    for text in together[:3] if len(adapters) > 1 else ():
+        say(f"note: feed only one at a time: {text}")
+    if wrong:
+        ctx.exit(1)

@@ -1,0 +1,49 @@
+"""`onnx-adapt convert`."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_adapt.cli.show import print_json, say, size_text
+
+
+@click.command("convert")
+@click.argument("checkpoint", type=click.Path())
+@click.option("--for", "model", required=True, type=click.Path(), help="The adapted model.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
+@click.option("--name", default="", help="What to call the adapter.")
+@click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
+@click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    checkpoint: str,
+    model: str,
+    output: str,
+    name: str,
+    base_weights: str | None,
+    allow_partial: bool,
+    as_json: bool,
+) -> None:
+    """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for slots that exist.
+
+    The suffix of the output tells the format: .safetensors, .onnx_adapter or .npz.
+
+    \b
+      onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
+    """
+    import onnx_adapt as oa
+
+    adapter = oa.convert(
+        checkpoint,
+        oa.open_model(model),
+        name=name,
+        base_weights=base_weights,
+        allow_partial=allow_partial,
+    )
+    path = oa.save_adapter(adapter, output)
+    if as_json:
+        slots, replaced = sorted(adapter.weights), sorted(adapter.replaced)
+        print_json(
+            {"output": str(path), "name": adapter.name, "slots": slots, "replaced": replaced}
+        )
+    say(f"wrote {path} ({size_text(path.stat().st_size)}, {len(adapter.weights)} slots)")

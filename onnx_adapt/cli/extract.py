@@ -1,0 +1,28 @@
+"""`onnx-adapt extract`."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_adapt.cli.show import print_json, say, size_text
+
+
+@click.command("extract")
+@click.argument("model", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
+@click.option("--name", default="", help="What to call the adapter.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(model: str, output: str, name: str, as_json: bool) -> None:
+    """Write the adapter that MODEL's slots are filled with to a file.
+
+    \b
+      onnx-adapt extract french.onnx -o fr.safetensors
+    """
+    import onnx_adapt as oa
+
+    adapter = oa.extract(oa.open_model(model), name=name)
+    path = oa.save_adapter(adapter, output)
+    if as_json:
+        slots = sorted(adapter.weights)
+        print_json({"output": str(path), "name": adapter.name, "slots": slots})
+    say(f"wrote {path} ({size_text(path.stat().st_size)}, {len(adapter.weights)} slots)")

@@ -1,0 +1,51 @@
+"""`onnx-adapt fill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnx_adapt.cli.show import patience, print_json, say, tell_saved
+
+
+@click.command("fill")
+@click.argument("model", type=click.Path())
+@click.argument("file", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.filled.onnx.")
+@click.option("--baked", is_flag=True, help="Freeze the weights: no inputs any more.")
+@click.option("--allow-partial", is_flag=True, help="Leave slots without weights as they are.")
+@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: str,
+    file: str,
+    output: str | None,
+    baked: bool,
+    allow_partial: bool,
+    keep_external: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make the adapter in FILE the default of MODEL's slots.
+
+    \b
+      onnx-adapt fill adapted.onnx fr.safetensors -o french.onnx --baked
+    """
+    import onnx_adapt as oa
+
+    path = Path(output) if output else Path(model).with_suffix(".filled.onnx")
+    adapter = oa.load_adapter(file)
+    result = oa.fill(oa.open_model(model), adapter, allow_partial=allow_partial)
+    if baked:
+        result = oa.bake(result)
+    with patience() as (progress, _):
+        saved = oa.save_model(
+            result, path, overwrite=force, keep_external=keep_external, progress=progress
+        )
+    if as_json:
+        slots = sorted(adapter.weights)
+        print_json({"output": str(saved.path), "adapter": adapter.name, "slots": slots})
+    say(f"filled {len(adapter.weights)} slots with {adapter.name!r}")
+    tell_saved(saved)

@@ -1,0 +1,151 @@
+"""Put planned slots into a graph and take them out: the edit itself.
+
+A slot goes in by a rename: the producer's output gets a new name and the slot's output
+the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
+recorded types and the order of nodes all stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.activations import Array
+from onnx_adapt.errors import SlotError
+from onnx_adapt.fingerprint import fingerprint
+from onnx_adapt.graph import ModelIndex, default_opset, slot_of
+from onnx_adapt.initializers import add_weights, check_model_weights
+from onnx_adapt.manifest import Manifest, Slot, read_manifest, write_manifest
+from onnx_adapt.model_file import Model
+from onnx_adapt.plan import norm_node
+from onnx_adapt.slot import check_slot, slot_nodes
+
+_OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
+
+
+def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
+    """The manifest of a model, or a new one that describes it as a base.
+
+    Raises:
+        SlotError: If what the manifest names is not all there.
+    """
+    known = read_manifest(model.proto)
+    if known is not None:
+        check_model_weights(model.proto, known)
+        return known
+    ir_version = model.proto.ir_version
+    return Manifest(fingerprint(model), ir_version, model.canonical, inlined, ())
+
+
+def put_in(
+    model: Model,
+    index: ModelIndex,
+    known: Manifest,
+    slots: Sequence[Slot],
+    weights: Mapping[str, Mapping[str, Array]],
+) -> Model:
+    """Put planned slots into a model that is the caller's to change.
+
+    Raises:
+        SlotError: If a slot makes no sense.
+    """
+    opset = default_opset(model.proto)
+    for slot in slots:
+        check_slot(slot, opset)
+    placed = _put_nodes(index, slots, known.slots, opset)
+    for slot in slots:
+        add_weights(model.proto, slot, weights[slot.name])
+    model.proto.ir_version = max(model.proto.ir_version, _OLDEST_IR)
+    write_manifest(model.proto, replace(known, slots=placed))
+    return model
+
+
+def _put_nodes(
+    index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
+) -> tuple[Slot, ...]:
+    """Put the nodes of new slots into the graphs, in place.
+
+    Returns:
+        All slots of the model; one that another was stacked on has a new output name.
+    """
+    outputs = {(slot.graph, slot.output): slot for slot in known}
+    for path, view in index.views.items():
+        here = [slot for slot in slots if slot.graph == path]
+        if not here:
+            continue
+        maker: dict[str, onnx.NodeProto] = {}
+        added: dict[int, list[onnx.NodeProto]] = {}
+        for slot in here:
+            position = view.producers[slot.tensor]
+            producer = maker.get(slot.tensor, view.nodes[position])
+            rename_output(producer, slot.tensor, slot.inner)
+            below = outputs.pop((path, slot.tensor), None)
+            if below is not None:
+                outputs[path, slot.inner] = replace(below, output=slot.inner)
+            nodes = slot_nodes(slot, opset, norm_node(view, slot))
+            maker[slot.tensor] = nodes[-1]
+            outputs[path, slot.tensor] = slot
+            added.setdefault(position, []).extend(nodes)
+        merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
+        _set_nodes(view.scope.graph, merged)
+    order = {slot.name: i for i, slot in enumerate((*known, *slots))}
+    return tuple(sorted(outputs.values(), key=lambda slot: order[slot.name]))
+
+
+def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
+    """Give one output of a node another name."""
+    for i, name in enumerate(node.output):
+        if name == old:
+            node.output[i] = new
+
+
+def take_out(
+    proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
+) -> tuple[Slot, ...]:
+    """Delete the nodes of slots and reconnect what was around them, in place.
+
+    Returns:
+        The slots that stay.
+
+    Raises:
+        SlotError: If another tool moved the nodes.
+    """
+    current = {slot.name: slot for slot in slots}
+    for scope in walk.scopes(proto.graph):
+        present = {slot_of(node) for node in scope.graph.node} & doomed
+        if not present:
+            continue
+        # In order of insertion, so that of stacked slots the innermost goes first.
+        here = [slot.name for slot in slots if slot.name in present]
+        nodes = [node for node in scope.graph.node if slot_of(node) not in here]
+        makers = {name: node for node in nodes for name in node.output}
+        for name in here:
+            gone = current.pop(name)
+            if gone.inner not in makers:
+                raise _damaged(gone)
+            rename_output(makers[gone.inner], gone.inner, gone.output)
+            makers[gone.output] = makers[gone.inner]
+            for other in current.values():
+                if other.graph == gone.graph and other.output == gone.inner:
+                    current[other.name] = replace(other, output=gone.output)
+                    break
+        _set_nodes(scope.graph, nodes)
+    if left := doomed & set(current):
+        raise _damaged(current[min(left)])
+    return tuple(current.values())
+
+
+def _damaged(slot: Slot) -> SlotError:
+    return SlotError(
+        f"slot {slot.name!r} is damaged: its nodes are not where they were inserted",
+        hint="another tool rewrote the graph; start from the base model",
+    )

@@ -1,0 +1,298 @@
+"""Prove an adapted model against its base, in ONNX Runtime and against the oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.checker import complaints
+from onnx_adapt.compare import distance, in_words
+from onnx_adapt.errors import AdaptError, RunError, SlotError, UnprovableError
+from onnx_adapt.feeds import (
+    Feeds,
+    candidate_feeds,
+    check_feeds,
+    is_dynamic,
+    load_feeds,
+    required_inputs,
+)
+from onnx_adapt.graph import index_model, read_type
+from onnx_adapt.initializers import check_model_weights
+from onnx_adapt.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.model_file import Model, open_model
+from onnx_adapt.probe import Probe, neutral_model
+from onnx_adapt.report import Check, Report, SlotResult
+from onnx_adapt.rewrite import list_slots, remove
+from onnx_adapt.runtime import Runner, Values, runtime_version
+
+Inputs = str | os.PathLike[str] | Mapping[str, Any]
+Stage = Callable[[str], None]
+"""Told what is being done, before it is done."""
+
+_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+_QUANTISED = 5e-2
+_QUANTISED_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "QLinearMatMul"}
+
+
+def verify(
+    base: str | os.PathLike[str] | Model,
+    adapted: str | os.PathLike[str] | Model,
+    *,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    weights: bool = True,
+    stage: Stage | None = None,
+) -> Report:
+    """Prove that an adapted model is its base plus exactly its slots.
+
+    Checked are the interface; the outputs with the slots off; every slot's output with
+    random weights against the float64 formula; that the outputs move when a slot is on;
+    and that the ONNX checker has nothing new to say.
+
+    Args:
+        base: The base model or its path; slots that it has itself are taken out.
+        adapted: The model with slots, or its path.
+        inputs: An `.npz` file or arrays by name, or several; made up if not given.
+        strict: Let a slot that moves nothing for these inputs fail the report.
+        seed: Of the made-up inputs and weights.
+        weights: Run the checks that turn slots on; without them only interface, off and
+            checker are checked.
+        stage: Told what is being done.
+
+    Raises:
+        AdaptError: If a model or input cannot be used at all; a mismatch is no error.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> base = oa.open_model("models/dnsmos-p808.onnx")
+        >>> adapted = oa.insert(base, after="mos_estimator_small_1/dense_4/MatMul_add")
+        >>> oa.verify(base, adapted).passed
+        True
+    """
+    before = base if isinstance(base, Model) else open_model(base)
+    after = adapted if isinstance(adapted, Model) else open_model(adapted)
+    tell = stage or (lambda _: None)
+    manifest = read_manifest(after.proto)
+    if manifest is None:
+        raise SlotError(f"{after.label} has no slots", hint="`onnx-adapt insert` adds some")
+    check_model_weights(after.proto, manifest)
+    if list_slots(before):
+        before = remove(before)
+    tell("comparing the interfaces")
+    checks = [_interface(before.proto, after.proto, manifest)]
+    shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
+    results: tuple[SlotResult, ...] = ()
+    if checks[0].passed:
+        tell("running the base")
+        proof = _Proof(before, after, manifest.slots, _inputs(inputs), seed, tell)
+        proof.run_base()
+        shapes = tuple({k: np.shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
+        checks.append(proof.off())
+        if weights:
+            on, effect, results = proof.on()
+            checks += [on, effect]
+    tell("asking the ONNX checker")
+    checks.append(_checker(before, after))
+    return Report(
+        before.label, after.label, tuple(checks), results, shapes, runtime_version(), strict
+    )
+
+
+def _inputs(given: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
+    if given is None:
+        return []
+    if isinstance(given, str | os.PathLike | Mapping):
+        return [given]
+    return list(given)
+
+
+def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
+    """The same inputs and outputs by name, type and shape, but for the slots' weights."""
+    own = {slot.weight(part) for slot in manifest.slots for part in slot.parts}
+    own |= {weight.name for weight in manifest.weights}
+    sides = []
+    for proto in (base, adapted):
+        stored = {tensor.name for tensor in proto.graph.initializer} if own else set()
+        ins = [v for v in proto.graph.input if v.name not in own | stored]
+        sides.append({"input": ins, "output": list(proto.graph.output)})
+    wrong = []
+    for kind in ("input", "output"):
+        theirs, ours = (
+            {v.name: (read_type(v), v.type.SerializeToString()) for v in side[kind]}
+            for side in sides
+        )
+        wrong += [f"{kind} {name!r} is gone" for name in theirs if name not in ours]
+        wrong += [f"{kind} {name!r} is new" for name in ours if name not in theirs]
+        wrong += [
+            f"{kind} {name!r} was {theirs[name][0]} and is {ours[name][0]}"
+            for name in theirs
+            if name in ours and theirs[name][1] != ours[name][1]
+        ]
+    count = (
+        f"{len(sides[0]['input'])} inputs and {len(sides[0]['output'])} outputs are the same"
+    )
+    return Check("interface", not wrong, "; ".join(wrong) or count)
+
+
+@dataclass(slots=True)
+class _Proof:
+    """The runs of one verification."""
+
+    base: Model
+    adapted: Model
+    slots: tuple[Slot, ...]
+    given: list[Inputs]
+    seed: int
+    tell: Stage
+    feeds: list[Feeds] = field(default_factory=list)
+    expected: dict[bool, list[Values]] = field(default_factory=dict)
+
+    def run_base(self) -> None:
+        """Run the base at both levels; where no inputs are given, find some that run.
+
+        Raises:
+            UnprovableError: If the base does not run here at all.
+        """
+        try:
+            runner = Runner(self.base, optimised=True)
+        except RunError as error:
+            raise UnprovableError(error.message, hint=error.hint) from error
+        if self.given:
+            self.feeds = [self._load(item) for item in self.given]
+        else:
+            self.feeds = _make_feeds(self.base, runner, self.seed)
+        self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
+        del runner
+        plain = Runner(self.base, optimised=False)
+        self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
+
+    def _load(self, item: Inputs) -> Feeds:
+        if isinstance(item, Mapping):
+            return check_feeds(item, self.base.proto, "the inputs")
+        return load_feeds(Path(item), self.base.proto)
+
+    def off(self) -> Check:
+        """With the slots off the outputs are the base's."""
+        kind = self._kind()
+        model = neutral_model(self.adapted)
+        worst, seen = {}, {}
+        for optimised in (False, True):
+            self.tell(f"running with slots off, optimised {'fully' if optimised else 'not'}")
+            runner = Runner(model, optimised=optimised)
+            got = [
+                runner.run(feeds, list(self.expected[optimised][0])) for feeds in self.feeds
+            ]
+            worst[optimised] = distance(self.expected[optimised], got)
+            seen[optimised] = in_words(self.expected[optimised], got)
+        limit = _QUANTISED if kind == "quantised" else _TOLERANCE[kind]
+        exact = kind in ("float32", "float64")
+        passed = worst[False] == 0 if exact else worst[False] <= limit
+        passed = passed and worst[True] <= limit
+        detail = (
+            f"{kind}: unoptimised {seen[False]}{'' if exact else f' (up to {limit:.0e})'}, "
+            f"optimised {seen[True]} (up to {limit:.0e})"
+        )
+        if not passed and self._base_wavers():
+            detail += "; the base itself gives different outputs each time"
+        return Check("off", passed, detail)
+
+    def _kind(self) -> str:
+        """What decides the tolerance: quantised, or the least precise element type."""
+        ops = {
+            n.op_type for scope in walk.scopes(self.base.proto.graph) for n in scope.graph.node
+        }
+        if ops & _QUANTISED_OPS:
+            return "quantised"
+        used = {slot.dtype for slot in self.slots}
+        return next(k for k in ("bfloat16", "float16", "float32", "float64") if k in used)
+
+    def _base_wavers(self) -> bool:
+        again = Runner(self.base, optimised=False)
+        return distance(self.expected[False], [again.run(feeds) for feeds in self.feeds]) > 0
+
+    def on(self) -> tuple[Check, Check, tuple[SlotResult, ...]]:
+        """Every slot's output is the oracle's, and the model's outputs move."""
+        outputs = list(self.expected[True][0])
+        probe = Probe(self.adapted, self.slots, outputs, self.seed)
+        self.tell("running with slots on")
+        measured = probe.measure(self.feeds)
+        effects = {}
+        for number, slot in enumerate(self.slots, 1):
+            self.tell(f"turning on slot {number} of {len(self.slots)}")
+            effects[slot.name] = probe.effect(slot, self.feeds)
+        results = tuple(
+            SlotResult(
+                slot.name,
+                measured[slot.name].error,
+                probe.tolerance(slot),
+                tuple(sorted(measured[slot.name].bottlenecks)),
+                effects[slot.name],
+            )
+            for slot in self.slots
+        )
+        return _on_check(results), _effect_check(results), results
+
+
+def _on_check(results: Sequence[SlotResult]) -> Check:
+    reached = [r for r in results if r.error is not None]
+    # The negation lets a NaN fail.
+    wrong = [r for r in reached if not (r.error or 0.0) <= r.tolerance]
+    unseen = [r.name for r in results if r.error is None]
+    warnings = tuple(f"slot {name!r} is not reached with these inputs" for name in unseen)
+    if wrong:
+        bad = wrong[0]
+        detail = f"slot {bad.name!r} is {bad.error:.1e} away from the formula"
+    elif reached:
+        worst = max(reached, key=lambda r: r.error or 0.0)
+        sizes = sorted({size for r in reached for size in r.bottlenecks})
+        detail = f"{len(reached)} slots equal the formula, at worst {worst.error:.1e} away"
+        detail += f"; bottlenecks {', '.join(map(str, sizes))}" if sizes else ""
+    else:
+        detail = "no slot is reached with these inputs"
+    return Check("on", bool(reached) and not wrong, detail, warnings)
+
+
+def _effect_check(results: Sequence[SlotResult]) -> Check:
+    moving = [r for r in results if r.effect]
+    still = [r.name for r in results if not r.effect]
+    warnings = tuple(f"slot {name!r} moves no output for these inputs" for name in still)
+    detail = f"{len(moving)} of {len(results)} slots move the outputs"
+    return Check("effect", bool(moving), detail, warnings)
+
+
+def _make_feeds(base: Model, runner: Runner, seed: int) -> list[Feeds]:
+    """One set of inputs that the base runs with; two where shapes are dynamic."""
+    index = index_model(base)
+    found: list[Feeds] = []
+    last: AdaptError | None = None
+    for variant in (0, 1) if is_dynamic(base.proto) else (0,):
+        for feeds in candidate_feeds(index, variant, seed):
+            try:
+                runner.run(feeds)
+            except RunError as error:  # these sizes do not suit it: try others
+                last = error
+                continue
+            found.append(feeds)
+            break
+    if not found:
+        names = ", ".join(value.name for value in required_inputs(base.proto))
+        raise UnprovableError(
+            f"{base.label} runs with none of the inputs that were made up ({last})",
+            hint=f"give real inputs ({names}) with --inputs FILE.npz",
+        )
+    return found
+
+
+def _checker(base: Model, adapted: Model) -> Check:
+    """The checker and strict shape inference say nothing new."""
+    known = complaints(base)
+    new = [line for line in complaints(adapted) if line not in known]
+    return Check("checker", not new, "; ".join(new[:4]) or "nothing new to report")

@@ -1,0 +1,326 @@
+"""Opening and saving: lossless for every model, and large tensors stay on disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from disk_models import (
+    chunk,
+    dense,
+    files,
+    raw,
+    typed,
+    varint,
+    weight,
+    with_data_everywhere,
+    write,
+)
+from onnx import TensorProto, numpy_helper
+
+import onnx_adapt as oa
+from onnx_adapt import payloads
+from onnx_adapt.errors import ModelFileError, SaveError
+from onnx_adapt.model_file import Model, read_tensor
+
+TESTS = Path(__file__).parent
+CORPUS = [
+    *sorted((Path(onnx.__file__).parent / "backend/test/data").rglob("*.onnx")),
+    *sorted((TESTS.parent / "models").glob("*.onnx")),
+    *sorted((TESTS / "exports").glob("*.onnx")),
+]
+
+
+def tensors_of(message: object) -> list[TensorProto]:
+    """Every tensor inside a message, found by walking all fields protobuf knows."""
+    if isinstance(message, TensorProto):
+        return [message]
+    found = []
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for item in value if descriptor.is_repeated else [value]:
+                found += tensors_of(item)
+    return found
+
+
+@pytest.mark.parametrize("large", [0, 1, 4096], ids=["all", "not empty", "4 kB"])
+def test_every_model_comes_back_byte_for_byte(
+    large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payloads, "LARGE", large)
+    copy, different = tmp_path / "copy.onnx", []
+    for path in CORPUS:
+        model = oa.open_model(path)
+        oa.save_model(model, copy)
+        if not model.canonical or copy.read_bytes() != path.read_bytes():
+            different.append(path.name)
+    assert len(CORPUS) >= 150
+    assert different == []
+
+
+def test_large_tensors_stay_on_disk_wherever_they_are(tmp_path: Path) -> None:
+    whole = with_data_everywhere()
+    path = write(tmp_path / "m.onnx", whole)
+    model = oa.open_model(path)
+    assert model.canonical
+    assert model.proto.ByteSize() < 10_000
+    assert whole.ByteSize() > 250_000
+    ours, theirs = tensors_of(model.proto), tensors_of(whole)
+    assert len(model.payloads) == len(theirs) == 27
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.name == its.name
+        value = read_tensor(model, mine)
+        assert value.dtype == numpy_helper.to_array(its).dtype
+        np.testing.assert_array_equal(value, numpy_helper.to_array(its))
+    oa.save_model(model, tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == path.read_bytes()
+
+
+def test_what_the_data_is_stored_in_survives(tmp_path: Path) -> None:
+    default = TensorProto(
+        name="D", data_type=1, dims=[2000], raw_data=weight(2000).tobytes(), data_location=0
+    )
+    model = dense(typed("F", 1, TensorProto.FLOAT), typed("G", 2, TensorProto.DOUBLE), default)
+    path = write(tmp_path / "m.onnx", model)
+    oa.save_model(oa.insert(oa.open_model(path), after="dense"), tmp_path / "ad.onnx")
+    kept = {t.name: t for t in onnx.load(tmp_path / "ad.onnx").graph.initializer}
+    assert len(kept["F"].float_data) == len(kept["G"].double_data) == 2560
+    assert kept["D"].HasField("data_location")
+    assert not kept["W"].HasField("data_location")
+    oa.save_model(oa.remove(oa.open_model(tmp_path / "ad.onnx")), tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("field", ["float_data", "double_data"])
+@pytest.mark.parametrize("beside", [b"", b"\0" * 8], ids=["empty", "short"])
+def test_typed_data_beside_raw_data_is_not_lost(
+    field: str, beside: bytes, tmp_path: Path
+) -> None:
+    kind = {"float_data": TensorProto.FLOAT, "double_data": TensorProto.DOUBLE}[field]
+    both = typed("V", 0, kind)
+    both.raw_data = beside
+    path = write(tmp_path / "m.onnx", dense(both))
+    oa.save_model(oa.open_model(path), tmp_path / "copy.onnx")
+    assert onnx.load(tmp_path / "copy.onnx").graph.initializer[1] == both
+
+
+def test_fields_of_a_later_onnx_survive_insert_and_remove(tmp_path: Path) -> None:
+    new = chunk(300, b"a later field")
+    model = dense()
+    for message in (
+        model.graph.node[0],
+        model.graph.initializer[0],
+        model.graph.input[0],
+        model.graph,
+        model,
+    ):
+        message.MergeFromString(new)
+    path = write(tmp_path / "m.onnx", model)
+    assert path.read_bytes().count(new) == 5
+    base = oa.open_model(path)
+    assert base.canonical
+    adapted = oa.save_model(oa.insert(base, after="dense"), tmp_path / "ad.onnx").path
+    assert adapted.read_bytes().count(new) == 5
+    oa.save_model(oa.remove(oa.open_model(adapted)), tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+def test_a_model_without_ir_version_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    model = dense()
+    model.ClearField("ir_version")
+    path = write(tmp_path / "m.onnx", model)
+    oa.save_model(oa.insert(oa.open_model(path), after="dense"), tmp_path / "ad.onnx")
+    oa.save_model(oa.remove(oa.open_model(tmp_path / "ad.onnx")), tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+PEAK = """
+import re, sys, tracemalloc
+from pathlib import Path
+import onnx_adapt as oa, onnx_adapt.model_file
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+oa.open_model(sys.argv[2])
+before = peak()
+tracemalloc.start()
+model = oa.open_model(sys.argv[1])
+if len(sys.argv) > 3:
+    oa.save_model(model, sys.argv[3])
+size = sum(place.length for place in model.payloads)
+print(size, peak() - before, tracemalloc.get_traced_memory()[1])
+"""
+
+
+def big(path: Path, size: int) -> Path:
+    """A model with an initializer of `size` bytes that is a hole in the file."""
+    model = dense()
+    model.graph.initializer[0].dims[:] = [size // 4]
+    model.graph.initializer[0].ClearField("raw_data")
+    head, tail = onnx.GraphProto(), onnx.GraphProto()
+    head.node.extend(model.graph.node)
+    head.name = "g"
+    tail.input.extend(model.graph.input)
+    tail.output.extend(model.graph.output)
+    tensor = model.graph.initializer[0].SerializeToString() + varint(9 << 3 | 2) + varint(size)
+    tensor = varint(5 << 3 | 2) + varint(len(tensor) + size) + tensor
+    before, after = head.SerializeToString() + tensor, tail.SerializeToString()
+    graph = varint(7 << 3 | 2) + varint(len(before) + size + len(after)) + before
+    with path.open("wb") as file:
+        file.write(b"\x08\x08" + graph)
+        file.seek(size, os.SEEK_CUR)
+        file.write(after + chunk(8, model.opset_import[0].SerializeToString()))
+    return path
+
+
+def _peak(*arguments: Path) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(number) for number in done.stdout.split()]
+
+
+def test_opening_does_not_read_the_weights(tmp_path: Path) -> None:
+    path = big(tmp_path / "big.onnx", 600_000_000)
+    size, resident, allocated = _peak(path, write(tmp_path / "small.onnx", dense()))
+    assert size == 600_000_000
+    assert resident < 5_000_000
+    assert allocated < 200_000
+
+
+def test_saving_does_not_read_the_weights_into_memory(tmp_path: Path) -> None:
+    path, copy = big(tmp_path / "big.onnx", 100_000_000), tmp_path / "copy.onnx"
+    _, resident, allocated = _peak(path, write(tmp_path / "small.onnx", dense()), copy)
+    assert copy.stat().st_size == path.stat().st_size
+    assert resident < 10_000_000
+    assert allocated < 3_000_000
+
+
+def test_saving_works_where_the_system_cannot_copy_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    path = write(tmp_path / "m.onnx", dense(raw("V", 3), width=600))
+    assert path.stat().st_size > 1 << 20
+    oa.save_model(oa.open_model(path), tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == path.read_bytes()
+
+
+def test_a_save_leaves_the_input_and_the_model_as_they_were(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", with_data_everywhere())
+    model = oa.open_model(path)
+    before, proto = files(tmp_path), model.proto.SerializeToString()
+    told: list[tuple[int, int]] = []
+    saved = oa.save_model(
+        model, tmp_path / "copy.onnx", progress=lambda *now: told.append(now)
+    )
+    after = files(tmp_path)
+    assert after.pop("copy.onnx")
+    assert after == before
+    assert model.proto.SerializeToString() == proto
+    assert saved.size == path.stat().st_size
+    assert told == sorted(told)
+    assert told[-1] == (saved.size, saved.size)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, OSError])
+def test_an_interrupted_save_leaves_nothing_behind(
+    failure: type[BaseException], tmp_path: Path
+) -> None:
+    model = oa.open_model(write(tmp_path / "m.onnx", dense()))
+    (tmp_path / "old.onnx").write_bytes(b"an older result")
+    before = files(tmp_path)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise failure
+
+    for name in ("new.onnx", "old.onnx"):
+        with pytest.raises((failure, SaveError)):
+            oa.save_model(model, tmp_path / name, progress=stop)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "touched", "gone"])
+def test_a_model_that_changed_since_it_was_opened_is_not_saved(
+    change: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "m.onnx", dense())
+    model, data = oa.open_model(path), path.read_bytes()
+    path.unlink()
+    if change != "gone":
+        path.write_bytes({"longer": data + b"\0", "shorter": data[:-1]}.get(change, data))
+        os.utime(path, ns=(1, 1))
+    before = files(tmp_path)
+    with pytest.raises(SaveError, match="has changed since it was opened") as caught:
+        oa.save_model(model, tmp_path / "copy.onnx")
+    assert caught.value.hint == "run again"
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["shorter", "other data"])
+def test_a_model_that_changes_while_it_is_saved_gives_no_result(
+    change: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "m.onnx", dense(raw("V", 1)))
+    model, size = oa.open_model(path), path.stat().st_size
+
+    def change_it(done: int, total: int) -> None:
+        if done < 5000:
+            path.write_bytes(b"\x01" * (5000 if change == "shorter" else size))
+
+    with pytest.raises(SaveError):
+        oa.save_model(model, tmp_path / "copy.onnx", progress=change_it)
+    assert set(files(tmp_path)) == {"m.onnx"}
+
+
+def test_saving_over_the_input_is_allowed_on_request_and_can_be_undone(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", dense())
+    base = path.read_bytes()
+    with pytest.raises(SaveError, match="replace the input") as caught:
+        oa.save_model(oa.insert(oa.open_model(path), after="dense"), path)
+    assert "--force" in caught.value.hint
+    assert path.read_bytes() == base
+    oa.save_model(oa.insert(oa.open_model(path), after="dense"), path, overwrite=True)
+    assert len(oa.list_slots(oa.open_model(path))) == 1
+    oa.save_model(oa.remove(oa.open_model(path)), path, overwrite=True)
+    assert path.read_bytes() == base
+    assert set(files(tmp_path)) == {"m.onnx"}
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    model = oa.open_model(write(tmp_path / "m.onnx", dense()))
+    old = write(tmp_path / "real" / "old.onnx", b"older")
+    old.chmod(0o600)
+    (tmp_path / "link.onnx").symlink_to(old)
+    oa.save_model(model, tmp_path / "link.onnx")
+    assert (tmp_path / "link.onnx").readlink() == old
+    assert old.read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    assert old.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_model_made_in_memory_can_be_saved(tmp_path: Path) -> None:
+    saved = oa.save_model(Model(with_data_everywhere()), tmp_path / "m.onnx")
+    assert saved.size == (tmp_path / "m.onnx").stat().st_size
+    assert onnx.load(tmp_path / "m.onnx") == with_data_everywhere()
+
+
+def test_reading_a_tensor_whose_file_is_gone_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", dense())
+    model = oa.open_model(path)
+    path.unlink()
+    with pytest.raises(ModelFileError, match=r"m\.onnx: No such file"):
+        read_tensor(model, model.proto.graph.initializer[0])
+
+
+def test_a_tensor_whose_data_does_not_fit_its_shape_is_damaged(tmp_path: Path) -> None:
+    whole = dense()
+    whole.graph.initializer[0].dims[:] = [64, 65]
+    model = oa.open_model(write(tmp_path / "m.onnx", whole))
+    with pytest.raises(ModelFileError, match="'W' is damaged"):
+        read_tensor(model, model.proto.graph.initializer[0])

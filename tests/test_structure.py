@@ -1,0 +1,139 @@
+"""The house stands: imports point down, one door per third party, a small public API."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import onnx_adapt
+
+PACKAGE = Path(onnx_adapt.__file__).parent
+
+FLOORS = (
+    ("errors", "walk", "activations"),
+    ("manifest", "wire", "taps", "report"),
+    ("payloads",),
+    ("external_data", "whole_files"),
+    ("model_file",),
+    ("graph", "runtime", "fingerprint"),
+    ("slot", "layers", "modules"),
+    ("sites", "initializers", "feeds", "standalone", "checker", "compare"),
+    ("resolve", "probe"),
+    ("plan",),
+    ("rewrite",),
+    ("verification", "graphsurgeon"),
+    ("__init__",),
+    ("cli",),
+)
+"""From the ground up; a module imports only from floors below its own."""
+
+DOORS = {
+    "click": {"cli"},
+    "rich": {"cli"},
+    "onnxruntime": {"runtime"},
+    "onnx_graphsurgeon": {"graphsurgeon"},
+}
+
+
+def _modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield parts[0], ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _rooms(tree: ast.Module) -> Iterator[str]:
+    for name in _imports(tree):
+        parts = name.split(".")
+        if parts[0] == "onnx_adapt":
+            known = len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists()
+            package = len(parts) > 1 and (PACKAGE / parts[1]).is_dir()
+            yield parts[1] if known or package else "__init__"
+
+
+def test_every_module_has_its_floor() -> None:
+    planned = [name for floor in FLOORS for name in floor]
+    assert sorted(planned) == sorted({name for name, _ in _modules()})
+
+
+def test_imports_point_down() -> None:
+    level = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    upward = [
+        f"{module} imports {room}"
+        for module, tree in _modules()
+        for room in _rooms(tree)
+        if level[room] >= level[module] and not room == module == "cli"
+        if module != "__init__"
+    ]
+    assert upward == []
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_third_party_has_one_door(library: str) -> None:
+    users = {m for m, t in _modules() if any(n.split(".")[0] == library for n in _imports(t))}
+    assert users <= DOORS[library]
+    assert users
+
+
+def test_the_library_never_prints() -> None:
+    printing = [
+        module
+        for module, tree in _modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert printing == []
+
+
+def test_files_and_functions_stay_small() -> None:
+    long_files = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > 350
+    ]
+    assert long_files == []
+
+
+PUBLIC = [
+    *("AdaptError", "Model", "Report", "Site", "Slot", "build_adapter", "find_sites"),
+    *("insert", "list_slots", "open_model", "remove", "save_model", "verify"),
+]
+
+
+def test_the_public_names_are_these_and_all_of_them_work() -> None:
+    assert onnx_adapt.__all__ == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert callable(getattr(onnx_adapt, name))
+
+
+def test_a_public_name_is_the_same_whatever_was_imported_before() -> None:
+    code = "import onnx_adapt.verification, onnx_adapt as oa; assert callable(oa.verify)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = onnx_adapt.no_such_name
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, onnx_adapt, onnx_adapt.cli\n"
+        "heavy = {'onnx', 'numpy', 'onnxruntime', 'rich', 'ml_dtypes'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
