@@ -1,8 +1,8 @@
 """Put one slot at every eligible site of six trained models, and verify each.
 
 Every site of every model gets an insertion of its own: ONNX Runtime runs it with real
-inputs (`onnx_adapt.verify`), then the slot is removed and the base must be back. At the
-end each model takes a slot at all its layers at once. Exit status 1 means a failure.
+inputs (`onnx_adapt.verify`), then the slot is removed and the base must be back. Then each
+model takes all its layers at once, and all its sites. Exit status 1 means a failure.
 
     python benchmarks/sweep.py --jobs 2
     python benchmarks/sweep.py --layers --models plcmos smart-turn
@@ -101,10 +101,17 @@ MODELS: dict[str, MakeFeeds] = {
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Slots to insert into a model at once."""
+    """Slots to insert into a model at once.
+
+    Attributes:
+        model: Name of the model.
+        places: Addresses of sites.
+        title: What these places are.
+    """
 
     model: str
     places: tuple[str, ...]
+    title: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +192,33 @@ def run(trials: Sequence[Trial], jobs: int) -> list[Outcome]:
     return outcomes
 
 
-def plan(name: str, *, layers: bool) -> tuple[list[oa.Site], list[Trial]]:
-    """The sites of a model, and the trials: each eligible site, then all layers at once."""
-    found = oa.find_sites(_open(name), all_tensors=not layers)
-    usable = [site for site in found if site.refused is None]
-    trials = [Trial(name, (site.address,)) for site in usable]
-    return found, [*trials, Trial(name, tuple(s.address for s in usable if s.layer))]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with a model.
+
+    Attributes:
+        sites: The sites looked at, refused ones too.
+        single: A trial for each eligible site.
+        joint: Trials of several slots at once.
+    """
+
+    sites: list[oa.Site]
+    single: list[Trial]
+    joint: list[Trial]
+
+
+def plan(name: str, *, only_layers: bool) -> Plan:
+    """List the trials of a model."""
+    sites = oa.find_sites(_open(name), all_tensors=not only_layers)
+    usable = [site for site in sites if site.refused is None]
+    groups = {"all layers": [site.address for site in usable if site.layer]}
+    if not only_layers:
+        groups["all sites"] = [site.address for site in usable]
+    return Plan(
+        sites,
+        [Trial(name, (site.address,), site.address) for site in usable],
+        [Trial(name, tuple(places), title) for title, places in groups.items()],
+    )
 
 
 def _row(name: str, sites: Sequence[oa.Site], outcomes: Sequence[Outcome]) -> list[object]:
@@ -218,38 +246,41 @@ _COLUMNS = (
 )
 
 
-def show(sites: dict[str, list[oa.Site]], outcomes: Sequence[Outcome]) -> None:
+def show(plans: dict[str, Plan], single: Sequence[Outcome], joint: Sequence[Outcome]) -> None:
     """Print the tables, then every refusal counted and every other exception named."""
-    single, joint = outcomes[: -len(sites)], outcomes[-len(sites) :]
-    of_model = {name: [o for o in single if o.trial.model == name] for name in sites}
-    rows = [_row(name, found, of_model[name]) for name, found in sites.items()]
-    rows.append(_row("all", [s for found in sites.values() for s in found], single))
+    rows = [
+        _row(name, plan.sites, [o for o in single if o.trial.model == name])
+        for name, plan in plans.items()
+    ]
+    rows.append(_row("all", [site for p in plans.values() for site in p.sites], single))
     print_table(_COLUMNS, rows)
-    print("\nall layers of a model at once")
+    print("\nseveral slots at once")
     print_table(
-        ("model", "slots", "result", "moved nothing", "worst error", "limit", "seconds"),
+        ("model", "at", "slots", "result", "moved nothing", "worst error", "limit", "seconds"),
         [
             (
-                *(o.trial.model, len(o.trial.places), "FAILED" if o.wrong else "passed"),
-                *(len(o.still), f"{o.error:.1e}", f"{o.limit:.0e}", round(o.seconds, 1)),
+                *(o.trial.model, o.trial.title, len(o.trial.places)),
+                *("FAILED" if o.wrong else "passed", len(o.still)),
+                *(f"{o.error:.1e}", f"{o.limit:.0e}", round(o.seconds, 1)),
             )
             for o in joint
         ],
     )
     reasons = Counter(
         (name, site.refused.split(";")[0])
-        for name, found in sites.items()
-        for site in found
+        for name, plan in plans.items()
+        for site in plan.sites
         if site.refused
     )
     _list("refused", (f"{n} x {model}: {reason}" for (model, reason), n in reasons.items()))
     _list("moved nothing", (f"{_where(o)}: {', '.join(o.still)}" for o in single if o.still))
-    _list("failed", (f"{_where(o)}: {'; '.join(o.wrong)}" for o in outcomes if o.wrong))
+    _list(
+        "failed", (f"{_where(o)}: {'; '.join(o.wrong)}" for o in (*single, *joint) if o.wrong)
+    )
 
 
 def _where(outcome: Outcome) -> str:
-    places = outcome.trial.places
-    return f"{outcome.trial.model} {places[0] if len(places) == 1 else 'all layers at once'}"
+    return f"{outcome.trial.model} {outcome.trial.title}"
 
 
 def _list(title: str, lines: Iterable[str]) -> None:
@@ -263,11 +294,11 @@ def main() -> int:
     parser.add_argument("--layers", action="store_true", help="only the outputs of layers")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     options = parser.parse_args()
-    planned = {name: plan(name, layers=options.layers) for name in options.models}
-    trials = [trial for _, (*each, _) in planned.values() for trial in each]
-    trials += [each[-1] for _, each in planned.values()]
-    outcomes = run(trials, options.jobs)
-    show({name: sites for name, (sites, _) in planned.items()}, outcomes)
+    plans = {name: plan(name, only_layers=options.layers) for name in options.models}
+    single = [trial for item in plans.values() for trial in item.single]
+    joint = [trial for item in plans.values() for trial in item.joint]
+    outcomes = run([*single, *joint], options.jobs)
+    show(plans, outcomes[: len(single)], outcomes[len(single) :])
     return int(any(outcome.wrong for outcome in outcomes))
 
 

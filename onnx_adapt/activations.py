@@ -130,14 +130,15 @@ def _emit_gelu_tanh(emit: Emitter, x: str) -> str:
 
 def _emit_leaky_relu(emit: Emitter, x: str) -> str:
     if emit.dtype == "float64" or (emit.dtype == "bfloat16" and emit.opset < 16):
-        return emit.node("Max", x, emit.times(x, LEAKY_SLOPE))
+        below = emit.times(emit.node("Relu", emit.node("Neg", x)), LEAKY_SLOPE)
+        return emit.node("Sub", emit.node("Relu", x), below)
     return emit.node("LeakyRelu", x, alpha=LEAKY_SLOPE)
 
 
 def _emit_relu6(emit: Emitter, x: str) -> str:
     if emit.opset < 12 and emit.dtype == "float64":  # no Clip kernel
-        above = emit.node("Relu", emit.node("Sub", x, emit.number(6.0)))
-        return emit.node("Sub", emit.node("Relu", x), above)
+        room = emit.node("Relu", emit.node("Sub", emit.number(6.0), x))
+        return emit.node("Relu", emit.node("Sub", emit.number(6.0), room))
     if emit.opset < 11:
         return emit.node("Clip", x, min=0.0, max=6.0)
     return emit.node("Clip", x, emit.number(0.0), emit.number(6.0))

@@ -11,9 +11,9 @@ from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AdapterError, AdaptError, SlotError
-from onnx_adapt.graph import FLOATS, slot_of
+from onnx_adapt.graph import FLOATS
 from onnx_adapt.initializers import check_model_weights
-from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest
+from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.slot import bottleneck_axis, part_shape
 

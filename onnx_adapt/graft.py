@@ -16,11 +16,11 @@ from onnx_adapt import walk
 from onnx_adapt.activations import Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graph import ModelIndex, default_opset, slot_of
+from onnx_adapt.graph import ModelIndex, default_opset
 from onnx_adapt.initializers import add_weights, check_model_weights
-from onnx_adapt.manifest import Manifest, Slot, read_manifest, write_manifest
+from onnx_adapt.manifest import Manifest, Slot, read_manifest, slot_of, write_manifest
 from onnx_adapt.model_file import Model
-from onnx_adapt.plan import norm_node
+from onnx_adapt.plan import norm_nodes
 from onnx_adapt.slot import check_slot, slot_nodes
 
 _OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
@@ -72,7 +72,8 @@ def _put_nodes(
         All slots of the model; one that another was stacked on has a new output name.
     """
     outputs = {(slot.graph, slot.output): slot for slot in known}
-    for path, view in index.views.items():
+    # Bodies before the graphs around them: rewriting a graph copies the bodies in it.
+    for path, view in reversed(index.views.items()):
         here = [slot for slot in slots if slot.graph == path]
         if not here:
             continue
@@ -85,7 +86,9 @@ def _put_nodes(
             below = outputs.pop((path, slot.tensor), None)
             if below is not None:
                 outputs[path, slot.inner] = replace(below, output=slot.inner)
-            nodes = slot_nodes(slot, opset, norm_node(view, slot))
+            copied = norm_nodes(index, slot)
+            norm = copied[-1] if copied else None
+            nodes = [*copied[:-1], *slot_nodes(slot, opset, norm)]
             maker[slot.tensor] = nodes[-1]
             outputs[path, slot.tensor] = slot
             added.setdefault(position, []).extend(nodes)
@@ -120,7 +123,7 @@ def take_out(
         SlotError: If another tool moved the nodes.
     """
     current = {slot.name: slot for slot in slots}
-    for scope in walk.scopes(proto.graph):
+    for scope in reversed(list(walk.scopes(proto.graph))):
         present = {slot_of(node) for node in scope.graph.node} & doomed
         if not present:
             continue

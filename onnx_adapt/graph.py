@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import onnx
 
 from onnx_adapt import walk
+from onnx_adapt.constants import Weight, constant_of, derived, stored
+from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.walk import Scope
 
@@ -22,8 +24,8 @@ FLOATS: dict[int, str] = {
 
 Shape = tuple[int | str | None, ...]
 
-SLOT_KEY = "pkg.onnx_adapt.slot"
-"""Key in a node's `metadata_props`: the slot the node was inserted for."""
+VALUE_FREE = {"Shape", "Size"}
+"""Operators that read a tensor's shape but not its values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,9 @@ def read_type(value: onnx.ValueInfoProto) -> TensorType:
     return TensorType(tensor.elem_type, shape)
 
 
-def slot_of(node: onnx.NodeProto) -> str:
-    """The slot a node was inserted for, or ''."""
-    for entry in node.metadata_props:
-        if entry.key == SLOT_KEY:
-            return str(entry.value)
-    return ""
+def text(value: str | bytes) -> str:
+    """A string of a model: protobuf gives one that is not UTF-8 as bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def default_opset(proto: onnx.ModelProto) -> int:
@@ -96,6 +95,7 @@ class GraphView:
         producers: Tensor -> index of the node that makes it.
         consumers: Tensor -> indices of the nodes that read it, also from their bodies.
         constants: Tensor -> its value, for initializers and Constant nodes.
+        weights: Tensor -> how it is read, for constants and what is made of them alone.
         types: Tensor -> its type.
         outputs: Names of the graph's outputs.
         live: Tensors whose values can reach an output of the model.
@@ -107,6 +107,7 @@ class GraphView:
     producers: dict[str, int] = field(default_factory=dict)
     consumers: dict[str, list[int]] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
     types: dict[str, TensorType] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
     live: set[str] = field(default_factory=set)
@@ -126,6 +127,11 @@ class GraphView:
         """The stored value of a tensor that can be read here, if it has one."""
         view = self.home(tensor)
         return view.constants.get(tensor) if view else None
+
+    def weight(self, tensor: str) -> Weight | None:
+        """The constant that a tensor readable here is, through Cast, Transpose, ..."""
+        view = self.home(tensor)
+        return view.weights.get(tensor) if view else None
 
     def home(self, tensor: str) -> GraphView | None:
         """The view of the graph that declares or produces a tensor readable here."""
@@ -171,7 +177,7 @@ class ModelIndex:
         found: set[str] = set()
         for view in self.views.values():
             found.update(view.producers, view.constants, view.types, view.consumers)
-        return found
+        return set(map(text, found))
 
 
 def index_model(model: Model) -> ModelIndex:
@@ -184,48 +190,73 @@ def index_model(model: Model) -> ModelIndex:
     for scope in walk.scopes(model.proto.graph):
         parent = views[scope.parent.path] if scope.parent else None
         view = _view(scope, parent)
-        for value in inferred[scope.path].value_info:
-            view.types.setdefault(value.name, read_type(value))
-        for value in inferred[scope.path].output:
-            view.types.setdefault(value.name, read_type(value))
+        _declare(view, inferred[scope.path].value_info)
+        _declare(view, inferred[scope.path].output)
         views[scope.path] = view
     _mark_live(views)
     return ModelIndex(model, views)
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        return onnx.shape_inference.infer_shapes(proto)
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError):
-        # What the model itself records is used then; a site without a type says so.
-        return proto
+    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
+        try:
+            return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
+        except (
+            onnx.shape_inference.InferenceError,
+            onnx.checker.ValidationError,
+            RuntimeError,
+        ):
+            continue
+    # What the model itself records is used then; a site without a type says so.
+    return proto
 
 
 def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     graph = scope.graph
     view = GraphView(scope, list(graph.node), parent)
     view.outputs = frozenset(value.name for value in graph.output)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        known = read_type(value)
-        if known.elem_type or known.shape is not None:
-            view.types[value.name] = known
     for tensor in graph.initializer:
         view.constants[tensor.name] = tensor
-        view.types.setdefault(tensor.name, TensorType(tensor.data_type, tuple(tensor.dims)))
     for index, node in enumerate(view.nodes):
-        for name in node.output:
-            if name:
-                view.producers[name] = index
-        for name in (*node.input, *captured(node)):
-            if name:
-                view.consumers.setdefault(name, []).append(index)
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            value = node.attribute[0].t
-            view.constants[node.output[0]] = value
-            view.types.setdefault(
-                node.output[0], TensorType(value.data_type, tuple(value.dims))
-            )
+        view.producers.update((name, index) for name in node.output if name)
+        for name in filter(None, (*node.input, *captured(node))):
+            view.consumers.setdefault(name, []).append(index)
+        value = constant_of(node)
+        if value is not None:
+            view.constants.update((name, value) for name in node.output[:1])
+    inputs = {value.name for value in graph.input}
+    _declare(view, (*graph.input, *graph.value_info, *graph.output), inputs)
+    for name, value in view.constants.items():
+        known = TensorType(value.data_type, tuple(value.dims))
+        view.types[name] = _merged(view.types.get(name, UNKNOWN), known)
+        view.weights[name] = stored(value)
+    for node in view.nodes:
+        made = None if slot_of(node) else derived(node, view.weight)
+        if made is not None:
+            view.weights.update((name, made) for name in node.output[:1])
     return view
+
+
+def _declare(
+    view: GraphView, values: Iterable[onnx.ValueInfoProto], inputs: Collection[str] = ()
+) -> None:
+    """Note the types of tensors of this graph; a body may record captured ones too."""
+    for value in values:
+        name = value.name
+        if name in inputs or name in view.producers or name in view.constants:
+            view.types[name] = _merged(view.types.get(name, UNKNOWN), read_type(value))
+
+
+def _merged(first: TensorType, second: TensorType) -> TensorType:
+    """What two records of a tensor tell together; the first is believed."""
+    elem_type = first.elem_type or second.elem_type
+    if first.shape is None or second.shape is None:
+        return TensorType(elem_type, second.shape if first.shape is None else first.shape)
+    if len(first.shape) != len(second.shape):
+        return TensorType(elem_type, first.shape)
+    pairs = zip(first.shape, second.shape, strict=True)
+    shape = (next((d for d in (a, b) if isinstance(d, int)), a or b) for a, b in pairs)
+    return TensorType(elem_type, tuple(shape))
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:
@@ -240,10 +271,6 @@ def captured(node: onnx.NodeProto) -> Iterator[str]:
         for value in body.output:
             if value.name not in own:
                 yield value.name
-
-
-_VALUE_FREE = {"Shape", "Size"}
-"""Operators that read a tensor's shape but not its values."""
 
 
 def _mark_live(views: dict[str, GraphView]) -> None:
@@ -265,7 +292,7 @@ def _mark_live(views: dict[str, GraphView]) -> None:
             continue
         seen.add((id(home), index))
         node = home.nodes[index]
-        if node.op_type not in _VALUE_FREE:
+        if node.op_type not in VALUE_FREE:
             waiting.extend((home, name) for name in node.input if name)
         for body in children.get((id(home), index), ()):
             waiting.extend((body, name) for name in body.outputs)

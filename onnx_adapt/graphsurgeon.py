@@ -16,9 +16,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_adapt import rewrite, walk
 from onnx_adapt.errors import SlotError
-from onnx_adapt.graph import SLOT_KEY, Shape, read_type, slot_of
+from onnx_adapt.graph import Shape, read_type
 from onnx_adapt.initializers import drop_named
-from onnx_adapt.manifest import Manifest, read_manifest, write_manifest
+from onnx_adapt.manifest import SLOT_KEY, Manifest, read_manifest, slot_of, write_manifest
 from onnx_adapt.model_file import Model
 
 _RECORD = "onnx_adapt_record"

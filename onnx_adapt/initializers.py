@@ -18,7 +18,14 @@ from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph import FLOATS
-from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, write_manifest
+from onnx_adapt.manifest import (
+    Manifest,
+    OpenWeight,
+    Slot,
+    read_manifest,
+    slot_of,
+    write_manifest,
+)
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.slot import bottleneck_axis, part_shape
 
@@ -116,6 +123,13 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
         SlotError: If another tool took initializers or inputs away.
     """
     check_weights(proto, manifest.slots)
+    marked = {slot_of(n) for scope in walk.scopes(proto.graph) for n in scope.graph.node}
+    for slot in manifest.slots:
+        if slot.name not in marked:
+            raise SlotError(
+                f"slot {slot.name!r} is damaged: its nodes are gone, or have lost their mark",
+                hint="another tool rewrote the graph; insert into the base model again",
+            )
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     for weight in manifest.weights:
@@ -149,8 +163,14 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
                 "stripped from the model",
                 hint="simplifiers do this; run them on the base first, then insert",
             )
+        sizes = set()
         for part in slot.parts:
-            _check_shape(slot, part, stored[slot.weight(part)].dims)
+            tensor = stored[slot.weight(part)]
+            sizes.add(_check_shape(slot, part, tensor.dims))
+            if tensor.data_type != _ELEM_TYPES[slot.dtype]:
+                raise SlotError(f"weight {tensor.name!r} is not {slot.dtype}, as its slot is")
+        if len(sizes - {-1}) > 1:
+            raise SlotError(f"the weights of slot {slot.name!r} have different bottlenecks")
 
 
 def _check_shape(slot: Slot, part: str, dims: Iterable[int]) -> int:

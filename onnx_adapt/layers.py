@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.graph import FLOATS, GraphView, attribute, slot_of
+from onnx_adapt.constants import Weight
+from onnx_adapt.graph import FLOATS, VALUE_FREE, GraphView, attribute
+from onnx_adapt.manifest import slot_of
 
 LAST, CHANNELS = -1, 1
 
@@ -19,29 +22,30 @@ class Kind:
     Attributes:
         weight: Input that must be constant, or -1 if the operator alone tells.
         axis: Feature axis of the output.
-        width: How the width is read: `last` or `first` axis of the weight (`gemm`: by
-            transB; `deconv`: second axis times group), an attribute's name, or ''.
+        width: How the width is read: `last` or `first` axis of the weight, `columns` of a
+            matrix (by transB), `deconv` (second axis times group), an attribute's name,
+            or ''.
         bias: Input that may hold the bias inside the operator, or -1.
         fold: Whether a following Add of a constant is this layer's bias.
     """
 
     weight: int
     axis: int = LAST
-    width: str = "last"
+    width: str = "columns"
     bias: int = -1
     fold: bool = False
 
 
 _MATMUL = Kind(1, fold=True)
-_GEMM = Kind(1, width="gemm", bias=2, fold=True)
+_GEMM = Kind(1, bias=2, fold=True)
 _CONV = Kind(1, CHANNELS, "first", bias=2, fold=True)
-_NORM = Kind(-1)
-_CHANNEL_NORM = Kind(1, CHANNELS)
+_NORM = Kind(-1, width="last")
+_CHANNEL_NORM = Kind(1, CHANNELS, "last")
 _RECURRENT = Kind(-1, width="hidden_size")
 
 KINDS: dict[str, Kind] = {
     "MatMul": _MATMUL,
-    "FusedMatMul": Kind(1, width="gemm", fold=True),
+    "FusedMatMul": _MATMUL,
     "MatMulInteger": _MATMUL,
     "MatMulIntegerToFloat": Kind(1, bias=6, fold=True),
     "DynamicQuantizeMatMul": Kind(1, bias=4, fold=True),
@@ -51,7 +55,7 @@ KINDS: dict[str, Kind] = {
     "Gemm": _GEMM,
     "FusedGemm": _GEMM,
     "GemmFloat8": _GEMM,
-    "QGemm": Kind(3, width="gemm"),
+    "QGemm": Kind(3),
     "Conv": _CONV,
     "FusedConv": _CONV,
     "ConvTranspose": Kind(1, CHANNELS, "deconv", bias=2, fold=True),
@@ -81,58 +85,11 @@ _NORM_WEIGHT = {
     "SkipSimplifiedLayerNormalization": 2,
     "EmbedLayerNormalization": 5,
 }
-_TRANSPARENT = {"DequantizeLinear", "Identity", "Cast", "Transpose", "Mul"}
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A layer's constant weight as the layer sees it.
-
-    Attributes:
-        tensor: The stored tensor, before any DequantizeLinear, Transpose or Cast.
-        dims: Its shape at the layer.
-        elem_type: Its element type at the layer.
-    """
-
-    tensor: onnx.TensorProto
-    dims: tuple[int, ...]
-    elem_type: int
 
 
 def find_weight(view: GraphView, name: str) -> Weight | None:
-    """Follow a layer's input back to the tensor it is stored as.
-
-    Looks through DequantizeLinear, Identity, Cast, Transpose and Mul by a constant.
-    """
-    if not name:
-        return None
-    tensor = view.constant(name)
-    if tensor is not None:
-        return Weight(tensor, tuple(tensor.dims), tensor.data_type)
-    made = view.producer(name)
-    if made is None or made[1].op_type not in _TRANSPARENT or slot_of(made[1]):
-        return None
-    home, node = made
-    inner = find_weight(home, node.input[0])
-    if inner is None:
-        return None
-    if node.op_type == "Mul":
-        other = find_weight(home, node.input[1])
-        if other is None:
-            return None
-        return max(inner, other, key=lambda weight: len(weight.dims))
-    if node.op_type == "Transpose":
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        order = order or list(range(len(inner.dims)))[::-1]
-        if sorted(order) != list(range(len(inner.dims))):
-            return None
-        return Weight(inner.tensor, tuple(inner.dims[i] for i in order), inner.elem_type)
-    if node.op_type == "Cast":
-        return Weight(inner.tensor, inner.dims, attribute(node, "to", inner.elem_type))
-    if node.op_type == "DequantizeLinear" and len(node.input) > 1:
-        scale = find_weight(home, node.input[1])
-        return Weight(inner.tensor, inner.dims, scale.elem_type if scale else 0)
-    return inner
+    """The constant that an input is, through DequantizeLinear, Transpose, Cast, ..."""
+    return view.weight(name) if name else None
 
 
 def layer_weight(view: GraphView, node: onnx.NodeProto) -> Weight | None:
@@ -168,30 +125,48 @@ def _is_embedding(view: GraphView, node: onnx.NodeProto, weight: Weight) -> bool
 def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:
     """The width of a layer's output as its constant weight tells it."""
     kind = KINDS[node.op_type]
-    if kind.width not in ("last", "first", "gemm", "deconv"):
+    if kind.width not in ("last", "first", "columns", "deconv"):
         return attribute(node, kind.width, 0) or None if kind.width else None
     weight = layer_weight(view, node)
     if weight is None or not weight.dims:
         return None
     if kind.width == "first":
         return weight.dims[0]
-    if kind.width == "gemm":
-        transposed = attribute(node, "transB", 0) and len(weight.dims) >= 2
-        return weight.dims[-2] if transposed else weight.dims[-1]
+    if kind.width == "last":
+        return weight.dims[-1]
+    if len(weight.dims) < 2:
+        return None
     if kind.width == "deconv":
-        return weight.dims[1] * attribute(node, "group", 1) if len(weight.dims) > 1 else None
-    return weight.dims[-1]
+        return weight.dims[1] * attribute(node, "group", 1)
+    return weight.dims[-2 if attribute(node, "transB", 0) else -1]
 
 
-def layer_elem_type(view: GraphView, node: onnx.NodeProto) -> int:
-    """The element type of a layer's output where shape inference is silent, or 0."""
-    scales = {"MatMulNBits": 2, "MatMulBnb4": 2, "GatherBlockQuantized": 2}
-    position = scales.get(node.op_type)
-    if position is not None and position < len(node.input):
-        scale = find_weight(view, node.input[position])
-        return scale.elem_type if scale else 0
-    weight = layer_weight(view, node)
-    return weight.elem_type if weight and weight.elem_type in FLOATS else 0
+_OTHER_TYPE = {
+    *("QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger", "GemmFloat8"),
+}
+_SAME_TYPE = {
+    *("Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Softmax", "Gelu"),
+    *("FastGelu", "BiasGelu", "QuickGelu", "Transpose", "Reshape", "Slice", "Concat", "Split"),
+    *("Squeeze", "Unsqueeze", "Identity", "RotaryEmbedding", "GroupQueryAttention"),
+    *("MultiHeadAttention", *(KINDS.keys() - _OTHER_TYPE)),
+}
+"""Operators, contrib ones included, whose float output has the type of a float input."""
+
+
+def inherited_type(view: GraphView, node: onnx.NodeProto) -> int:
+    """The element type of a node's output where shape inference is silent, or 0."""
+    made: tuple[GraphView, onnx.NodeProto] | None = (view, node)
+    for _ in range(64):
+        if made is None or made[1].op_type not in _SAME_TYPE:
+            return 0
+        view, node = made
+        for name in node.input:
+            weight = find_weight(view, name)
+            known = view.type_of(name).elem_type or (weight.elem_type if weight else 0)
+            if known in FLOATS:
+                return known
+        made = view.producer(node.input[0]) if node.input else None
+    return 0
 
 
 def bias_add(
@@ -213,20 +188,28 @@ def bias_add(
     other = find_weight(view, add.input[1 - list(add.input).index(tensor)])
     if other is None or width is None or math.prod(other.dims) != width:
         return None
-    fits = width in other.dims if kind.axis == CHANNELS else other.dims[-1:] == (width,)
+    dims = other.dims
+    if kind.axis == CHANNELS:
+        weight = layer_weight(view, node)
+        rank = len(weight.dims) if weight else 0
+        dims = (1,) * (rank - len(dims)) + dims if len(dims) <= rank else ()
+    fits = -len(dims) <= kind.axis < len(dims) and dims[kind.axis] == width
     return add.output[0] if fits else None
 
 
 def float_downstream(view: GraphView, tensor: str) -> str | None:
     """The float tensor an integer tensor is rescaled to: the place an adapter belongs."""
-    for _ in range(8):
-        readers = view.readers(tensor)
-        if not readers or not readers[0].output:
+    waiting = deque([tensor])
+    for _ in range(16):
+        if not waiting:
             return None
-        tensor = readers[0].output[0]
-        known = view.type_of(tensor).elem_type
-        if known in FLOATS:
-            after = view.readers(tensor)
-            scaled = len(after) == 1 and after[0].op_type == "Mul"
-            return after[0].output[0] if scaled else tensor
+        integer = waiting.popleft()
+        for reader in view.readers(integer):
+            outputs = [] if reader.op_type in VALUE_FREE else list(reader.output)
+            floats = [name for name in outputs if view.type_of(name).elem_type in FLOATS]
+            if floats:
+                after = view.readers(floats[0])
+                scaled = len(after) == 1 and after[0].op_type == "Mul"
+                return str(after[0].output[0] if scaled else floats[0])
+            waiting.extend(outputs)
     return None

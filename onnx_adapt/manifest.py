@@ -7,15 +7,28 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import onnx
 
+from onnx_adapt import walk
+from onnx_adapt.activations import ACTIVATIONS, DTYPES
 from onnx_adapt.errors import ManifestError
 
 KEY = "onnx_adapt"
 FORMAT = 1
+
+SLOT_KEY = "pkg.onnx_adapt.slot"
+"""Key in a node's `metadata_props`: the slot the node was inserted for."""
+
+
+def slot_of(node: onnx.NodeProto) -> str:
+    """The slot a node was inserted for, or ''."""
+    for entry in node.metadata_props:
+        if entry.key == SLOT_KEY:
+            return str(entry.value)
+    return ""
 
 
 def weight_name(slot: str, part: str) -> str:
@@ -43,7 +56,6 @@ class Slot:
         rank: Number of axes of the tensor if the axis is 1, else 0.
         activation: Name of the activation between the projections.
         parts: Names of the weights, in the order of the formula.
-        plus: A tensor that is added to the source before anything else, or ''.
         norm: Output tensor of a normalisation of the base that is re-applied to the
             source, or ''.
         norm_after: What the slot's own normalisation wraps: `term`, `sum` or ''.
@@ -52,6 +64,7 @@ class Slot:
         bottleneck: Inner size if it is fixed; 0 if each adapter brings its own.
         window: For a convolution that looks at more than one position: kernel, strides,
             pads and dilations of the down-projection, one after the other; else empty.
+        plus: A tensor that is added to the source before anything else, or ''.
     """
 
     name: str
@@ -68,13 +81,13 @@ class Slot:
     rank: int
     activation: str
     parts: tuple[str, ...]
-    plus: str
     norm: str
     norm_after: str
     module: str
     swappable: bool
     bottleneck: int
     window: tuple[int, ...] = ()
+    plus: str = ""
 
     def weight(self, part: str) -> str:
         """The name of one weight in the model, and of the input that feeds it."""
@@ -163,7 +176,21 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
         ) from error
     if len({slot.name for slot in slots}) != len(slots):
         raise ManifestError("two slots of the model have one name")
-    return manifest
+    return _located(proto, manifest)
+
+
+def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
+    """Trust the marks on nodes for where a slot is: a renamed If changes every path in it."""
+    places = {
+        slot_of(node): scope.path
+        for scope in walk.scopes(proto.graph)
+        for node in scope.graph.node
+        if node.metadata_props
+    }
+    slots = tuple(
+        replace(slot, graph=places.get(slot.name, slot.graph)) for slot in manifest.slots
+    )
+    return replace(manifest, slots=slots)
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -183,7 +210,10 @@ def _read_slot(item: dict[str, Any]) -> Slot:
             values[field.name] = tuple(_typed(value, kind) for value in item[field.name])
         else:
             values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
-    return Slot(**values)
+    slot = Slot(**values)
+    if slot.dtype not in DTYPES or slot.activation not in ACTIVATIONS or slot.bottleneck < 0:
+        raise ValueError(f"slot {slot.name!r} has a value that no slot has")
+    return slot
 
 
 def _read_weight(item: dict[str, Any]) -> OpenWeight:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_adapt.errors import SiteError
-from onnx_adapt.graph import GraphView
+from onnx_adapt.graph import GraphView, ModelIndex, elem_name
 from onnx_adapt.manifest import Slot
 from onnx_adapt.resolve import Choice, resolve_tensor
 from onnx_adapt.sites import Site, Survey
+from onnx_adapt.slot import mark_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,29 @@ class Recipe:
     seed: int = 0
 
 
-def reserved_names(tensors: set[str]) -> set[str]:
-    """The slot names that a model's tensors already use: `adapter.<name>.` and `/`."""
-    return {
+def reserved_names(index: ModelIndex) -> set[str]:
+    """The slot names that a model's tensors and symbols leave no room for."""
+    tensors = {
         tensor[len(_PREFIX) : end]
-        for tensor in tensors
+        for tensor in index.names()
         if tensor.startswith(_PREFIX)
         for end in range(len(_PREFIX), len(tensor))
         if tensor[end] in "./"
     }
+    nodes = {
+        node.name[len(_PREFIX) :].rpartition("/")[0]
+        for view in index.views.values()
+        for node in view.nodes
+        if node.name.startswith(_PREFIX)
+    }
+    symbols = {
+        str(dim).removeprefix("r_")
+        for view in index.views.values()
+        for known in view.types.values()
+        for dim in known.shape or ()
+        if isinstance(dim, str)
+    }
+    return tensors | nodes | symbols
 
 
 _PREFIX = "adapter."
@@ -71,7 +86,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
     inner = f"adapter.{name}/target"
     source, source_width = inner, site.width or 0
     if recipe.source:
-        read = resolve_tensor(survey, recipe.source)
+        read = _input_site(survey, recipe.source) or resolve_tensor(survey, recipe.source)
         if read.address != site.address:
             source, source_width = read.tensor, _check_source(survey, site, read)
     return Slot(
@@ -89,12 +104,36 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         rank=(site.rank or 0) if site.axis == 1 else 0,
         activation=recipe.activation,
         parts=recipe.parts,
-        plus="",
-        norm=_norm_tensor(survey, site, recipe.norm),
+        norm=_norm_tensor(survey, site, recipe.norm, source_width),
         norm_after=recipe.norm_after,
         module=site.module or "",
         swappable=recipe.swappable,
         bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
+    )
+
+
+def _input_site(survey: Survey, name: str) -> Site | None:
+    """An input of the model as a place to read from."""
+    main = survey.index.main
+    inputs = {value.name for value in main.scope.graph.input} - set(main.constants)
+    if name not in inputs:
+        return None
+    known = main.type_of(name)
+    last = known.shape[-1] if known.shape else None
+    return Site(
+        address=f"main:{name}",
+        node="",
+        op="",
+        tensor=name,
+        module=None,
+        width=last if isinstance(last, int) else None,
+        dtype=elem_name(known.elem_type),
+        axis=-1,
+        refused=None,
+        graph="main",
+        rank=len(known.shape) if known.shape else None,
+        layer=False,
+        core=-1,
     )
 
 
@@ -129,8 +168,11 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         axis = site.axis % len(ours) if ours else 0
         a = [d for i, d in enumerate(theirs) if i != axis]
         b = [d for i, d in enumerate(ours) if i != axis]
+        declared = _declared_symbols(survey)
         clash = any(
-            p != q for p, q in zip(a, b, strict=False) if p is not None and q is not None
+            p != q
+            for p, q in zip(a, b, strict=False)
+            if all(isinstance(d, int) or d in declared for d in (p, q))
         )
         if len(theirs) != len(ours) or clash:
             raise SiteError(
@@ -140,15 +182,24 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
     return read.width
 
 
+def _declared_symbols(survey: Survey) -> set[int | str | None]:
+    """Symbols of the model's own inputs; others were made up by inference."""
+    main = survey.index.main
+    names = [value.name for value in main.scope.graph.input]
+    return {d for n in names for d in main.type_of(n).shape or () if isinstance(d, str)}
+
+
 def _comes_before(view: GraphView, home: GraphView, source: str, target: str) -> bool:
     position = view.producers[target]
+    if view is home and home.producers.get(source) == position:
+        return True  # another output of the same node
     while view is not home and view.parent is not None:
         position = view.scope.owner
         view = view.parent
     return home.producers.get(source, -1) < position
 
 
-def _norm_tensor(survey: Survey, site: Site, name: str) -> str:
+def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
     """The output of the base's normalisation that a name means."""
     if not name:
         return ""
@@ -164,10 +215,35 @@ def _norm_tensor(survey: Survey, site: Site, name: str) -> str:
     for weight in node.input[1:]:
         if weight and here.constant(weight) is None:
             raise SiteError(f"the weights of normalisation {name!r} are not constant here")
+    weight_width = here.constant(node.input[1])
+    if weight_width is not None and list(weight_width.dims) != [width]:
+        raise SiteError(
+            f"normalisation {name!r} is {list(weight_width.dims)} wide, the source {width}",
+            hint="name the normalisation of a tensor as wide as the source",
+        )
     return str(node.output[0])
 
 
-def norm_node(view: GraphView, slot: Slot) -> onnx.NodeProto | None:
-    """The base's normalisation node that a slot re-applies, if it does."""
-    made = view.producer(slot.norm) if slot.norm else None
-    return made[1] if made else None
+def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
+    """The base's normalisation that a slot re-applies, last; before it its Constants.
+
+    The Constants are copies of the slot's own, for theirs may stand behind the slot.
+    """
+    if not slot.norm:
+        return []
+    here = index.views[slot.graph]
+    home = next(v for v in (here, *index.views.values()) if slot.norm in v.producers)
+    norm = onnx.NodeProto()
+    norm.CopyFrom(home.nodes[home.producers[slot.norm]])
+    constants = []
+    for position, name in enumerate(norm.input):
+        made = here.producer(name) if position and name else None
+        if made is not None and made[1].op_type == "Constant":
+            copy = onnx.NodeProto()
+            copy.CopyFrom(made[1])
+            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            norm.input[position] = copy.output[0] = copy.name
+            del copy.metadata_props[:]
+            mark_node(copy, slot)
+            constants.append(copy)
+    return [*constants, norm]

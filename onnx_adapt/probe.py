@@ -61,7 +61,10 @@ def neutral_model(model: Model) -> Model:
 def _is_neutral(weights: Mapping[str, Array]) -> bool:
     """Whether a slot with these weights gives its target."""
     ones = [weights[part] for part in ("scale",) if part in weights]
-    silent = ("up", "up_bias", "after_bias", "f_up", "f_up_bias", "g_up", "g_up_bias")
+    silent = (
+        *("up", "up_bias", "after_bias", "residual", "skip", "switch"),
+        *("f_up", "f_up_bias", "g_up", "g_up_bias"),
+    )
     zeros = [weights[part] for part in silent if part in weights]
     return all(np.all(w == 1) for w in ones) and all(not np.any(w) for w in zeros)
 
@@ -107,19 +110,19 @@ class Probe:
         tapper = Tapper(opened.proto)
         self._taps: dict[str, _SlotTaps] = {}
         for slot in slots:
-            home = index.views[slot.graph].home(slot.source)
-            elem_type = _ELEM_TYPES[slot.dtype]
-            read = index.views[slot.graph].type_of(slot.source).elem_type or elem_type
-            places = (
-                (slot.graph, slot.inner, elem_type),
-                (home.scope.path if home else slot.graph, slot.source, read),
-                (slot.graph, slot.output, elem_type),
-                (slot.graph, slot.plus or slot.inner, elem_type),
-            )
-            taps = [tapper.tap(*place) for place in places]
+            view = index.views[slot.graph]
+            names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
+            elem_types = [
+                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+            ]
+            taps = [
+                tapper.tap(slot.graph, name, elem_type)
+                for name, elem_type in zip(names, elem_types, strict=True)
+            ]
             if not all(taps):
                 raise SlotError(
-                    f"slot {slot.name!r} is inside an operator that hides its tensors"
+                    f"slot {slot.name!r} is inside an operator that hides its tensors",
+                    hint="only If, Loop and Scan can be looked into",
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(replace(opened, path=model.path), optimised=True)
@@ -138,7 +141,7 @@ class Probe:
             self._still.append({name: quiet[name] for name in self._outputs})
             for slot in self._slots:
                 taps = self._taps[slot.name]
-                source, target = quiet[taps.source.output], quiet[taps.target.output]
+                source, target = quiet[taps.source.values], quiet[taps.target.values]
                 self._typical.setdefault(slot.name, []).append(
                     (_typical(source), _typical(target))
                 )
@@ -191,21 +194,19 @@ class Probe:
 
     def _error(self, slot: Slot, got: Values, weights: Mapping[str, Array]) -> float | None:
         taps = self._taps[slot.name]
-        targets = _steps(got[taps.target.output], taps.target.depth)
-        sources = _steps(got[taps.source.output], taps.source.depth)
-        outputs = _steps(got[taps.output.output], taps.output.depth)
+        runs = zip(
+            *(tap.read(got) for tap in (taps.target, taps.source, taps.output, taps.plus)),
+            strict=True,
+        )
         worst: float | None = None
-        for step, target in targets.items():
-            source = sources[step[: taps.source.depth]]
-            if target.size == 0:
-                continue
-            plus = got[taps.plus.output][step] if slot.plus else None
-            norm = self._norms.get(slot.name)
-            oracle = slot_value(slot, target, source, weights, norm, plus)
-            scale = max(float(np.abs(oracle).max(initial=0.0)), 1e-30)
-            off = np.abs(outputs[step].astype(np.float64) - oracle).max(initial=0.0)
-            error = float(off) / scale
-            worst = error if worst is None else _worse(worst, error)
+        for target, source, output, plus in runs:
+            if target.size:
+                norm = self._norms.get(slot.name)
+                added = plus if slot.plus else None
+                with np.errstate(all="ignore"):
+                    oracle = slot_value(slot, target, source, weights, norm, added)
+                    error = _relative_error(output, oracle)
+                worst = error if worst is None else _worse(worst, error)
         return worst
 
     def _random(
@@ -227,11 +228,11 @@ class Probe:
 
 
 def read_norm(model: Model, slot: Slot) -> Norm:
-    """The base's normalisation that a slot re-applies, with its weights."""
+    """The normalisation that a slot re-applies, with its weights, as the slot has it."""
     view = index_model(model).views[slot.graph]
-    made = view.producer(slot.norm)
+    made = view.producer(f"adapter.{slot.name}/norm")
     if made is None:
-        raise SlotError(f"slot {slot.name!r}: normalisation {slot.norm!r} is gone")
+        raise SlotError(f"slot {slot.name!r} is damaged: its normalisation is gone")
     home, node = made
     tensors = [home.constant(name) for name in node.input[1:] if name]
     values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
@@ -244,9 +245,13 @@ def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
     return {slot.weight(part): value for part, value in weights.items()}
 
 
-def _steps(value: Array, depth: int) -> dict[tuple[int, ...], Array]:
-    """The iterations of a tapped tensor, by number."""
-    return {step: value[step] for step in np.ndindex(value.shape[:depth])}
+def _relative_error(output: Array, oracle: Array) -> float:
+    """The largest difference relative to the largest finite value of the oracle."""
+    if output.shape != oracle.shape:
+        return float("inf")
+    finite = np.abs(oracle[np.isfinite(oracle)])
+    off = np.abs(np.where(output == oracle, 0, output.astype(np.float64) - oracle))
+    return float(off.max(initial=0.0)) / max(float(finite.max(initial=0.0)), 1e-30)
 
 
 def _typical(value: Array) -> float:

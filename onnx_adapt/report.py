@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from onnx_adapt.errors import MismatchError
@@ -12,7 +13,7 @@ class Check:
     """One of the checks of a verification.
 
     Attributes:
-        name: `interface`, `off`, `on`, `effect` or `checker`.
+        name: `interface`, `graph`, `off`, `on`, `effect` or `checker`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.
@@ -103,6 +104,15 @@ class Report:
             "runtime": self.runtime,
             "strict": self.strict,
             "checks": [asdict(check) for check in self.checks],
-            "slots": [asdict(slot) for slot in self.slots],
+            "slots": [
+                {key: _plain(value) for key, value in asdict(slot).items()}
+                for slot in self.slots
+            ],
             "shapes": [{k: list(v) for k, v in item.items()} for item in self.shapes],
         }
+
+
+def _plain(value: object) -> object:
+    """A number that JSON has no form for, as text."""
+    odd = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if odd else value

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import onnx
-
+from onnx_adapt.calls import module_calls
 from onnx_adapt.errors import (
     AmbiguousSiteError,
     SiteError,
     SiteNotFoundError,
     SiteRefusedError,
 )
-from onnx_adapt.graph import GraphView, slot_of
-from onnx_adapt.layers import is_layer, layer_weight
+from onnx_adapt.graph import GraphView
+from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
-from onnx_adapt.modules import match_path, module_output, same_module
+from onnx_adapt.modules import match_path
 from onnx_adapt.sites import Site, Survey, survey_model
+from onnx_adapt.suggest import nearest
 
 _GLOB = re.compile(r"[*?]")
 _SHOWN = 8
@@ -57,7 +56,8 @@ def resolve(survey: Survey, names: Sequence[str]) -> Resolution:
 
     A name is tried as a site's address, a node's name, a tensor's name, a PyTorch module
     path, and a glob over these: `*` stays within one part of a path, `**` does not. A
-    site named twice is chosen twice; a glob adds only what is not chosen yet.
+    site named twice is chosen twice; a glob adds only what is not chosen yet, and takes
+    every call of a module that runs several times.
 
     Raises:
         SiteNotFoundError: If nothing has the name; the hint lists the nearest.
@@ -129,49 +129,40 @@ def select_sites(
     return found
 
 
-def _labels(site: Site) -> tuple[str, str, str, str]:
-    return site.address, site.node, site.tensor, site.module or ""
+def _labels(site: Site) -> tuple[str, ...]:
+    return site.address, site.node, *site.also, site.tensor, site.module or ""
 
 
 def _exact(survey: Survey, name: str) -> Choice | None:
     if name in survey.by_address:
-        site = survey.by_address[name]
-        return Choice(site, _slot_name(site))
+        return _choice(survey.by_address[name])
     for find in (_by_node, _by_tensor, _by_module):
         choices = find(survey, name)
         if len(choices) > 1:
             raise _ambiguous(name, [choice.site for choice in choices])
         if choices:
             return choices[0]
-    return None
+    hidden = survey.hidden.get(name)
+    return _choice(hidden[0]) if hidden else None
 
 
-def _slot_name(site: Site) -> str:
-    """A name that does not change when an exporter numbers its nodes differently."""
+def _choice(site: Site) -> Choice:
+    """A site, with a name that is the same when an exporter numbers its nodes otherwise."""
     if site.module:
-        return site.module if site.layer else f"{site.module}.{site.op.lower()}"
-    return site.node or site.tensor
+        name = site.module if site.layer else f"{site.module}.{site.op.lower()}"
+        return Choice(site, name)
+    return Choice(site, site.node or site.tensor)
 
 
 def _by_node(survey: Survey, name: str) -> list[Choice]:
-    found = []
-    for view in survey.index.views.values():
-        for node in view.nodes:
-            if name and node.name == name and any(node.output) and not slot_of(node):
-                found.append(_node_site(survey, view, node))
-    for site in survey.sites:
-        if site.graph not in survey.index.views and site.node == name and name:
-            found.append(Choice(site, name))
-    return found
-
-
-def _node_site(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Choice:
     """The site after a node: its first output, and for a layer that with the bias."""
-    path = view.scope.path
-    output = next(name for name in node.output if name)
-    layers = survey.layers_of.get((path, view.producers[output]))
-    site = layers[0] if layers else survey.site(view, survey.settled(path, output))
-    return Choice(site, _slot_name(site))
+    found = []
+    for view, i in survey.by_node.get(name, ()):
+        layers = survey.layers_of.get((view.scope.path, i))
+        output = next(output for output in view.nodes[i].output if output)
+        settled = survey.settled(view.scope.path, output)
+        found.append(_choice(layers[0] if layers else survey.site(view, settled)))
+    return found
 
 
 def _by_tensor(survey: Survey, name: str) -> list[Choice]:
@@ -182,46 +173,34 @@ def _by_tensor(survey: Survey, name: str) -> list[Choice]:
         tensor = survey.settled(path, name)
         inserted = slot_of(view.nodes[view.producers[tensor]])
         if not inserted or f"{path}:{tensor}" in survey.by_address:
-            site = survey.site(view, tensor)
-            found.append(Choice(site, _slot_name(site)))
+            found.append(_choice(survey.site(view, tensor)))
     return found
 
 
 def _by_module(survey: Survey, name: str) -> list[Choice]:
-    paths = match_path(survey.modules.paths, name)
-    return [choice for path in paths for choice in _module_choices(survey, path)]
-
-
-def _module_choices(survey: Survey, path: str) -> list[Choice]:
-    _refuse_repeated(survey, path)
     found = []
-    for view, tensor in module_output(survey.modules, path):
-        settled = survey.settled(view.scope.path, tensor)
-        site = survey.site(view, settled)
-        _refuse_fused(survey, view, site, path)
-        found.append(Choice(site, path))
-    return found
-
-
-def _refuse_repeated(survey: Survey, path: str) -> None:
-    """A module that runs several times has several outputs: the user must say which."""
-    calls: dict[str, list[Site]] = {}
-    for view in survey.index.views.values():
-        scopes = survey.modules.scopes[view.scope.path]
-        for scope, node in zip(scopes, view.nodes, strict=True):
-            if not same_module(scope, path) or not is_layer(view, node):
-                continue
-            weight = layer_weight(view, node)
-            if weight is not None:
-                key = weight.tensor.name
-                site = _node_site(survey, view, node).site
-                calls.setdefault(key, []).append(site)
-    for sites in calls.values():
-        if len(sites) > 1:
+    for path in match_path(survey.modules.paths, name):
+        choices = _module_choices(survey, path)
+        graphs = [choice.site.graph for choice in choices]
+        if len(graphs) > len(set(graphs)):
+            sites = [choice.site for choice in choices]
             raise AmbiguousSiteError(
                 f"module {path!r} runs {len(sites)} times: {_listing(sites)}",
                 hint="name each call by its address, with one --after each",
             )
+        found += choices
+    return found
+
+
+def _module_choices(survey: Survey, path: str) -> list[Choice]:
+    """The output of a module, of each of its calls if it runs several times."""
+    found = []
+    for view, tensors in module_calls(survey.modules, path):
+        for tensor in tensors:
+            site = survey.site(view, survey.settled(view.scope.path, tensor))
+            _refuse_fused(survey, view, site, path)
+            found.append(Choice(site, path))
+    return found
 
 
 def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> None:
@@ -232,8 +211,8 @@ def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> Non
         if fused and layer.module == path and layer.tensor == site.tensor:
             raise SiteRefusedError(
                 f"module {path!r} has no output of its own: the exporter fused the "
-                f"normalisation behind it into node {node.name!r}",
-                hint=f"--after {node.name} inserts after both",
+                f"normalisation behind it into node {site.node!r}",
+                hint=f"--after {site.node} inserts after both",
             )
 
 
@@ -242,9 +221,9 @@ def _glob(survey: Survey, pattern: str) -> list[Choice]:
 
     def named(sites: Iterable[Site]) -> list[Choice]:
         return [
-            Choice(site, _slot_name(site))
+            _choice(site)
             for site in sites
-            if any(plain(name) for name in (site.address, site.node, site.tensor))
+            if any(plain(name) for name in (site.address, site.node, *site.also, site.tensor))
         ]
 
     layers = named(site for site in survey.sites if site.layer)
@@ -268,16 +247,19 @@ def _matcher(pattern: str, separator: str) -> Callable[[str], bool]:
     return lambda name: expression.fullmatch(name) is not None
 
 
+_SITES_HINT = "`onnx-adapt sites` lists the places that can take one"
+
+
 def _usable(survey: Survey, choice: Choice) -> Choice:
     site = choice.site
     if site.refused is None:
         return choice
-    hint = "`onnx-adapt sites` lists the places that can take one"
-    others = [s for s in survey.layers_of.get((site.graph, site.core), ()) if not s.refused]
     if site.graph not in survey.index.views:
         hint = INLINE_HINT
-    elif others:
-        hint = f"another output of the node can: --after '{others[0].address}'"
+    elif other := _other_output(survey, site):
+        hint = f"another output of the node can: --after '{other.address}'"
+    else:
+        hint = _SITES_HINT
     raise SiteRefusedError(
         f"{site.node or site.op} ({site.op}), tensor {site.tensor!r}, cannot take an "
         f"adapter: {site.refused}",
@@ -285,13 +267,22 @@ def _usable(survey: Survey, choice: Choice) -> Choice:
     )
 
 
+def _other_output(survey: Survey, site: Site) -> Site | None:
+    """Another output of a site's node, one that can take an adapter."""
+    view = survey.index.views[site.graph]
+    names = [survey.settled(site.graph, name) for name in view.nodes[site.core].output if name]
+    others = (survey.site(view, name) for name in names)
+    return next((other for other in others if other.refused is None), None)
+
+
 def _none_usable(survey: Survey, pattern: str, hits: Sequence[Choice]) -> SiteError:
     if not hits:
         return _not_found(survey, pattern)
     reasons = "; ".join(f"{c.site.tensor}: {c.site.refused}" for c in hits[:_SHOWN])
+    hidden = any(hit.site.graph not in survey.index.views for hit in hits)
     return SiteRefusedError(
         f"nothing that {pattern!r} matches can take an adapter: {reasons}",
-        hint="`onnx-adapt sites` lists the places that can take one",
+        hint=INLINE_HINT if hidden else _SITES_HINT,
     )
 
 
@@ -315,15 +306,8 @@ def _not_found(survey: Survey, name: str) -> SiteNotFoundError:
             f"{name!r} is {kind} of the model; an adapter goes after a node",
             hint="name the node that reads it, or see `onnx-adapt sites`",
         )
-    near = nearest(name, [label for site in survey.sites for label in _labels(site)])
+    first = 0 if ":" in name else 1  # an address is only like an address
+    others = (label for site in survey.sites for label in _labels(site)[first:])
+    near = nearest(name, (*survey.modules.paths, *others))
     hint = f"nearest: {', '.join(near)}" if near else "see `onnx-adapt sites` for all names"
     return SiteNotFoundError(f"no node, tensor or module is called {name!r}", hint=hint)
-
-
-def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
-    """The known names most like `name`: those that contain it first, then by spelling."""
-    names = list(dict.fromkeys(label for label in known if label))
-    tail = re.split(r"[./]", name.strip("*/."))[-1]
-    within = [n for n in names if name in n] or [n for n in names if tail and tail in n]
-    close = difflib.get_close_matches(name, (within or names)[:4000], count, 0.5)
-    return list(dict.fromkeys([*close, *within[:count]]))[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import onnx.inliner
 from onnx_adapt import external_data
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints import Checkpoint
-from onnx_adapt.errors import RunError, SiteError, SlotError
+from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, take_out
 from onnx_adapt.graph import index_model
@@ -29,7 +30,7 @@ from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
-from onnx_adapt.sites import survey_model
+from onnx_adapt.sites import Survey, survey_model
 from onnx_adapt.slot import PARTS, bottleneck_of, fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
@@ -127,10 +128,12 @@ def _insert(
     known = manifest_of(model, inlined=inline_functions and bool(model.proto.functions))
     result = inline_model(model) if inline_functions else model.copy()
     survey = survey_model(result)
+    if known.inlined:
+        names = [_inlined_name(survey, name) for name in names]
     resolution = resolve(survey, names)
     for site in resolution.skipped:
         _log.warning("left out %s: %s", site.address, site.refused)
-    taken = reserved_names(survey.index.names()) | {slot.name for slot in known.slots}
+    taken = reserved_names(survey.index) | {slot.name for slot in known.slots}
     slots: list[Slot] = []
     for choice in resolution.choices:
         name = free_name(choice.name, taken)
@@ -144,6 +147,25 @@ def _insert(
         for slot in slots
     }
     return put_in(result, survey.index, known, slots, weights)
+
+
+def _inlined_name(survey: Survey, name: str) -> str:
+    """What a name inside a function is after inlining: ONNX's inliner adds `__1`, `__2`."""
+    nodes = [node.name for view in survey.index.views.values() for node in view.nodes]
+    tensors = [tensor for view in survey.index.views.values() for tensor in view.producers]
+    for names in (nodes, tensors):
+        if name in names:
+            return name
+        found = [n for n in names if re.fullmatch(re.escape(name) + r"(__\d+)+", n)]
+        if len(found) > 1:
+            raise AmbiguousSiteError(
+                f"after inlining {name!r} is in the model {len(found)} times: "
+                f"{', '.join(found[:8])}",
+                hint="name each of them, or use a glob",
+            )
+        if found:
+            return found[0]
+    return name
 
 
 def _insert_checkpoint(model: Model, checkpoint: Checkpoint, *, baked: bool) -> Model:
@@ -239,6 +261,8 @@ def remove(model: Model, *, slots: Sequence[str] | None = None) -> Model:
     close_base_weights(result.proto, manifest.weights)
     write_manifest(result.proto, None)
     result.proto.ir_version = manifest.ir_version
+    if not manifest.ir_version:
+        result.proto.ClearField("ir_version")  # the base had none
     payloads = external_data.move_in(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx
 
+from onnx_adapt import walk
 from onnx_adapt.graph import (
     FLOATS,
     GraphView,
@@ -14,7 +15,7 @@ from onnx_adapt.graph import (
     TensorType,
     elem_name,
     index_model,
-    slot_of,
+    text,
 )
 from onnx_adapt.layers import (
     CHANNELS,
@@ -23,12 +24,13 @@ from onnx_adapt.layers import (
     bias_add,
     find_weight,
     float_downstream,
+    inherited_type,
     is_layer,
-    layer_elem_type,
     layer_weight,
     weight_width,
 )
-from onnx_adapt.manifest import read_manifest
+from onnx_adapt.layout import channel_tensors
+from onnx_adapt.manifest import read_manifest, slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.modules import ModuleIndex, index_modules
 
@@ -51,6 +53,7 @@ class Site:
         rank: Number of axes, or None if unknown.
         layer: Whether the site is the output of a layer.
         core: Index of the node in its graph.
+        also: Names of other nodes that stand for it: that of the bias Add.
     """
 
     address: str
@@ -66,6 +69,7 @@ class Site:
     rank: int | None
     layer: bool
     core: int
+    also: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """What `onnx-adapt sites --json` prints of a site."""
@@ -99,27 +103,31 @@ class Survey:
     Attributes:
         index: Tensors and nodes.
         modules: PyTorch modules.
-        sites: All sites: layers and every other float tensor, in graph order.
+        channels: For each graph, the tensors with their features on axis 1.
         outer: For each graph, the tensor a slot made of a site's tensor: inner -> outer.
+        sites: All sites: layers and every other float tensor, in graph order.
         by_address: The sites by their address.
+        by_node: The nodes that make something, by name: graph and index.
         layers_of: The outputs of each layer, by graph and node.
+        hidden: The sites inside functions, by the names of their nodes and tensors.
     """
 
     index: ModelIndex
     modules: ModuleIndex
-    sites: list[Site]
+    channels: dict[str, set[str]]
     outer: dict[str, dict[str, str]]
-    by_address: dict[str, Site]
-    layers_of: dict[tuple[str, int], list[Site]]
+    sites: list[Site] = field(default_factory=list)
+    by_address: dict[str, Site] = field(default_factory=dict)
+    by_node: dict[str, list[tuple[GraphView, int]]] = field(default_factory=dict)
+    layers_of: dict[tuple[str, int], list[Site]] = field(default_factory=dict)
+    hidden: dict[str, list[Site]] = field(default_factory=dict)
 
     def site(self, view: GraphView, tensor: str) -> Site:
         """The site of any tensor that a node of `view` makes, refused or not."""
         address = f"{view.scope.path}:{tensor}"
         if address in self.by_address:
             return self.by_address[address]
-        index = view.producers[tensor]
-        module = self.modules.scopes[view.scope.path][index]
-        return _site(view, index, tensor, module, {}, layer=False)
+        return _site(self, view, view.producers[tensor], tensor)
 
     def settled(self, graph: str, tensor: str) -> str:
         """The tensor's value after all slots on it."""
@@ -132,128 +140,107 @@ class Survey:
 def survey_model(model: Model) -> Survey:
     """Index a model and find all its sites."""
     index = index_model(model)
-    modules = index_modules(index)
     outer: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
         outer.setdefault(slot.graph, {})[slot.inner] = slot.output
-    survey = Survey(index, modules, [], outer, {}, {})
+    survey = Survey(index, index_modules(index), channel_tensors(index), outer)
     for view in index.views.values():
         survey.sites.extend(_graph_sites(survey, view))
-    survey.sites.extend(_function_sites(model.proto))
-    survey.by_address.update((site.address, site) for site in survey.sites)
+        for i, node in enumerate(view.nodes):
+            if node.name and any(node.output) and not slot_of(node):
+                survey.by_node.setdefault(text(node.name), []).append((view, i))
     for site in survey.sites:
         if site.layer:
             survey.layers_of.setdefault((site.graph, site.core), []).append(site)
+    for site in _function_sites(model.proto):
+        survey.sites.append(site)
+        for name in filter(None, (site.node, site.tensor)):
+            survey.hidden.setdefault(name, []).append(site)
+    survey.by_address.update((site.address, site) for site in survey.sites)
     return survey
-
-
-def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
-    path = view.scope.path
-    scopes = survey.modules.scopes[path]
-    axes = _feature_axes(view)
-    taken: set[str] = set()
-    found: list[Site] = []
-    layers = [(i, node) for i, node in enumerate(view.nodes) if is_layer(view, node)]
-    for i, node in layers:
-        width = weight_width(view, node)
-        for position, output in enumerate(node.output):
-            if not output or (position and node.op_type not in _MANY_OUTPUTS):
-                continue
-            tensor = survey.settled(path, output)
-            folded = bias_add(view, node, tensor, width) if position == 0 else None
-            tensor = survey.settled(path, folded or tensor)
-            if tensor not in taken:
-                taken.add(tensor)
-                found.append(_site(view, i, tensor, scopes[i], axes, layer=True))
-    for i, node in enumerate(view.nodes):
-        inserted = slot_of(node)
-        for output in node.output:
-            tensor = survey.settled(path, output)
-            is_float = view.type_of(output).elem_type in (0, *FLOATS)
-            if output and not inserted and is_float and tensor not in taken:
-                taken.add(tensor)
-                found.append(_site(view, i, tensor, scopes[i], axes, layer=False))
-    return sorted(found, key=lambda site: site.core)
 
 
 _MANY_OUTPUTS = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
 
 
+def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
+    path = view.scope.path
+    found: dict[str, Site] = {}
+    for i, node in enumerate(view.nodes):
+        if not is_layer(view, node):
+            continue
+        outputs = node.output if node.op_type in _MANY_OUTPUTS else node.output[:1]
+        for output in filter(_is_name, outputs):
+            inner = survey.settled(path, output)
+            bias = bias_add(view, node, inner, weight_width(view, node))
+            tensor = survey.settled(path, bias or inner)
+            if tensor not in found:
+                found[tensor] = _site(survey, view, i, tensor, layer=True, bias=bias)
+    for i, node in enumerate(view.nodes):
+        for output in filter(_is_name, () if slot_of(node) else node.output):
+            tensor = survey.settled(path, output)
+            if tensor not in found and view.type_of(output).elem_type in (0, *FLOATS):
+                found[tensor] = _site(survey, view, i, tensor)
+    return sorted(found.values(), key=lambda site: site.core)
+
+
+def _is_name(name: str | bytes) -> bool:
+    """Whether an output is there; a name that is no text could not be written again."""
+    return isinstance(name, str) and name != ""
+
+
 def _site(
+    survey: Survey,
     view: GraphView,
     core: int,
     tensor: str,
-    module: str | None,
-    axes: dict[str, int],
     *,
-    layer: bool,
+    layer: bool = False,
+    bias: str | None = None,
 ) -> Site:
     node = view.nodes[core]
-    known = _site_type(view, node, tensor, layer=layer)
-    kind = KINDS.get(node.op_type) if layer else None
-    axis = kind.axis if kind else axes.get(tensor, LAST)
-    rank = None if known.shape is None else len(known.shape)
-    if rank is None and kind and axis == CHANNELS:
-        weight = layer_weight(view, node)
-        rank = len(weight.dims) if weight and len(weight.dims) > 2 else None
-    if axis == CHANNELS and rank == 2:
-        axis = LAST
+    path = view.scope.path
+    known = view.type_of(tensor)
+    known = TensorType(known.elem_type or inherited_type(view, node), known.shape)
+    rank = _rank(view, node, known)
+    channels = tensor in survey.channels[path]
+    if layer:
+        channels = KINDS[node.op_type].axis == CHANNELS and rank != 2
+    axis = CHANNELS if channels else LAST
     width = None
-    if known.shape and -len(known.shape) <= axis < len(known.shape):
+    if known.shape and axis < len(known.shape):
         size = known.shape[axis]
         width = size if isinstance(size, int) else None
-    if width is None and kind:
+    if width is None and layer:
         width = weight_width(view, node)
+    adding = view.producer(bias) if bias else None
     site = Site(
-        address=f"{view.scope.path}:{tensor}",
-        node=node.name,
+        address=f"{path}:{tensor}",
+        node=text(node.name),
         op=node.op_type,
         tensor=tensor,
-        module=module,
+        module=survey.modules.scopes[path][core],
         width=width,
         dtype=elem_name(known.elem_type),
         axis=axis,
         refused=None,
-        graph=view.scope.path,
+        graph=path,
         rank=rank,
         layer=layer,
         core=core,
+        also=(text(adding[1].name),) if adding else (),
     )
     return replace(site, refused=_refusal(view, site, known))
 
 
-def _site_type(
-    view: GraphView, node: onnx.NodeProto, tensor: str, *, layer: bool
-) -> TensorType:
-    known = view.type_of(tensor)
-    if known.elem_type:
-        return known
-    elem_type = layer_elem_type(view, node) if layer else 0
-    return TensorType(elem_type or _inherited(view, node), known.shape)
-
-
-_SAME_TYPE = {
-    *("Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Softmax", "Gelu"),
-    *("FastGelu", "BiasGelu", "QuickGelu", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"),
-    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Transpose", "Reshape"),
-    *("SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization", "Identity"),
-    *("RotaryEmbedding", "GroupQueryAttention", "MultiHeadAttention", "MatMulNBits"),
-    *("FusedConv", "Conv", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze"),
-}
-"""Operators, contrib ones included, whose float output has the type of a float input."""
-
-
-def _inherited(view: GraphView, node: onnx.NodeProto, depth: int = 0) -> int:
-    """The element type of a node's first output where shape inference is silent."""
-    if node.op_type not in _SAME_TYPE or depth > 64:
-        return 0
-    for name in node.input:
-        known = view.type_of(name).elem_type
-        if known in FLOATS:
-            return known
-    made = view.producer(node.input[0]) if node.input else None
-    return _inherited(*made, depth + 1) if made else 0
+def _rank(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | None:
+    """The number of axes of an output: that of its record, or of a Conv's weight."""
+    if known.shape is not None:
+        return len(known.shape)
+    weight = layer_weight(view, node)
+    conv = KINDS[node.op_type].width in ("first", "deconv") if weight else False
+    return len(weight.dims) if weight and conv else None
 
 
 def _refusal(view: GraphView, site: Site, known: TensorType) -> str | None:
@@ -266,64 +253,38 @@ def _refusal(view: GraphView, site: Site, known: TensorType) -> str | None:
         return "its element type is unknown, or it is no tensor"
     if site.tensor not in view.live:
         return "dead: its values reach no output of the model"
+    if find_weight(view, site.tensor) is not None:
+        return "it is a constant"
+    if known.shape == ():
+        return "it is a scalar"
     if site.width is None:
         return "unknown width: its feature axis has no fixed size"
     if site.width < 1:
         return "its feature axis is empty"
-    if known.shape == ():
-        return "it is a scalar"
     if site.axis == CHANNELS and site.rank is None:
         return "unknown number of axes"
-    if find_weight(view, site.tensor) is not None:
-        return "it is a constant"
     return None
-
-
-def _feature_axes(view: GraphView) -> dict[str, int]:
-    """Tensors whose features are on axis 1: what convolutions make, and what keeps it so."""
-    axes: dict[str, int] = {}
-    for node in view.nodes:
-        kind = KINDS.get(node.op_type)
-        if kind is not None and node.op_type not in _KEEPS_LAYOUT:
-            axis = kind.axis
-        elif node.op_type in _KEEPS_LAYOUT:
-            axis = max((axes.get(name, LAST) for name in node.input), default=LAST)
-        else:
-            continue
-        if axis == CHANNELS:
-            axes.update((name, CHANNELS) for name in node.output if name)
-    return axes
-
-
-_KEEPS_LAYOUT = {
-    *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "Tanh"),
-    *("HardSwish", "Swish", "Mish", "Softplus", "Gelu", "Erf", "Clip", "Identity", "Cast"),
-    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Abs", "Neg", "Exp", "Log", "Sum", "Mean"),
-    *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "Dropout"),
-    *("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LRN", "Pad"),
-    *("Concat", "Upsample", "Resize", "QuantizeLinear", "DequantizeLinear", "Slice"),
-}
-"""Operators that leave the channel axis where it is."""
 
 
 def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
     for function in proto.functions:
-        path = f"function {function.domain}::{function.name}"
-        path += f"::{function.overload}" if function.overload else ""
-        for node in function.node:
-            for tensor in node.output:
-                yield Site(
-                    address=f"{path}:{tensor}",
-                    node=node.name,
-                    op=node.op_type,
-                    tensor=tensor,
-                    module=None,
-                    width=None,
-                    dtype="",
-                    axis=LAST,
-                    refused=f"inside the model-local {path}",
-                    graph=path,
-                    rank=None,
-                    layer=node.op_type in KINDS,
-                    core=-1,
-                )
+        label = f"function {function.domain}::{function.name}"
+        label += f"::{function.overload}" if function.overload else ""
+        for scope in walk.scopes(onnx.GraphProto(node=function.node), label):
+            for core, node in enumerate(scope.graph.node):
+                for tensor in filter(_is_name, node.output):
+                    yield Site(
+                        address=f"{scope.path}:{tensor}",
+                        node=text(node.name),
+                        op=node.op_type,
+                        tensor=tensor,
+                        module=None,
+                        width=None,
+                        dtype="",
+                        axis=LAST,
+                        refused=f"inside the model-local {label}",
+                        graph=scope.path,
+                        rank=None,
+                        layer=node.op_type in KINDS,
+                        core=core,
+                    )

@@ -22,8 +22,7 @@ import onnx
 
 from onnx_adapt.activations import ACTIVATIONS, DTYPES, Array, Emitter
 from onnx_adapt.errors import SlotError
-from onnx_adapt.graph import SLOT_KEY
-from onnx_adapt.manifest import Slot
+from onnx_adapt.manifest import SLOT_KEY, Slot
 
 PARTS = (
     *("down", "up", "down_bias", "up_bias", "scale", "gain"),
@@ -68,7 +67,8 @@ def check_slot(slot: Slot, opset: int) -> None:
     first = "table" if "table" in parts else "down"
     needs = {"down_bias": "down", "up_bias": "up", "gain": "up", "norm_weight": "down"}
     needs |= {"up": first, first: "up", "norm_bias": "norm_weight", "gate": "down"}
-    needs |= {"gate_bias": "gate", "after_weight": "up", "after_bias": "after_weight"}
+    needs |= {"skip": "up", "gate_bias": "gate"}
+    needs |= {"after_weight": "up", "after_bias": "after_weight"}
     for part in slot.parts:
         if needs.get(part, part) not in parts:
             raise SlotError(f"part {part!r} of a slot needs {needs[part]!r}")
@@ -77,7 +77,8 @@ def check_slot(slot: Slot, opset: int) -> None:
     if not parts:
         raise SlotError(f"slot {slot.name!r} has no parts")
     fits = (
-        bool(slot.norm_after) == ("after_weight" in parts)
+        slot.norm_after in ("", "term", "sum")
+        and bool(slot.norm_after) == ("after_weight" in parts)
         and (slot.norm_after == "sum") == ("switch" in parts)
         and ("down" in parts or not slot.norm)
         and (bool(slot.plus) or "residual" not in parts)
@@ -205,8 +206,13 @@ def slot_nodes(
 def _marked(emit: Emitter, slot: Slot) -> list[onnx.NodeProto]:
     emit.nodes[-1].output[0] = slot.output
     for node in emit.nodes:
-        node.metadata_props.add(key=SLOT_KEY, value=slot.name)
+        mark_node(node, slot)
     return emit.nodes
+
+
+def mark_node(node: onnx.NodeProto, slot: Slot) -> None:
+    """Mark a node as one of a slot's."""
+    node.metadata_props.add(key=SLOT_KEY, value=slot.name)
 
 
 def _emit_read(emit: Emitter, slot: Slot, norm: onnx.NodeProto | None) -> str:

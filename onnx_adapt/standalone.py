@@ -65,7 +65,6 @@ def build_adapter(
         rank=0,
         activation=activation,
         parts=parts,
-        plus="",
         norm="",
         norm_after="",
         module="",

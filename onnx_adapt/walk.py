@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -38,21 +38,37 @@ def bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
             yield f"{attribute.name}[{number}]", graph
 
 
-def scopes(main: onnx.GraphProto) -> Iterator[Scope]:
-    """The main graph and every body inside it, outermost first."""
-    waiting = [Scope(main)]
+def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
+    """A graph and every body inside it, outermost first, each with a path of its own.
+
+    A body is named after its node and the attribute that holds it. A node whose name does
+    not tell its bodies apart from all others is named by its place among the nodes with
+    bodies. No path has a colon, if that of `main` has none.
+
+    Args:
+        main: The graph to begin with.
+        path: Its path.
+    """
+    waiting = deque([Scope(main, path)])
+    taken = {path}
     while waiting:
-        scope = waiting.pop(0)
+        scope = waiting.popleft()
         yield scope
         holders = [(i, n) for i, n in enumerate(scope.graph.node) if any(bodies(n))]
         names = Counter(node.name for _, node in holders)
-        for index, node in holders:
-            label = node.name
-            if not label or names[label] > 1:
-                label = f"{label or node.op_type}#{index}"
-            for attribute, body in bodies(node):
-                path = f"{scope.path}/{label}.{attribute}"
-                waiting.append(Scope(body, path, scope, index, attribute))
+        for place, (index, node) in enumerate(holders):
+            label = f"{node.name or node.op_type}".replace(":", "_")
+            if not node.name or names[node.name] > 1:
+                label += f"#{place}"
+            inner = dict(bodies(node))
+            while any(f"{scope.path}/{label}.{attribute}" in taken for attribute in inner):
+                label += f"#{place}"
+            for attribute, body in inner.items():
+                inside = Scope(
+                    body, f"{scope.path}/{label}.{attribute}", scope, index, attribute
+                )
+                taken.add(inside.path)
+                waiting.append(inside)
 
 
 def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import logging
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -101,6 +103,31 @@ def with_data_everywhere() -> onnx.ModelProto:
     training = model.training_info.add()
     training.initialization.CopyFrom(body("start", 80))
     training.algorithm.CopyFrom(body("step", 90))
+    return model
+
+
+GRAPH = """
+<ir_version: 8, opset_import: ["" : 17]>
+g (float[b,8] x, bool[8] keep)
+=> (float[b,4] y, int64[b] top, float[b,p] rest, float[1,b,8] up)
+<int64[1] zero = {0}> {
+  [first] h = MatMul(x, W)
+  [lift] up = Unsqueeze(h, zero)
+  [act] r = Relu(h)
+  [twin] t1 = MatMul(r, W)
+  [twin] t2 = MatMul(t1, W)
+  [last] y = MatMul(t2, V)
+  [best] top = ArgMax<axis = 1, keepdims = 0>(y)
+  [pick] rest = Compress<axis = 1>(h, keep)
+}
+"""
+
+
+def several() -> onnx.ModelProto:
+    """A model with places that can take an adapter and places that cannot."""
+    model = onnx.parser.parse_model(GRAPH)
+    for name, shape in (("W", (8, 8)), ("V", (8, 4))):
+        model.graph.initializer.append(numpy_helper.from_array(weight(*shape), name))
     return model
 
 
@@ -200,3 +227,42 @@ def run(*arguments: str | Path) -> Result:
             main()
     log.handlers[:] = before
     return Result(int(caught.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(*arguments: str | Path) -> Result:
+    """Run a command that must fail in the agreed form and leave the folder as it was."""
+    before = files(Path())
+    result = run(*arguments)
+    assert result.error
+    assert result.hint
+    assert files(Path()) == before
+    return result
+
+
+START = {
+    "disk full": """
+import resource
+sys.dont_write_bytecode = True
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+""",
+    "no power": """
+import ctypes, os
+if os.geteuid() == 0:  # root without its capabilities is held to permissions
+    version = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None).capset(version, (ctypes.c_uint32 * 6)()) == 0
+""",
+    "plain": "",
+}
+
+
+def process(start: str, *arguments: str | bytes, stdout: int | io.IOBase = -1) -> Result:
+    """Run the command line in a process of its own."""
+    code = f"import sys\n{START[start]}\nfrom onnx_adapt.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    out = (done.stdout or b"").decode(errors="surrogateescape")
+    return Result(done.returncode, out, done.stderr.decode(errors="surrogateescape"))

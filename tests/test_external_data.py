@@ -68,6 +68,20 @@ def test_in_another_folder_the_data_comes_along(tmp_path: Path) -> None:
     assert saved.data == (tmp_path / "other" / "sub" / "w.bin",)
     assert saved.data[0].read_bytes() == (tmp_path / "sub" / "w.bin").read_bytes()
     np.testing.assert_array_equal(output(saved.path), output(path))
+    done = run("insert", path, "--after", "dense", "-o", tmp_path / "third.onnx")
+    assert "copied" not in done.err
+    (tmp_path / "last").mkdir()
+    done = run("insert", path, "--after", "dense", "-o", tmp_path / "last" / "ad.onnx")
+    assert "copied the data beside it: w.bin" in done.err
+
+
+def test_a_model_in_memory_has_no_folder_for_its_data(tmp_path: Path) -> None:
+    external(tmp_path / "m.onnx", "w.bin")
+    model = oa.Model(onnx.load(tmp_path / "m.onnx", load_external_data=False))
+    with pytest.raises(ExternalDataError, match="'W' is external to a model in memory"):
+        oa.save_model(model, tmp_path / "copy.onnx")
+    with pytest.raises(ExternalDataError, match="'W' is external to a model in memory"):
+        read_tensor(model, model.proto.graph.initializer[0])
 
 
 def test_data_that_is_there_already_is_used_as_it_is(tmp_path: Path) -> None:

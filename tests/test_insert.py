@@ -240,7 +240,7 @@ def test_a_glob_takes_what_can_take_a_slot_and_names_the_rest(
         ({"parts": ("down",)}, SlotError, "needs 'up'", ""),
         ({"parts": ()}, SlotError, "no parts", ""),
         ({"parts": ("scale",), "bias": True}, SlotError, "needs 'down'", ""),
-        ({"norm_after": "nowhere"}, SlotError, "norm", ""),
+        ({"norm_after": "nowhere"}, SlotError, "norm|fit", ""),
         ({"after": []}, SiteError, "no place", "sites"),
         ({"after": "frist"}, SiteNotFoundError, "'frist'", "first"),
         ({"after": "w1"}, SiteNotFoundError, "a weight", "node"),

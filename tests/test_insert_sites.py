@@ -8,6 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from slot_models import (
     MLP,
+    MODELS,
     adapter_feeds,
     assert_sound,
     bump,
@@ -162,3 +163,29 @@ def test_node_names_that_look_like_a_slots_are_not_repeated() -> None:
     names = [node.name for node in adapted.proto.graph.node]
     assert len(names) == len(set(names))
     assert run(adapted, {"x": X})[0].tobytes() == run(base, {"x": X})[0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_slots_are_named_alike_whichever_exporter_wrote_the_model(name: str) -> None:
+    named = []
+    for exporter in ("dynamo", "torchscript"):
+        base = oa.open_model(MODELS.parent / f"tests/exports/{name}_{exporter}.onnx")
+        modules = {
+            site.module for site in oa.find_sites(base) if site.op in ("MatMul", "Gemm")
+        }
+        layers = sorted(m for m in modules if m and ".0." in m)
+        slots = oa.list_slots(oa.insert(base, after=layers))
+        assert [slot.name for slot in slots] == layers
+        named.append(layers)
+    assert named[0] == named[1]
+    assert named[0]
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("module", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+def test_the_projections_of_gpt2_take_slots(module: str, exporter: str) -> None:
+    path = MODELS.parent / f"tests/exports/gpt2_{exporter}.onnx"
+    base = oa.open_model(path)
+    adapted = oa.insert(base, after=f"transformer.h.0.{module}")
+    width = {"attn.c_attn": 96, "mlp.c_fc": 64}.get(module, 32)
+    assert [slot.width for slot in oa.list_slots(adapted)] == [width]

@@ -128,6 +128,13 @@ def test_map_outputs_are_compared() -> None:
     assert "2 outputs" in report.checks[0].detail
 
 
+def test_strings_pass_through() -> None:
+    base = model_of(f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n,4] x, string[m] s) => (float[n,4] y, string[m] t) <{dense("w1")}>
+    {{ [first] y = MatMul(x, w1)  t = Identity(s) }}""")
+    passes(base, oa.insert(base, after="first"), strict=True)
+
+
 def test_integer_outputs_move_when_the_slot_is_strong_enough() -> None:
     base = model_of(f"""<ir_version: 8, opset_import: ["" : 17]>
     g (float[n,4] x) => (int64[n] y) <{dense("w1")}>

@@ -16,8 +16,9 @@ from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
 from onnx_adapt.checkpoints.peft import peft_edits
-from onnx_adapt.checkpoints.placing import Workshop, default_cores, place
+from onnx_adapt.checkpoints.placing import default_cores, place
 from onnx_adapt.checkpoints.read import Folder, read_folder, read_state_dict
+from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.initializers import Opening
@@ -85,7 +86,7 @@ def load_checkpoint(
         cores, known = (lambda module: found.get(module, [])), list(found)
     edits, names = _map(folder, edits, known)
     manifest = read_manifest(model.proto)
-    taken = reserved_names(survey.index.names())
+    taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     shop = Workshop(model, survey, cores, names, taken)
     replaced: dict[str, Array] = {}

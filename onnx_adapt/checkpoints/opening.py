@@ -10,7 +10,7 @@ import onnx
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.checkpoints.cores import read_weight
 from onnx_adapt.checkpoints.edits import Replacement
-from onnx_adapt.checkpoints.placing import Workshop
+from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import FLOATS, GraphView
 from onnx_adapt.initializers import Opening, tensor_of

@@ -1,0 +1,135 @@
+"""What is known and made while a checkpoint is placed in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.checkpoints.cores import Core
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.manifest import Slot
+from onnx_adapt.model_file import Model
+from onnx_adapt.plan import free_name
+from onnx_adapt.sites import Site, Survey
+from onnx_adapt.slot import PARTS
+
+Cores = Callable[[str], list[Core]]
+"""Finds the calls of a module, by its path."""
+
+
+@dataclass(slots=True)
+class Workshop:
+    """What is known and made while a checkpoint is placed in a graph.
+
+    Attributes:
+        model: The model.
+        survey: Its survey.
+        cores: Finds the calls of a module.
+        names: The graph's path for each module of the checkpoint.
+        taken: Names that slots already have.
+        slots: The slots so far.
+        weights: Their weights, by slot and part.
+    """
+
+    model: Model
+    survey: Survey
+    cores: Cores
+    names: Mapping[str, str]
+    taken: set[str]
+    slots: list[Slot] = field(default_factory=list)
+    weights: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+    def calls(self, module: str) -> list[Core]:
+        """The calls of a module of the checkpoint.
+
+        Raises:
+            CheckpointError: If nothing in the graph computes it.
+        """
+        path = self.names[module]
+        found = self.cores(path)
+        if not found:
+            raise CheckpointError(
+                f"module {path!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
+                hint="was the model optimised? insert the adapter into it as exported",
+            )
+        return found
+
+    def add(
+        self,
+        target: Site,
+        name: str,
+        parts: Mapping[str, Array],
+        *,
+        source: str = "",
+        source_width: int = 0,
+        activation: str = "identity",
+        plus: str = "",
+        norm: str = "",
+        norm_after: str = "",
+        window: tuple[int, ...] = (),
+    ) -> None:
+        """Add a slot with its weights.
+
+        Raises:
+            CheckpointError: If the site cannot take it.
+        """
+        width = target.width
+        if width is None and str(target.refused).startswith("unknown width"):
+            width = _width_of(parts)  # the checkpoint tells what the graph does not
+        elif target.refused is not None:
+            width = None
+        if width is None:
+            raise CheckpointError(
+                f"{name!r}: tensor {target.tensor!r} cannot take an adapter: {target.refused}"
+            )
+        unique = free_name(name, self.taken)
+        self.taken.add(unique)
+        ordered = sorted(parts, key=PARTS.index)
+        inner = f"adapter.{unique}/target"
+        slot = Slot(
+            name=unique,
+            graph=target.graph,
+            node=target.node,
+            tensor=target.tensor,
+            inner=inner,
+            output=target.tensor,
+            source=source if source and source != target.tensor else inner,
+            width=width,
+            source_width=source_width or width,
+            dtype=target.dtype,
+            axis=target.axis,
+            rank=(target.rank or 0) if target.axis == 1 else 0,
+            activation=activation,
+            parts=tuple(ordered),
+            plus=plus,
+            norm=norm,
+            norm_after=norm_after,
+            module=target.module or "",
+            swappable=True,
+            bottleneck=0,
+            window=window,
+        )
+        dtype = DTYPES[target.dtype]
+        self.slots.append(slot)
+        self.weights[unique] = {
+            part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
+            for part in ordered
+        }
+
+
+def _width_of(parts: Mapping[str, Array]) -> int | None:
+    """The width that a slot's weights have been trained for."""
+    for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
+        if part in parts and parts[part].ndim <= 2:
+            return int(parts[part].shape[axis])
+    return None
+
+
+def _laid_out(slot: Slot, part: str, value: Array) -> Array:
+    """A vector over channels with the trailing ones of Conv's layout."""
+    if slot.axis == 1 and part in ("scale", "gain"):
+        return value.reshape(-1, *(1,) * (slot.rank - 2))
+    return value

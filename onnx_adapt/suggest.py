@@ -1,0 +1,49 @@
+"""What a user may have meant by a name that is not there."""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+import re
+from collections.abc import Iterable
+
+_SHORTLIST = 100
+
+
+def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
+    """The known names most like `name`, best first; none if there is nothing to compare.
+
+    Args:
+        name: What was not found, perhaps a glob.
+        known: The names that are there; of those that are equally like it the first count.
+        count: How many to give.
+    """
+    wanted = re.sub(r"[*?]+", "", name).strip("./: ")
+    if not wanted:
+        return []
+    pairs = _pairs(wanted)
+    labels = dict.fromkeys(filter(None, known))
+    likely = heapq.nlargest(
+        _SHORTLIST, labels, key=lambda label: (len(pairs & _pairs(label)), -len(label))
+    )
+    return heapq.nlargest(count, likely, key=lambda label: _likeness(wanted, label))
+
+
+def _pairs(text: str) -> set[str]:
+    """The pairs of neighbouring characters: quick to compare in thousands of names."""
+    return {text[i : i + 2] for i in range(len(text))}
+
+
+def _likeness(wanted: str, label: str) -> float:
+    """How alike two names are, as a whole and part by part."""
+    parts = _parts(label)
+    best = (len(own) * max(_ratio(own, part) for part in parts) for own in _parts(wanted))
+    return _ratio(wanted, label) + sum(best) / len(wanted)
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"[./:]", name)
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()

@@ -1,0 +1,411 @@
+"""Bad input: one error line, one hint line, exit status 2, and every file as it was."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from disk_models import (
+    GRAPH,
+    dense,
+    external,
+    files,
+    process,
+    refused,
+    run,
+    several,
+    weight,
+    write,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_adapt as oa
+from onnx_adapt.manifest import KEY
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder the commands run in, holding m.onnx."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "m.onnx", several())
+    return tmp_path
+
+
+def _zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+    return file.getvalue()
+
+
+NO_MODELS = {
+    "empty": (b"", "empty"),
+    "zeros": (bytes(9000), "not a whole ONNX model"),
+    "noise": (np.random.default_rng(0).bytes(9000), "not a whole ONNX model"),
+    "gzip": (gzip.compress(dense().SerializeToString(), mtime=0), "not a whole ONNX model"),
+    "zip": (_zipped(), "not a whole ONNX model"),
+    "ONNX text": (GRAPH.encode(), "is a text file"),
+    "HTML": (b"<!DOCTYPE html>\n<title>404</title>" + b" " * 9000, "is a text file"),
+    "text in UTF-8": ("naïve ".encode() * 100, "is a text file"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "Git LFS pointer"),
+    "safetensors": (b"\x20" + bytes(7) + b'{"__metadata__":{"format":"pt"}}', "not a whole"),
+    "a tensor": (numpy_helper.from_array(weight(64, 64)).SerializeToString(), "m.onnx"),
+    "no graph": (helper.make_model(onnx.GraphProto()).SerializeToString(), "no ONNX graph"),
+    "first half": (several().SerializeToString()[:300], "not a whole ONNX model"),
+    "all but a byte": (several().SerializeToString()[:-1], "not a whole ONNX model"),
+}
+COMMANDS = [
+    ["sites", "m.onnx"],
+    ["slots", "m.onnx"],
+    ["insert", "m.onnx", "--after", "first"],
+    ["remove", "m.onnx"],
+    ["verify", "m.onnx", "good.onnx"],
+    ["verify", "good.onnx", "m.onnx"],
+]
+
+
+@pytest.mark.parametrize("kind", NO_MODELS)
+def test_a_file_that_is_no_model_is_refused_by_every_command(kind: str) -> None:
+    data, message = NO_MODELS[kind]
+    write(Path("m.onnx"), data)
+    write(Path("good.onnx"), several())
+    for command in COMMANDS:
+        assert message in refused(*command).error
+
+
+def test_a_git_lfs_pointer_says_how_to_get_the_model() -> None:
+    write(Path("m.onnx"), NO_MODELS["LFS"][0])
+    assert "git lfs pull" in refused("sites", "m.onnx").hint
+
+
+@pytest.mark.parametrize("command", ["sites", "slots", "insert", "remove"])
+@pytest.mark.parametrize("path", ["missing.onnx", ".", "/", "", "m.onnx/x", "loop", "\udcff"])
+def test_a_path_that_is_no_file_is_refused_by_every_command(path: str, command: str) -> None:
+    Path("loop").symlink_to("loop")
+    after = ["--after", "first"] if command == "insert" else []
+    refused(command, path, *after)
+
+
+def test_missing_and_cut_and_outside_data_is_refused_by_every_command() -> None:
+    write(Path("good.onnx"), several())
+    external(Path("sub/m.onnx"), "w.bin")
+    data = Path("sub/w.bin").rename("w.bin").read_bytes()
+    commands = [[a.replace("m.onnx", "sub/m.onnx") for a in command] for command in COMMANDS]
+    for command in commands:
+        result = refused(*command)
+        assert "needs the data file 'w.bin'" in result.error
+        assert "copy the data file beside the model" in result.hint
+    Path("sub/w.bin").symlink_to("../w.bin")
+    for command in commands:
+        assert "outside the model's folder" in refused(*command).error
+    Path("sub/w.bin").unlink()
+    write(Path("sub/w.bin"), data[:-1])
+    for command in commands:
+        result = refused(*command)
+        assert "needs bytes 0 to 16384 of 'w.bin', which has 16383" in result.error
+        assert "cut off" in result.hint
+
+
+PLACES = {
+    "unknown": (["--after", "frist"], "'frist'", "first"),
+    "near": (["--after", "las"], "'las'", "nearest: last"),
+    "blank": (["--after", ""], "''", ""),
+    "glob": (["--after", "nothing.*"], "'nothing.*'", ""),
+    "one of two": (["--after", "last", "--after", "missing"], "'missing'", ""),
+    "ambiguous": (["--after", "twin"], "'twin' means 2 places: main:t1, main:t2", "address"),
+    "integer": (["--after", "best"], "int64", "sites"),
+    "unknown width": (["--after", "pick"], "width", "sites"),
+    "globbed integer": (["--after", "bes*"], "int64", "sites"),
+    "an input": (["--after", "x"], "'x' is an input", "node"),
+    "a weight": (["--after", "W"], "'W' is a weight", "node"),
+    "later source": (["--after", "first", "--source", "act"], "computed after", "before"),
+    "other shape": (["--after", "last", "--source", "lift"], "source 'up'", "axes"),
+    "integer source": (["--after", "last", "--source", "best"], "source 'top'", "type"),
+    "no such source": (["--after", "last", "--source", "lsat"], "'lsat'", "last"),
+    "twin source": (["--after", "last", "--source", "twin"], "means 2 places", "address"),
+    "bottleneck 0": (["--after", "first", "--bottleneck", "0"], "bottleneck of 0", "1"),
+    "negative": (["--after", "first", "--bottleneck", "-4"], "bottleneck of -4", "1"),
+    "huge": (["--after", "first", "--bottleneck", "9" * 14], "bottleneck", ""),
+    "vast": (["--after", "first", "--bottleneck", "9" * 30], "bottleneck", ""),
+    "words": (["--after", "first", "--bottleneck", "many"], "'many'", "--help"),
+    "seed": (["--after", "first", "--bottleneck", "4", "--seed", "-1"], "seed", ""),
+    "activation": (["--after", "first", "--activation", "rleu"], "'rleu'", "relu"),
+    "nowhere": ([], "--after", ""),
+    "no option": (["--aftr", "first"], "--aftr", "--help"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_slot_that_makes_no_sense_is_refused(case: str) -> None:
+    arguments, message, hint = PLACES[case]
+    result = refused("insert", "m.onnx", *arguments)
+    assert message in result.error
+    assert hint in result.hint
+
+
+INPUTS = {
+    "missing": ({}, "missing.npz"),
+    "no archive": ({}, "e.onnx"),
+    "another name": ({"z": weight(2, 64)}, "'x'"),
+    "another type": ({"x": np.zeros((2, 64), np.int64)}, "x"),
+    "another width": ({"x": weight(2, 63)}, "x"),
+    "another rank": ({"x": weight(64)}, "x"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_inputs_that_do_not_fit_are_refused(case: str) -> None:
+    arrays, message = INPUTS[case]
+    write(Path("e.onnx"), dense())
+    np.savez("in.npz", **arrays)
+    file = message if not arrays else "in.npz"
+    assert message in refused("insert", "e.onnx", "--after", "dense", "--inputs", file).error
+    run("insert", "e.onnx", "--after", "dense", "--no-verify")
+    assert message in refused("verify", "e.onnx", "e.adapted.onnx", "--inputs", file).error
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "./m.onnx", "sub/../m.onnx", "hard", "soft"])
+def test_the_input_is_not_replaced_under_any_name(name: str) -> None:
+    Path("sub").mkdir()
+    os.link("m.onnx", "hard")
+    Path("soft").symlink_to("m.onnx")
+    result = refused("insert", "m.onnx", "--after", "first", "-o", name)
+    assert "would replace the input" in result.error
+    assert "--force" in result.hint
+    assert run("insert", "m.onnx", "--after", "first").status == 0
+    refused("remove", "m.adapted.onnx", "-o", "m.adapted.onnx")
+
+
+@pytest.mark.parametrize("name", ["sub/w.bin", "hard", "soft"])
+def test_the_data_of_the_input_is_not_replaced_even_by_force(name: str) -> None:
+    external(Path("e.onnx"), "sub/w.bin")
+    os.link("sub/w.bin", "hard")
+    Path("soft").symlink_to("sub/w.bin")
+    result = refused("insert", "e.onnx", "--after", "dense", "-o", name, "--force")
+    assert "would replace 'sub/w.bin', the data of e.onnx" in result.error
+    assert "-o" in result.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing/a.onnx", "there is no folder"),
+        ("m.onnx/a.onnx", "there is no folder"),
+        ("sub", "not a regular file"),
+        (".", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        ("/dev/full", "not a regular file"),
+        ("loop", "loop"),
+        ("x" * 300, "cannot write"),
+    ],
+    ids=["no folder", "a file", "a folder", "here", "null", "full", "loop", "long"],
+)
+def test_a_place_that_cannot_hold_the_result_is_refused(path: str, message: str) -> None:
+    Path("sub").mkdir()
+    Path("loop").symlink_to("loop")
+    assert message in refused("insert", "m.onnx", "--after", "first", "-o", path).error
+    assert message in refused("build", "8", "-o", path).error
+
+
+def test_a_name_of_the_longest_length_can_be_written() -> None:
+    name = "模" * 80 + ".onnx"
+    assert len(name.encode()) == 245
+    assert run("build", "8", "-o", name).err.startswith("wrote ")
+    assert Path(name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("arguments", [["0"], ["-8"], ["8", "--bottleneck", "0"], ["9" * 14]])
+def test_an_adapter_of_no_size_or_too_large_is_not_built(arguments: list[str]) -> None:
+    refused("build", *arguments)
+
+
+@pytest.mark.parametrize("target", ["new.onnx", "old.onnx", "m.onnx"])
+def test_a_full_disk_leaves_everything_as_it_was(target: str) -> None:
+    write(Path("m.onnx"), dense())
+    write(Path("old.onnx"), b"older")
+    before = files(Path())
+    command = ["insert", "m.onnx", "--after", "dense", "--no-verify", "--force", "-o"]
+    result = process("disk full", *command, target)
+    assert "File too large" in result.error
+    assert "make room" in result.hint
+    assert files(Path()) == before
+
+
+def test_a_full_disk_while_data_is_copied_leaves_everything_as_it_was() -> None:
+    external(Path("e.onnx"), "sub/deep/w.bin")
+    Path("other").mkdir()
+    before = files(Path())
+    command = ["insert", "e.onnx", "--after", "dense", "--no-verify", "-o", "other/e.onnx"]
+    assert "File too large" in process("disk full", *command).error
+    assert files(Path()) == before
+
+
+def test_a_read_only_folder_is_refused() -> None:
+    Path("locked").mkdir()
+    Path("locked").chmod(0o555)
+    before = files(Path())
+    command = ["insert", "m.onnx", "--after", "first", "--no-verify", "-o", "locked/a.onnx"]
+    result = process("no power", *command)
+    Path("locked").chmod(0o755)
+    assert "Permission denied" in result.error
+    assert "choose another" in result.hint
+    assert files(Path()) == before
+
+
+@pytest.mark.parametrize("secret", ["e.onnx", "w.bin"])
+def test_a_file_that_may_not_be_read_is_refused(secret: str) -> None:
+    external(Path("e.onnx"), "w.bin")
+    Path(secret).chmod(0)
+    result = process("no power", "insert", "e.onnx", "--after", "dense", "-o", "a.onnx")
+    assert secret in result.error
+    assert result.hint
+    assert not Path("a.onnx").exists()
+
+
+@pytest.mark.parametrize("arguments", [["sites", "m.onnx"], ["sites", "m.onnx", "--json"]])
+def test_results_that_cannot_be_written_to_stdout_are_an_error(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        result = process("plain", *arguments, stdout=full)
+    assert "No space left on device" in result.error
+
+
+def test_a_closed_stdout_gives_no_traceback() -> None:
+    code = "from onnx_adapt.cli import main; main()"
+    shell = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-c", code, "sites", "m.onnx"]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_not_utf8_works_or_is_refused() -> None:
+    os.mkdir(b"\xff")
+    write(Path(os.fsdecode(b"\xff")) / "m.onnx", dense())
+    result = process("plain", "insert", b"\xff/m.onnx", "--after", "dense", "--json")
+    assert "Traceback" not in result.err
+    assert result.status == 0
+    assert os.path.exists(b"\xff/m.adapted.onnx")
+    assert len(json.loads(result.out)["slots"]) == 1
+
+
+def test_no_command_shows_the_help() -> None:
+    result = run()
+    assert result.status == 2
+    assert "\n  insert " in result.err + result.out
+    assert "\\n" not in result.err
+
+
+def with_slots() -> oa.Model:
+    return oa.insert(oa.open_model("m.onnx"), after="first")
+
+
+SLOT_COMMANDS = [
+    ["slots", "s.onnx"],
+    ["remove", "s.onnx"],
+    ["insert", "s.onnx", "--after", "last"],
+    ["verify", "m.onnx", "s.onnx"],
+]
+
+
+def test_slots_of_a_newer_format_are_refused_by_every_command() -> None:
+    model = with_slots().proto
+    (entry,) = [entry for entry in model.metadata_props if entry.key == KEY]
+    entry.value = json.dumps({**json.loads(entry.value), "format": 2})
+    write(Path("s.onnx"), model)
+    for command in SLOT_COMMANDS:
+        result = refused(*command)
+        assert "format 2" in result.error
+        assert "upgrade" in result.hint
+
+
+def test_slots_whose_inputs_were_stripped_are_refused_by_every_command() -> None:
+    model = with_slots().proto
+    kept = [value for value in model.graph.input if not value.name.startswith("adapter.")]
+    assert len(kept) == len(model.graph.input) - 2
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    write(Path("s.onnx"), model)
+    for command in SLOT_COMMANDS:
+        result = refused(*command)
+        assert "input 'adapter.first.down' was stripped" in result.error
+        assert "simplifiers" in result.hint
+
+
+CHAIN = "k = Identity(W)\n" + "\n".join(
+    f"i{n} = Identity({'i' + str(n - 1) if n else 'k'})" for n in range(2000)
+)
+BROKEN = {
+    "Constant without output": ("k = Constant<value = float {1.0}>()", "k"),
+    "Transpose without input": ("k = Transpose(W)\n z = MatMul(x, k)", "W"),
+    "Mul with one input": ("k = Mul(W, zero)\n z = MatMul(x, k)", "zero"),
+    "Gather without indices": ("k = Gather(W, zero)", "zero"),
+    "a circle": ("k = Identity(j)\n j = Identity(k)\n z = MatMul(x, k)", ""),
+    "a long chain": (f"{CHAIN}\n z = MatMul(x, i1999)", ""),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_unusual_graph_gives_no_traceback(case: str) -> None:
+    text, gone = BROKEN[case]
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[b,2] x) => (float[b,2] y) <float[2,2] W = {{1, 2, 3, 4}}, int64 zero = {{0}}>
+        {{ {text}
+           [first] y = Relu(x) }}"""
+    )
+    for names in (model.graph.node[0].input, model.graph.node[0].output):
+        names[:] = [name for name in names if name != gone]
+    write(Path("m.onnx"), model)
+    assert run("sites", "m.onnx", "--all").status in (0, 2)
+    assert run("insert", "m.onnx", "--after", "first", "--no-verify").status in (0, 2)
+
+
+@pytest.mark.parametrize("where", ["a weight", "a layer's output", "a Constant node"])
+def test_a_type_that_onnx_does_not_know_yet_gives_no_traceback(where: str) -> None:
+    model = several()
+    new = TensorProto(name="new", data_type=99, dims=[1], raw_data=b"1")
+    if where == "a weight":
+        model.graph.initializer.append(new)
+    elif where == "a Constant node":
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["k"], value=new))
+        model.graph.node[2].input[1] = "k"
+    else:
+        model.graph.output[0].type.tensor_type.elem_type = 99
+    write(Path("m.onnx"), model)
+    assert run("sites", "m.onnx", "--all").status in (0, 2)
+    assert run("insert", "m.onnx", "--after", "first", "--no-verify").status in (0, 2)
+
+
+@pytest.mark.parametrize("name", ["first", "MatMul", "keep"])
+def test_a_name_that_is_not_utf8_gives_no_traceback(name: str) -> None:
+    data = several().SerializeToString()
+    bad = b"\xff" * len(name)
+    write(Path("m.onnx"), data.replace(name.encode(), bad))
+    assert run("sites", "m.onnx", "--all").status in (0, 2)
+    assert run("insert", "m.onnx", "--after", "last", "--no-verify").status in (0, 2)
+
+
+def test_an_absurd_width_gives_no_traceback() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[b,1099511627776] x) => (float[b,1099511627776] y) { [first] y = Relu(x) }"""
+    )
+    write(Path("m.onnx"), model)
+    refused("insert", "m.onnx", "--after", "first", "--bottleneck", "8", "--no-verify")
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
+    model = several()
+    for node in model.graph.node:
+        node.name = "\x1b[31mred\r"
+    write(Path("m.onnx"), model)
+    assert "\x1b" not in run("sites", "m.onnx").out
+    result = refused("insert", "m.onnx", "--after", "\x1b[31mred\r")
+    assert "\x1b" not in result.err
+    assert "\\x1b[31mred\\r" in result.error
