@@ -23,7 +23,7 @@ class Adapter:
         weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.part_shape`.
         replaced: Name of an input -> array: trained heads, biases and the like.
         activations: Slot -> the activation it was trained with, where known.
-        fingerprint: Identity of the base model, or '' if unknown.
+        fingerprint: Identity of the base model, perhaps abbreviated, or '' if unknown.
 
     Example:
         >>> import numpy as np
@@ -77,7 +77,30 @@ def adapter_from_tensors(
             )
         slot, dot, part = key.removeprefix(_PREFIX).rpartition(".")
         if key.startswith(_PREFIX) and dot and slot:
-            weights.setdefault(slot, {})[part] = np.ascontiguousarray(array)
+            weights.setdefault(slot, {})[part] = np.asarray(array, order="C")
         else:
-            replaced[key] = np.ascontiguousarray(array)
+            replaced[key] = np.asarray(array, order="C")
     return Adapter(name, weights, replaced, dict(activations or {}), fingerprint)
+
+
+_SHORT = "short:"
+
+
+def short_fingerprint(fingerprint: str) -> int:
+    """The first 31 bits of a fingerprint, for formats with no room for more; 0 if none."""
+    if fingerprint.startswith(_SHORT):
+        return int(fingerprint.removeprefix(_SHORT))
+    digits = fingerprint.removeprefix("sha256:")[:8]
+    return int(digits, 16) >> 1 if digits else 0
+
+
+def abbreviated(number: int) -> str:
+    """The fingerprint of which only `short_fingerprint` is left; '' if that is 0."""
+    return f"{_SHORT}{number}" if number > 0 else ""
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints, whole or abbreviated, can be of one model."""
+    if one.startswith(_SHORT) or other.startswith(_SHORT):
+        return short_fingerprint(one) == short_fingerprint(other)
+    return one == other

@@ -1,24 +1,37 @@
-"""Tensor data in files beside a model (ONNX external data): check, copy, move out.
+"""Tensor data in files beside a model (ONNX external data): check, find, move out.
 
 Format: https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from onnx_adapt import walk
-from onnx_adapt.errors import ExternalDataError, SaveError
-from onnx_adapt.payloads import RAW_DATA, Payload, Source, token, token_index
+from onnx_adapt.errors import ExternalDataError
+from onnx_adapt.payloads import PLAIN_BYTES, Payload, Source, token, token_index
 
 MOVED_OUT = "pkg.onnx_adapt.inline"
-"""Marks a tensor that `move_out` took out of the model file; `move_in` undoes it."""
+"""Marks a tensor that `move_out` took out of the model file; `move_in` undoes it.
+
+The value is the name of the field that held the data and, where there were any, the
+fields about external data that the tensor had then, as a TensorProto in hexadecimal.
+"""
 
 _ALIGNMENT = 4096
+_WITHOUT_SIZE = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8}
+_FIELDS = {
+    number: onnx.TensorProto.DESCRIPTOR.fields_by_number[number] for number in PLAIN_BYTES
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +43,14 @@ class Reference:
         location: Path of the data file relative to the model's folder.
         offset: Offset of the data in the file.
         length: Number of bytes, or None for the rest of the file.
+        needed: Number of bytes that the tensor's shape needs, or 0 if that is not known.
     """
 
     tensor: str
     location: str
     offset: int
     length: int | None
+    needed: int
 
 
 def reference(tensor: onnx.TensorProto) -> Reference:
@@ -45,16 +60,38 @@ def reference(tensor: onnx.TensorProto) -> Reference:
         ExternalDataError: If there is no location, or offset or length is not a number.
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location")
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries["length"]) if "length" in entries else None
-    except ValueError as error:
-        raise ExternalDataError(
-            f"external data of tensor {tensor.name!r} has a broken offset or length"
-        ) from error
-    if not entries.get("location") or offset < 0 or (length or 0) < 0:
-        raise ExternalDataError(f"external data of tensor {tensor.name!r} is incomplete")
-    return Reference(tensor.name, entries["location"], offset, length)
+    except ValueError:
+        offset = -1
+        length = None
+    # protobuf gives a text that is not UTF-8 as bytes
+    if not isinstance(location, str) or not location or "\0" in location:
+        wrong = "location"
+    elif offset < 0 or (length or 0) < 0:
+        wrong = "offset or length"
+    else:
+        return Reference(tensor.name, location, offset, length, _bytes_needed(tensor))
+    raise ExternalDataError(
+        f"external data of tensor {tensor.name!r} has a broken {wrong}",
+        hint="the model is damaged; export it again",
+    )
+
+
+def _bytes_needed(tensor: onnx.TensorProto) -> int:
+    count: int = math.prod(tensor.dims) if min(tensor.dims, default=0) >= 0 else 0
+    return (count * _bits(tensor.data_type) + 7) // 8
+
+
+@cache
+def _bits(data_type: int) -> int:
+    """The size of one element, which most types have in their names: `FLOAT8E4M3FN`."""
+    types = onnx.TensorProto.DataType
+    name = types.Name(data_type) if data_type in types.values() else ""
+    digits = re.search(r"\d+", name)
+    return int(digits[0]) if digits else _WITHOUT_SIZE.get(name, 0)
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
@@ -69,11 +106,14 @@ def references(proto: onnx.ModelProto) -> Iterator[Reference]:
             yield reference(tensor)
 
 
-def locate(model: Path, item: Reference) -> Path:
+def locate(model: Path, item: Reference, home: Path | None = None) -> Path:
     """The data file of a reference, checked to be inside the model's folder.
 
-    The folder is the one the model is in, or the one it resolves to where it is a
-    link (download caches link a model and its data into one folder of blobs).
+    Args:
+        model: The model, which may be a link.
+        item: The reference.
+        home: The folder of the file that the link leads to, where there is no link yet.
+            Download caches link a model and its data into one folder of blobs.
 
     Raises:
         ExternalDataError: If the location leaves the folder.
@@ -81,13 +121,38 @@ def locate(model: Path, item: Reference) -> Path:
     parts = PurePosixPath(item.location.replace("\\", "/")).parts
     absolute = item.location.startswith(("/", "\\")) or PureWindowsPath(item.location).drive
     path = model.parent / item.location
-    homes = (model.parent.resolve(), model.resolve().parent)
-    if absolute or ".." in parts or not any(path.resolve().is_relative_to(h) for h in homes):
+    real = Path(os.path.realpath(path))
+    homes = (model.parent, home or Path(os.path.realpath(model)).parent)
+    inside = any(real.is_relative_to(os.path.realpath(folder)) for folder in homes)
+    if absolute or ".." in parts or not inside:
         raise ExternalDataError(
             f"tensor {item.tensor!r} refers to {item.location!r}, outside the model's folder",
             hint="a model may only refer to files beside it; move the data there",
         )
     return path
+
+
+def find(model: Path, item: Reference) -> Source:
+    """The data file of a reference, as it is now.
+
+    Raises:
+        ExternalDataError: If it is missing or outside the folder.
+    """
+    path = locate(model, item)
+    try:
+        return Source.of(path)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        why = f"is not in {model.parent}" if missing else f"cannot be used: {error.strerror}"
+        raise ExternalDataError(
+            f"{model.name} needs the data file {item.location!r}, which {why}",
+            hint="copy the data file beside the model; the two belong together",
+        ) from error
+
+
+def by_location(items: Iterable[Reference]) -> dict[str, Reference]:
+    """One reference to each data file."""
+    return {item.location: item for item in items}
 
 
 def check(model: Path, items: Sequence[Reference]) -> None:
@@ -96,38 +161,49 @@ def check(model: Path, items: Sequence[Reference]) -> None:
     Raises:
         ExternalDataError: If a file is missing, too short or outside the folder.
     """
-    sizes: dict[str, int] = {}
+    sizes = {name: find(model, item).size for name, item in by_location(items).items()}
     for item in items:
-        if item.location not in sizes:
-            path = locate(model, item)
-            if not path.is_file():
-                raise ExternalDataError(
-                    f"{model.name} needs the data file {item.location!r}, which is not in "
-                    f"{model.parent}",
-                    hint="copy the data file beside the model; the two belong together",
-                )
-            sizes[item.location] = path.stat().st_size
-        size = sizes[item.location]
-        if item.offset + (item.length or 0) > size:
+        size, length = sizes[item.location], item.length
+        end = item.offset + (item.needed if length is None else length)
+        if end > size:
             raise ExternalDataError(
-                f"tensor {item.tensor!r} needs bytes {item.offset} to "
-                f"{item.offset + (item.length or 0)} of {item.location!r}, which has {size}",
+                f"tensor {item.tensor!r} needs bytes {item.offset} to {end} of "
+                f"{item.location!r}, which has {size}",
                 hint="the data file is cut off or belongs to another model",
+            )
+        if length is not None and length < item.needed:
+            raise ExternalDataError(
+                f"tensor {item.tensor!r} has {length} bytes of {item.location!r}, and its "
+                f"shape needs {item.needed}",
+                hint="the model is damaged; export it again",
             )
 
 
-def payload(model: Path, tensor: onnx.TensorProto) -> Payload:
-    """Where the bytes of an external tensor are."""
+def payload(
+    model: Path, tensor: onnx.TensorProto, found: dict[str, Source] | None = None
+) -> Payload:
+    """Where the bytes of an external tensor are.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+        found: Data files by location, to find each only once.
+
+    Raises:
+        ExternalDataError: If they are not there any more.
+    """
     item = reference(tensor)
-    source = Source.of(locate(model, item))
-    length = source.size - item.offset if item.length is None else item.length
-    return Payload(source, item.offset, length)
+    source = (found or {}).get(item.location) or find(model, item)
+    if found is not None:
+        found[item.location] = source
+    rest = item.needed or source.size - item.offset
+    return Payload(source, item.offset, rest if item.length is None else item.length)
 
 
 def refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
     """Make a tensor refer to bytes of another file instead of holding data."""
-    for name in ("raw_data", "float_data", "double_data"):
-        tensor.ClearField(name)
+    for data in _FIELDS.values():
+        tensor.ClearField(data.name)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", offset), ("length", length)):
@@ -141,9 +217,6 @@ def move_out(
 
     Returns:
         A copy of the model, and for each tensor the offset its payload goes to.
-
-    Raises:
-        SaveError: If a tensor stores numbers in a form that has no external equivalent.
     """
     small = onnx.ModelProto()
     small.CopyFrom(proto)
@@ -154,14 +227,12 @@ def move_out(
         if index is None:
             continue
         place = payloads[index]
-        if place.number != RAW_DATA:
-            raise SaveError(
-                f"the result passes protobuf's 2 GB and tensor {tensor.name!r} has typed data",
-                hint="save the base with external data first (onnx.save_model)",
-            )
-        explicit = "default" if tensor.HasField("data_location") else ""
+        header = onnx.TensorProto(external_data=tensor.external_data)
+        if tensor.HasField("data_location"):
+            header.data_location = tensor.data_location
+        mark = f"{_FIELDS[place.number].name} {header.SerializeToString().hex()}".rstrip()
         refer(tensor, location, offset, place.length)
-        tensor.metadata_props.add(key=MOVED_OUT, value=explicit)
+        tensor.metadata_props.add(key=MOVED_OUT, value=mark)
         plan.append((offset, place))
         offset += -(-place.length // _ALIGNMENT) * _ALIGNMENT
     return small, plan
@@ -174,18 +245,50 @@ def move_in(
 
     Returns:
         The payloads, with those of the tensors that came back in appended.
+
+    Raises:
+        ExternalDataError: If the data is not there any more, or a mark is damaged.
     """
     result = list(payloads)
     for tensor in walk.tensors(proto):
-        marks = [i for i, entry in enumerate(tensor.metadata_props) if entry.key == MOVED_OUT]
-        if not marks or model is None:
+        mark = _mark(tensor)
+        if mark is None or model is None:
             continue
-        result.append(payload(model, tensor))
-        explicit = tensor.metadata_props[marks[0]].value
-        del tensor.metadata_props[marks[0]]
-        del tensor.external_data[:]
+        place = payload(model, tensor) if is_external(tensor) else None
+        number, header = _read_mark(tensor, mark)
+        tensor.metadata_props.remove(mark)
         tensor.ClearField("data_location")
-        if explicit:
-            tensor.data_location = onnx.TensorProto.DEFAULT
-        tensor.raw_data = token(len(result) - 1)
+        tensor.ClearField("external_data")
+        tensor.MergeFrom(header)
+        if place is not None:
+            tensor.raw_data = token(len(result))
+            result.append(replace(place, number=number))
     return tuple(result)
+
+
+def _mark(tensor: onnx.TensorProto) -> onnx.StringStringEntryProto | None:
+    return next((entry for entry in tensor.metadata_props if entry.key == MOVED_OUT), None)
+
+
+def _read_mark(
+    tensor: onnx.TensorProto, mark: onnx.StringStringEntryProto
+) -> tuple[int, onnx.TensorProto]:
+    name, _, header = mark.value.partition(" ")
+    try:
+        number = {data.name: number for number, data in _FIELDS.items()}[name]
+        return number, onnx.TensorProto.FromString(bytes.fromhex(header))
+    except (KeyError, ValueError, DecodeError) as error:
+        raise ExternalDataError(
+            f"tensor {tensor.name!r} has a damaged {MOVED_OUT!r}",
+            hint="another tool changed the model; insert the slots anew",
+        ) from error
+
+
+def is_moved_out(proto: onnx.ModelProto, location: str) -> bool:
+    """Whether a data file holds what `move_out` took out of this model, and nothing else."""
+    users = [
+        tensor
+        for tensor in walk.tensors(proto)
+        if is_external(tensor) and reference(tensor).location == location
+    ]
+    return bool(users) and all(_mark(tensor) is not None for tensor in users)

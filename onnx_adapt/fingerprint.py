@@ -9,10 +9,10 @@ from typing import BinaryIO
 
 import onnx
 
-from onnx_adapt import external_data, walk
+from onnx_adapt import walk
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.model_file import Model
-from onnx_adapt.payloads import LARGE, Payload, token_index
+from onnx_adapt.model_file import Model, payload_of
+from onnx_adapt.payloads import LARGE, Payload, Source
 
 _WINDOWS, _WINDOW = 8, LARGE // 8
 
@@ -30,10 +30,14 @@ def fingerprint(model: Model) -> str:
     bare.CopyFrom(model.proto)
     digest = hashlib.sha256()
     samples: list[bytes] = []
+    found: dict[str, Source] = {}
     with ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}
         for tensor in walk.tensors(bare):
-            samples.append(_sample(model, tensor, files, stack))
+            place = payload_of(model, tensor, found)
+            samples.append(
+                _windows_of(tensor.raw_data) if place is None else _sample(place, files, stack)
+            )
             tensor.ClearField("raw_data")
             tensor.ClearField("data_location")
             del tensor.external_data[:]
@@ -43,22 +47,15 @@ def fingerprint(model: Model) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _sample(
-    model: Model, tensor: onnx.TensorProto, files: dict[Path, BinaryIO], stack: ExitStack
-) -> bytes:
-    index = token_index(tensor.raw_data)
-    if index is not None:
-        place = model.payloads[index]
-    elif external_data.is_external(tensor) and model.path is not None:
-        place = external_data.payload(model.path, tensor)
-    else:
-        return _windows_of(tensor.raw_data)
+def _sample(place: Payload, files: dict[Path, BinaryIO], stack: ExitStack) -> bytes:
     try:
         if place.source.path not in files:
             files[place.source.path] = stack.enter_context(place.source.path.open("rb"))
         return _windows(place, files[place.source.path])
     except OSError as error:
-        raise ModelFileError(f"cannot read {place.source.path}: {error.strerror}") from error
+        raise ModelFileError(
+            f"cannot read {place.source.path}: {error.strerror}", hint="check the file"
+        ) from error
 
 
 def _starts(length: int) -> list[int]:

@@ -9,7 +9,7 @@ import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
-from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter import Adapter, same_base
 from onnx_adapt.errors import AdapterError, AdaptError, SlotError
 from onnx_adapt.graph import FLOATS
 from onnx_adapt.initializers import check_model_weights
@@ -45,7 +45,7 @@ def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> l
     """
     manifest = required_manifest(model)
     found: list[str] = []
-    if adapter.fingerprint and adapter.fingerprint != manifest.fingerprint:
+    if adapter.fingerprint and not same_base(adapter.fingerprint, manifest.fingerprint):
         found.append(
             "it was made for another base model: its fingerprint is "
             f"{adapter.fingerprint[:19]}..., the model's {manifest.fingerprint[:19]}..."

@@ -48,6 +48,9 @@ def elem_name(elem_type: int) -> str:
     """The name of an element type: `float32`, `int64`, ...; '' if unknown."""
     if elem_type in FLOATS:
         return FLOATS[elem_type]
+    known = onnx.TensorProto.DataType.values()
+    if elem_type and elem_type not in known:
+        return f"type {elem_type}"  # of a newer ONNX than the one installed
     return str(onnx.TensorProto.DataType.Name(elem_type)).lower() if elem_type else ""
 
 
@@ -205,6 +208,7 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
             onnx.shape_inference.InferenceError,
             onnx.checker.ValidationError,
             RuntimeError,
+            ValueError,
         ):
             continue
     # What the model itself records is used then; a site without a type says so.

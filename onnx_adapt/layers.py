@@ -119,7 +119,9 @@ def is_layer(view: GraphView, node: onnx.NodeProto) -> bool:
 def _is_embedding(view: GraphView, node: onnx.NodeProto, weight: Weight) -> bool:
     by_row = attribute(node, "axis", 0) == 0 and len(weight.dims) >= 2
     floats = weight.elem_type in FLOATS
-    return by_row and floats and find_weight(view, node.input[1]) is None
+    return (
+        by_row and floats and len(node.input) > 1 and find_weight(view, node.input[1]) is None
+    )
 
 
 def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import mmap
 import os
 from collections.abc import Sequence
@@ -11,16 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
-from onnx_adapt import external_data
+from onnx_adapt import destination, external_data
+from onnx_adapt.destination import Destination
 from onnx_adapt.errors import ExternalDataError, ModelFileError, SaveError
 from onnx_adapt.payloads import Payload, Segment, Source, splice, strip, token_index
 from onnx_adapt.whole_files import FilePlan, Progress, write_files
 
 PROTOBUF_LIMIT = 2**31 - 1
 """The largest file protobuf can read, in bytes."""
+
+_OPSETS_SINCE = 3
+"""The IR version from which a model must name its operator sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Saved:
     """What a save wrote.
 
     Attributes:
-        path: The model.
+        path: The model, as it was named.
         size: Its length in bytes.
         data: Data files written beside it.
         moved_out: Whether data had to leave the model file because of protobuf's 2 GB.
@@ -104,6 +107,11 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         raise ModelFileError(
             f"{file.name} holds no ONNX graph", hint="is it another kind of protobuf file?"
         )
+    if proto.ir_version >= _OPSETS_SINCE and not proto.opset_import:
+        raise ModelFileError(
+            f"{file.name} is not a whole ONNX model: it ends before its opset",
+            hint="the file is cut off; export or copy it again",
+        )
     external_data.check(file, list(external_data.references(proto)))
     canonical = canonical and proto.SerializeToString() == small
     return Model(proto, tuple(payloads), file, canonical)
@@ -139,30 +147,46 @@ def _refuse_text(file: Path, head: bytes) -> None:
         )
 
 
+def payload_of(
+    model: Model, tensor: onnx.TensorProto, found: dict[str, Source] | None = None
+) -> Payload | None:
+    """Where on disk a tensor's data is; None if it is in the tensor.
+
+    Args:
+        model: The model.
+        tensor: A tensor of it.
+        found: Data files beside the model by location, to find each only once.
+
+    Raises:
+        ExternalDataError: If it is not there any more.
+    """
+    index = token_index(tensor.raw_data)
+    if index is not None:
+        return model.payloads[index]
+    if external_data.is_external(tensor) and model.path is not None:
+        return external_data.payload(model.path, tensor, found)
+    return None
+
+
 def read_tensor(model: Model, tensor: onnx.TensorProto) -> np.ndarray:
     """The value of one tensor of a model, read from wherever its data is.
 
     Raises:
         ModelFileError: If the data is not there any more or does not fit the shape.
     """
-    index = token_index(tensor.raw_data)
-    if index is not None:
-        place = model.payloads[index]
+    place = payload_of(model, tensor)
+    whole = tensor
+    if place is not None:
+        whole = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type)
+        whole.raw_data = read_payload(place)
     elif external_data.is_external(tensor):
-        if model.path is None:
-            raise ExternalDataError(f"tensor {tensor.name!r} is external to a model in memory")
-        place = external_data.payload(model.path, tensor)
-    else:
-        try:
-            return numpy_helper.to_array(tensor)
-        except (ValueError, TypeError) as error:
-            raise ModelFileError(f"tensor {tensor.name!r} is damaged: {error}") from error
-    loaded = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type)
-    loaded.raw_data = read_payload(place)
+        raise _in_memory(tensor.name)
     try:
-        return numpy_helper.to_array(loaded)
-    except (ValueError, TypeError) as error:
-        raise ModelFileError(f"tensor {tensor.name!r} is damaged: {error}") from error
+        return numpy_helper.to_array(whole)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(
+            f"tensor {tensor.name!r} is damaged: {error}", hint="export the model again"
+        ) from error
 
 
 def read_payload(place: Payload, limit: int | None = None) -> bytes:
@@ -172,7 +196,17 @@ def read_payload(place: Payload, limit: int | None = None) -> bytes:
             handle.seek(place.offset)
             return handle.read(place.length if limit is None else min(limit, place.length))
     except OSError as error:
-        raise ModelFileError(f"cannot read {place.source.path}: {error.strerror}") from error
+        raise ModelFileError(
+            f"cannot read {place.source.path}: {error.strerror}",
+            hint="the data of a model must stay where it is while the model is in use",
+        ) from error
+
+
+def _in_memory(tensor: str) -> ExternalDataError:
+    return ExternalDataError(
+        f"tensor {tensor!r} is external to a model in memory",
+        hint="open the model from its file, beside which the data is",
+    )
 
 
 def save_model(
@@ -207,76 +241,72 @@ def save_model(
         ...     oa.save_model(model, folder + "/copy.onnx").size
         224860
     """
-    target = Path(path).absolute()
-    references = list(external_data.references(model.proto))
-    _check_target(model, target, references, overwrite)
-    for source in {place.source for place in model.payloads}:
-        if not source.is_unchanged():
-            raise SaveError(f"{source.path} has changed since it was opened", hint="run again")
-    target = target.resolve()
-    copies = _data_to_copy(model, target, references, keep_external)
-    segments, size = splice(model.proto.SerializeToString(), model.payloads)
-    moved_out = size > PROTOBUF_LIMIT
+    place = destination.settle(path)
+    items = list(external_data.references(model.proto))
+    copies: dict[Path, Source] = {}
+    if model.path is not None:
+        destination.refuse_replacing(model.path, place, items, overwrite)
+        copies = destination.data_to_copy(model.path, place, items, keep_external)
+        place = destination.reach_data(model.path, place, items)
+    elif items:
+        raise _in_memory(items[0].tensor)
     data: list[FilePlan] = [
-        (target.parent / location, [Payload(Source.of(file), 0, file.stat().st_size)])
-        for location, file in copies.items()
+        (file, [Payload(source, 0, source.size)]) for file, source in copies.items()
     ]
+    segments, size = _encode(model.proto, model.payloads)
+    moved_out = size > PROTOBUF_LIMIT
     if moved_out:
-        location = target.name + ".data"
-        small, plan = external_data.move_out(model.proto, model.payloads, location)
-        segments, size = splice(small.SerializeToString(), model.payloads)
-        if size > PROTOBUF_LIMIT:
-            raise SaveError(f"{target.name} passes protobuf's 2 GB even without its weights")
-        data.append((target.parent / location, _padded(plan)))
-    write_files([*data, (target, segments)], progress)
-    return Saved(target, size, tuple(file for file, _ in data), moved_out)
+        file = _moved_out_data(place, items)
+        small, plan = external_data.move_out(model.proto, model.payloads, file.name)
+        segments, size = _encode(small, model.payloads)
+        data.append((file, _padded(plan)))
+    if size > PROTOBUF_LIMIT:
+        raise _too_large()
+    files: list[FilePlan] = [*data, (place.file, segments)]
+    if os.path.realpath(place.path) != str(place.file):
+        files.append((place.path, Path(os.path.relpath(place.file, place.path.parent))))
+    write_files(files, progress)
+    return Saved(place.path, size, tuple(file for file, _ in data), moved_out)
 
 
-def _check_target(
-    model: Model, target: Path, references: Sequence[external_data.Reference], overwrite: bool
-) -> None:
-    if not target.parent.is_dir():
-        raise SaveError(f"there is no folder {target.parent}", hint="make it first")
-    if target.exists() and not target.is_file():
-        raise SaveError(f"{target} is not a regular file", hint="choose another output path")
-    if model.path is None or not target.exists():
-        return
-    if os.path.samefile(model.path, target) and not overwrite:
+def _encode(
+    proto: onnx.ModelProto, payloads: Sequence[Payload]
+) -> tuple[Sequence[Segment], int]:
+    try:
+        return splice(proto.SerializeToString(), payloads)
+    except EncodeError as error:
+        raise _too_large() from error
+
+
+def _too_large() -> SaveError:
+    return SaveError(
+        "the model passes protobuf's 2 GB even without the weights that it was opened with",
+        hint="insert fewer slots, or swappable ones",
+    )
+
+
+def _moved_out_data(place: Destination, items: Sequence[external_data.Reference]) -> Path:
+    """The file for data that moves out: a free name, or that of the replaced result's."""
+    file = place.path.with_name(f"{place.path.name}.data")
+    same = {
+        os.path.realpath(place.path.parent / location)
+        for location in external_data.by_location(items)
+    }
+    if os.path.realpath(file) in same or (os.path.lexists(file) and not _owns(place, file)):
         raise SaveError(
-            f"the output would replace the input {target.name}",
-            hint="choose another path with -o, or allow it with --force",
+            f"the result passes protobuf's 2 GB, and {file} for its data exists already",
+            hint="choose another path with -o, or move that file away",
         )
-    for item in references:
-        if os.path.samefile(external_data.locate(model.path, item), target):
-            raise SaveError(
-                f"the output would replace {item.location!r}, the data of {model.path.name}",
-                hint="choose another path with -o",
-            )
+    return file
 
 
-def _data_to_copy(
-    model: Model, target: Path, items: Sequence[external_data.Reference], keep: bool
-) -> dict[str, Path]:
-    """Data files that must come along, by location; none if they are there already."""
-    if model.path is None and items:
-        raise ExternalDataError(f"tensor {items[0].tensor!r} is external to a model in memory")
-    if model.path is None or target.parent == model.path.resolve().parent:
-        return {}
-    if keep:
-        external_data.check(target, items)
-        return {}
-    files = {item.location: external_data.locate(model.path, item) for item in items}
-    for location, file in list(files.items()):
-        there = target.parent / location
-        if not there.exists():
-            continue
-        if not filecmp.cmp(file, there, shallow=False):
-            raise SaveError(
-                f"{there} exists and is not the data of {model.path.name}",
-                hint="write to another folder, or rename the data file that is there",
-            )
-        del files[location]
-    return files
+def _owns(place: Destination, data: Path) -> bool:
+    """Whether the model that is replaced is a result whose data moved out to this file."""
+    try:
+        old = onnx.ModelProto.FromString(_scan(place.path)[0])
+        return external_data.is_moved_out(old, data.name)
+    except (OSError, ModelFileError, DecodeError):
+        return False
 
 
 def _padded(plan: Sequence[tuple[int, Payload]]) -> list[Segment]:

@@ -116,11 +116,6 @@ def index_modules(index: ModelIndex) -> ModuleIndex:
 _CALL = re.compile(r"_\d+$")
 
 
-def same_module(scope: str | None, path: str) -> bool:
-    """Whether `scope` is a call of module `path`: TorchScript numbers later calls `_1`."""
-    return scope is not None and (scope == path or _CALL.sub("", scope) == path)
-
-
 def _later_calls(
     index: ModelIndex, scopes: dict[str, list[str | None]]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:

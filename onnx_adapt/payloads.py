@@ -7,7 +7,10 @@ the token says which `Payload` (a file, an offset, a length) belongs there.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +22,9 @@ LARGE = 4096
 """Tensor data of at least this many bytes stays in its file."""
 
 RAW_DATA = 9
-_FLOAT_DATA, _DOUBLE_DATA = 4, 10
-_PLAIN_BYTES = (RAW_DATA, _FLOAT_DATA, _DOUBLE_DATA)
-"""TensorProto fields whose packed form is the tensor's little-endian bytes."""
+PLAIN_BYTES = {RAW_DATA: 1, 4: 4, 10: 8}
+"""TensorProto fields whose packed form is the tensor's little-endian bytes (`raw_data`,
+`float_data`, `double_data`), and the size of one item."""
 
 _MODEL, _GRAPH, _NODE, _ATTRIBUTE, _FUNCTION, _SPARSE, _TRAINING, _TENSOR = range(8)
 _CHILDREN: dict[int, dict[int, int]] = {
@@ -35,6 +38,8 @@ _CHILDREN: dict[int, dict[int, int]] = {
     _TENSOR: {},
 }
 """For each message that can hold tensors: field number -> kind of message in it."""
+_SINGLE = {_ATTRIBUTE: {5, 22}, _SPARSE: {1, 2}}
+"""Those of them that protobuf merges into one tensor where they are given several times."""
 
 _DEEPEST = 100  # protobuf's own parsers stop here too
 
@@ -52,8 +57,14 @@ class Source:
 
     @classmethod
     def of(cls, path: Path) -> Source:
-        """Record the size and time of `path` now."""
+        """Record the size and time of `path` now.
+
+        Raises:
+            OSError: If it is not there or not a regular file.
+        """
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def is_unchanged(self) -> bool:
@@ -107,11 +118,16 @@ class _Strip:
         if kind == _TENSOR:
             return self.tensor(start, end)
         out, kept = [], start
-        for item in wire.fields(self.data, start, end):
+        items = list(wire.fields(self.data, start, end))
+        times = Counter(item.number for item in items)
+        for item in items:
             self.canonical = self.canonical and item.canonical
             child = _CHILDREN[kind].get(item.number)
             small = item.end - item.payload < LARGE
             if child is None or item.kind != wire.BYTES or small:
+                continue
+            # A token has no place in several pieces of one tensor: leave them to protobuf.
+            if times[item.number] > 1 and item.number in _SINGLE.get(kind, ()):
                 continue
             body = self.message(child, item.payload, item.end, depth + 1)
             out += [
@@ -128,18 +144,18 @@ class _Strip:
         numbers = [part.number for part in parts]
         in_order = numbers == sorted(numbers)
         self.canonical = self.canonical and in_order and all(p.canonical for p in parts)
-        bulk = [
-            p
-            for p in parts
-            if p.number in _PLAIN_BYTES and p.kind == wire.BYTES and p.end - p.payload >= LARGE
-        ]
-        # A field given twice is merged or overridden by protobuf: leave that to protobuf.
-        if len(bulk) != 1 or numbers.count(bulk[0].number) != 1:
+        stored = [p for p in parts if p.number in PLAIN_BYTES]
+        # Data in two fields, or in one field twice, is protobuf's to merge or override.
+        if len(stored) != 1 or stored[0].kind != wire.BYTES:
             return bytes(self.data[start:end])
-        (item,) = bulk
+        (item,) = stored
+        length = item.end - item.payload
+        if length < LARGE:
+            return bytes(self.data[start:end])
+        if length % PLAIN_BYTES[item.number]:
+            raise ModelFileError(f"the numbers at byte {item.payload} end inside a number")
         mark = token(len(self.payloads))
-        place = Payload(self.source, item.payload, item.end - item.payload, item.number)
-        self.payloads.append(place)
+        self.payloads.append(Payload(self.source, item.payload, length, item.number))
         stand_in = wire.field_head(RAW_DATA, len(mark)) + mark
         ordered = [
             (RAW_DATA, stand_in)

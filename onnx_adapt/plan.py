@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_adapt.errors import SiteError
-from onnx_adapt.graph import GraphView, ModelIndex, elem_name
+from onnx_adapt.graph import GraphView, ModelIndex, elem_name, text
 from onnx_adapt.manifest import Slot
 from onnx_adapt.resolve import Choice, resolve_tensor
 from onnx_adapt.sites import Site, Survey
@@ -43,16 +43,16 @@ def reserved_names(index: ModelIndex) -> set[str]:
     """The slot names that a model's tensors and symbols leave no room for."""
     tensors = {
         tensor[len(_PREFIX) : end]
-        for tensor in index.names()
+        for tensor in map(text, index.names())
         if tensor.startswith(_PREFIX)
         for end in range(len(_PREFIX), len(tensor))
         if tensor[end] in "./"
     }
     nodes = {
-        node.name[len(_PREFIX) :].rpartition("/")[0]
+        name[len(_PREFIX) :].rpartition("/")[0]
         for view in index.views.values()
-        for node in view.nodes
-        if node.name.startswith(_PREFIX)
+        for name in (text(node.name) for node in view.nodes)
+        if name.startswith(_PREFIX)
     }
     symbols = {
         str(dim).removeprefix("r_")

@@ -13,7 +13,7 @@ from onnx_adapt.errors import (
     SiteNotFoundError,
     SiteRefusedError,
 )
-from onnx_adapt.graph import GraphView
+from onnx_adapt.graph import GraphView, text
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.modules import match_path
@@ -227,7 +227,15 @@ def _glob(survey: Survey, pattern: str) -> list[Choice]:
         ]
 
     layers = named(site for site in survey.sites if site.layer)
-    return layers or _module_hits(survey, pattern) or named(survey.sites)
+    hits = layers or _module_hits(survey, pattern) or named(survey.sites)
+    # What no site is for, such as a node that makes integers, still has a reason to give.
+    return hits or [
+        _choice(survey.site(view, survey.settled(path, output)))
+        for path, view in survey.index.views.items()
+        for node in view.nodes
+        for output in node.output
+        if output and not slot_of(node) and (plain(text(node.name)) or plain(output))
+    ]
 
 
 def _module_hits(survey: Survey, pattern: str) -> list[Choice]:

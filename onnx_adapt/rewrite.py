@@ -99,6 +99,8 @@ def insert(
         raise SlotError(
             f"a bottleneck of {bottleneck} is not possible", hint="give 1 or more, e.g. 64"
         )
+    if seed < 0:
+        raise SlotError(f"a seed of {seed} is not possible", hint="give 0 or more")
     if isinstance(parts, str):
         parts = (parts,)
     extra = ("down_bias", "up_bias") if bias else ()

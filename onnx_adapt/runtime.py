@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import onnx
 
 from onnx_adapt import external_data, walk
 from onnx_adapt.errors import RunError, UnprovableError
-from onnx_adapt.model_file import Model
-from onnx_adapt.payloads import token_index
+from onnx_adapt.model_file import Model, payload_of
+from onnx_adapt.payloads import Source
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -29,7 +29,8 @@ class Runner:
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
-        UnprovableError: If ONNX Runtime is not installed.
+        UnprovableError: If ONNX Runtime is not installed, or cannot be told where the
+            weights are.
     """
 
     def __init__(self, model: Model, *, optimised: bool) -> None:
@@ -40,9 +41,15 @@ class Runner:
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
         )
-        proto, folder = refer_to_files(model)
-        if folder is not None:
-            options.add_session_config_entry(_FOLDER, str(folder))
+        try:
+            proto, folder = refer_to_files(model)
+            if folder:
+                options.add_session_config_entry(_FOLDER, folder.encode().decode())
+        except UnicodeEncodeError as error:
+            raise UnprovableError(
+                f"ONNX Runtime cannot be told of {model.path}: the path is not UTF-8",
+                hint="rename the folder or file, or skip the proof with --no-verify",
+            ) from error
         self._label = model.label
         failures = _failures()
         self._failures = failures
@@ -67,32 +74,39 @@ class Runner:
         try:
             values = self._session.run(names, dict(feeds))
         except self._failures as error:
-            raise RunError(f"{self._label} does not run: {_short(error)}") from error
+            wanted = ", ".join(f"{i.name} {i.shape}" for i in self._session.get_inputs())
+            raise RunError(
+                f"{self._label} does not run: {_short(error)}",
+                hint=f"do the inputs fit? The model asks for {_short(wanted)}",
+            ) from error
         return dict(zip(names, values, strict=True))
 
 
-def refer_to_files(model: Model) -> tuple[onnx.ModelProto, Path | None]:
+def refer_to_files(model: Model) -> tuple[onnx.ModelProto, str]:
     """The model with every large tensor as external data, and the folder that is in.
 
-    Inline tensors refer to the byte range they have inside the model file itself.
+    Inline tensors refer to the byte range they have inside the model file itself. Files
+    are named as what links lead to: ONNX Runtime follows none out of the folder.
+
+    Raises:
+        ExternalDataError: If data beside the model is not there any more.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    folder: Path | None = None
-    beside = next(external_data.references(proto), None)
-    if beside is not None and model.path is not None:
-        folder = model.path.parent
-    for tensor in walk.tensors(proto):
-        index = token_index(tensor.raw_data)
-        if index is None:
-            continue
-        place = model.payloads[index]
-        if folder is None:
-            folder = place.source.path.resolve().parent
-        name = place.source.path.name
-        if not (folder / name).exists():
-            name = place.source.path.resolve().name
-        external_data.refer(tensor, name, place.offset, place.length)
+    found: dict[str, Source] = {}
+    places = [
+        (tensor, place)
+        for tensor in walk.tensors(proto)
+        if (place := payload_of(model, tensor, found))
+    ]
+    paths = {place.source.path for _, place in places}
+    real = {path: os.path.realpath(path) for path in paths}
+    if not real:
+        return proto, ""
+    folder = os.path.commonpath([os.path.dirname(path) for path in real.values()])
+    names = {path: os.path.relpath(real[path], folder) for path in paths}
+    for tensor, place in places:
+        external_data.refer(tensor, names[place.source.path], place.offset, place.length)
     return proto, folder
 
 
@@ -120,7 +134,7 @@ def _failures() -> tuple[type[Exception], ...]:
     return (RuntimeError, ValueError, *(kind for kind in kinds if issubclass(kind, Exception)))
 
 
-def _short(error: BaseException) -> str:
+def _short(error: object) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " ..."
 

@@ -141,14 +141,28 @@ def bottleneck_of(slot: Slot, weights: Mapping[str, Array]) -> int:
     return sizes[0] if sizes else 0
 
 
+_LARGEST = 2**31
+
+
 def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
-    """Weights with which the slot's output is its target, by part."""
+    """Weights with which the slot's output is its target, by part.
+
+    Raises:
+        SlotError: If a weight would pass 2 GB.
+    """
     ones = {"scale", "gain", "norm_weight", "after_weight"}
     dtype = DTYPES[slot.dtype]
-    return {
-        part: np.full(part_shape(slot, part, bottleneck), part in ones, dtype)
-        for part in slot.parts
-    }
+    weights = {}
+    for part in slot.parts:
+        shape = part_shape(slot, part, bottleneck)
+        if math.prod(shape) * dtype.itemsize > _LARGEST:
+            raise SlotError(
+                f"weight {part!r} of slot {slot.name!r} would have the shape {list(shape)} "
+                f"with a bottleneck of {bottleneck}",
+                hint="a weight can have 2 GB; give a smaller --bottleneck",
+            )
+        weights[part] = np.full(shape, part in ones, dtype)
+    return weights
 
 
 def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:

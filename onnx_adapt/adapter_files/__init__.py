@@ -7,7 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from onnx_adapt.adapter import Adapter
+import numpy as np
+
+from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.adapter import Adapter, adapter_from_tensors
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.whole_files import write_files
 
@@ -16,8 +19,6 @@ _FORMATS = {
     ".onnx_adapter": "onnx_adapter_file",
     ".npz": "npz_file",
 }
-FORMATS = tuple(suffix[1:] for suffix in _FORMATS)
-"""Names of the formats: `safetensors`, `onnx_adapter`, `npz`."""
 
 
 def _format(path: Path) -> ModuleType:
@@ -72,6 +73,36 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         'fr'
     """
     file = Path(path).absolute()
+    adapter = _plain(adapter)
     data: bytes = _format(file).write(adapter, file)
     write_files([(file, [data])])
     return file
+
+
+def _plain(adapter: Adapter) -> Adapter:
+    """The adapter with every array as files have it: little-endian, in C order.
+
+    Raises:
+        AdapterError: If an array is no float array, or a name cannot be text in a file.
+    """
+    allowed = set(DTYPES.values())
+    tensors: dict[str, Array] = {}
+    for name, array in adapter.feeds().items():
+        tensors[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        if tensors[name].dtype not in allowed:
+            raise AdapterError(
+                f"tensor {name!r} of adapter {adapter.name!r} is {array.dtype}",
+                hint=f"adapters hold {', '.join(DTYPES)}",
+            )
+    try:
+        "".join((adapter.name, adapter.fingerprint, *tensors)).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"a name in adapter {adapter.name!r} is no text: {error}"
+        ) from error
+    return adapter_from_tensors(
+        adapter.name,
+        tensors,
+        activations=adapter.activations,
+        fingerprint=adapter.fingerprint,
+    )

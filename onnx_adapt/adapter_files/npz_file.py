@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,12 +21,20 @@ _BFLOAT16 = ".bfloat16"
 """Ends the name of an array that numpy has no type for: its bits are kept as uint16."""
 
 
+_ALLOWANCE, _EXPANSION = 1 << 22, 16
+"""Unpacked, a file may have 4 MB more than this many times its size: no zip bombs."""
+
+
 def read(data: bytes, path: Path) -> Adapter:
-    """Read an adapter, with the record that `write` puts in or without."""
+    """Read an adapter, with the record that `write` puts in or without.
+
+    Raises:
+        AdapterError: If the file is damaged or holds anything but plain arrays.
+    """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            arrays = _read_members(archive, _ALLOWANCE + _EXPANSION * len(data))
+    except _DAMAGE as error:
         raise AdapterError(
             f"{path.name} is not a whole .npz file of arrays: {error}",
             hint="numpy.savez writes such a file; arrays of objects are not read",
@@ -37,16 +49,70 @@ def read(data: bytes, path: Path) -> Adapter:
     return adapter_from_record(None if record is None else str(record), tensors, path)
 
 
+_DAMAGE = (
+    *(ValueError, OSError, KeyError, EOFError, RuntimeError, NotImplementedError),
+    *(
+        zipfile.BadZipFile,
+        zlib.error,
+        SyntaxError,
+        tokenize.TokenError,
+        TypeError,
+        MemoryError,
+        IndexError,
+    ),
+)
+"""What zipfile and numpy raise on bytes that are no archive of arrays."""
+
+
+def _read_members(archive: zipfile.ZipFile, limit: int) -> dict[str, Array]:
+    """Every array by its member's name; numpy's own reader takes one name for another."""
+    members = archive.infolist()
+    if sum(member.file_size for member in members) > limit:
+        raise ValueError(f"it unpacks to more than {limit} bytes")
+    arrays: dict[str, Array] = {}
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        if name in arrays or name == member.filename:
+            raise ValueError(f"member {member.filename!r} is given twice or is no array")
+        with archive.open(member) as stream:
+            arrays[name] = _read_array(stream, member.file_size)
+    return arrays
+
+
+def _read_array(stream: IO[bytes], size: int) -> Array:
+    """One array; its header is believed only as far as the member is long."""
+    version = np.lib.format.read_magic(stream)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, by_column, dtype = readers[version](stream)
+    if (
+        dtype.hasobject
+        or min(shape, default=0) < 0
+        or math.prod(shape) * dtype.itemsize > size
+    ):
+        raise ValueError(f"an array is of objects, or {shape} is more than is there")
+    values = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype)
+    return values.reshape(shape, order="F" if by_column else "C")
+
+
 def write(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter; every entry has one fixed date, so they are always the same."""
+    """The bytes of an adapter; every entry has one fixed date, so they are always the same.
+
+    Raises:
+        AdapterError: If a name has a NUL, at which zip cuts names off.
+    """
     arrays: dict[str, Array] = {KEY: np.array(write_record(adapter))}
     for name, array in adapter.feeds().items():
+        if "\0" in name or name == KEY:
+            raise AdapterError(f"{path.name}: {name!r} cannot be a name in an .npz file")
         wide = array.dtype == DTYPES["bfloat16"]
         arrays[name + _BFLOAT16 if wide else name] = array.view(np.uint16) if wide else array
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             entry = io.BytesIO()
-            np.lib.format.write_array(entry, np.ascontiguousarray(array), allow_pickle=False)
+            np.lib.format.write_array(entry, np.asarray(array, order="C"), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
     return out.getvalue()

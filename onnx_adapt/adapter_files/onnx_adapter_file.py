@@ -17,7 +17,12 @@ from flatbuffers import number_types
 from flatbuffers.table import Table
 
 from onnx_adapt.activations import DTYPES, Array
-from onnx_adapt.adapter import Adapter, adapter_from_tensors
+from onnx_adapt.adapter import (
+    Adapter,
+    abbreviated,
+    adapter_from_tensors,
+    short_fingerprint,
+)
 from onnx_adapt.errors import AdapterError
 
 _IDENTIFIER = b"TORT"
@@ -28,17 +33,6 @@ _NUMBERS = {name: number for number, name in _ELEM_TYPES.items()}
 # Offsets of a table's fields in its vtable: 4, 6, 8, ... in the order of the schema.
 _FORMAT, _ADAPTER_VERSION, _MODEL_VERSION, _PARAMETERS = 4, 6, 8, 10
 _NAME, _DIMS, _DATA_TYPE, _RAW_DATA = 4, 6, 8, 10
-
-
-def short_fingerprint(fingerprint: str) -> int:
-    """The first 31 bits of a fingerprint; 0 if there is none."""
-    digits = fingerprint.removeprefix("sha256:")[:8]
-    return int(digits, 16) >> 1 if digits else 0
-
-
-def model_version(data: bytes) -> int:
-    """The model version that a file was written for."""
-    return _integer(_root(data), _MODEL_VERSION)
 
 
 def read(data: bytes, path: Path) -> Adapter:
@@ -54,7 +48,8 @@ def read(data: bytes, path: Path) -> Adapter:
         version = _integer(root, _FORMAT)
         if version != 1:
             raise AdapterError(f"{path.name} has format version {version}; only 1 is known")
-        return adapter_from_tensors(path.stem, _parameters(root))
+        identity = abbreviated(_integer(root, _MODEL_VERSION))
+        return adapter_from_tensors(path.stem, _parameters(root), fingerprint=identity)
     except (struct.error, IndexError, TypeError, OverflowError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -99,7 +94,9 @@ def _parameters(root: Table) -> dict[str, Array]:
             raise ValueError(f"tensor {name!r} has element type {elem_type}, shape {dims}")
         at, length = _bounds(item, _RAW_DATA, 1)
         dtype = DTYPES[_ELEM_TYPES[elem_type]]
-        tensors[name] = np.frombuffer(item.Bytes[at : at + length], dtype).reshape(dims)
+        # A view: many parameters may share one vector, which must not multiply it.
+        raw = memoryview(item.Bytes)[at : at + length]
+        tensors[name] = np.frombuffer(raw, dtype).reshape(dims)
     return tensors
 
 
@@ -128,7 +125,12 @@ def write(adapter: Adapter, path: Path) -> bytes:
 
 
 def _write_parameter(builder: flatbuffers.Builder, name: str, array: Array) -> int:
-    raw = np.ascontiguousarray(array).tobytes()
+    if not array.ndim:
+        raise AdapterError(
+            f"{name!r} is a scalar, which ONNX Runtime cannot read from this format",
+            hint="use .safetensors",
+        )
+    raw = array.tobytes()
     builder.StartVector(1, len(raw), _ALIGNMENT)
     builder.head -= len(raw)
     builder.Bytes[builder.head : builder.head + len(raw)] = raw

@@ -49,7 +49,7 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             )
         slots = {str(s): sorted(map(str, item["parts"])) for s, item in data["slots"].items()}
         activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
-        name, fingerprint = str(data["name"]), str(data["fingerprint"])
+        name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -67,3 +67,9 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             hint="the file is damaged or was edited; write it again",
         )
     return adapter
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

@@ -34,11 +34,12 @@ def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
     """
     tensors: dict[str, Array] = {}
     try:
+        _header(data)
         items: Any = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         for name, item in items:
             dtype: np.dtype[Any] = _DTYPES[item["dtype"]]
             tensors[name] = np.frombuffer(item["data"], dtype).reshape(item["shape"])
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path.name} is not a whole safetensors file: {error}", hint="write it again"
         ) from error
@@ -48,16 +49,29 @@ def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
 def read(data: bytes, path: Path) -> Adapter:
     """Read an adapter."""
     tensors = read_tensors(data, path)
-    # The library has just checked the header; only its metadata is still needed.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header.get("__metadata__") or {}
+    metadata = _header(data).get("__metadata__") or {}
     return adapter_from_record(metadata.get(KEY), tensors, path)
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of a file; the library does not mind a name that stands in it twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name is given twice")
+        return dict(pairs)
+
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data):
+        raise ValueError("the header goes past the end")
+    header: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=once)
+    return header
 
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """The bytes of an adapter; one metadata entry, for the library orders several freely."""
     # The library reads memory as it lies (its issue 825): strided arrays would be scrambled.
-    tensors = {name: np.ascontiguousarray(a) for name, a in adapter.feeds().items()}
+    tensors = {name: np.asarray(a, order="C") for name, a in adapter.feeds().items()}
     try:
         return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ from onnx_adapt.layers import (
     weight_width,
 )
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.modules import module_output, same_module
+from onnx_adapt.modules import module_output
 from onnx_adapt.sites import Survey
 
 _CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
@@ -87,18 +89,11 @@ def refuse_fused(survey: Survey) -> None:
 def find_cores(survey: Survey, module: str) -> list[Core]:
     """The calls of a module, in graph order; several if it runs several times."""
     found: list[Core] = []
-    later: list[Core] = []
     for path, view in survey.index.views.items():
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if node.op_type not in _CORES or not same_module(scope, module):
-                continue
-            if is_layer(view, node):
-                (found if scope == module else later).append(_core(survey, view, node))
-    if not found:
-        return _cores_by_name(survey, module)
-    known = {_weight_name(core) for core in found}
-    # TorchScript numbers later calls `_1`; so may a real module be called: compare weights.
-    return found + [core for core in later if _weight_name(core) in known]
+            if scope == module and node.op_type in _CORES and is_layer(view, node):
+                found.append(_core(survey, view, node))
+    return found or _cores_by_name(survey, module)
 
 
 def _cores_by_name(survey: Survey, module: str) -> list[Core]:
@@ -151,27 +146,35 @@ def cores_by_value(
     Returns:
         The calls of each module whose weight is found, as it is or transposed.
     """
-    by_shape: dict[tuple[int, ...], list[tuple[Core, Array]]] = {}
+    by_value: dict[bytes, list[Core]] = {}
     for view in survey.index.views.values():
         for node in view.nodes:
             if node.op_type in _CORES and is_layer(view, node):
                 core = _core(survey, view, node)
                 value = read_weight(model, core.view, core.weight)
-                by_shape.setdefault(tuple(sorted(value.shape)), []).append((core, value))
+                for digest in {_digest(value), _digest(value.T)}:
+                    by_value.setdefault(digest, []).append(core)
     found: dict[str, list[Core]] = {}
     for key, array in weights.items():
         module, _, parameter = key.rpartition(".")
-        if parameter != "weight" or array.ndim < 2:
-            continue
-        for core, value in by_shape.get(tuple(sorted(array.shape)), ()):
-            if _same_values(value, array.astype(np.float64)):
-                found.setdefault(module, []).append(core)
+        if parameter == "weight" and array.ndim >= 2:
+            same = by_value.get(_digest(array), [])
+            looked_up = [core for core in same if core.node.op_type == "Gather"]
+            others = [core for core in same if core.node.op_type != "Gather"]
+            # A tied table is read by an embedding and by a head.
+            embeds = bool(_EMBEDDING.search(module)) or not others
+            if cores := looked_up if embeds and looked_up else others:
+                found[module] = cores
     return found
 
 
-def _same_values(value: Array, array: Array) -> bool:
-    straight = value.shape == array.shape and np.array_equal(value, array)
-    return straight or (value.T.shape == array.shape and np.array_equal(value.T, array))
+_EMBEDDING = re.compile(r"(embed\w*|wte|wpe|shared)$")
+
+
+def _digest(value: Array) -> bytes:
+    """The identity of a weight's values, in float32, and shape."""
+    plain = np.ascontiguousarray(value, np.float32)
+    return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:

@@ -1,18 +1,20 @@
 """Read a PyTorch `.bin` without PyTorch, and without executing anything in it.
 
 The file is a zip of raw storages and one pickle that says how tensors view them. The
-pickle is read by an unpickler that knows nothing but those views: any other global in it
-is refused by name. Format: torch/serialization.py, since PyTorch 1.6.
+pickle is not given to `pickle`: a machine of our own knows the few opcodes that
+`torch.save` writes, calls nothing, and refuses any other opcode or name. Formats:
+torch/serialization.py since PyTorch 1.6, and the opcode table of `pickletools`.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ _STORAGES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+_TENSOR, _PARAMETER, _DICT = "_rebuild_tensor_v2", "_rebuild_parameter", "OrderedDict"
+_KNOWN = {
+    **{("torch", name): name for name in _STORAGES},
+    **{("torch.storage", name): name for name in _STORAGES},
+    ("torch._utils", _TENSOR): _TENSOR,
+    ("torch._utils", _PARAMETER): _PARAMETER,
+    ("collections", _DICT): _DICT,
+}
+"""The globals that a pickle of tensors refers to."""
+
+_EXPANSION = 16
+"""All tensors together may take this many times the file's size: views can overlap."""
 
 
 def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
@@ -44,9 +58,9 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            found = _load(archive, path)
-    except CheckpointError:
-        raise
+            found = _load(archive, _EXPANSION * len(data))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error.message}", hint=error.hint) from error
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"{path.name} is not a file of torch.save (PyTorch 1.6 or newer)",
@@ -57,92 +71,196 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
             f"{path.name} is damaged: {error}", hint="save the adapter again"
         ) from error
     if not isinstance(found, dict) or not all(
-        isinstance(k, str) and isinstance(v, np.ndarray) for k, v in found.items()
+        isinstance(value, np.ndarray) for value in found.values()
     ):
-        raise CheckpointError(f"{path.name} holds something else than named tensors")
+        raise CheckpointError(
+            f"{path.name} holds something else than named tensors",
+            hint="give the state dict that the training library saved",
+        )
     return dict(found)
 
 
-def _load(archive: zipfile.ZipFile, path: Path) -> Any:
-    if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-        raise CheckpointError(f"{path.name} is compressed; torch.save never does that")
-    names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-    if len(names) != 1:
-        raise CheckpointError(f"{path.name} is no file of torch.save")
-    prefix = names[0].removesuffix("data.pkl")
-    order = f"{prefix}byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
-        raise CheckpointError(f"{path.name} was written on a big-endian machine")
-    return _Reader(io.BytesIO(archive.read(names[0])), archive, prefix).load()
-
-
-# What the unpickler and numpy raise on bytes that are no pickle of tensors.
 _DAMAGE = (
-    *(pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError, TypeError),
-    *(AttributeError, OverflowError, RecursionError, MemoryError, RuntimeError),
-    *(ImportError, NotImplementedError, zipfile.LargeZipFile, OSError),
+    *(ValueError, KeyError, IndexError, EOFError, OSError, RuntimeError, OverflowError),
+    *(NotImplementedError, UnicodeDecodeError, zlib.error, MemoryError),
 )
+"""What zipfile, pickletools and numpy raise on bytes that are no tensors."""
 
 
-class _Storage:
-    """The type of a storage, as the pickle names it."""
+def _load(archive: zipfile.ZipFile, budget: int) -> Any:
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError("the file is compressed; torch.save never does that")
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or len(set(names)) != len(names):
+        raise CheckpointError("this is no file of torch.save")
+    prefix = pickles[0].removesuffix("data.pkl")
+    order = f"{prefix}byteorder"
+    if order in names and archive.read(order) != b"little":
+        raise CheckpointError("the file was written on a big-endian machine")
+    machine = _Machine(archive, prefix, budget)
+    return machine.run(archive.read(pickles[0]))
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype = dtype
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A global that the pickle refers to; nothing is looked up."""
+
+    name: str
 
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, archive: zipfile.ZipFile, prefix: str) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self._archive = archive
-        self._prefix = prefix
+_MARK = object()
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Storage(_STORAGES[name])
-        allowed = _ALLOWED.get((module, name))
-        if allowed is None:
+
+@dataclass(slots=True)
+class _Machine:
+    """The stack machine of a pickle, without the opcodes that could do harm."""
+
+    archive: zipfile.ZipFile
+    prefix: str
+    budget: int
+    stack: list[Any] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+    storages: dict[str, Array] = field(default_factory=dict)
+
+    def run(self, pickled: bytes) -> Any:
+        """Follow the opcodes to the end and return what they describe."""
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self.step(opcode.name, argument)
+        raise ValueError("the pickle has no end")
+
+    def step(self, name: str, argument: Any) -> None:
+        """Follow one opcode."""
+        if name in _VALUES:
+            self.stack.append(argument)
+        elif name in _FIXED:
+            self.stack.append(_FIXED[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            self.stack[-count:] = [tuple(self.stack[-count:])]
+        elif name == "TUPLE":
+            self.stack.append(tuple(self.since_mark()))
+        elif name in ("SETITEM", "SETITEMS"):
+            self.set_items(name)
+        elif name == "GLOBAL":
+            self.stack.append(_known(*str(argument).split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            module, attribute = self.stack.pop(-2), self.stack.pop()
+            self.stack.append(_known(str(module), str(attribute)))
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(self.stack.pop()))
+        elif name == "REDUCE":
+            arguments = self.stack.pop()
+            self.stack.append(self.rebuild(self.stack.pop(), arguments))
+        elif name == "BUILD":
+            self.stack.pop()  # a state dict's _metadata
+            if not isinstance(self.stack[-1], dict):
+                raise ValueError("something other than a dictionary has attributes")
+        elif name not in ("PROTO", "FRAME"):
             raise CheckpointError(
-                f"the file refers to {module}.{name}, which is no part of a tensor",
+                f"the file uses the pickle opcode {name}, which is no part of a tensor",
                 hint="it is not a plain state dict, or it is hostile; do not load it",
             )
-        return allowed
 
-    def persistent_load(self, pid: Any) -> Array:
-        kind, storage, key, _, count = pid
-        if kind != "storage" or not isinstance(storage, _Storage) or not isinstance(key, str):
+    def since_mark(self) -> list[Any]:
+        """Take everything above the last mark off the stack, and the mark."""
+        at = max(i for i, item in enumerate(self.stack) if item is _MARK)
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def set_items(self, name: str) -> None:
+        """Put keys and values into the dictionary below them."""
+        items = (
+            self.since_mark() if name == "SETITEMS" else [self.stack.pop(-2), self.stack.pop()]
+        )
+        target = self.stack[-1]
+        keys = items[::2]
+        if not isinstance(target, dict) or any(type(key) is not str for key in keys):
+            raise ValueError("a key is no text")
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def storage(self, description: Any) -> Array:
+        """The values of one storage, checked to be as many as described."""
+        if type(description) is not tuple or len(description) != 5:
             raise ValueError("a storage is described wrongly")
-        data = self._archive.read(f"{self._prefix}data/{key}")
-        values = np.frombuffer(data, storage.dtype)
-        if not isinstance(count, int) or count != values.size:
-            raise ValueError(f"storage {key} has {values.size} elements, not {count}")
+        kind, storage, key, _, count = description
+        if kind != "storage" or not isinstance(storage, _Name) or type(key) is not str:
+            raise ValueError("a storage is described wrongly")
+        if key not in self.storages:
+            data = self.archive.read(f"{self.prefix}data/{key}")
+            self.storages[key] = np.frombuffer(data, np.uint8)
+        values = self.storages[key].view(_STORAGES[storage.name])
+        if type(count) is not int or count != values.size:
+            raise ValueError(f"storage {key} has {values.size} elements, not as described")
         return values
 
+    def rebuild(self, what: Any, arguments: Any) -> Any:
+        """A tensor from its storage, a parameter's tensor, or an empty dictionary."""
+        if not isinstance(what, _Name) or type(arguments) is not tuple:
+            raise ValueError("something is called that is no tensor")
+        if what.name == _DICT and not arguments:
+            return {}
+        if what.name == _PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
+            return arguments[0]
+        # A seventh argument marks a tensor as conjugated or negated.
+        if what.name == _TENSOR and len(arguments) in (6, 7) and not any(arguments[6:]):
+            tensor = _view(*arguments[:4])
+            self.budget -= tensor.nbytes
+            if self.budget < 0:
+                raise ValueError("its tensors are far larger than the file")
+            return np.ascontiguousarray(tensor).reshape(tensor.shape)
+        raise ValueError(f"{what.name} is called in an unknown way")
 
-def _rebuild_tensor(
-    storage: Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Array:
-    """A view of a storage, copied; checked to lie inside it."""
-    numbers = (offset, *size, *stride)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
+
+def _known(module: str, name: str = "") -> _Name:
+    if (module, name) not in _KNOWN:
+        raise CheckpointError(
+            f"the file refers to {module}.{name}, which is no part of a tensor",
+            hint="it is not a plain state dict, or it is hostile; do not load it",
+        )
+    return _Name(_KNOWN[module, name])
+
+
+def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Array:
+    """A view of a storage, checked to lie inside it."""
+    if not isinstance(storage, np.ndarray) or storage.ndim != 1:
+        raise ValueError("a tensor views something other than a storage")
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
         raise ValueError("a tensor has a broken shape")
-    count = math.prod(size)
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) > 32:
+        raise ValueError("a tensor has a broken shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    count = math.prod(size)
     if count and (last >= storage.size or count > storage.size):
         raise ValueError("a tensor goes past its storage")
+    if any(n >= 2**31 for n in size):
+        raise ValueError("a tensor has a broken shape")
     if not count:
         return np.zeros(size, storage.dtype)
     steps = tuple(step * storage.itemsize for step in stride)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
-    return np.ascontiguousarray(view).reshape(size)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-def _rebuild_parameter(data: Array, *_: Any) -> Array:
-    return data
+_VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+"""Opcodes that push their argument."""
 
-
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("collections", "OrderedDict"): OrderedDict,
+_FIXED: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: _MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
 }
+"""Opcodes that push always the same."""

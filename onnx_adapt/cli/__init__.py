@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from importlib import import_module
 
 import click
 
 from onnx_adapt import __version__
+from onnx_adapt.cli.show import drop_output, say
 from onnx_adapt.errors import AdaptError, MismatchError
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
     *("convert", "fill", "extract", "build"),
 )
+
+_HELP = "`onnx-adapt --help` tells what can be done, and how"
 
 
 class _Commands(click.Group):
@@ -31,9 +33,15 @@ class _Commands(click.Group):
         return command
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Commands,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="onnx-adapt")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Put adapters into exported ONNX models, prove them, take them out again.
 
     \b
@@ -43,48 +51,50 @@ def cli() -> None:
 
     Exit status: 0 done, 1 ran and the answer is no, 2 could not do it.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
 
 
 def main() -> None:
     """Run the command line; every failure is an `error:` line, never a traceback."""
     _show_notes()
+    if sys.stdout is None:
+        sys.exit(fail("standard output is closed", "send it to /dev/null instead"))
     try:
         status = cli.main(standalone_mode=False)
-        sys.stdout.flush()
     except AdaptError as error:
-        status = fail(error.message, error.hint)
+        status = fail(error.message, error.hint or _HELP)
         if isinstance(error, MismatchError):
             status = 1
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "onnx-adapt"
         status = fail(error.format_message(), f"see `{where} --help`")
     except click.ClickException as error:
-        status = fail(error.format_message(), "")
+        status = fail(error.format_message(), _HELP)
     except (click.Abort, KeyboardInterrupt):
-        status = fail("interrupted; nothing was changed", "") or 130
-    except BrokenPipeError:
-        # The reader went away (`| head`); keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = fail("interrupted; nothing was changed")
+    except MemoryError as error:
+        status = fail(f"not enough memory: {error}", "choose smaller sizes")
+    except OSError as error:
+        drop_output()
+        status = fail(str(error), "check the path, the permissions and the free space")
     sys.exit(status or 0)
 
 
 def _show_notes() -> None:
     """Show what the library logs, such as sites that a glob left out."""
-    from onnx_adapt.cli.show import plain
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"note: {plain(record.getMessage())}", err=True)
+            say(f"note: {record.getMessage()}")
 
     logging.getLogger("onnx_adapt").addHandler(Notes(logging.WARNING))
 
 
-def fail(message: str, hint: str) -> int:
+def fail(message: str, hint: str = "") -> int:
     """Print an error and what to do about it; return the exit status."""
-    from onnx_adapt.cli.show import plain
-
-    click.echo(f"error: {plain(message)}", err=True)
+    say(f"error: {message}")
     if hint:
-        click.echo(f"hint: {plain(hint)}", err=True)
+        say(f"hint: {hint}")
     return 2

@@ -13,7 +13,13 @@ from onnx_adapt.cli.show import print_json, say, tell_saved
 @click.option("--activation", default="relu", show_default=True, help="Between projections.")
 @click.option("--name", default="adapter", show_default=True, help="Start of layer names.")
 @click.option("--bias/--no-bias", default=True, help="Give both projections a bias.")
-@click.option("--seed", default=0, show_default=True, help="Of the random down-projection.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random down-projection.",
+)
 @click.option("-o", "--output", type=click.Path(), help="Default: NAME.onnx.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(

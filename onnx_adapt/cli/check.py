@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from onnx_adapt.cli.show import plain, print_json, say
+from onnx_adapt.cli.show import emit, plain, print_json, say
 
 
 @click.command("check")
@@ -39,9 +39,9 @@ def command(
         print_json({"passed": not wrong, "problems": problems, "overlaps": together})
     else:
         for place, found in problems.items():
-            click.echo(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
+            emit(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
             for text in found:
-                click.echo(f"  {plain(text)}")
+                emit(f"  {plain(text)}")
     for text in together[:3] if len(adapters) > 1 else ():
         say(f"note: feed only one at a time: {text}")
     if wrong:

@@ -35,9 +35,10 @@ def command(
     """
     import onnx_adapt as oa
 
-    path = Path(output) if output else Path(model).with_suffix(".filled.onnx")
     adapter = oa.load_adapter(file)
-    result = oa.fill(oa.open_model(model), adapter, allow_partial=allow_partial)
+    opened = oa.open_model(model)
+    path = Path(model).with_suffix(".filled.onnx") if output is None else output
+    result = oa.fill(opened, adapter, allow_partial=allow_partial)
     if baked:
         result = oa.bake(result)
     with patience() as (progress, _):

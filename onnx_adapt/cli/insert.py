@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 if TYPE_CHECKING:
     from onnx_adapt import Model, Report
     from onnx_adapt.model_file import Saved
+
+MAX_BOTTLENECK = 1 << 16
+"""No adapter is as wide; its weights would not fit into memory."""
 
 
 @click.command("insert")
@@ -35,11 +39,21 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
 @click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
-@click.option("--bottleneck", type=int, help="Fix the inner size; it starts as the identity.")
+@click.option(
+    "--bottleneck",
+    type=click.IntRange(max=MAX_BOTTLENECK),
+    help="Fix the inner size; it starts as the identity.",
+)
 @click.option("--activation", default="relu", show_default=True, help="Between projections.")
 @click.option("--bias", is_flag=True, help="Give both projections a bias.")
 @click.option("--source", default="", help="A tensor for the adapter to read instead.")
-@click.option("--seed", default=0, show_default=True, help="Of the random down-projection.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random down-projection.",
+)
 @click.option("--inline-functions", is_flag=True, help="Inline model-local functions first.")
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz to verify with.")
 @click.option("--no-verify", is_flag=True, help="Do not run the result in ONNX Runtime.")
@@ -79,8 +93,8 @@ def command(
     """
     import onnx_adapt as oa
 
-    path = Path(output) if output else Path(model).with_suffix(".adapted.onnx")
     base = oa.open_model(model)
+    path = Path(model).with_suffix(".adapted.onnx") if output is None else output
     before = {slot.name for slot in oa.list_slots(base)}
     if bool(after) == bool(adapter):
         raise click.UsageError("give either --after or --adapter")
@@ -124,9 +138,11 @@ def command(
         )
     else:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
-    _tell(model, base, saved, proof)
+    _tell(base, saved, proof)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
+    if proof is not None:
+        say(f"next: onnx-adapt verify {shlex.quote(model)} {shlex.quote(str(path))}")
 
 
 def _prove(
@@ -145,7 +161,7 @@ def _prove(
     return report.raise_for_mismatch()
 
 
-def _tell(model: str, base: Model, saved: Saved, proof: Report | None) -> None:
+def _tell(base: Model, saved: Saved, proof: Report | None) -> None:
     if proof is not None:
         detail = next(check.detail for check in proof.checks if check.name == "off")
         say(f"verified against {base.label}: {detail}")
@@ -155,5 +171,3 @@ def _tell(model: str, base: Model, saved: Saved, proof: Report | None) -> None:
             f"note: {base.label} is not encoded as protobuf encodes it; removing the slots "
             "gives the same model, but not the same bytes"
         )
-    if proof is not None:
-        say(f"next: onnx-adapt verify {model} {saved.path.name}")

@@ -32,8 +32,8 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.rewrite import base_notes
 
-    path = Path(output) if output else Path(model).with_suffix(".removed.onnx")
     adapted = oa.open_model(model)
+    path = Path(model).with_suffix(".removed.onnx") if output is None else output
     result = oa.remove(adapted, slots=names or None)
     with patience() as (progress, _):
         saved = oa.save_model(

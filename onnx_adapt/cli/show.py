@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from onnx_adapt.errors import AdaptError
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter
@@ -25,13 +30,47 @@ def plain(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Talk to the person, on stderr."""
-    click.echo(plain(text), err=True)
+    """Talk to the person, on stderr; that nobody can hear it is no failure."""
+    with contextlib.suppress(OSError):
+        click.echo(plain(text), err=True)
+
+
+def emit(text: str = "") -> None:
+    """Print a result on stdout; what its encoding lacks is escaped.
+
+    Raises:
+        AdaptError: If the result cannot be written. A reader that went away (`| head`)
+            has all it wants.
+    """
+    encoding = _encoding()
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+    except OSError as error:
+        drop_output()
+        if not isinstance(error, BrokenPipeError):
+            raise AdaptError(
+                f"cannot print the result: {error.strerror}",
+                hint="make room where standard output goes; files were written as asked",
+            ) from error
+
+
+def drop_output() -> None:
+    """Let go of what stdout could not take: it would fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
 
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(_encoding())
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    emit(text)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -47,8 +86,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in body:
         table.add_row(*(Text(plain("" if cell is None else str(cell))) for cell in row))
-    piped = not sys.stdout.isatty()
-    Console(width=1_000_000 if piped else None, soft_wrap=False).print(table)
+    out, seen = StringIO(), sys.stdout.isatty()
+    Console(file=out, force_terminal=seen, width=None if seen else 1_000_000).print(table)
+    emit(out.getvalue().rstrip("\n"))
 
 
 def size_text(size: int) -> str:
@@ -92,7 +132,8 @@ def patience() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], Non
     def show(description: str, done: int | None, total: int | None) -> None:
         nonlocal bar, task
         if bar is None:
-            if time.monotonic() - started < _PATIENCE or not sys.stderr.isatty():
+            watched = sys.stderr is not None and sys.stderr.isatty()
+            if time.monotonic() - started < _PATIENCE or not watched:
                 return
             from rich.console import Console
             from rich.progress import Progress

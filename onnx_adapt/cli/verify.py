@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, print_table, say
+from onnx_adapt.cli.show import emit, patience, print_json, print_table, say
 
 if TYPE_CHECKING:
     from onnx_adapt import Report
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 @click.argument("adapted", type=click.Path())
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
 @click.option("--strict", is_flag=True, help="A slot that moves nothing is a failure.")
-@click.option("--seed", default=0, show_default=True, help="Of made-up inputs and weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of made-up inputs and weights.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_context
 def command(
@@ -58,7 +64,7 @@ def _show(report: Report) -> None:
         [(check.name, marks[check.passed], check.detail) for check in report.checks],
     )
     if report.slots:
-        click.echo()
+        emit()
         print_table(
             ("slot", "error", "tolerance", "bottlenecks", "effect"),
             [
