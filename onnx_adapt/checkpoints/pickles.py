@@ -198,11 +198,18 @@ class _Machine:
             raise ValueError("a storage is described wrongly")
         if key not in self.storages:
             data = self.archive.read(f"{self.prefix}data/{key}")
+            self.spend(len(data))
             self.storages[key] = np.frombuffer(data, np.uint8)
         values = self.storages[key].view(_STORAGES[storage.name])
         if type(count) is not int or count != values.size:
             raise ValueError(f"storage {key} has {values.size} elements, not as described")
         return values
+
+    def spend(self, size: int) -> None:
+        """Count memory that is taken, and refuse when it is out of proportion."""
+        self.budget -= size
+        if self.budget < 0:
+            raise ValueError("its tensors are far larger than the file")
 
     def rebuild(self, what: Any, arguments: Any) -> Any:
         """A tensor from its storage, a parameter's tensor, or an empty dictionary."""
@@ -215,9 +222,7 @@ class _Machine:
         # A seventh argument marks a tensor as conjugated or negated.
         if what.name == _TENSOR and len(arguments) in (6, 7) and not any(arguments[6:]):
             tensor = _view(*arguments[:4])
-            self.budget -= tensor.nbytes
-            if self.budget < 0:
-                raise ValueError("its tensors are far larger than the file")
+            self.spend(tensor.nbytes)
             return np.ascontiguousarray(tensor).reshape(tensor.shape)
         raise ValueError(f"{what.name} is called in an unknown way")
 
