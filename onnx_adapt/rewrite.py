@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -13,7 +14,6 @@ import onnx.inliner
 
 from onnx_adapt import external_data
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.checkpoints import Checkpoint
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, take_out
@@ -35,6 +35,9 @@ from onnx_adapt.slot import PARTS, bottleneck_of, fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
+
+if TYPE_CHECKING:
+    from onnx_adapt.checkpoints import Checkpoint  # slow to import, and mostly not needed
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,10 @@ from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.model_file import Model, payload_of
 from onnx_adapt.payloads import Source
 
+_NO_PREPACKING = "session.disable_prepacking"
+_MAPPED = 1 << 28
+"""Weights of more bytes than this are only mapped: no second, prepacked copy of them."""
+
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 Values = dict[str, Any]
@@ -41,6 +45,9 @@ class Runner:
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
         )
+        beside = (item.length or 0 for item in external_data.references(model.proto))
+        if sum(place.length for place in model.payloads) + sum(beside) > _MAPPED:
+            options.add_session_config_entry(_NO_PREPACKING, "1")
         try:
             proto, folder = refer_to_files(model)
             if folder:

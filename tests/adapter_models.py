@@ -142,6 +142,17 @@ def peft_folder(path: Path, tensors: dict, **config: Any) -> Path:
     return path
 
 
+def trained(folder: Path) -> tuple[oa.Model, oa.Checkpoint]:
+    """A base in `base.onnx`; for it LoRA on fc1, and an fc2 that was trained whole."""
+    tensors = {
+        **lora(modules=["fc1"]),
+        "base_model.model.fc2.weight": -2 * W2,
+        "base_model.model.fc2.bias": B2 + 1,
+    }
+    base = oa.open_model(saved_model(folder / "base.onnx"))
+    return base, oa.load_checkpoint(peft_folder(folder / "fr", tensors), base)
+
+
 def adapted(*, baked: bool = False, tied: bool = False, **options: Any) -> oa.Model:
     """`two_layers` with a plain slot after each layer."""
     base = oa.Model(two_layers(tied=tied))
