@@ -43,7 +43,10 @@ class AdaptError(Exception):
 
     Args:
         message: What went wrong and where: it names the node, tensor or file.
-        hint: What to do about it, or an empty string.
+        hint: What to do about it; by default the class's `advice`.
+
+    Attributes:
+        advice: What to do where the message says it all.
 
     Example:
         >>> raise AdaptError("no slot is called 'fr'", hint="see `onnx-adapt slots`")
@@ -52,14 +55,18 @@ class AdaptError(Exception):
         onnx_adapt.errors.AdaptError: no slot is called 'fr'
     """
 
+    advice = "see the README or `onnx-adapt --help`"
+
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.advice
 
 
 class ModelFileError(AdaptError, ValueError):
     """A file is not an ONNX model, or is cut off."""
+
+    advice = "export or copy the model again"
 
 
 class ExternalDataError(ModelFileError):
@@ -75,6 +82,8 @@ class SaveError(AdaptError, OSError):
 
 class SiteError(AdaptError, ValueError):
     """A place in a graph cannot be used."""
+
+    advice = "`onnx-adapt sites` lists the places that can take an adapter"
 
 
 class SiteNotFoundError(SiteError, LookupError):
@@ -92,17 +101,25 @@ class SiteRefusedError(SiteError):
 class SlotError(AdaptError, ValueError):
     """A slot cannot be built as asked, or is damaged."""
 
+    advice = "`onnx-adapt slots` and `onnx-adapt check` show what the model has"
+
 
 class AdapterError(AdaptError, ValueError):
     """An adapter cannot be read, written or used with a model."""
+
+    advice = "`onnx-adapt check` lists everything that does not fit"
 
 
 class CheckpointError(AdaptError, ValueError):
     """A trained checkpoint cannot be read, is not supported, or does not fit the model."""
 
+    advice = "save the adapter again with its library, or merge it in PyTorch and export again"
+
 
 class ManifestError(AdaptError, ValueError):
     """The record of the slots inside a model cannot be used."""
+
+    advice = "insert into the base model again"
 
 
 class RunError(AdaptError, RuntimeError):

@@ -157,7 +157,7 @@ def damages(model: Model) -> list[str]:
     try:
         check_model_weights(model.proto, manifest)
     except AdaptError as error:
-        found.append(f"{error.message} ({error.hint})" if error.hint else error.message)
+        found.append(f"{error.message} ({error.hint})")
     present = {
         slot_of(node) for scope in walk.scopes(model.proto.graph) for node in scope.graph.node
     }

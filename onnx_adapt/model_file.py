@@ -97,7 +97,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
             f"cannot read {file}: {error.strerror or error}", hint="check the path"
         ) from error
     except (ModelFileError, DecodeError) as error:
-        if isinstance(error, ModelFileError) and error.hint:
+        if isinstance(error, ModelFileError) and error.hint != error.advice:
             raise
         raise ModelFileError(
             f"{file.name} is not a whole ONNX model: {error}",

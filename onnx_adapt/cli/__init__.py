@@ -64,7 +64,7 @@ def main() -> None:
     try:
         status = cli.main(standalone_mode=False)
     except AdaptError as error:
-        status = fail(error.message, error.hint or _HELP)
+        status = fail(error.message, error.hint)
         if isinstance(error, MismatchError):
             status = 1
     except click.UsageError as error:
