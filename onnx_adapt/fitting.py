@@ -11,7 +11,7 @@ from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter, same_base
 from onnx_adapt.errors import AdapterError, AdaptError, SlotError
-from onnx_adapt.graph import FLOATS
+from onnx_adapt.graph import FLOATS, elem_name
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
@@ -152,6 +152,9 @@ def damages(model: Model) -> list[str]:
     Raises:
         SlotError: If the model has no slots.
     """
+    lost = _lost_record(model)
+    if lost:
+        return lost
     manifest = required_manifest(model)
     found: list[str] = []
     try:
@@ -167,8 +170,47 @@ def damages(model: Model) -> list[str]:
         if slot.name not in present
     ]
     found += _shared_symbols(model.proto, manifest.slots)
-    found += _stale_types(model.proto)
+    found += _changed_inputs(model.proto, manifest.slots)
+    found += _stale_types(model.proto, manifest.slots)
     return found
+
+
+def _lost_record(model: Model) -> list[str]:
+    """What shows that a model without a manifest once had one."""
+    if read_manifest(model.proto) is not None:
+        return []
+    names = {
+        name.removeprefix("adapter.").rpartition("/")[0]
+        for scope in walk.scopes(model.proto.graph)
+        for name in (str(node.name) for node in scope.graph.node)
+        if name.startswith("adapter.") and "/" in name
+    }
+    if not names:
+        return []
+    return [
+        f"the record of its slots is gone from the model's metadata, and with it "
+        f"{', '.join(map(repr, sorted(names)))} (another tool rewrote it; insert again)"
+    ]
+
+
+def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Inputs of slots that are declared otherwise than they were inserted."""
+    declared = {value.name: value.type.tensor_type for value in proto.graph.input}
+    for slot in slots:
+        for part in slot.parts if slot.swappable else ():
+            found = declared.get(slot.weight(part))
+            if found is None:
+                continue
+            if FLOATS.get(found.elem_type) != slot.dtype:
+                kind = elem_name(found.elem_type)
+                yield f"input {slot.weight(part)!r} is declared as {kind}"
+            axis = bottleneck_axis(slot, part)
+            fixed = axis is not None and found.shape.dim[axis].HasField("dim_value")
+            if fixed and not slot.bottleneck:
+                yield (
+                    f"slot {slot.name!r} is swappable only for one bottleneck: input "
+                    f"{slot.weight(part)!r} was given a fixed size"
+                )
 
 
 def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
@@ -186,14 +228,22 @@ def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                     )
 
 
-def _stale_types(proto: onnx.ModelProto) -> Iterator[str]:
-    """Recorded shapes inside slots with the empty default baked in."""
+def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Recorded shapes inside slots with the bottleneck of one adapter in them.
+
+    ONNX Runtime believes them and plans memory by them.
+    """
+    free = {f"adapter.{slot.name}": slot for slot in slots if not slot.bottleneck}
     for scope in walk.scopes(proto.graph):
         for value in scope.graph.value_info:
+            slot = free.get(value.name.rpartition("/")[0])
             dims = value.type.tensor_type.shape.dim
-            empty = any(dim.HasField("dim_value") and dim.dim_value == 0 for dim in dims)
-            if value.name.startswith("adapter.") and empty:
+            if slot is None or len(dims) < 2:
+                continue
+            dim = dims[1 if slot.axis == 1 else len(dims) - 1]
+            known = (slot.width, slot.source_width)
+            if dim.HasField("dim_value") and dim.dim_value not in known:
                 yield (
-                    f"the recorded shape of {value.name!r} has the empty bottleneck in it; "
-                    "drop the model's value_info"
+                    f"the recorded shape of {value.name!r} has the bottleneck {dim.dim_value} "
+                    "in it; drop the model's value_info"
                 )

@@ -30,7 +30,8 @@ def command(
     opened = oa.open_model(model)
     adapters = [oa.load_adapter(file) for file in files]
     problems = {model: damages(opened)}
-    for file, adapter in zip(files, adapters, strict=True):
+    readable = bool(oa.list_slots(opened)) or not problems[model]
+    for file, adapter in zip(files, adapters, strict=True) if readable else ():
         found = misfits(opened, adapter, allow_partial=allow_partial)
         problems.setdefault(file, []).extend(found)
     together = overlaps(adapters)
