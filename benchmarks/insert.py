@@ -136,8 +136,16 @@ def measure(
 
 
 def chain(layers: int, width: int) -> onnx.ModelProto:
-    """A model of three nodes per layer; its weights have no data yet."""
+    """A model of three nodes per layer; its weights have no data yet.
+
+    A sequence must be of even length: `verify` makes up inputs, and not all of them fit.
+    """
     nodes, x = [], "x"
+    for name, rows in (("/pairs", 2), ("/rows", 1)):
+        sizes = [0, -1, rows * width]
+        nodes.append(helper.make_node("Constant", [], [f"{name}_sizes"], value_ints=sizes))
+        nodes.append(helper.make_node("Reshape", [x, f"{name}_sizes"], [name], name))
+        x = name
     for i in range(layers):
         at = f"/layers.{i}"
         for op, *operands in (

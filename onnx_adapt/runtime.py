@@ -11,8 +11,8 @@ import onnx
 
 from onnx_adapt import external_data, walk
 from onnx_adapt.errors import RunError, UnprovableError
-from onnx_adapt.model_file import Model, payload_of
-from onnx_adapt.payloads import Source
+from onnx_adapt.model_file import Model, payload_of, read_payload
+from onnx_adapt.payloads import Source, token_index
 
 _NO_PREPACKING = "session.disable_prepacking"
 _MAPPED = 1 << 28
@@ -90,16 +90,22 @@ class Runner:
 
 
 def refer_to_files(model: Model) -> tuple[onnx.ModelProto, str]:
-    """The model with every large tensor as external data, and the folder that is in.
+    """The model with its weights as external data if they are many, and their folder.
 
-    Inline tensors refer to the byte range they have inside the model file itself. Files
-    are named as what links lead to: ONNX Runtime follows none out of the folder.
+    Inline tensors of a large model refer to the byte range they have in the model file.
+    Files are named as what links lead to: ONNX Runtime follows none out of the folder.
 
     Raises:
         ExternalDataError: If data beside the model is not there any more.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
+    if sum(place.length for place in model.payloads) <= _MAPPED:
+        # Older versions of ONNX Runtime crash on weights that are not aligned in a file.
+        for tensor in walk.tensors(proto):
+            index = token_index(tensor.raw_data)
+            if index is not None:
+                tensor.raw_data = read_payload(model.payloads[index])
     found: dict[str, Source] = {}
     places = [
         (tensor, place)

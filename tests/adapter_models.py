@@ -121,7 +121,7 @@ def lora(seed: int = 0, rank: int = 2, modules: Sequence[str] = ("fc1", "fc2")) 
     }
 
 
-def lora_on(x: np.ndarray, tensors: dict, alpha: float = 4, bias: np.ndarray = B2) -> Any:
+def lora_on(x: np.ndarray, tensors: dict, alpha: float = 4, w2: np.ndarray = W2) -> Any:
     """What PEFT computes: `W x + b + alpha / r * B A x` in every layer."""
 
     def layer(v: np.ndarray, weight: np.ndarray, module: str) -> np.ndarray:
@@ -130,7 +130,7 @@ def lora_on(x: np.ndarray, tensors: dict, alpha: float = 4, bias: np.ndarray = B
         term = 0 if a is None else v @ a.T @ b.T * (alpha / a.shape[0])
         return v @ weight.T + term
 
-    return layer(np.maximum(layer(x, W1, "fc1"), 0), W2, "fc2") + bias
+    return layer(np.maximum(layer(x, W1, "fc1"), 0), w2, "fc2") + B2
 
 
 def peft_folder(path: Path, tensors: dict, **config: Any) -> Path:

@@ -1,0 +1,279 @@
+"""Checkpoints that cannot be inserted: exit 2, a reason, a hint, and nothing is written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import safetensors.numpy
+from adapter_models import lora, lora_on, peft_folder, saved_model, two_layers
+from onnx import helper
+from slot_models import cli
+from torch_files import archive, one
+from trained_cases import CASES, run
+
+import onnx_adapt as oa
+
+X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
+Capture = pytest.CaptureFixture[str]
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def _refused(capsys: Capture, base: Path, folder: Path, *more: str) -> str:
+    """Insert a checkpoint; see that it is refused and that nothing is written."""
+    out = folder.parent / "out"
+    out.mkdir()
+    command = ("insert", str(base), "--adapter", str(folder), "-o", str(out / "a.onnx"), *more)
+    code, printed, err = cli(capsys, *command)
+    assert (code, printed) == (2, "")
+    assert err.startswith("error: ")
+    assert "\nhint: " in err
+    assert not list(out.iterdir())
+    return err
+
+
+# What is no checkpoint.
+
+
+def _folder_of_folders(path: Path) -> None:
+    peft_folder(path / "checkpoint-500", lora())
+    peft_folder(path / "best", lora())
+
+
+def _write(name: str, data: str | bytes) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        peft_folder(path, lora())
+        (path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    return change
+
+
+def _hostile(path: Path) -> None:
+    peft_folder(path, lora())
+    (path / WEIGHTS).unlink()
+    call = b"cposix\nsystem\n(X" + b"\x04\0\0\0true" + b"tR"
+    (path / "adapter_model.bin").write_bytes(archive(one(call)))
+
+
+def _without_weights(path: Path) -> None:
+    peft_folder(path, lora())
+    (path / WEIGHTS).unlink()
+
+
+def _config_is_a_folder(path: Path) -> None:
+    peft_folder(path, lora())
+    (path / CONFIG).unlink()
+    (path / CONFIG).mkdir()
+
+
+NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing": (lambda path: None, ["no adapter_config.json", "save_pretrained"]),
+    "a file": (lambda path: path.write_text("hello"), ["no adapter_config.json"]),
+    "an empty folder": (Path.mkdir, ["no adapter_config.json", "save_adapter"]),
+    "folders of checkpoints": (
+        _folder_of_folders,
+        ["one of its folders? best, checkpoint-500"],
+    ),
+    "a folder for a config": (_config_is_a_folder, ["no adapter_config.json"]),
+    "no weights": (_without_weights, ["none of adapter_model.safetensors"]),
+    "an empty config": (_write(CONFIG, ""), [CONFIG]),
+    "no JSON": (_write(CONFIG, "{"), [CONFIG]),
+    "deep JSON": (_write(CONFIG, "[" * 100_000), [CONFIG]),
+    "a list": (_write(CONFIG, "[]"), [CONFIG, "JSON object"]),
+    "no text": (_write(CONFIG, b"\xff\xfe\x00"), [CONFIG]),
+    "of neither library": (_write(CONFIG, "{}"), [CONFIG, "neither PEFT nor AdapterHub"]),
+    "empty weights": (_write(WEIGHTS, ""), [WEIGHTS]),
+    "damaged weights": (_write(WEIGHTS, b"\xff" * 64), [WEIGHTS]),
+    "a git-lfs pointer": (_write(WEIGHTS, "version https://git-lfs.github.com"), [WEIGHTS]),
+    "a hostile pickle": (_hostile, ["posix.system", "hostile"]),
+}
+
+
+@pytest.mark.parametrize("what", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused(what: str, tmp_path: Path, capsys: Capture) -> None:
+    make, words = NO_CHECKPOINTS[what]
+    make(tmp_path / "trained")
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx"), tmp_path / "trained")
+    assert [word for word in words if word not in err] == []
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "alpha is text": {"lora_alpha": "sixteen"},
+    "alpha is null": {"lora_alpha": None},
+    "alpha is a list": {"lora_alpha": [16]},
+    "alpha is NaN": {"lora_alpha": float("nan")},
+    "alpha is infinite": {"lora_alpha": 1e999},
+    "pattern is broken": {"alpha_pattern": {"(": 3}},
+    "pattern is a list": {"alpha_pattern": ["fc1"]},
+    "pattern is text": {"alpha_pattern": "fc1"},
+    "pattern's alpha is text": {"alpha_pattern": {"fc1": "x"}},
+    "another method": {"peft_type": "IA3"},
+    "a method unknown": {"peft_type": "TELEPATHY"},
+    "a method that is no text": {"peft_type": ["LORA"]},
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_with_a_wrong_value_is_refused(
+    what: str, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = peft_folder(tmp_path / "trained", lora(), **CONFIGS[what])
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx"), folder, "--no-verify")
+    assert any(key in err for key in (*CONFIGS[what], "fc1", "fc2"))
+
+
+A, B = (f"base_model.model.fc1.lora_{part}.weight" for part in "AB")
+ZEROS = np.zeros((4, 2), np.float32)
+TENSORS: dict[str, dict[str, np.ndarray | None]] = {
+    "B missing": {B: None},
+    "A missing": {A: None},
+    "A a vector": {A: np.zeros(4, np.float32)},
+    "A a scalar": {A: np.zeros((), np.float32)},
+    "B a vector": {B: np.zeros(4, np.float32)},
+    "A with an axis more": {A: np.zeros((2, 4, 1), np.float32)},
+    "A and B exchanged": {A: ZEROS, B: ZEROS.T},
+    "rank 0": {A: np.zeros((0, 4), np.float32), B: np.zeros((4, 0), np.float32)},
+    "ranks that differ": {A: np.zeros((3, 4), np.float32)},
+    "another width in": {A: np.zeros((2, 8), np.float32)},
+    "another width out": {B: np.zeros((8, 2), np.float32)},
+    "NaN": {A: np.full((2, 4), np.nan, np.float32)},
+    "infinity": {B: np.full((4, 2), np.inf, np.float32)},
+    "an unknown part": {"base_model.model.fc1.mystery": ZEROS},
+    "a bias of another size": {"base_model.model.fc2.bias": np.zeros(3, np.float32)},
+    "no tensors": dict.fromkeys(lora()),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_a_checkpoint_with_a_wrong_tensor_is_refused(
+    what: str, tmp_path: Path, capsys: Capture
+) -> None:
+    tensors = {**lora(), **TENSORS[what]}
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    folder = peft_folder(tmp_path / "trained", kept)
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx"), folder)
+    assert "fc1" in err or "fc2" in err or what == "no tensors"
+
+
+# The wrong base.
+
+
+def _edited(name: str, folder: Path, rename: Callable[[str], str]) -> Path:
+    """A copy of a PEFT checkpoint with other keys added."""
+    shutil.copytree(CASES[name].adapter, folder, copy_function=shutil.copyfile)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    more = {rename(key): value for key, value in tensors.items()}
+    safetensors.numpy.save_file({**tensors, **more}, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "theirs", "ours"),
+    [
+        ("ah_gpt2_lora", "peft_bert_lora_default_ts", "bert.encoder.layer", "transformer.h."),
+        ("peft_bert_lora_default_ts", "ah_gpt2_lora", "transformer.h.0", "bert."),
+        ("ah_llama_lora", "ah_bert_seq_bn", "bert.encoder.layer.0", "model.layers"),
+        ("ah_bert_seq_bn", "peft_llama_lora_ts", "model.layers.0", "bert."),
+        ("peft_vit_lora", "ah_bert_seq_bn", "bert.encoder.layer.0", "vit."),
+        ("peft_vit_lora", "peft_bert_lora_default_ts", "bert.encoder.layer.0", ""),
+        ("ah_vit_seq_bn", "ah_bert_double_seq_bn", "bert.encoder.layer.0", "vit."),
+        ("peft_convnet_lora", "peft_bert_lora_default_ts", "bert.encoder", "features."),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused_with_both_naming_schemes(
+    base: str, adapter: str, theirs: str, ours: str, tmp_path: Path, capsys: Capture
+) -> None:
+    shutil.copytree(CASES[adapter].adapter, tmp_path / "trained")
+    err = _refused(capsys, CASES[base].base, tmp_path / "trained")
+    assert theirs in err
+    assert ours in err
+
+
+def test_a_base_with_fewer_layers_is_refused_and_what_is_left_over_is_named(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    name = "peft_bert_lora_default_ts"
+    folder = _edited(name, tmp_path / "t", lambda key: key.replace("layer.1.", "layer.7."))
+    err = _refused(capsys, CASES[name].base, folder)
+    assert "2 of 7 modules" in err
+    assert "bert.encoder.layer.7.attention.self.query" in err
+    assert "layer.1" not in err
+    assert "fewer layers" in err
+
+
+def test_an_adapter_of_another_hidden_size_is_refused_with_both_sizes(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "trained"
+    case = CASES["peft_llama_lora_ts"]
+    shutil.copytree(case.adapter, folder, copy_function=shutil.copyfile)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    wide = {k: np.tile(v, (1, 2) if "lora_A" in k else (2, 1)) for k, v in tensors.items()}
+    safetensors.numpy.save_file(wide, folder / WEIGHTS)
+    err = _refused(capsys, case.base, folder)
+    assert "64" in err
+    assert "32" in err
+    assert "another size" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["ah_bert_seq_bn", "ah_gpt2_lora", "peft_vit_lora", "peft_convnet_lora"]
+)
+def test_a_base_that_onnx_runtime_fused_is_refused_with_the_advice(
+    name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(CASES[name].base, options, providers=["CPUExecutionProvider"])
+    shutil.copytree(CASES[name].adapter, tmp_path / "trained")
+    err = _refused(capsys, tmp_path / "fused.onnx", tmp_path / "trained")
+    assert "optimised for ONNX Runtime" in err
+    assert "as exported, then optimise" in err
+
+
+def test_a_hand_made_fused_layer_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    proto = two_layers()
+    del proto.graph.node[1:]
+    node = helper.make_node(
+        "SkipLayerNormalization", ["a", "a", "fc2.bias"], ["y"], "/fc2/Skip"
+    )
+    node.domain = "com.microsoft"
+    proto.graph.node.append(node)
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    folder = peft_folder(tmp_path / "trained", lora())
+    err = _refused(capsys, saved_model(tmp_path / "fused.onnx", proto), folder)
+    assert "/fc2/Skip" in err
+    assert "SkipLayerNormalization" in err
+
+
+@pytest.mark.parametrize("prefix", ["inner/", "model/inner/"])
+def test_a_wrapper_around_the_whole_model_is_no_other_architecture(
+    prefix: str, tmp_path: Path
+) -> None:
+    proto = two_layers()
+    for node in proto.graph.node:
+        node.name = node.name.replace("/", f"/{prefix}", 1)
+    bias = prefix.replace("/", ".") + "fc2.bias"
+    proto.graph.initializer[2].name = proto.graph.node[3].input[1] = bias
+    base = oa.open_model(saved_model(tmp_path / "model.onnx", proto))
+    checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "trained", lora()), base)
+    oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "a.onnx")
+    found = run(tmp_path / "a.onnx", {"x": X, **checkpoint.adapter.feeds()})["y"]
+    np.testing.assert_allclose(found, lora_on(X, lora()), 1e-4, 1e-4)
+
+
+def test_a_broken_model_is_an_error_before_the_checkpoint_is_read(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    folder = peft_folder(tmp_path / "trained", lora())
+    (tmp_path / "broken.onnx").write_bytes(b"\xff" * 30)
+    assert "broken.onnx" in _refused(capsys, tmp_path / "broken.onnx", folder)
+    onnx.save(two_layers(), tmp_path / "model.onnx")
+    (tmp_path / "out").rmdir()
+    assert "trained" in _refused(capsys, tmp_path / "model.onnx", folder / "nowhere")
