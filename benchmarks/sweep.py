@@ -17,86 +17,18 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from real_feeds import MAKERS, feeds
 
 import onnx_adapt as oa
 from onnx_adapt.cli.show import print_table, say
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from fetch_models import fetch
-
-Feeds = dict[str, np.ndarray[Any, np.dtype[Any]]]
-MakeFeeds = Callable[[np.random.Generator, int], Feeds]
-
-_FOX = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 1012, 102]
-"""Token ids of a sentence of twelve."""
-
-
-def _sentences(_: np.random.Generator, variant: int) -> Feeds:
-    pair = [[*_FOX[:7], 102], [*_FOX[4:11], 102]]
-    ids = np.array(pair if variant else [_FOX], np.int64)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-def _dnsmos(rng: np.random.Generator, variant: int) -> Feeds:
-    noise = rng.standard_normal((1 + variant, 900, 120)) * 0.2
-    return {"input_1": noise.astype(np.float32)}
-
-
-def _plcmos(rng: np.random.Generator, variant: int) -> Feeds:
-    frames = 75 if variant else 120
-    audio = np.abs(rng.standard_normal((1, 1, frames, 257)))
-    rater = rng.standard_normal((1, 64))
-    return {
-        "degraded_audio": audio.astype(np.float32),
-        "rater_embed": rater.astype(np.float32),
-    }
-
-
-def _silero(rng: np.random.Generator, variant: int) -> Feeds:
-    """Both branches of the model's If: it takes one at 16 kHz and the other at 8 kHz.
-
-    The state is one from the middle of a stream: at its start it is zero, and then the
-    adapters on what is made of it have nothing to read.
-    """
-    rate, length = (8000, 288) if variant else (16000, 576)
-    speech = np.repeat(_voice(length, rate, rng)[None], 1 + variant, 0)
-    state = rng.standard_normal((2, 1 + variant, 128)).astype(np.float32)
-    return {"input": speech, "state": state, "sr": np.array(rate, np.int64)}
-
-
-def _voice(
-    length: int, rate: int, rng: np.random.Generator
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Something like speech: harmonics under an envelope, plus noise. `(length,)`."""
-    time_axis = np.arange(length) / rate
-    pitch = 130 + 20 * np.sin(2 * np.pi * 1.5 * time_axis)
-    phase = 2 * np.pi * np.cumsum(pitch) / rate
-    tone = sum(np.sin(k * phase) / k for k in range(1, 12))
-    envelope = 0.5 + 0.5 * np.sin(2 * np.pi * 3 * time_axis)
-    return (0.1 * tone * envelope + 0.005 * rng.standard_normal(length)).astype(np.float32)
-
-
-def _smart_turn(rng: np.random.Generator, variant: int) -> Feeds:
-    features = (0.5 * rng.standard_normal((1 + variant, 80, 800))).clip(-1, 1.5)
-    return {"input_features": features.astype(np.float32)}
-
-
-MODELS: dict[str, MakeFeeds] = {
-    "dnsmos-p808": _dnsmos,
-    "plcmos": _plcmos,
-    "silero-vad-ifless": _silero,
-    "minilm-l3": _sentences,
-    "minilm-l3-fp16": _sentences,
-    "smart-turn": _smart_turn,
-}
-"""The inputs of each model; variant 0 and 1 have different shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +71,6 @@ def _open(name: str) -> oa.Model:
     return oa.open_model(fetch(name))
 
 
-def _feeds(name: str) -> list[Feeds]:
-    return [MODELS[name](np.random.default_rng(0), variant) for variant in (0, 1)]
-
-
 def attempt(trial: Trial) -> Outcome:
     """Insert, verify and remove. Whatever is raised is an outcome too: the sweep goes on."""
     started = time.perf_counter()
@@ -152,7 +80,7 @@ def attempt(trial: Trial) -> Outcome:
     try:
         base = _open(trial.model)
         adapted = oa.insert(base, after=trial.places)
-        report = oa.verify(base, adapted, inputs=_feeds(trial.model))
+        report = oa.verify(base, adapted, inputs=feeds(trial.model))
         wrong, still = _failures(report), _motionless(report)
         error = max((s.error for s in report.slots if s.error is not None), default=math.nan)
         limit = max((slot.tolerance for slot in report.slots), default=math.nan)
@@ -290,7 +218,7 @@ def _list(title: str, lines: Iterable[str]) -> None:
 def main() -> int:
     """Run the sweep and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MAKERS, default=list(MAKERS))
     parser.add_argument("--layers", action="store_true", help="only the outputs of layers")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     options = parser.parse_args()

@@ -11,11 +11,11 @@ from onnx_adapt import walk
 from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter, same_base
 from onnx_adapt.errors import AdapterError, AdaptError, SlotError
-from onnx_adapt.graph import FLOATS, elem_name
+from onnx_adapt.graph import FLOATS, default_opset, elem_name
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
-from onnx_adapt.slot import bottleneck_axis, part_shape
+from onnx_adapt.slot import bottleneck_axis, part_shape, slot_nodes
 
 
 def required_manifest(model: Model) -> Manifest:
@@ -169,6 +169,7 @@ def damages(model: Model) -> list[str]:
         for slot in manifest.slots
         if slot.name not in present
     ]
+    found += _changed_nodes(model.proto, manifest.slots)
     found += _shared_symbols(model.proto, manifest.slots)
     found += _changed_inputs(model.proto, manifest.slots)
     found += _stale_types(model.proto, manifest.slots)
@@ -211,6 +212,23 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                     f"slot {slot.name!r} is swappable only for one bottleneck: input "
                     f"{slot.weight(part)!r} was given a fixed size"
                 )
+
+
+def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Slots whose operators are not those that were inserted."""
+    present: dict[str, list[onnx.NodeProto]] = {}
+    for scope in walk.scopes(proto.graph):
+        for node in scope.graph.node:
+            if slot_of(node):
+                present.setdefault(slot_of(node), []).append(node)
+    for slot in slots:
+        nodes = present.get(slot.name, [])
+        norm = next((node for node in nodes if node.name.endswith("/norm")), None)
+        constants = [node for node in nodes if "/norm_constant_" in node.name]
+        wanted = slot_nodes(slot, default_opset(proto), norm)
+        there = [node.op_type for node in nodes if node not in constants]
+        if nodes and there != [node.op_type for node in wanted]:
+            yield f"slot {slot.name!r} has other operators than were inserted: {there}"
 
 
 def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:

@@ -7,6 +7,7 @@ recorded types and the order of nodes all stay right.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -17,11 +18,20 @@ from onnx_adapt.activations import Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graph import ModelIndex, default_opset
-from onnx_adapt.initializers import add_weights, check_model_weights
-from onnx_adapt.manifest import Manifest, Slot, read_manifest, slot_of, write_manifest
+from onnx_adapt.initializers import add_weights, check_model_weights, drop_named
+from onnx_adapt.manifest import (
+    Manifest,
+    OpenWeight,
+    Slot,
+    read_manifest,
+    slot_of,
+    write_manifest,
+)
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import norm_nodes
 from onnx_adapt.slot import check_slot, slot_nodes
+
+_log = logging.getLogger(__name__)
 
 _OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
 
@@ -56,11 +66,33 @@ def put_in(
     for slot in slots:
         check_slot(slot, opset)
     placed = _put_nodes(index, slots, known.slots, opset)
+    if model.proto.ir_version < _OLDEST_IR:
+        known = replace(known, inputs=_take_inputs(model.proto, known.weights))
+        model.proto.ir_version = _OLDEST_IR
     for slot in slots:
         add_weights(model.proto, slot, weights[slot.name])
-    model.proto.ir_version = max(model.proto.ir_version, _OLDEST_IR)
     write_manifest(model.proto, replace(known, slots=placed))
     return model
+
+
+def _take_inputs(
+    proto: onnx.ModelProto, opened: Sequence[OpenWeight]
+) -> tuple[tuple[int, str], ...]:
+    """Let weights be weights alone, in place; before IR 4 they had to be inputs as well."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    stored |= {weight.original for weight in opened}
+    stored -= {weight.name for weight in opened}
+    inputs = proto.graph.input
+    found = [(i, value) for i, value in enumerate(inputs) if value.name in stored]
+    taken = tuple((i, value.SerializeToString().hex()) for i, value in found)
+    drop_named(inputs, stored)
+    return taken
+
+
+def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
+    """Undo what insertion did to a model of an IR before 4, in place."""
+    for place, text in inputs:
+        proto.graph.input.insert(place, onnx.ValueInfoProto.FromString(bytes.fromhex(text)))
 
 
 def _put_nodes(
@@ -85,6 +117,7 @@ def _put_nodes(
             rename_output(producer, slot.tensor, slot.inner)
             below = outputs.pop((path, slot.tensor), None)
             if below is not None:
+                _log.warning("slot %r is stacked on slot %r", slot.name, below.name)
                 outputs[path, slot.inner] = replace(below, output=slot.inner)
             copied = norm_nodes(index, slot)
             norm = copied[-1] if copied else None

@@ -129,6 +129,8 @@ class Manifest:
         inlined: Whether model-local functions were inlined before insertion.
         slots: The slots, in order of insertion.
         weights: Weights of the base that adapters may replace.
+        inputs: Weights that the base, in an IR before 4, had to list as inputs: place and
+            declaration in hexadecimal. From IR 4 on that would make them replaceable.
     """
 
     fingerprint: str
@@ -137,6 +139,7 @@ class Manifest:
     inlined: bool
     slots: tuple[Slot, ...]
     weights: tuple[OpenWeight, ...] = ()
+    inputs: tuple[tuple[int, str], ...] = ()
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -166,6 +169,7 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
             inlined=_typed(base["inlined"], bool),
             slots=slots,
             weights=tuple(_read_weight(item) for item in data["weights"]),
+            inputs=tuple((_typed(i, int), _typed(text, str)) for i, text in base["inputs"]),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ManifestError):
@@ -238,6 +242,7 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             "ir_version": manifest.ir_version,
             "canonical": manifest.canonical,
             "inlined": manifest.inlined,
+            "inputs": manifest.inputs,
         },
         "slots": [asdict(slot) for slot in manifest.slots],
         "weights": [asdict(weight) for weight in manifest.weights],

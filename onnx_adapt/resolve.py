@@ -249,7 +249,7 @@ def _module_hits(survey: Survey, pattern: str) -> list[Choice]:
 
 def _matcher(pattern: str, separator: str) -> Callable[[str], bool]:
     parts = {"**": ".*", "*": f"[^{re.escape(separator)}]*", "?": "."}
-    pieces = re.split(r"(\*\*|\*|\?)", pattern)
+    pieces = re.split(r"(\*\*|\*|\?)", "**" if pattern == "*" else pattern)
     text = "".join(parts.get(piece) or re.escape(piece) for piece in pieces)
     expression = re.compile(text, re.DOTALL)
     return lambda name: expression.fullmatch(name) is not None

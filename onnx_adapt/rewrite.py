@@ -16,8 +16,8 @@ from onnx_adapt import external_data
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graft import manifest_of, put_in, take_out
-from onnx_adapt.graph import index_model
+from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
+from onnx_adapt.graph import default_opset, index_model
 from onnx_adapt.initializers import (
     Opening,
     check_model_weights,
@@ -31,7 +31,13 @@ from onnx_adapt.model_file import Model
 from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
 from onnx_adapt.sites import Survey, survey_model
-from onnx_adapt.slot import PARTS, bottleneck_of, fresh_weights, neutral_weights
+from onnx_adapt.slot import (
+    PARTS,
+    bottleneck_of,
+    check_slot,
+    fresh_weights,
+    neutral_weights,
+)
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -144,6 +150,9 @@ def _insert(
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
+    opset = default_opset(result.proto)
+    for slot in slots:
+        check_slot(slot, opset)
     rng = np.random.default_rng(recipe.seed)
     weights = {
         slot.name: fresh_weights(slot, slot.bottleneck, rng)
@@ -231,7 +240,7 @@ def list_slots(model: Model) -> tuple[Slot, ...]:
     return manifest.slots if manifest else ()
 
 
-def remove(model: Model, *, slots: Sequence[str] | None = None) -> Model:
+def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     """Take slots out of a model; with the last one the base comes back.
 
     Args:
@@ -251,6 +260,7 @@ def remove(model: Model, *, slots: Sequence[str] | None = None) -> Model:
     manifest = read_manifest(model.proto)
     if manifest is None:
         raise SlotError(f"{model.label} has no slots", hint="there is nothing to remove")
+    slots = [slots] if isinstance(slots, str) else slots
     by_name = {slot.name: slot for slot in manifest.slots}
     for name in slots or ():
         if name not in by_name:
@@ -264,6 +274,7 @@ def remove(model: Model, *, slots: Sequence[str] | None = None) -> Model:
         write_manifest(result.proto, replace(manifest, slots=kept))
         return result
     close_base_weights(result.proto, manifest.weights)
+    restore_inputs(result.proto, manifest.inputs)
     write_manifest(result.proto, None)
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:

@@ -136,7 +136,8 @@ def lora_on(x: np.ndarray, tensors: dict, alpha: float = 4, w2: np.ndarray = W2)
 def peft_folder(path: Path, tensors: dict, **config: Any) -> Path:
     """A checkpoint folder as `save_pretrained` of PEFT writes it."""
     path.mkdir(parents=True)
-    facts = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    ranks = [a.shape[0] for key, a in tensors.items() if "lora_A" in key and a.ndim]
+    facts = {"peft_type": "LORA", "r": (ranks or [2])[0], "lora_alpha": 4, **config}
     (path / "adapter_config.json").write_text(json.dumps(facts), encoding="utf-8")
     safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
     return path

@@ -126,7 +126,7 @@ def test_the_format_of_the_weights_is_chosen(suffix: str, work: Path, capsys: Ca
 @pytest.mark.parametrize(
     "name",
     [
-        *("../evil", "../../../evil", "/tmp/evil", "..", ".", "/", "a/b", "a\\..\\b", "~/x"),
+        *("../evil", "../../../evil", "/evil", "..", ".", "/", "a/b", "a\\..\\b", "~/x"),
         *("a\x1b[31m", "a\nb", ".hidden", "-o", "x.onnx", "日本", "a b"),
     ],
 )
@@ -143,16 +143,6 @@ def test_an_adapter_s_name_never_leads_out_of_the_folder(
     assert Path(found["adapter"]).parent == out
     assert Path(found["adapter"]).name.startswith("a.")
     assert oa.load_adapter(found["adapter"]).name == name
-
-
-def test_when_the_weights_cannot_be_written_the_model_is_not_written_either(
-    work: Path, capsys: Capture
-) -> None:
-    before = _names(work)
-    args = ("insert", work / "model.onnx", "--adapter", work / "fr", "-o", work / "a.onnx")
-    err = _refused(capsys, *args, "--name", "n" * 300)
-    assert "error: cannot write" in err
-    assert _names(work) == before
 
 
 def test_the_same_insert_writes_the_same_bytes_every_time(work: Path) -> None:

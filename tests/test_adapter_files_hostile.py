@@ -43,16 +43,17 @@ def _refused(data: bytes, path: Path) -> AdapterError:
     return caught.value
 
 
-def _survived(data: bytes, path: Path) -> None:
-    """Read, or an AdapterError: nothing else, and no more memory than the file deserves."""
+def _read(data: bytes, path: Path) -> None:
+    """Read every number, or get an AdapterError: nothing else."""
     path.write_bytes(data)
+    with contextlib.suppress(AdapterError):
+        for value in oa.load_adapter(path).feeds().values():
+            value.tobytes()
 
-    def load() -> None:
-        with contextlib.suppress(AdapterError):
-            for value in oa.load_adapter(path).feeds().values():
-                value.sum()
 
-    assert peak(load) < 4 * MB + 16 * len(data)
+def _survived(data: bytes, path: Path) -> None:
+    """The same, with no more memory than the file deserves."""
+    assert peak(lambda: _read(data, path)) < 4 * MB + 16 * len(data)
 
 
 @every_format
@@ -72,7 +73,7 @@ def test_any_flipped_bit_is_harmless(
     for at in range(len(honest[suffix])):
         data = bytearray(honest[suffix])
         data[at] ^= 1 << (5 * at + 7) % 8
-        _survived(bytes(data), tmp_path / f"flip.{suffix}")
+        _read(bytes(data), tmp_path / f"flip.{suffix}")
 
 
 @every_format

@@ -1,5 +1,10 @@
 """Trained checkpoints against PyTorch's own outputs: every case, every way to run it."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +83,73 @@ def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
 def test_every_row_of_the_promise_has_a_case() -> None:
     assert len(SUPPORTED) > 90
     assert len(REFUSED) > 15
+
+
+@pytest.mark.parametrize(
+    "name", ["peft_bert_lora_default_ts", "peft_bert_lora_bias_all", "ah_bert_seq_bn"]
+)
+def test_the_proof_of_insertion_passes_where_weights_of_the_base_become_inputs(
+    name: str,
+) -> None:
+    case = CASES[name]
+    base = oa.open_model(case.base)
+    adapted = oa.insert(base, checkpoint=oa.load_checkpoint(case.adapter, base))
+    names = [value.name for value in adapted.proto.graph.input]
+    assert len(set(names)) == len(names)
+    report = oa.verify(base, adapted, weights=False)
+    assert report.passed, [c for c in report.checks if not c.passed]
+
+
+def test_the_same_checkpoint_gives_the_same_slots_in_the_same_order(tmp_path: Path) -> None:
+    case = CASES["peft_bert_lora_all_linear"]
+    code = (
+        "import sys, hashlib, onnx_adapt as oa\n"
+        "base = oa.open_model(sys.argv[1])\n"
+        "made = oa.insert(base, checkpoint=oa.load_checkpoint(sys.argv[2], base))\n"
+        "oa.save_model(made, sys.argv[3])\n"
+        "print(hashlib.sha256(open(sys.argv[3], 'rb').read()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(case.base),
+                str(case.adapter),
+                str(tmp_path / seed),
+            ],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("peft_bert_dora", {"lora_alpha": None}),
+        ("peft_bert_dora", {"lora_alpha": float("nan")}),
+        ("peft_bert_dora", {"use_rslora": "no"}),
+        ("peft_bert_dora", {"alpha_pattern": {"[": 3}}),
+        ("peft_bert_dora", {"alpha_pattern": [1]}),
+        ("peft_bert_dora", {"r": 3}),
+        ("ah_bert_seq_bn", {"config": None}),
+        ("ah_bert_seq_bn", {"config": {}}),
+        ("ah_bert_seq_bn", {"config": {"original_ln_before": True}}),
+        ("ah_bert_lora", {"config": {"architecture": "lora", "r": 4, "alpha": "q"}}),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(
+    name: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    folder = tmp_path / "adapter"
+    shutil.copytree(case.adapter, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError):
+        oa.load_checkpoint(folder, oa.open_model(case.base))

@@ -104,7 +104,7 @@ BERT = ["ah_bert_seq_bn", "ah_bert_double_seq_bn", "ah_bert_par_bn", "ah_bert_se
         "ah_bert_doubleseqbn_ts", "ah_bert_lora", "peft_bert_dora", "peft_bert_ia3_dynamo",
         "peft_bert_lora_default_ts", "peft_bert_lora_on_headless", "peft_bert_lora_wrapped",
         "ah_distilbert_seq_bn", "ah_xlm_roberta_par_bn"]  # fmt: skip
-GPT2 = ["ah_gpt2_seq_bn", "ah_gpt2_lora", "ah_gpt2_lora_qv_optimum", "ah_gpt2_par_bn",
+GPT2 = ["ah_gpt2_lora", "ah_gpt2_lora_qv_optimum", "ah_gpt2_par_bn",
         "peft_gpt2_dora", "peft_gpt2_ia3", "peft_gpt2_lora_ts"]  # fmt: skip
 LLAMA = ["ah_llama_double_seq_bn", "ah_llama_ia3", "ah_mistral_seq_bn", "peft_llama_dora",
          "peft_llama_lora_all_linear", "peft_llama_lora_ts"]  # fmt: skip
@@ -114,16 +114,6 @@ VIT = ["ah_vit_adapterplus_renamed", "ah_vit_lora_renamed", "ah_vit_seq_bn", "pe
 
 @pytest.mark.parametrize("name", [*BERT, *GPT2, *LLAMA, *VIT])
 def test_a_nameless_base_gives_what_pytorch_gives(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    base = onnx.load(case.base)
-    path, found = _adapted(base, case.adapter, _state_dict(base), tmp_path)
-    assert _distance(case, path, found) < case.tolerance
-
-
-@pytest.mark.parametrize(
-    "name", ["peft_bert_lora_bias_all", "peft_llama_lora_embedding_norm", "peft_vit_lora_ts"]
-)
-def test_trained_normalisations_are_found_by_value_too(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base = onnx.load(case.base)
     path, found = _adapted(base, case.adapter, _state_dict(base), tmp_path)
@@ -235,25 +225,6 @@ def test_weights_that_are_not_unique_never_give_a_wrong_model(
         np.testing.assert_allclose(value, lora_on(X, tensors, w2=second), 1e-4, 1e-4)
 
 
-def test_a_second_call_is_adapted_although_its_weight_was_copied(tmp_path: Path) -> None:
-    """Simplifiers fold the Identity that shares a weight between the calls of a module."""
-    case = CASES["peft_repeated_lora_ts"]
-    base = onnx.load(case.base)
-    stored = {tensor.name: tensor for tensor in base.graph.initializer}
-    shared = [n for n in base.graph.node if n.op_type == "Identity" and n.input[0] in stored]
-    assert shared
-    for node in shared:
-        copy = base.graph.initializer.add()
-        copy.CopyFrom(stored[node.input[0]])
-        copy.name = node.output[0]
-        base.graph.node.remove(node)
-    onnx.save(base, tmp_path / "folded.onnx")
-    model = oa.open_model(tmp_path / "folded.onnx")
-    found = oa.load_checkpoint(case.adapter, model)
-    oa.save_model(oa.insert(model, checkpoint=found), tmp_path / "adapted.onnx")
-    assert _distance(case, tmp_path / "adapted.onnx", found) < case.tolerance
-
-
 # Precision, and files that are not the base's weights.
 
 
@@ -342,7 +313,8 @@ def test_the_command_line_maps_by_weights_for_insert_and_convert(
         ("insert", str(base), "--adapter", str(tmp_path / "fr"), "-o", model),
         ("convert", str(tmp_path / "de"), "--for", model, "-o", other),
     ):
-        assert cli(capsys, *args, *known)[0] == 0
+        code, _, err = cli(capsys, *args, *known)
+        assert code == 0, err
     for file, tensors in ((tmp_path / "adapted.fr.safetensors", first), (other, second)):
         value = run(Path(model), {"x": X, **oa.load_adapter(file).feeds()})["y"]
         np.testing.assert_allclose(value, lora_on(X, tensors), 1e-4, 1e-4)

@@ -94,6 +94,6 @@ def cheap(data: bytes) -> None:
     def load() -> None:
         with contextlib.suppress(CheckpointError):
             for value in read_pickled_tensors(data, FILE).values():
-                value.sum()
+                value.tobytes()
 
     assert peak(load) < 4 * MB + 16 * len(data)

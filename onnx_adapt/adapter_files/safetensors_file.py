@@ -43,7 +43,7 @@ def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
         raise AdapterError(
             f"{path.name} is not a whole safetensors file: {error}", hint="write it again"
         ) from error
-    return tensors
+    return dict(sorted(tensors.items()))  # the library gives any order
 
 
 def read(data: bytes, path: Path) -> Adapter:

@@ -17,7 +17,7 @@ from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
 from onnx_adapt.checkpoints.peft import peft_edits
 from onnx_adapt.checkpoints.placing import default_cores, place
-from onnx_adapt.checkpoints.read import Folder, read_folder, read_state_dict
+from onnx_adapt.checkpoints.read import Folder, name_damage, read_folder, read_state_dict
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
@@ -73,7 +73,8 @@ def load_checkpoint(
         4
     """
     folder = read_folder(Path(path))
-    edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
+    with name_damage(folder):
+        edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
     survey = survey_model(model)
     refuse_fused(survey)
     if base_weights is None:
@@ -92,12 +93,13 @@ def load_checkpoint(
     replaced: dict[str, Array] = {}
     openings: list[Opening] = []
     for edit in edits:
-        if isinstance(edit, Replacement):
-            opening, value = open_weight(shop, edit)
-            openings.append(opening)
-            replaced[opening.weight.name] = value
-        else:
-            place(shop, edit)
+        with name_damage(folder, edit.module):
+            if isinstance(edit, Replacement):
+                opening, value = open_weight(shop, edit)
+                openings.append(opening)
+                replaced[opening.weight.name] = value
+            else:
+                place(shop, edit)
     identity = manifest.fingerprint if manifest else fingerprint(model)
     adapter = Adapter(
         name or str(folder.config.get("name") or "") or folder.path.resolve().name,

@@ -18,7 +18,7 @@ from onnx_adapt.checkpoints.edits import (
     Scaling,
 )
 from onnx_adapt.checkpoints.hub_places import placement, sub_layer
-from onnx_adapt.checkpoints.read import Folder
+from onnx_adapt.checkpoints.read import Folder, number
 from onnx_adapt.errors import CheckpointError
 
 _KINDS = (
@@ -150,7 +150,11 @@ def _bottleneck(
         "down_bias": parts[down.removesuffix("weight") + "bias"],
         "up_bias": parts["adapter_up.bias"],
     }
-    scaling = parts["scaling"] if "scaling" in parts else float(config.get("scaling", 1.0))
+    scaling = (
+        parts["scaling"]
+        if "scaling" in parts
+        else number(config.get("scaling", 1.0), "scaling")
+    )
     weights["up"] = weights["up"] * scaling
     weights["up_bias"] = weights["up_bias"] * scaling
     if config.get("ln_before"):
@@ -177,7 +181,7 @@ def _lora(
     if "vera_D" in parts or "vera_B" in parts:
         raise CheckpointError(f"{module!r}: VeRA is not supported")
     b = parts["lora_B"]
-    rank, alpha = int(config.get("r", 1)), float(config.get("alpha", 1))
+    rank, alpha = int(number(config.get("r", 1), "r")), number(config.get("alpha", 1), "alpha")
     if _before_1_1(folder) and "lora_A" in parts:
         alpha = float(rank)
     if config.get("composition_mode") == "scale":
@@ -188,6 +192,8 @@ def _lora(
     if _is_fused(module):
         b = _fused_matrix(b, a.shape[0], config)
     magnitude = parts.get("m.weight")
+    if config.get("use_dora") and (magnitude is None or magnitude.shape != (len(b), 1)):
+        raise CheckpointError(f"{module!r}: DoRA's magnitude m.weight is not ({len(b)}, 1)")
     gate = (parts["gate.weight"], parts["gate.bias"]) if config.get("use_gating") else None
     return LowRank(
         module,

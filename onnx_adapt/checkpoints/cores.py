@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 
-from onnx_adapt.activations import Array
+from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView, attribute
+from onnx_adapt.graph import FLOATS, GraphView, attribute
 from onnx_adapt.layers import (
     KINDS,
     bias_add,
@@ -147,25 +149,58 @@ def cores_by_value(
         The calls of each module whose weight is found, as it is or transposed.
     """
     by_value: dict[bytes, list[Core]] = {}
+    kinds: set[np.dtype[Any]] = set()
     for view in survey.index.views.values():
         for node in view.nodes:
             if node.op_type in _CORES and is_layer(view, node):
                 core = _core(survey, view, node)
-                value = read_weight(model, core.view, core.weight)
-                for digest in {_digest(value), _digest(value.T)}:
-                    by_value.setdefault(digest, []).append(core)
-    found: dict[str, list[Core]] = {}
-    for key, array in weights.items():
-        module, _, parameter = key.rpartition(".")
-        if parameter == "weight" and array.ndim >= 2:
-            same = by_value.get(_digest(array), [])
-            looked_up = [core for core in same if core.node.op_type == "Gather"]
-            others = [core for core in same if core.node.op_type != "Gather"]
-            # A tied table is read by an embedding and by a head.
-            embeds = bool(_EMBEDDING.search(module)) or not others
-            if cores := looked_up if embeds and looked_up else others:
-                found[module] = cores
-    return found
+                weight = find_weight(core.view, core.weight)
+                if weight is not None and weight.elem_type in FLOATS:
+                    kinds.add(DTYPES[FLOATS[weight.elem_type]])
+                by_value.setdefault(_digest(read_matrix(model, core)), []).append(core)
+    matrices = {
+        key.rpartition(".")[0]: array
+        for key, array in weights.items()
+        if key.endswith(".weight") and array.ndim >= 2
+    }
+    found = {module: _same(by_value, kinds, array) for module, array in matrices.items()}
+    twins = {
+        module: [other for other in found if found[other] is cores]
+        for module, cores in found.items()
+        if cores
+    }
+    own = {module: _of_module(found[module], twins[module], module) for module in twins}
+    owners = Counter(id(core.node) for cores in own.values() for core in cores)
+    return {
+        module: cores
+        for module, cores in own.items()
+        if cores and all(owners[id(core.node)] == 1 for core in cores)
+    }
+
+
+def _same(
+    by_value: Mapping[bytes, list[Core]], kinds: Iterable[np.dtype[Any]], array: Array
+) -> list[Core]:
+    """The cores with a weight's values in any precision; transposed only if none has it."""
+    for turned in (array, array.T):
+        for kind in kinds:
+            if cores := by_value.get(_digest(turned.astype(kind))):
+                return cores
+    return []
+
+
+def _of_module(cores: list[Core], twins: list[str], module: str) -> list[Core]:
+    """Of the cores with a module's weight those of its kind; none if nobody can tell.
+
+    A tied table is read by an embedding's Gather and by a head.
+    """
+    embeds = [core for core in cores if core.node.op_type == "Gather"]
+    heads = [core for core in cores if core.node.op_type != "Gather"]
+    if not embeds or not heads:
+        return cores
+    if _EMBEDDING.search(module):
+        return embeds
+    return heads if any(_EMBEDDING.search(twin) for twin in twins) else []
 
 
 _EMBEDDING = re.compile(r"(embed\w*|wte|wpe|shared)$")

@@ -51,6 +51,9 @@ def placement(
     Source: the forward of the library's `BottleneckLayer`; `s` is the sum behind the
     sub-layer, `h` the sub-layer's output.
     """
+    for flag in ("original_ln_before", "original_ln_after", "residual_before_ln"):
+        if not isinstance(config.get(flag), bool) and config.get(flag) != "post_add":
+            raise CheckpointError(f"the configuration's {flag} is {config.get(flag)!r}")
     before = bool(config.get("original_ln_before"))
     after = bool(config.get("original_ln_after", True))
     residual = config.get("residual_before_ln", True)

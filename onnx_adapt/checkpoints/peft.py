@@ -11,7 +11,7 @@ import numpy as np
 
 from onnx_adapt.activations import Array
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
-from onnx_adapt.checkpoints.read import Folder
+from onnx_adapt.checkpoints.read import Folder, name_damage, number
 from onnx_adapt.errors import CheckpointError
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,20 +49,28 @@ def peft_edits(folder: Folder) -> list[Edit]:
         )
     _refuse_settings(config)
     modules: dict[str, dict[str, Array]] = {}
-    replaced: list[Edit] = []
+    replaced: dict[tuple[str, str], Replacement] = {}
     for key, value in folder.tensors.items():
         path = key.removeprefix("base_model.model.")
         match = _LORA_KEY.match(path)
         if ".original_module." in path:
             continue  # PEFT's own copy of a module in modules_to_save, before training
         if match is None:
-            replaced.append(_replacement(path, key, value))
+            edit = _replacement(path, key, value)
+            # Of two copies of a trained module the one under its plain name is in force.
+            if path == f"{edit.module}.{edit.parameter}":
+                replaced[edit.module, edit.parameter] = edit
+            else:
+                replaced.setdefault((edit.module, edit.parameter), edit)
             continue
         ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
         modules.setdefault(match["module"], {})[match["part"] + ending] = value
     make = _ia3 if kind == "IA3" else _lora
-    edits = [edit for module, parts in modules.items() for edit in make(module, parts, config)]
-    return edits + replaced
+    edits: list[Edit] = []
+    for module, parts in modules.items():
+        with name_damage(folder, module):
+            edits += make(module, parts, config)
+    return [*edits, *replaced.values()]
 
 
 def _refuse_settings(config: Mapping[str, Any]) -> None:
@@ -111,11 +119,27 @@ def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> It
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """Give alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
     alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    patterns = config.get("alpha_pattern") or {}
+    rooted = config.get("use_rslora", False)
+    if not isinstance(patterns, dict) or not isinstance(rooted, bool | None):
+        raise CheckpointError(
+            f"alpha_pattern {patterns!r} or use_rslora {rooted!r} is no setting"
+        )
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise CheckpointError(
+                f"alpha_pattern {pattern!r} is no pattern: {error}"
+            ) from error
+        if found:
             alpha = value
             break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not config.get("rank_pattern") and config.get("r", rank) != rank:
+        raise CheckpointError(
+            f"module {module!r} has rank {rank}; the configuration says r={config['r']}"
+        )
+    return number(alpha, "lora_alpha") / (math.sqrt(rank) if rooted else rank)
 
 
 def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:

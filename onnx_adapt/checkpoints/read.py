@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ def read_folder(path: Path) -> Folder:
     Raises:
         CheckpointError: If it is not one, or its files are damaged.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}", hint=_EXPECTED)
     if not (path / _CONFIG).is_file():
         inside = sorted(item.parent.name for item in path.glob(f"*/{_CONFIG}"))
         hint = f"one of its folders? {', '.join(inside)}" if inside else _EXPECTED
@@ -53,10 +57,10 @@ def read_folder(path: Path) -> Folder:
     config = _read_json(path / _CONFIG)
     if "peft_type" in config:
         return Folder(path, "peft", config, _read_first(path, _PEFT), {}, {})
-    if "config" not in config:
+    if not isinstance(config.get("config"), dict) or not config["config"]:
         raise CheckpointError(
             f"{path / _CONFIG} is of neither PEFT nor AdapterHub",
-            hint="it has neither `peft_type` nor `config`",
+            hint="it has neither `peft_type` nor a `config` with settings",
         )
     has_head = any((path / name).is_file() for name in _HEAD)
     head_file = path / "head_config.json"
@@ -103,3 +107,43 @@ def read_state_dict(path: Path) -> dict[str, Array]:
     except (OSError, AdapterError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     return read_pickled_tensors(data, path)
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number of a configuration.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+    ):
+        raise CheckpointError(f"{name} is {value!r}, which is no number")
+    return float(value)
+
+
+_DAMAGE = (
+    *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    StopIteration,  # `next` found no tensor of the kind a module has to have
+)
+
+
+@contextmanager
+def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
+    """Let the code inside read a checkpoint as if it were whole, and say so where it is not.
+
+    Raises:
+        CheckpointError: If a tensor or setting is missing, or of a wrong kind.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        where = f"{folder.path}: {module!r}" if module else str(folder.path)
+        raise CheckpointError(
+            f"{where} is incomplete, or a setting or tensor of it is of a wrong kind "
+            f"({type(error).__name__}: {error})"
+        ) from error

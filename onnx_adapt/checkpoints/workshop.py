@@ -14,7 +14,7 @@ from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import free_name
 from onnx_adapt.sites import Site, Survey
-from onnx_adapt.slot import PARTS
+from onnx_adapt.slot import PARTS, bottleneck_of, part_shape
 
 Cores = Callable[[str], list[Core]]
 """Finds the calls of a module, by its path."""
@@ -53,7 +53,7 @@ class Workshop:
         if not found:
             raise CheckpointError(
                 f"module {path!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
-                hint="was the model optimised? insert the adapter into it as exported",
+                hint="was the model optimised or quantised? insert into it as exported",
             )
         return found
 
@@ -113,11 +113,33 @@ class Workshop:
             window=window,
         )
         dtype = DTYPES[target.dtype]
-        self.slots.append(slot)
-        self.weights[unique] = {
+        weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
             for part in ordered
         }
+        _check_weights(slot, parts, weights)
+        self.slots.append(slot)
+        self.weights[unique] = weights
+
+
+def _check_weights(
+    slot: Slot, given: Mapping[str, Array], weights: Mapping[str, Array]
+) -> None:
+    """Refuse weights that do not fit their slot, or are no numbers."""
+    size = bottleneck_of(slot, weights)
+    for part, value in weights.items():
+        expected = part_shape(slot, part, size)
+        if value.shape != expected or not value.size:
+            raise CheckpointError(
+                f"{slot.name!r}: {part} has shape {list(given[part].shape)}; the graph needs "
+                f"{list(expected)}",
+                hint="is it an adapter for another size of this model?",
+            )
+        if not np.isfinite(value.astype(np.float64)).all():
+            raise CheckpointError(
+                f"{slot.name!r}: {part} holds NaN or infinity in {slot.dtype}",
+                hint="the training diverged, or a setting of the checkpoint is out of range",
+            )
 
 
 def _width_of(parts: Mapping[str, Array]) -> int | None:

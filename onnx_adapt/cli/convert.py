@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from onnx_adapt.cli.show import print_json, say, size_text
@@ -32,7 +34,11 @@ def command(
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
     """
     import onnx_adapt as oa
+    from onnx_adapt.errors import SaveError
 
+    read = [Path(model), *Path(checkpoint).glob("*")]
+    if Path(output).exists() and any(file.samefile(output) for file in read if file.exists()):
+        raise SaveError(f"the output {output} would replace a file that is read")
     adapter = oa.convert(
         checkpoint,
         oa.open_model(model),

@@ -34,10 +34,13 @@ def command(
       onnx-adapt fill adapted.onnx fr.safetensors -o french.onnx --baked
     """
     import onnx_adapt as oa
+    from onnx_adapt.errors import SaveError
 
     adapter = oa.load_adapter(file)
     opened = oa.open_model(model)
     path = Path(model).with_suffix(".filled.onnx") if output is None else output
+    if Path(path).exists() and Path(path).samefile(file):
+        raise SaveError(f"the output would replace the adapter {file}")
     result = oa.fill(opened, adapter, allow_partial=allow_partial)
     if baked:
         result = oa.bake(result)

@@ -25,7 +25,8 @@ MAX_BOTTLENECK = 1 << 16
 @click.option(
     "--after",
     multiple=True,
-    help="Address, node, tensor, module path or glob. Repeatable.",
+    help="Address, node, tensor, module path or glob (`*` within a part of a path, `**` "
+    "across). Repeatable.",
 )
 @click.option("--adapter", type=click.Path(), help="A PEFT or AdapterHub folder, instead.")
 @click.option("--name", default="", help="What to call that adapter.")
@@ -98,6 +99,17 @@ def command(
     before = {slot.name for slot in oa.list_slots(base)}
     if bool(after) == bool(adapter):
         raise click.UsageError("give either --after or --adapter")
+    _refuse_idle(
+        "--adapter" if adapter else "--after",
+        {"bias": bias, "activation": activation != "relu", "bottleneck": bottleneck}
+        | {"source": source, "seed": seed, "inline-functions": inline_functions}
+        if adapter
+        else {
+            "name": name,
+            "base-weights": base_weights,
+            "format": file_format != "safetensors",
+        },
+    )
     checkpoint = None
     if adapter:
         checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
@@ -143,6 +155,13 @@ def command(
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
     if proof is not None:
         say(f"next: onnx-adapt verify {shlex.quote(model)} {shlex.quote(str(path))}")
+
+
+def _refuse_idle(given: str, options: dict[str, object]) -> None:
+    """Refuse options that would have no effect."""
+    idle = [f"--{name}" for name, value in options.items() if value]
+    if idle:
+        raise click.UsageError(f"{', '.join(idle)} has no effect with {given}")
 
 
 def _prove(
