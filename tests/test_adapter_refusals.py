@@ -177,6 +177,7 @@ def _edited(name: str, folder: Path, rename: Callable[[str], str]) -> Path:
         ("ah_llama_lora", "ah_bert_seq_bn", "bert.encoder.layer.0", "model.layers"),
         ("ah_bert_seq_bn", "peft_llama_lora_ts", "model.layers.0", "bert."),
         ("peft_vit_lora", "peft_bert_lora_default_ts", "bert.encoder.layer.0", ""),
+        ("peft_convnet_lora", "peft_bert_lora_default_ts", "bert.encoder", "features."),
     ],
 )
 def test_an_adapter_of_another_architecture_is_refused_with_both_naming_schemes(

@@ -104,7 +104,7 @@ BERT = ["ah_bert_seq_bn", "ah_bert_double_seq_bn", "ah_bert_par_bn", "ah_bert_se
         "ah_bert_doubleseqbn_ts", "ah_bert_lora", "peft_bert_dora", "peft_bert_ia3_dynamo",
         "peft_bert_lora_default_ts", "peft_bert_lora_on_headless", "peft_bert_lora_wrapped",
         "ah_distilbert_seq_bn", "ah_xlm_roberta_par_bn"]  # fmt: skip
-GPT2 = ["ah_gpt2_lora", "ah_gpt2_lora_qv_optimum", "ah_gpt2_par_bn",
+GPT2 = ["ah_gpt2_seq_bn", "ah_gpt2_lora", "ah_gpt2_lora_qv_optimum", "ah_gpt2_par_bn",
         "peft_gpt2_dora", "peft_gpt2_ia3", "peft_gpt2_lora_ts"]  # fmt: skip
 LLAMA = ["ah_llama_double_seq_bn", "ah_llama_ia3", "ah_mistral_seq_bn", "peft_llama_dora",
          "peft_llama_lora_all_linear", "peft_llama_lora_ts"]  # fmt: skip

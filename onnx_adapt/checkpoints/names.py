@@ -96,7 +96,8 @@ def refuse_unmapped(
     left = [module for module in wanted if module not in found]
     if not left:
         return
-    paths = [path for path in known if path.count(".") > 1]
+    unique = list(dict.fromkeys(known))
+    paths = [path for path in unique if path.count(".") > 1] or unique
     theirs, ours = ", ".join(left[:_SHOWN]), ", ".join(paths[-_SHOWN:]) or "none"
     if len(left) == len(wanted):
         raise CheckpointError(
