@@ -81,8 +81,36 @@ def _prefixes(names: Sequence[str], known: set[str]) -> list[tuple[int, str]]:
                 continue
             for path in known:
                 if path == short or path.endswith("." + short):
-                    options.setdefault((cut, path.removesuffix(short)), None)
+                    before = path.removesuffix(short)
+                    if not _differ(name.removesuffix(short), before):
+                        options.setdefault((cut, before), None)
     return list(options)
+
+
+_ARCHITECTURES = frozenset(
+    [
+        "albert",
+        "bart",
+        "bert",
+        "beit",
+        "clip",
+        "deberta",
+        "deit",
+        "distilbert",
+        "electra",
+        "gpt2",
+        "mpnet",
+        "roberta",
+        "vit",
+    ]
+)
+"""What transformers calls a base model inside a model with a head (`base_model_prefix`)."""
+
+
+def _differ(one: str, other: str) -> bool:
+    """Whether two prefixes name different architectures, whose layers are named alike."""
+    theirs, ours = (_ARCHITECTURES.intersection(p.split(".")) for p in (one, other))
+    return bool(theirs and ours and theirs != ours)
 
 
 def refuse_unmapped(
@@ -108,6 +136,6 @@ def refuse_unmapped(
         )
     raise CheckpointError(
         f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "
-        f"{theirs}{', ...' if len(left) > _SHOWN else ''}",
-        hint="the base has fewer layers, or was optimised; export it again",
+        f"{theirs}{', ...' if len(left) > _SHOWN else ''}; the graph has {ours}, ...",
+        hint="the base has fewer layers, is of another architecture, or was optimised",
     )
