@@ -10,22 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float64": np.dtype(np.float64),
-}
-"""The numpy dtype for each element type a slot can have."""
+from onnx_adapt.dtypes import DTYPES, Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(slots=True)
@@ -47,6 +39,8 @@ class Emitter:
 
     def node(self, op: str, *inputs: str, label: str = "", **attributes: Any) -> str:
         """Add a node and return its output, `<prefix>/<label>`."""
+        from onnx import helper
+
         name = f"{self.prefix}/{label or op.lower()}"
         if not label or any(name == node.name for node in self.nodes):
             name += f"_{len(self.nodes)}"
@@ -55,6 +49,8 @@ class Emitter:
 
     def number(self, value: float) -> str:
         """A scalar constant in the slot's element type."""
+        from onnx import numpy_helper
+
         if value not in self.constants:
             tensor = numpy_helper.from_array(np.array(value, DTYPES[self.dtype]))
             label = f"constant_{len(self.constants)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.manifest import weight_name
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints import load_checkpoint
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fitting import require_fit, required_manifest
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
+from onnx_adapt.parts import bottleneck_of, neutral_weights
 from onnx_adapt.rewrite import remove
-from onnx_adapt.slot import bottleneck_of, neutral_weights
 
 
 def convert(

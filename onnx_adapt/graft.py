@@ -14,7 +14,7 @@ from dataclasses import replace
 import onnx
 
 from onnx_adapt import walk
-from onnx_adapt.activations import Array
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graph import ModelIndex, default_opset

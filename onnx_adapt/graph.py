@@ -10,17 +10,10 @@ import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.constants import Weight, constant_of, derived, stored
+from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.walk import Scope
-
-FLOATS: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.DOUBLE: "float64",
-}
-"""Element types an adapter can compute in, with the names used everywhere else."""
 
 Shape = tuple[int | str | None, ...]
 

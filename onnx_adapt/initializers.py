@@ -15,9 +15,8 @@ import onnx
 from onnx import helper
 
 from onnx_adapt import walk
-from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
-from onnx_adapt.graph import FLOATS
 from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,
@@ -27,7 +26,7 @@ from onnx_adapt.manifest import (
     write_manifest,
 )
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.slot import bottleneck_axis, part_shape
+from onnx_adapt.parts import bottleneck_axis, part_shape
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 

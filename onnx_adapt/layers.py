@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_adapt.constants import Weight
-from onnx_adapt.graph import FLOATS, VALUE_FREE, GraphView, attribute
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph import VALUE_FREE, GraphView, attribute
 from onnx_adapt.manifest import slot_of
 
 LAST, CHANNELS = -1, 1

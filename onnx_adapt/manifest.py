@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-
-from onnx_adapt import walk
-from onnx_adapt.activations import ACTIVATIONS, DTYPES
+from onnx_adapt.activations import ACTIVATIONS
+from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
+
+if TYPE_CHECKING:
+    import onnx
 
 KEY = "onnx_adapt"
 FORMAT = 1
@@ -149,28 +150,17 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
         ManifestError: If the record is damaged or of a newer format.
     """
     texts = [entry.value for entry in proto.metadata_props if entry.key == KEY]
-    if not texts:
-        return None
+    return _located(proto, manifest_from_text(texts[0])) if texts else None
+
+
+def manifest_from_text(text: str) -> Manifest:
+    """Read a manifest as it is written in a model's metadata.
+
+    Raises:
+        ManifestError: If the record is damaged or of a newer format.
+    """
     try:
-        data = json.loads(texts[0])
-        version = data["format"]
-        if not isinstance(version, int) or version > FORMAT:
-            raise ManifestError(
-                f"the model's slots were written in format {version}; this version of "
-                f"onnx-adapt reads up to {FORMAT}",
-                hint="upgrade: pip install -U onnx-adapt",
-            )
-        slots = tuple(_read_slot(item) for item in data["slots"])
-        base = data["base"]
-        manifest = Manifest(
-            fingerprint=_typed(base["fingerprint"], str),
-            ir_version=_typed(base["ir_version"], int),
-            canonical=_typed(base["canonical"], bool),
-            inlined=_typed(base["inlined"], bool),
-            slots=slots,
-            weights=tuple(_read_weight(item) for item in data["weights"]),
-            inputs=tuple((_typed(i, int), _typed(text, str)) for i, text in base["inputs"]),
-        )
+        manifest = _read(json.loads(text))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ManifestError):
             raise
@@ -178,13 +168,35 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
             f"the record of slots in the model is damaged ({error!r})",
             hint="another tool rewrote it; insert into the base model again",
         ) from error
-    if len({slot.name for slot in slots}) != len(slots):
+    if len({slot.name for slot in manifest.slots}) != len(manifest.slots):
         raise ManifestError("two slots of the model have one name")
-    return _located(proto, manifest)
+    return manifest
+
+
+def _read(data: dict[str, Any]) -> Manifest:
+    version = data["format"]
+    if not isinstance(version, int) or version > FORMAT:
+        raise ManifestError(
+            f"the model's slots were written in format {version}; this version of "
+            f"onnx-adapt reads up to {FORMAT}",
+            hint="upgrade: pip install -U onnx-adapt",
+        )
+    base = data["base"]
+    return Manifest(
+        fingerprint=_typed(base["fingerprint"], str),
+        ir_version=_typed(base["ir_version"], int),
+        canonical=_typed(base["canonical"], bool),
+        inlined=_typed(base["inlined"], bool),
+        slots=tuple(_read_slot(item) for item in data["slots"]),
+        weights=tuple(_read_weight(item) for item in data["weights"]),
+        inputs=tuple((_typed(i, int), _typed(text, str)) for i, text in base["inputs"]),
+    )
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
     """Trust the marks on nodes for where a slot is: a renamed If changes every path in it."""
+    from onnx_adapt import walk
+
     places = {
         slot_of(node): scope.path
         for scope in walk.scopes(proto.graph)

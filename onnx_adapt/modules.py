@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.graph import FLOATS, GraphView, ModelIndex, text
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph import GraphView, ModelIndex, text
 from onnx_adapt.layers import is_layer, layer_weight
 from onnx_adapt.manifest import slot_of
 

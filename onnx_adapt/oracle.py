@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_adapt.activations import ACTIVATIONS, Array
+from onnx_adapt.activations import ACTIVATIONS
+from onnx_adapt.dtypes import Array
 from onnx_adapt.manifest import Slot
 from onnx_adapt.slot import EPSILON
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.compare import movement
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.feeds import Feeds
 from onnx_adapt.fitting import required_manifest
-from onnx_adapt.graph import FLOATS, index_model
+from onnx_adapt.graph import index_model
 from onnx_adapt.initializers import (
     close_base_weights,
     fill_weights,
@@ -22,8 +22,8 @@ from onnx_adapt.initializers import (
 from onnx_adapt.manifest import Slot, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.oracle import Norm, slot_value
+from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape
 from onnx_adapt.runtime import Runner, Values
-from onnx_adapt.slot import bottleneck_axis, fan_in, neutral_weights, part_shape
 from onnx_adapt.taps import Tap, Tapper
 
 _SIZES = (1, 8, 64)

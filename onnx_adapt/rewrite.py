@@ -28,16 +28,11 @@ from onnx_adapt.initializers import (
 )
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
+from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights
 from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
 from onnx_adapt.sites import Survey, survey_model
-from onnx_adapt.slot import (
-    PARTS,
-    bottleneck_of,
-    check_slot,
-    fresh_weights,
-    neutral_weights,
-)
+from onnx_adapt.slot import check_slot
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""

@@ -8,15 +8,8 @@ from dataclasses import dataclass, field, replace
 import onnx
 
 from onnx_adapt import walk
-from onnx_adapt.graph import (
-    FLOATS,
-    GraphView,
-    ModelIndex,
-    TensorType,
-    elem_name,
-    index_model,
-    text,
-)
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph import GraphView, ModelIndex, TensorType, elem_name, index_model, text
 from onnx_adapt.layers import (
     CHANNELS,
     KINDS,

@@ -14,28 +14,12 @@ too: where the slot reads the sum of its target and another tensor, `plus`, the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
-import numpy as np
 import onnx
 
-from onnx_adapt.activations import ACTIVATIONS, DTYPES, Array, Emitter
+from onnx_adapt.activations import ACTIVATIONS, Emitter
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import SLOT_KEY, Slot
-
-PARTS = (
-    *("down", "up", "down_bias", "up_bias", "scale", "gain"),
-    *("norm_weight", "norm_bias", "gate", "gate_bias", "after_weight", "after_bias"),
-    *("residual", "skip", "switch"),
-    *("table", "f_down", "f_down_bias", "f_up", "f_up_bias"),
-    *("g_down", "g_down_bias", "g_up", "g_up_bias"),
-)
-"""Every weight a slot can have. `table` stands in for `down` where the source is ids; `f_`
-and `g_` are the two networks of a NICE coupling (Dinh et al., 2014), the one slot of
-another shape: `y1 = x1 + f(x2); y2 = x2 + g(y1)` on the halves of the target."""
-
-COUPLING = PARTS[PARTS.index("f_down") :]
+from onnx_adapt.parts import COUPLING, PARTS
 
 EPSILON = 1e-5
 """Epsilon of a slot's own LayerNorms (torch.nn.LayerNorm's default)."""
@@ -92,97 +76,6 @@ def check_slot(slot: Slot, opset: int) -> None:
             f"the model uses opset {opset}; slots need 7 or newer",
             hint="convert it with onnx.version_converter",
         )
-
-
-def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
-    """The shape of one weight for a given bottleneck.
-
-    `down` is `(source_width, r)` and `up` is `(r, width)`; on a channel axis they are
-    `(r, source_width, 1, ...)` and `(width, r, 1, ...)` as Conv has them.
-    """
-    wide, source, r = slot.width, slot.source_width, bottleneck
-    ones = (1,) * (slot.rank - 2) if slot.axis == 1 else ()
-    kernel = slot.window[: len(ones)] or ones
-    half = wide // 2
-    if part in COUPLING:
-        ends = {"down": (half, r), "down_bias": (r,), "up": (r, half), "up_bias": (half,)}
-        return ends[part[2:]]
-    shapes: dict[str, tuple[int, ...]] = {
-        "down": (r, source, *kernel) if slot.axis == 1 else (source, r),
-        "table": (source, r),
-        "up": (wide, r, *ones) if slot.axis == 1 else (r, wide),
-        "down_bias": (r,),
-        "up_bias": (wide,),
-        "scale": (wide, *ones),
-        "gain": (wide, *ones),
-        "norm_weight": (source,),
-        "norm_bias": (source,),
-        "gate": (source, 1),
-        **dict.fromkeys(("gate_bias", "residual", "skip", "switch"), (1,)),
-        "after_weight": (wide,),
-        "after_bias": (wide,),
-    }
-    return shapes[part]
-
-
-def bottleneck_axis(slot: Slot, part: str) -> int | None:
-    """The axis of a weight that is the bottleneck, or None."""
-    axes = {"down": 0, "up": 1} if slot.axis == 1 else {"down": 1, "up": 0, "table": 1}
-    return {**axes, "down_bias": 0}.get(part[2:] if part in COUPLING else part)
-
-
-def bottleneck_of(slot: Slot, weights: Mapping[str, Array]) -> int:
-    """The inner size that weights bring to a slot; 0 if the slot has none."""
-    sizes = [
-        value.shape[axis]
-        for part, value in weights.items()
-        if (axis := bottleneck_axis(slot, part)) is not None
-    ]
-    return sizes[0] if sizes else 0
-
-
-_LARGEST = 2**31
-
-
-def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
-    """Weights with which the slot's output is its target, by part.
-
-    Raises:
-        SlotError: If a weight would pass 2 GB.
-    """
-    ones = {"scale", "gain", "norm_weight", "after_weight"}
-    dtype = DTYPES[slot.dtype]
-    weights = {}
-    for part in slot.parts:
-        shape = part_shape(slot, part, bottleneck)
-        if math.prod(shape) * dtype.itemsize > _LARGEST:
-            raise SlotError(
-                f"weight {part!r} of slot {slot.name!r} would have the shape {list(shape)} "
-                f"with a bottleneck of {bottleneck}",
-                hint="a weight can have 2 GB; give a smaller --bottleneck",
-            )
-        weights[part] = np.full(shape, part in ones, dtype)
-    return weights
-
-
-def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Weights to train from: `up` is zero, so the slot starts as the identity.
-
-    `down` is Kaiming-uniform as `torch.nn.Linear` has it (a = sqrt(5)): uniform in
-    +-1/sqrt(fan_in).
-    """
-    weights = neutral_weights(slot, bottleneck)
-    for part in ("down", "table", "f_down", "g_down"):
-        if part in weights:
-            bound = fan_in(slot, part) ** -0.5
-            drawn = rng.uniform(-bound, bound, weights[part].shape)
-            weights[part] = drawn.astype(weights[part].dtype)
-    return weights
-
-
-def fan_in(slot: Slot, part: str) -> int:
-    """How many numbers each output of a projection sums up."""
-    return 1 if part == "table" else math.prod(part_shape(slot, part, 1))
 
 
 def slot_nodes(

@@ -9,7 +9,8 @@ from onnx import helper, numpy_helper
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import PROTOBUF_LIMIT, Model
-from onnx_adapt.slot import check_slot, fresh_weights, slot_nodes
+from onnx_adapt.parts import fresh_weights
+from onnx_adapt.slot import check_slot, slot_nodes
 
 _OPSET, _IR_VERSION = 17, 8
 

@@ -27,15 +27,8 @@ from slot_formula import (
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import Slot
 from onnx_adapt.oracle import Norm, slot_value
-from onnx_adapt.slot import (
-    PARTS,
-    bottleneck_axis,
-    check_slot,
-    fresh_weights,
-    neutral_weights,
-    part_shape,
-    slot_nodes,
-)
+from onnx_adapt.parts import PARTS, bottleneck_axis, fresh_weights, neutral_weights, part_shape
+from onnx_adapt.slot import check_slot, slot_nodes
 
 
 def _check(slot: Slot, opset: int, tolerance: float, dtype: Any = np.float32) -> None:

@@ -13,17 +13,18 @@ import onnx_adapt
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "walk", "activations", "constants", "suggest"),
+    ("errors", "dtypes", "walk", "suggest"),
+    ("activations", "constants"),
     ("manifest", "wire", "taps", "report"),
-    ("payloads", "adapter"),
+    ("payloads", "adapter", "parts"),
     ("external_data", "whole_files"),
     ("destination", "adapter_files"),
     ("model_file",),
-    ("graph", "runtime", "fingerprint"),
+    ("graph", "runtime", "fingerprint", "fitting"),
     ("slot", "layers"),
     ("modules", "layout"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
-    ("resolve", "fitting"),
+    ("resolve", "damage"),
     ("plan", "probe", "filling"),
     ("checkpoints", "graft"),
     ("rewrite",),

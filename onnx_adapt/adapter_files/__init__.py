@@ -9,8 +9,8 @@ from types import ModuleType
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter, adapter_from_tensors
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.whole_files import write_files
 

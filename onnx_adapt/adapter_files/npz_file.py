@@ -12,9 +12,9 @@ from typing import IO
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.adapter_files.record import KEY, adapter_from_record, write_record
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 
 _BFLOAT16 = ".bfloat16"

@@ -16,20 +16,19 @@ import numpy as np
 from flatbuffers import number_types
 from flatbuffers.table import Table
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import (
     Adapter,
     abbreviated,
     adapter_from_tensors,
     short_fingerprint,
 )
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import AdapterError
 
 _IDENTIFIER = b"TORT"
 _ALIGNMENT = 64
 _LIMIT = 2**31 - 1
-_ELEM_TYPES = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
-_NUMBERS = {name: number for number, name in _ELEM_TYPES.items()}
+_NUMBERS = {name: number for number, name in FLOATS.items()}
 # Offsets of a table's fields in its vtable: 4, 6, 8, ... in the order of the schema.
 _FORMAT, _ADAPTER_VERSION, _MODEL_VERSION, _PARAMETERS = 4, 6, 8, 10
 _NAME, _DIMS, _DATA_TYPE, _RAW_DATA = 4, 6, 8, 10
@@ -90,10 +89,10 @@ def _parameters(root: Table) -> dict[str, Array]:
         at, length = _bounds(item, _DIMS, 8)
         dims = struct.unpack_from(f"<{length}q", item.Bytes, at)
         elem_type = _integer(item, _DATA_TYPE)
-        if elem_type not in _ELEM_TYPES or any(dim < 0 for dim in dims):
+        if elem_type not in FLOATS or any(dim < 0 for dim in dims):
             raise ValueError(f"tensor {name!r} has element type {elem_type}, shape {dims}")
         at, length = _bounds(item, _RAW_DATA, 1)
-        dtype = DTYPES[_ELEM_TYPES[elem_type]]
+        dtype = DTYPES[FLOATS[elem_type]]
         # A view: many parameters may share one vector, which must not multiply it.
         raw = memoryview(item.Bytes)[at : at + length]
         tensors[name] = np.frombuffer(raw, dtype).reshape(dims)

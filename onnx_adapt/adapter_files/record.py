@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnx_adapt.activations import Array
 from onnx_adapt.adapter import Adapter, adapter_from_tensors
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 
 KEY = "onnx_adapt"

@@ -10,9 +10,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.adapter_files.record import KEY, adapter_from_record, write_record
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 
 _DTYPES: dict[str, np.dtype[Any]] = {

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_adapt.activations import Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.cores import cores_by_value, named_parameters, refuse_fused
@@ -19,6 +18,7 @@ from onnx_adapt.checkpoints.peft import peft_edits
 from onnx_adapt.checkpoints.placing import default_cores, place
 from onnx_adapt.checkpoints.read import Folder, name_damage, read_folder, read_state_dict
 from onnx_adapt.checkpoints.workshop import Workshop
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.initializers import Opening

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.activations import Array
 from onnx_adapt.checkpoints.edits import (
     Bottleneck,
     Coupling,
@@ -19,6 +18,7 @@ from onnx_adapt.checkpoints.edits import (
 )
 from onnx_adapt.checkpoints.hub_places import placement, sub_layer
 from onnx_adapt.checkpoints.read import Folder, number
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
 _KINDS = (

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import FLOATS, GraphView, attribute
+from onnx_adapt.graph import GraphView, attribute
 from onnx_adapt.layers import (
     KINDS,
     bias_add,

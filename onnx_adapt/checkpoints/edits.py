@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_adapt.activations import Array
+from onnx_adapt.dtypes import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.activations import Array
 from onnx_adapt.checkpoints.read import Folder
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
 # Where a bottleneck of each model type sits: location in the key -> output Linear of the

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_adapt.activations import Array
 from onnx_adapt.checkpoints.cores import Core, read_bias, read_matrix
 from onnx_adapt.checkpoints.edits import LowRank
 from onnx_adapt.checkpoints.workshop import Workshop
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import attribute
 from onnx_adapt.layers import find_weight

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.activations import Array
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.checkpoints.read import Folder, name_damage, number
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 
 _STORAGES: dict[str, np.dtype[Any]] = {

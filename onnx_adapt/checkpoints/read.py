@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_adapt.activations import Array
 from onnx_adapt.adapter_files.safetensors_file import read_tensors
 from onnx_adapt.checkpoints.pickles import read_pickled_tensors
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
 
 _CONFIG = "adapter_config.json"

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnx_adapt.activations import DTYPES, Array
 from onnx_adapt.checkpoints.cores import Core
+from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
+from onnx_adapt.parts import PARTS, bottleneck_of, part_shape
 from onnx_adapt.plan import free_name
 from onnx_adapt.sites import Site, Survey
-from onnx_adapt.slot import PARTS, bottleneck_of, part_shape
 
 Cores = Callable[[str], list[Core]]
 """Finds the calls of a module, by its path."""

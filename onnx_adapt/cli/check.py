@@ -25,7 +25,8 @@ def command(
       onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
     """
     import onnx_adapt as oa
-    from onnx_adapt.fitting import damages, misfits, overlaps
+    from onnx_adapt.damage import damages
+    from onnx_adapt.fitting import misfits, overlaps
 
     opened = oa.open_model(model)
     adapters = [oa.load_adapter(file) for file in files]

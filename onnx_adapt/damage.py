@@ -1,0 +1,139 @@
+"""Whether the slots of a model are still whole: what other tools did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import AdaptError
+from onnx_adapt.fitting import required_manifest
+from onnx_adapt.graph import default_opset, elem_name
+from onnx_adapt.initializers import check_model_weights
+from onnx_adapt.manifest import Slot, read_manifest, slot_of
+from onnx_adapt.model_file import Model
+from onnx_adapt.parts import bottleneck_axis
+from onnx_adapt.slot import slot_nodes
+
+
+def damages(model: Model) -> list[str]:
+    """What other tools did to the slots of a model; empty if they are whole.
+
+    Raises:
+        SlotError: If the model has no slots.
+    """
+    lost = _lost_record(model)
+    if lost:
+        return lost
+    manifest = required_manifest(model)
+    found: list[str] = []
+    try:
+        check_model_weights(model.proto, manifest)
+    except AdaptError as error:
+        found.append(f"{error.message} ({error.hint})")
+    present = {
+        slot_of(node) for scope in walk.scopes(model.proto.graph) for node in scope.graph.node
+    }
+    found += [
+        f"slot {slot.name!r}: its nodes have lost their mark or are gone"
+        for slot in manifest.slots
+        if slot.name not in present
+    ]
+    found += _changed_nodes(model.proto, manifest.slots)
+    found += _shared_symbols(model.proto, manifest.slots)
+    found += _changed_inputs(model.proto, manifest.slots)
+    found += _stale_types(model.proto, manifest.slots)
+    return found
+
+
+def _lost_record(model: Model) -> list[str]:
+    """What shows that a model without a manifest once had one."""
+    if read_manifest(model.proto) is not None:
+        return []
+    names = {
+        name.removeprefix("adapter.").rpartition("/")[0]
+        for scope in walk.scopes(model.proto.graph)
+        for name in (str(node.name) for node in scope.graph.node)
+        if name.startswith("adapter.") and "/" in name
+    }
+    if not names:
+        return []
+    return [
+        f"the record of its slots is gone from the model's metadata, and with it "
+        f"{', '.join(map(repr, sorted(names)))} (another tool rewrote it; insert again)"
+    ]
+
+
+def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Inputs of slots that are declared otherwise than they were inserted."""
+    declared = {value.name: value.type.tensor_type for value in proto.graph.input}
+    for slot in slots:
+        for part in slot.parts if slot.swappable else ():
+            found = declared.get(slot.weight(part))
+            if found is None:
+                continue
+            if FLOATS.get(found.elem_type) != slot.dtype:
+                kind = elem_name(found.elem_type)
+                yield f"input {slot.weight(part)!r} is declared as {kind}"
+            axis = bottleneck_axis(slot, part)
+            fixed = axis is not None and found.shape.dim[axis].HasField("dim_value")
+            if fixed and not slot.bottleneck:
+                yield (
+                    f"slot {slot.name!r} is swappable only for one bottleneck: input "
+                    f"{slot.weight(part)!r} was given a fixed size"
+                )
+
+
+def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Slots whose operators are not those that were inserted."""
+    present: dict[str, list[onnx.NodeProto]] = {}
+    for scope in walk.scopes(proto.graph):
+        for node in scope.graph.node:
+            if slot_of(node):
+                present.setdefault(slot_of(node), []).append(node)
+    for slot in slots:
+        nodes = present.get(slot.name, [])
+        norm = next((node for node in nodes if node.name.endswith("/norm")), None)
+        constants = [node for node in nodes if "/norm_constant_" in node.name]
+        wanted = slot_nodes(slot, default_opset(proto), norm)
+        there = [node.op_type for node in nodes if node not in constants]
+        if nodes and there != [node.op_type for node in wanted]:
+            yield f"slot {slot.name!r} has other operators than were inserted: {there}"
+
+
+def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """ONNX Runtime plans memory by symbols: two slots must not share one."""
+    owner: dict[str, str] = {}
+    declared = {value.name: value for value in proto.graph.input}
+    for slot in slots:
+        for part in slot.parts:
+            value = declared.get(slot.weight(part))
+            for dim in value.type.tensor_type.shape.dim if value else ():
+                if dim.dim_param and owner.setdefault(dim.dim_param, slot.name) != slot.name:
+                    yield (
+                        f"slots {owner[dim.dim_param]!r} and {slot.name!r} share the symbolic "
+                        f"dimension {dim.dim_param!r}"
+                    )
+
+
+def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Recorded shapes inside slots with the bottleneck of one adapter in them.
+
+    ONNX Runtime believes them and plans memory by them.
+    """
+    free = {f"adapter.{slot.name}": slot for slot in slots if not slot.bottleneck}
+    for scope in walk.scopes(proto.graph):
+        for value in scope.graph.value_info:
+            slot = free.get(value.name.rpartition("/")[0])
+            dims = value.type.tensor_type.shape.dim
+            if slot is None or len(dims) < 2:
+                continue
+            dim = dims[1 if slot.axis == 1 else len(dims) - 1]
+            known = (slot.width, slot.source_width)
+            if dim.HasField("dim_value") and dim.dim_value not in known:
+                yield (
+                    f"the recorded shape of {value.name!r} has the bottleneck {dim.dim_value} "
+                    "in it; drop the model's value_info"
+                )
