@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from onnx_adapt.adapter import Adapter
     from onnx_adapt.adapter_files import load_adapter, save_adapter
+    from onnx_adapt.blending import blend
     from onnx_adapt.checkpoints import Checkpoint, load_checkpoint
     from onnx_adapt.conversion import convert
     from onnx_adapt.errors import AdaptError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from onnx_adapt.model_file import Model, open_model, save_model
     from onnx_adapt.report import Report
     from onnx_adapt.rewrite import insert, list_slots, remove
+    from onnx_adapt.session import AdapterSession
     from onnx_adapt.sites import Site, find_sites
     from onnx_adapt.standalone import build_adapter
     from onnx_adapt.verification import verify
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptError": "errors",
     "Adapter": "adapter",
+    "AdapterSession": "session",
     "Checkpoint": "checkpoints",
     "Model": "model_file",
     "Report": "report",
     "Site": "sites",
     "Slot": "manifest",
     "bake": "filling",
+    "blend": "blending",
     "build_adapter": "standalone",
     "convert": "conversion",
     "extract": "filling",
@@ -56,12 +60,14 @@ _HOMES = {
 __all__ = [
     "AdaptError",
     "Adapter",
+    "AdapterSession",
     "Checkpoint",
     "Model",
     "Report",
     "Site",
     "Slot",
     "bake",
+    "blend",
     "build_adapter",
     "convert",
     "extract",

@@ -10,6 +10,7 @@ AdaptError
 │   └── SiteRefusedError      the place is there and cannot take an adapter
 ├── SlotError             a slot that cannot be built, or that another tool damaged
 ├── AdapterError          an adapter file is damaged, or does not fit the model
+│   └── AdapterNotFoundError  no adapter of this name is loaded
 ├── CheckpointError       a trained checkpoint that cannot be read, mapped or supported
 ├── ManifestError         the record of slots in a model is unreadable or too new
 ├── RunError              ONNX Runtime, the checker or the inliner refused a model
@@ -22,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "AdaptError",
     "AdapterError",
+    "AdapterNotFoundError",
     "AmbiguousSiteError",
     "CheckpointError",
     "ExternalDataError",
@@ -108,6 +110,10 @@ class AdapterError(AdaptError, ValueError):
     """An adapter cannot be read, written or used with a model."""
 
     advice = "`onnx-adapt check` lists everything that does not fit"
+
+
+class AdapterNotFoundError(AdapterError, LookupError):
+    """A session has no adapter of this name."""
 
 
 class CheckpointError(AdaptError, ValueError):

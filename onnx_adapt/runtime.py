@@ -1,4 +1,4 @@
-"""The door to ONNX Runtime: a session on a model whose weights stay in their files."""
+"""A session of ONNX Runtime on a model whose weights stay in their files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import onnx
 from onnx_adapt import external_data, walk
 from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.model_file import Model, payload_of, read_payload
+from onnx_adapt.ort import failures, onnxruntime, shortened
 from onnx_adapt.payloads import Source, token_index
 
 _NO_PREPACKING = "session.disable_prepacking"
@@ -38,35 +39,28 @@ class Runner:
     """
 
     def __init__(self, model: Model, *, optimised: bool) -> None:
-        ort = _onnxruntime()
+        ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
         )
+        self._label = model.label
         beside = (item.length or 0 for item in external_data.references(model.proto))
         if sum(place.length for place in model.payloads) + sum(beside) > _MAPPED:
             options.add_session_config_entry(_NO_PREPACKING, "1")
-        try:
-            proto, folder = refer_to_files(model)
-            if folder:
-                options.add_session_config_entry(_FOLDER, folder.encode().decode())
-        except UnicodeEncodeError as error:
-            raise UnprovableError(
-                f"ONNX Runtime cannot be told of {model.path}: the path is not UTF-8",
-                hint="rename the folder or file, or skip the proof with --no-verify",
-            ) from error
-        self._label = model.label
-        failures = _failures()
-        self._failures = failures
+        data = model_bytes(model, options)
+        known = failures()
+        self._failures = known
         try:
             self._session = ort.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                data, options, providers=["CPUExecutionProvider"]
             )
-        except failures as error:
+        except known as error:
             raise RunError(
-                f"ONNX Runtime {ort.__version__} cannot load {model.label}: {_short(error)}",
+                f"ONNX Runtime {ort.__version__} cannot load {model.label}: "
+                f"{shortened(error)}",
                 hint="does the model run on the CPU without adapters?",
             ) from error
         self.outputs = [item.name for item in self._session.get_outputs()]
@@ -83,10 +77,28 @@ class Runner:
         except self._failures as error:
             wanted = ", ".join(f"{i.name} {i.shape}" for i in self._session.get_inputs())
             raise RunError(
-                f"{self._label} does not run: {_short(error)}",
-                hint=f"do the inputs fit? The model asks for {_short(wanted)}",
+                f"{self._label} does not run: {shortened(error)}",
+                hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+def model_bytes(model: Model, options: Any) -> bytes:
+    """A model as ONNX Runtime takes it from memory; `options` learn where its weights are.
+
+    Raises:
+        UnprovableError: If ONNX Runtime cannot be told where they are.
+    """
+    try:
+        proto, folder = refer_to_files(model)
+        if folder:
+            options.add_session_config_entry(_FOLDER, folder.encode().decode())
+    except UnicodeEncodeError as error:
+        raise UnprovableError(
+            f"ONNX Runtime cannot be told of {model.path}: the path is not UTF-8",
+            hint="rename the folder or file, or skip the proof with --no-verify",
+        ) from error
+    return bytes(proto.SerializeToString())
 
 
 def refer_to_files(model: Model) -> tuple[onnx.ModelProto, str]:
@@ -121,35 +133,6 @@ def refer_to_files(model: Model) -> tuple[onnx.ModelProto, str]:
     for tensor, place in places:
         external_data.refer(tensor, names[place.source.path], place.offset, place.length)
     return proto, folder
-
-
-def runtime_version() -> str:
-    """The version of ONNX Runtime."""
-    return str(_onnxruntime().__version__)
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UnprovableError(
-            "ONNX Runtime is not installed",
-            hint="pip install 'onnx-adapt[cpu]', or skip the proof with --no-verify",
-        ) from error
-    return onnxruntime
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its exceptions have no class of their own in common."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    kinds = [value for value in vars(state).values() if isinstance(value, type)]
-    return (RuntimeError, ValueError, *(kind for kind in kinds if issubclass(kind, Exception)))
-
-
-def _short(error: object) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def as_arrays(value: Any) -> list[np.ndarray[Any, np.dtype[Any]]]:

@@ -28,10 +28,11 @@ from onnx_adapt.graph import index_model, read_type
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
+from onnx_adapt.ort import runtime_version
 from onnx_adapt.probe import Probe, neutral_model
 from onnx_adapt.report import Check, Report, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
-from onnx_adapt.runtime import Runner, Values, runtime_version
+from onnx_adapt.runtime import Runner, Values
 
 Inputs = str | os.PathLike[str] | Mapping[str, Any]
 Stage = Callable[[str], None]

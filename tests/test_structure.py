@@ -14,19 +14,19 @@ PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
     ("errors", "dtypes", "walk", "suggest"),
-    ("activations", "constants"),
+    ("activations", "constants", "ort", "batches"),
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts"),
-    ("external_data", "whole_files"),
+    ("external_data", "whole_files", "blending"),
     ("destination", "adapter_files"),
-    ("model_file",),
-    ("graph", "runtime", "fingerprint", "fitting"),
-    ("slot", "layers"),
+    ("model_file", "loaded"),
+    ("graph", "runtime", "fingerprint", "fitting", "adapter_cache", "binding"),
+    ("slot", "layers", "engine"),
     ("modules", "layout"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
     ("resolve", "damage"),
     ("plan", "probe", "filling"),
-    ("checkpoints", "graft"),
+    ("checkpoints", "graft", "session"),
     ("rewrite",),
     ("verification", "graphsurgeon", "conversion"),
     ("__init__",),
@@ -37,7 +37,7 @@ FLOORS = (
 DOORS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "onnxruntime": {"runtime"},
+    "onnxruntime": {"ort"},
     "onnx_graphsurgeon": {"graphsurgeon"},
     "safetensors": {"adapter_files"},
     "flatbuffers": {"adapter_files"},
@@ -115,10 +115,10 @@ def test_files_and_functions_stay_small() -> None:
 
 
 PUBLIC = [
-    *("AdaptError", "Adapter", "Checkpoint", "Model", "Report", "Site", "Slot", "bake"),
-    *("build_adapter", "convert", "extract", "fill", "find_sites", "insert", "list_slots"),
-    *("load_adapter", "load_checkpoint", "open_model", "remove", "save_adapter"),
-    *("save_model", "verify"),
+    *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
+    *("Slot", "bake", "blend", "build_adapter", "convert", "extract", "fill", "find_sites"),
+    *("insert", "list_slots", "load_adapter", "load_checkpoint", "open_model", "remove"),
+    *("save_adapter", "save_model", "verify"),
 ]
 
 

@@ -1,0 +1,222 @@
+"""The adapters of a session: loaded by name, the least recently used evicted."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_adapt import loaded
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.blending import blend
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import AdapterError, AdapterNotFoundError
+from onnx_adapt.loaded import Loaded
+from onnx_adapt.suggest import nearest
+
+Source = Adapter | str | os.PathLike[str]
+
+_BLENDS = 16
+"""Blends that are kept; making one again costs a copy of its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """What a session has loaded under one name.
+
+    Attributes:
+        name: The name to run it by.
+        path: The file it came from, or None.
+        size: Bytes of its weights.
+        last_used: When a run last asked for it, in seconds since the epoch.
+    """
+
+    name: str
+    path: Path | None
+    size: int
+    last_used: float
+
+
+class AdapterCache:
+    """Adapters by name, for many threads.
+
+    A run holds the adapter it uses, so one that is evicted, unloaded or replaced under a
+    run is freed when that run ends.
+
+    Args:
+        check: Raises if an adapter does not fit the model.
+        base_values: The base's own values of replaceable weights, for blends.
+        max_adapters: How many may be loaded, or None.
+        max_bytes: How many bytes of weights may be loaded, or None.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[Adapter, bool], None],
+        base_values: Callable[[], Mapping[str, Array]],
+        max_adapters: int | None,
+        max_bytes: int | None,
+    ) -> None:
+        for label, limit in (("max_adapters", max_adapters), ("max_bytes", max_bytes)):
+            if limit is not None and limit < 1:
+                raise AdapterError(f"{label} is {limit}", hint="give at least 1, or None")
+        self._check = check
+        self._base_values = base_values
+        self._max_adapters = max_adapters
+        self._max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._adapters: OrderedDict[str, Loaded] = OrderedDict()
+        self._blends: OrderedDict[tuple[tuple[Loaded, float], ...], Loaded] = OrderedDict()
+        self._sources: dict[str, tuple[Path | None, bool]] = {}
+
+    def load(self, name: str, source: Source, *, allow_partial: bool) -> LoadedAdapter:
+        """Load and check an adapter; it takes the place of one of the same name."""
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"{name!r} is no name for an adapter", hint="give a text")
+        fresh = self._read(source, allow_partial=allow_partial)
+        if self._max_bytes is not None and fresh.size > self._max_bytes:
+            raise AdapterError(
+                f"adapter {name!r} has {fresh.size} bytes of weights; max_bytes is "
+                f"{self._max_bytes}",
+                hint="raise max_bytes",
+            )
+        with self._lock:
+            self._sources[name] = (fresh.path, allow_partial)
+            self._put(name, fresh)
+        return _described(name, fresh)
+
+    def _read(self, source: Source, *, allow_partial: bool) -> Loaded:
+        adapter, fresh = loaded.read(source)
+        self._check(adapter, allow_partial)
+        return fresh
+
+    def _put(self, name: str, fresh: Loaded) -> None:
+        self._adapters[name] = fresh
+        self._adapters.move_to_end(name)
+        while len(self._adapters) > 1 and self._full():
+            self._adapters.popitem(last=False)
+        self._drop_stale_blends()
+
+    def _full(self) -> bool:
+        many = self._max_adapters is not None and len(self._adapters) > self._max_adapters
+        total = sum(item.size for item in self._adapters.values())
+        return many or (self._max_bytes is not None and total > self._max_bytes)
+
+    def _drop_stale_blends(self) -> None:
+        """Forget blends of adapters that are not loaded any more."""
+        present = set(self._adapters.values())
+        for recipe in [key for key in self._blends if not {a for a, _ in key} <= present]:
+            del self._blends[recipe]
+
+    def use(self, name: str) -> Loaded:
+        """The adapter of a name, for a run; one that was evicted is read again.
+
+        Raises:
+            AdapterNotFoundError: If no adapter has the name.
+        """
+        with self._lock:
+            found = self._adapters.get(name)
+            if found is not None:
+                self._adapters.move_to_end(name)
+                found.last_used = time.time()
+                return found
+            path, allow_partial = self._sources.get(name, (None, False))
+            known = name in self._sources
+        if path is None:
+            raise self._not_found(name, evicted=known)
+        fresh = self._read(path, allow_partial=allow_partial)
+        with self._lock:
+            if name in self._sources and name not in self._adapters:
+                self._put(name, fresh)
+        return fresh
+
+    def _not_found(self, name: str, *, evicted: bool) -> AdapterNotFoundError:
+        if evicted:
+            return AdapterNotFoundError(
+                f"adapter {name!r} was evicted, and it came from no file",
+                hint="load it again, or raise max_adapters or max_bytes",
+            )
+        close = nearest(name, self._sources)
+        return AdapterNotFoundError(
+            f"no adapter is called {name!r}",
+            hint=f"did you mean {', '.join(close)}?" if close else "load it first",
+        )
+
+    def blend(self, recipe: Mapping[str, float]) -> Loaded | None:
+        """The exact blend of some adapters, made once and kept while they are loaded.
+
+        Returns:
+            The blend, or None if every weight is 0: the base.
+
+        Raises:
+            AdapterError: If they cannot be blended.
+        """
+        used = [(self.use(name), weight) for name, weight in recipe.items()]
+        shares = [(item, weight) for item, weight in used if weight]
+        if not shares:
+            return None
+        if len(shares) == 1 and shares[0][1] == 1:
+            return shares[0][0]
+        key = tuple(shares)
+        with self._lock:
+            if key in self._blends:
+                self._blends.move_to_end(key)
+                return self._blends[key]
+        adapters = [item.adapter for item, _ in shares]
+        base = self._base_values() if any(a.replaced for a in adapters) else None
+        mixed = blend(adapters, [weight for _, weight in shares], base=base)
+        result = self._read(mixed, allow_partial=True)
+        with self._lock:
+            self._blends[key] = result
+            if len(self._blends) > _BLENDS:
+                self._blends.popitem(last=False)
+            self._drop_stale_blends()
+        return result
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; runs that use it end with it."""
+        with self._lock:
+            if name not in self._sources:
+                raise self._not_found(name, evicted=False)
+            del self._sources[name]
+            self._adapters.pop(name, None)
+            self._drop_stale_blends()
+
+    def reload(self, name: str | None) -> tuple[str, ...]:
+        """Read files again that were replaced; the old adapter stays if the new is bad."""
+        with self._lock:
+            present, sources = dict(self._adapters), dict(self._sources)
+        if name is None:
+            chosen = [item for item, found in present.items() if found.replaced]
+        elif name not in sources:
+            raise self._not_found(name, evicted=False)
+        else:
+            chosen = [name]
+        for item in chosen:
+            path, allow_partial = sources[item]
+            if path is None:
+                raise AdapterError(
+                    f"adapter {item!r} came from no file", hint="load the new one by this name"
+                )
+            self.load(item, path, allow_partial=allow_partial)
+        return tuple(chosen)
+
+    def list(self) -> dict[str, LoadedAdapter]:
+        """What is loaded, the least recently used first."""
+        with self._lock:
+            return {name: _described(name, item) for name, item in self._adapters.items()}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._sources.clear()
+            self._adapters.clear()
+            self._blends.clear()
+
+
+def _described(name: str, item: Loaded) -> LoadedAdapter:
+    return LoadedAdapter(name, item.path, item.size, item.last_used)

@@ -1,0 +1,144 @@
+"""An adapter as ONNX Runtime takes it: loaded, with everything it refers to held."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter_files import load_adapter
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.ort import failures, onnxruntime, shortened
+
+_MAPPED = ".onnx_adapter"
+_ELEM_TYPES = {DTYPES[name]: number for number, name in FLOATS.items()}
+
+Stamp = tuple[int, int, int]
+"""What changes when a file is replaced: inode, size, time of change in nanoseconds."""
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """An adapter in memory, ready for any number of runs.
+
+    ONNX Runtime holds no reference to a LoraAdapter, nor to the arrays behind a value: a
+    run that has lost them gives the base's outputs. They live as long as this object.
+
+    Attributes:
+        path: The file, or None for an adapter made in memory.
+        stamp: Of that file when it was read.
+        size: Bytes of all weights.
+        names: The model inputs it feeds.
+        options: Run options with the adapter active, if ONNX Runtime mapped the file.
+        last_used: When a run last asked for it (`time.time()`).
+    """
+
+    path: Path | None
+    stamp: Stamp
+    size: int
+    names: frozenset[str]
+    options: Any
+    last_used: float
+    _held: Any
+    _adapter: Adapter | None
+    _values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The weights; of a file that ONNX Runtime mapped they are read when asked for.
+
+        Raises:
+            AdapterError: If that file is another one by now.
+        """
+        if self._adapter is None:
+            assert self.path is not None
+            adapter = load_adapter(self.path)
+            if _stamp_of(self.path) != self.stamp:
+                raise AdapterError(
+                    f"{self.path} was replaced since it was loaded",
+                    hint="call `reload` to use the new one",
+                )
+            self._adapter = adapter
+        return self._adapter
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Every weight as an OrtValue over the same memory, by input name."""
+        if not self._values:
+            feeds = self.adapter.feeds()
+            self._values = {name: as_ort_value(array) for name, array in feeds.items()}
+        return self._values
+
+    @property
+    def replaced(self) -> bool:
+        """Whether its file is another one by now."""
+        return self.path is not None and _stamp_of(self.path) != self.stamp
+
+
+def as_ort_value(array: Array) -> Any:
+    """An OrtValue on an array's own memory; bfloat16 included, which numpy lacks."""
+    kind = onnxruntime().OrtValue
+    if array.dtype == DTYPES["bfloat16"]:
+        bits, number = array.view(np.uint16), _ELEM_TYPES[array.dtype]
+        return kind.ortvalue_from_numpy_with_onnx_type(bits, number)
+    return kind.ortvalue_from_numpy(array)
+
+
+def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
+    """Read an adapter, or take one that is in memory; `.onnx_adapter` files are mapped.
+
+    Returns:
+        The weights, to be checked, and the adapter for runs. It does not keep the weights
+        of a mapped file: ONNX Runtime has them.
+
+    Raises:
+        AdapterError: If the file is missing, damaged or of another kind.
+    """
+    if isinstance(source, Adapter):
+        return source, _loaded(source, None, (0, 0, 0))
+    path = Path(source)
+    while True:  # until what was read is what stays: files may be replaced meanwhile
+        stamp = _stamp_of(path)
+        adapter = load_adapter(path)
+        held, options = _activated(path) if path.suffix == _MAPPED else (None, None)
+        if _stamp_of(path) == stamp:
+            return adapter, _loaded(adapter, path, stamp, held, options)
+
+
+def _loaded(
+    adapter: Adapter, path: Path | None, stamp: Stamp, held: Any = None, options: Any = None
+) -> Loaded:
+    feeds = adapter.feeds()
+    size = sum(array.nbytes for array in feeds.values())
+    kept = None if held else adapter
+    return Loaded(path, stamp, size, frozenset(feeds), options, time.time(), held, kept)
+
+
+def _stamp_of(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _activated(path: Path) -> tuple[Any, Any]:
+    """ONNX Runtime's own adapter on a file, and run options in which it is active."""
+    ort = onnxruntime()
+    adapter, options = ort.LoraAdapter(), ort.RunOptions()
+    try:
+        adapter.Load(str(path))
+    except failures() as error:
+        raise AdapterError(
+            f"ONNX Runtime cannot load {path}: {shortened(error)}",
+            hint="write it again with onnx-adapt",
+        ) from error
+    options.add_active_adapter(adapter)
+    return adapter, options
