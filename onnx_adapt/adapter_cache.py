@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onnx_adapt import loaded
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.blending import blend
+from onnx_adapt.blending import blend, refuse_no_number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError
 from onnx_adapt.loaded import Loaded
@@ -155,7 +155,9 @@ class AdapterCache:
         Raises:
             AdapterError: If they cannot be blended.
         """
-        used = [(self.use(name), weight) for name, weight in recipe.items()]
+        for weight in recipe.values():
+            refuse_no_number(weight)
+        used = [(self.use(name), float(weight)) for name, weight in recipe.items()]
         shares = [(item, weight) for item, weight in used if weight]
         if not shares:
             return None

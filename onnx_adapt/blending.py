@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,10 +94,7 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             hint="give one weight for each adapter",
         )
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
-            raise AdapterError(f"{weight!r} is no weight of a blend", hint="give a number")
-        if not math.isfinite(weight):
-            raise AdapterError(f"{weight} is no weight of a blend", hint="give a finite one")
+        refuse_no_number(weight)
     known = [adapter for adapter in adapters if adapter.fingerprint]
     for adapter in known[1:]:
         if not same_base(adapter.fingerprint, known[0].fingerprint):
@@ -104,6 +102,19 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
                 f"adapters {known[0].name!r} and {adapter.name!r} are for different bases",
                 hint="blend adapters of one base",
             )
+
+
+def refuse_no_number(weight: object) -> None:
+    """Refuse what cannot say how much of an adapter goes into a blend.
+
+    Raises:
+        AdapterError: If it is no finite number.
+    """
+    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight):  # type: ignore[arg-type]
+        raise AdapterError(
+            f"{weight!r} is no weight of a blend", hint="give a finite number, such as 0.7"
+        )
 
 
 def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
@@ -127,9 +138,21 @@ def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, 
     if "norm_weight" in first:
         wide = _fold_norms(slot, wide)
     return {
-        part: np.ascontiguousarray(_blend_part(part, wide), value.dtype)
+        part: _narrowed(f"{part} of slot {slot!r}", _blend_part(part, wide), value.dtype)
         for part, value in first.items()
     }
+
+
+def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
+    """A part of a blend in the element type of the adapters."""
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(value, dtype)
+    if not np.isfinite(result).all():
+        raise AdapterError(
+            f"{label} passes what {dtype} holds, or is NaN or infinity already",
+            hint="blend with smaller weights",
+        )
+    return result
 
 
 def _blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
@@ -204,7 +227,7 @@ def _blend_replaced(
     blended: dict[str, Array] = {}
     for key in dict.fromkeys(key for adapter, _ in shares for key in adapter.replaced):
         given = [(a.replaced[key], weight) for a, weight in shares if key in a.replaced]
-        value = sum(np.asarray(array, np.float64) * weight for array, weight in given)
+        value = np.sum([np.asarray(array, np.float64) * w for array, w in given], axis=0)
         rest = 1 - math.fsum(weight for _, weight in given)
         if abs(rest) > 1e-9:
             if base is None or key not in base:
@@ -213,5 +236,5 @@ def _blend_replaced(
                     hint="give the base's own value with `base=`",
                 )
             value = value + np.asarray(base[key], np.float64) * rest
-        blended[key] = np.ascontiguousarray(value, given[0][0].dtype)
+        blended[key] = _narrowed(repr(key), value, given[0][0].dtype)
     return blended

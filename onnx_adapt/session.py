@@ -185,8 +185,9 @@ class AdapterSession:
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
-        once = {id(row): self._chosen(row) for row in adapter}
-        return self._run_rows(names, feeds, [once[id(row)] for row in adapter])
+        rows = list(adapter)  # an array makes new objects whenever it is read
+        once = {id(row): self._chosen(row) for row in rows}
+        return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
     def run_with_ort_values(
         self,

@@ -1,0 +1,184 @@
+"""One adapter for each row of a batch: every row is what it would be alone."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from adapter_models import W1, adapted, bumped
+from onnx import helper, numpy_helper
+from session_adapters import BASE, DE, FR, X, close
+from trained_cases import CASES
+
+import onnx_adapt as oa
+from onnx_adapt.batches import find_batch
+from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError
+
+ADAPTERS = {"fr": FR, "de": DE}
+
+
+def _alone() -> dict[str | None, np.ndarray]:
+    return {None: BASE, "fr": bumped(X, FR), "de": bumped(X, DE)}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["fr", "de", None, "fr", "de", None],
+        ["de", "de", "de", "fr", "fr", "fr"],
+        [None, None, None, None, None, "fr"],
+        ["fr"] * 6,
+        [None] * 6,
+    ],
+)
+def test_rows_come_back_in_order_each_with_its_own_adapter(rows: list[str | None]) -> None:
+    with oa.AdapterSession(adapted(), ADAPTERS) as session:
+        found = session.run({"x": X}, adapter=rows)["y"]
+    expected = np.stack([_alone()[name][i] for i, name in enumerate(rows)])
+    assert close(found, expected)
+
+
+def test_rows_may_be_blends_adapters_in_memory_and_an_array_of_names() -> None:
+    with oa.AdapterSession(adapted(), ADAPTERS) as session:
+        blend = {"fr": 0.5, "de": 0.5}
+        found = session.run({"x": X}, adapter=[blend, FR, FR, "fr", None, blend])["y"]
+        blended = session.run({"x": X}, adapter=blend)["y"]
+        assert close(found[[0, 5]], blended[[0, 5]])
+        assert close(found[1:4], bumped(X, FR)[1:4])
+        names = np.array(["fr", "de"] * 3)
+        assert close(session.run({"x": X}, names)["y"][1::2], bumped(X, DE)[1::2])
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_another_number_of_rows_than_adapters_is_refused(count: int) -> None:
+    session = oa.AdapterSession(adapted(), ADAPTERS)
+    with pytest.raises(RunError, match=f"{count} adapters") as caught:
+        session.run({"x": X}, adapter=["fr"] * count)
+    assert "each row" in caught.value.hint
+
+
+def test_an_unknown_name_in_a_row_is_refused_before_anything_runs() -> None:
+    session = oa.AdapterSession(adapted(), ADAPTERS)
+    with pytest.raises(AdapterNotFoundError, match="'es'"):
+        session.run({"x": X}, adapter=["fr", "es"] * 3)
+    with pytest.raises(AdapterError):
+        session.run({"x": X}, adapter=["fr", 3] * 3)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["peft_bert_lora_default_ts", "ah_bert_seq_bn"])
+def test_rows_of_a_real_model_are_what_they_are_alone(name: str) -> None:
+    case = CASES[name]
+    base = oa.open_model(case.base)
+    trained = oa.load_checkpoint(case.adapter, base)
+    model = oa.insert(base, checkpoint=trained)
+    feeds = case.inputs()
+    rows = len(next(iter(feeds.values())))
+    with oa.AdapterSession(model, {"t": trained.adapter}) as session:
+        off, on = session.run(feeds), session.run(feeds, "t")
+        mixed = session.run(feeds, [None, *["t"] * (rows - 1)])
+    for output, value in mixed.items():
+        np.testing.assert_allclose(value[0], off[output][0], atol=1e-5)
+        np.testing.assert_allclose(value[1:], on[output][1:], atol=1e-5)
+        assert np.abs(on[output] - off[output]).max() > 1e-3
+
+
+# Where the batch is
+
+
+def _model(batch: int | str | None, *, axis: int = 0, total: bool = False) -> oa.Model:
+    """`y = x @ W1.T` with the batch where it is asked for, and perhaps its sum."""
+    shape: list[int | str | None] = [3, "n", 4] if axis else ["n", 4]
+    shape[axis] = batch
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "fc")]
+    values = [helper.make_tensor_value_info("y", 1, shape)]
+    if total:
+        nodes.append(helper.make_node("ReduceSum", ["y"], ["total"], "sum", keepdims=0))
+        values.append(helper.make_tensor_value_info("total", 1, []))
+    weight = numpy_helper.from_array(np.ascontiguousarray(W1.T), "w")
+    given = [helper.make_tensor_value_info("x", 1, shape)]
+    graph = helper.make_graph(nodes, "g", given, values, [weight])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(proto, full_check=True)
+    return oa.insert(oa.Model(proto), after="fc")
+
+
+ONE, TWO = (oa.Adapter(n, {"fc": a.weights["fc1"]}) for n, a in (("one", FR), ("two", DE)))
+
+
+def _truth(x: np.ndarray, adapter: oa.Adapter) -> np.ndarray:
+    y = x @ W1.T
+    parts = adapter.weights["fc"]
+    return y + np.maximum(y @ parts["down"], 0) @ parts["up"]
+
+
+@pytest.mark.parametrize("batch", ["n", "batch", None, 6])
+def test_the_batch_axis_is_found(batch: int | str | None) -> None:
+    with oa.AdapterSession(_model(batch), {"one": ONE, "two": TWO}) as session:
+        found = session.run({"x": X}, adapter=["one", "two"] * 3)["y"]
+    assert close(found[::2], _truth(X, ONE)[::2])
+    assert close(found[1::2], _truth(X, TWO)[1::2])
+
+
+@pytest.mark.parametrize("given", [1, {"x": 1, "y": 1}])
+def test_the_batch_axis_can_be_given(given: int | dict[str, int | None]) -> None:
+    model = _model("rows", axis=1)
+    x = np.random.default_rng(1).standard_normal((3, 2, 4)).astype(np.float32)
+    with oa.AdapterSession(model, {"one": ONE, "two": TWO}, batch_axis=given) as session:
+        found = session.run({"x": x}, adapter=["two", "one"])["y"]
+    assert close(found[:, 0], _truth(x, TWO)[:, 0])
+    assert close(found[:, 1], _truth(x, ONE)[:, 1])
+
+
+def test_a_symbol_called_batch_is_the_batch_wherever_it_is() -> None:
+    axes = find_batch(
+        {"x": ["time", "batch_size", 4], "h": [2, "batch_size"]}, {"y": [9]}, None
+    )
+    assert axes.inputs == {"x": 1, "h": 1}
+    assert axes.outputs == {"y": None}
+
+
+def test_what_has_no_batch_axis_goes_to_every_group() -> None:
+    axes = find_batch({"x": ["n", 4], "table": [7, 4], "flag": []}, {"y": ["n"]}, None)
+    assert axes.inputs == {"x": 0, "table": None, "flag": None}
+    assert not axes.fixed
+
+
+@pytest.mark.parametrize("given", [5, {"x": 2}, {"z": 0}])
+def test_an_axis_or_name_that_is_not_there_is_refused(
+    given: int | dict[str, int | None],
+) -> None:
+    if given == 5:
+        session = oa.AdapterSession(_model("n"), {"one": ONE}, batch_axis=given)
+        with pytest.raises(RunError, match="no input of the model has a batch axis"):
+            session.run({"x": X}, adapter=["one", None] * 3)
+        return
+    with pytest.raises(RunError, match="batch_axis"):
+        oa.AdapterSession(_model("n"), batch_axis=given)
+
+
+def test_an_output_that_mixes_rows_cannot_be_put_together() -> None:
+    session = oa.AdapterSession(_model("n", total=True), {"one": ONE, "two": TWO})
+    with pytest.raises(RunError, match="'total' has no batch axis") as caught:
+        session.run({"x": X}, adapter=["one", "two"] * 3)
+    assert "outputs=" in caught.value.hint
+    found = session.run({"x": X}, adapter=["one", "two"] * 3, outputs=["y"])
+    assert list(found) == ["y"]
+
+
+def test_an_output_that_only_looks_like_a_batch_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], "fc"),
+        helper.make_node("Reshape", ["y", "flat"], ["z"], "reshape"),
+    ]
+    x = helper.make_tensor_value_info("x", 1, ["n", 4])
+    z = helper.make_tensor_value_info("z", 1, ["n"])
+    stored = [
+        numpy_helper.from_array(np.ascontiguousarray(W1.T), "w"),
+        numpy_helper.from_array(np.array([-1], np.int64), "flat"),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [z], stored)
+    opset = helper.make_opsetid("", 17)
+    model = oa.insert(oa.Model(helper.make_model(graph, opset_imports=[opset])), after="fc")
+    session = oa.AdapterSession(model, {"one": ONE, "two": TWO})
+    with pytest.raises(RunError, match="is not the batch"):
+        session.run({"x": X}, adapter=["one", "two"] * 3)
