@@ -104,8 +104,8 @@ def count_rows(axes: BatchAxes, feeds: Mapping[str, Any], rows: int) -> None:
         shape = np.shape(value)
         if len(shape) <= axis or shape[axis] != rows:
             raise RunError(
-                f"{rows} adapters were given for the rows of input {name!r}, which has the "
-                f"shape {list(shape)} with its batch on axis {axis}",
+                f"the number of adapters given is {rows}; input {name!r} has the shape "
+                f"{list(shape)} with its rows on axis {axis}",
                 hint="give one adapter (or None) for each row; or say batch_axis=",
             )
     if not found:

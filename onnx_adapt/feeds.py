@@ -184,14 +184,22 @@ def load_feeds(path: Path, proto: onnx.ModelProto) -> Feeds:
     Raises:
         AdaptError: If the file cannot be read or does not fit the model.
     """
+    return check_feeds(read_arrays(path), proto, str(path))
+
+
+def read_arrays(path: Path) -> Feeds:
+    """Read inputs from an `.npz`.
+
+    Raises:
+        AdaptError: If the file cannot be read.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            feeds = {name: stored[name] for name in stored.files}
+            return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, BadZipFile, EOFError) as error:
         raise AdaptError(
             f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
         ) from error
-    return check_feeds(feeds, proto, str(path))
 
 
 def check_feeds(feeds: Mapping[str, Any], proto: onnx.ModelProto, origin: str) -> Feeds:

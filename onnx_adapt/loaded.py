@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.adapter_files import load_adapter
+from onnx_adapt.adapter_files import load_adapter, read_adapter
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.ort import failures, onnxruntime, shortened
@@ -106,10 +107,22 @@ def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
     path = Path(source)
     while True:  # until what was read is what stays: files may be replaced meanwhile
         stamp = _stamp_of(path)
-        adapter = load_adapter(path)
-        held, options = _activated(path) if path.suffix == _MAPPED else (None, None)
+        if path.suffix == _MAPPED:
+            adapter, (held, options) = _mapped(path), _activated(path)
+        else:
+            adapter, held, options = load_adapter(path), None, None
         if _stamp_of(path) == stamp:
             return adapter, _loaded(adapter, path, stamp, held, options)
+
+
+def _mapped(path: Path) -> Adapter:
+    """An adapter as views of its file, which they hold open: to be checked and let go of."""
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # missing, or empty: reading it tells which
+        return load_adapter(path)
+    return read_adapter(data, path)  # type: ignore[arg-type]
 
 
 def _loaded(

@@ -31,29 +31,30 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
     `down` is `(source_width, r)` and `up` is `(r, width)`; on a channel axis they are
     `(r, source_width, 1, ...)` and `(width, r, 1, ...)` as Conv has them.
     """
-    wide, source, r = slot.width, slot.source_width, bottleneck
-    ones = (1,) * (slot.rank - 2) if slot.axis == 1 else ()
-    kernel = slot.window[: len(ones)] or ones
-    half = wide // 2
+    r, ones = bottleneck, (1,) * (slot.rank - 2) if slot.axis == 1 else ()
     if part in COUPLING:
+        half = slot.width // 2
         ends = {"down": (half, r), "down_bias": (r,), "up": (r, half), "up_bias": (half,)}
         return ends[part[2:]]
-    shapes: dict[str, tuple[int, ...]] = {
-        "down": (r, source, *kernel) if slot.axis == 1 else (source, r),
-        "table": (source, r),
-        "up": (wide, r, *ones) if slot.axis == 1 else (r, wide),
-        "down_bias": (r,),
-        "up_bias": (wide,),
-        "scale": (wide, *ones),
-        "gain": (wide, *ones),
-        "norm_weight": (source,),
-        "norm_bias": (source,),
-        "gate": (source, 1),
-        **dict.fromkeys(("gate_bias", "residual", "skip", "switch"), (1,)),
-        "after_weight": (wide,),
-        "after_bias": (wide,),
-    }
-    return shapes[part]
+    match part:
+        case "down" if slot.axis == 1:
+            return (r, slot.source_width, *(slot.window[: len(ones)] or ones))
+        case "down" | "table":
+            return (slot.source_width, r)
+        case "up":
+            return (slot.width, r, *ones) if slot.axis == 1 else (r, slot.width)
+        case "down_bias":
+            return (r,)
+        case "scale" | "gain":
+            return (slot.width, *ones)
+        case "up_bias" | "after_weight" | "after_bias":
+            return (slot.width,)
+        case "norm_weight" | "norm_bias":
+            return (slot.source_width,)
+        case "gate":
+            return (slot.source_width, 1)
+        case _:  # gate_bias, residual, skip, switch: one number
+            return (1,)
 
 
 def bottleneck_axis(slot: Slot, part: str) -> int | None:

@@ -43,14 +43,23 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         onnx_adapt.errors.AdapterError: fr.txt is of no known adapter format
     """
     file = Path(path)
-    read = _format(file).read
+    _format(file)  # an unknown suffix is told before a missing file
     try:
         data = file.read_bytes()
     except OSError as error:
         raise AdapterError(
             f"cannot read {file}: {error.strerror or error}", hint="check the path"
         ) from error
-    adapter: Adapter = read(data, file)
+    return read_adapter(data, file)
+
+
+def read_adapter(data: bytes, path: Path) -> Adapter:
+    """Read an adapter from the bytes of its file, mapped ones included.
+
+    Raises:
+        AdapterError: If they are damaged or of another kind.
+    """
+    adapter: Adapter = _format(path).read(data, path)
     return adapter
 
 

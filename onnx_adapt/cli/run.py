@@ -1,0 +1,221 @@
+"""`onnx-adapt run`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnx_adapt.cli.show import print_json, print_table, say
+from onnx_adapt.errors import AdapterError, SaveError
+
+if TYPE_CHECKING:
+    from onnx_adapt.session import Choice
+
+_SUFFIXES = (".onnx_adapter", ".safetensors", ".npz")
+_BASE = "-"
+
+
+@click.command("run")
+@click.argument("model", type=click.Path())
+@click.option("--inputs", required=True, type=click.Path(), help="An .npz by input name.")
+@click.option("--adapter", help="A file, or the name of one beside MODEL.")
+@click.option("--blend", help="Several with weights: a=0.7,b=0.3.")
+@click.option("--rows", help="One for each row of the batch, `-` for the base: a,b,-.")
+@click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
+@click.option("--batch-axis", type=click.IntRange(min=0), help="If it cannot be found.")
+@click.option("-o", "--output", type=click.Path(), help="Write the outputs to an .npz.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs to time, after one that is not timed.",
+)
+@click.option("--compare", type=click.Choice(["base"]), help="How far the adapter moves.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: str,
+    inputs: str,
+    adapter: str | None,
+    blend: str | None,
+    rows: str | None,
+    allow_partial: bool,
+    batch_axis: int | None,
+    output: str | None,
+    repeat: int,
+    compare: str | None,
+    as_json: bool,
+) -> None:
+    """Run MODEL on inputs, with an adapter, a blend of some, or one for each row.
+
+    An adapter is a file, or the NAME in MODEL.NAME.safetensors (or .onnx_adapter, .npz).
+
+    \b
+      onnx-adapt run adapted.onnx --inputs x.npz --adapter fr --compare base
+      onnx-adapt run adapted.onnx --inputs x.npz --blend fr=0.7,de.npz=0.3 -o y.npz
+      onnx-adapt run adapted.onnx --inputs x.npz --rows fr,de,- --repeat 100
+    """
+    if sum(option is not None for option in (adapter, blend, rows)) > 1:
+        raise click.UsageError("give one of --adapter, --blend and --rows")
+    if compare and not (adapter or blend or rows):
+        raise click.UsageError("--compare base has nothing to compare without an adapter")
+    _refuse_output(output, model, inputs)
+    import onnx_adapt as oa
+    from onnx_adapt.feeds import read_arrays
+
+    feeds = read_arrays(Path(inputs))
+    chosen, names = _choice(adapter, blend, rows)
+    with oa.AdapterSession(model, batch_axis=batch_axis) as session:
+        for name in names:
+            session.load(name, _file(Path(model), name), allow_partial=allow_partial)
+        found, times = _timed(lambda: session.run(feeds, adapter=chosen), repeat)
+        base = session.run(feeds) if compare else None
+    rows_of = [_describe(name, value, base) for name, value in found.items()]
+    if output is not None:
+        _write(Path(output), found)
+    _show(rows_of, times, as_json=as_json, output=output)
+
+
+def _choice(
+    adapter: str | None, blend: str | None, rows: str | None
+) -> tuple[Choice | Sequence[Choice], list[str]]:
+    """What to run with, and the adapters that it names."""
+    if adapter is not None:
+        return adapter, [adapter]
+    if blend is not None:
+        recipe: dict[str, float] = {}
+        for item in blend.split(","):
+            name, equals, weight = item.strip().rpartition("=")
+            if not equals or not name or name in recipe:
+                raise click.UsageError(f"--blend {blend}: give a=0.7,b=0.3, each name once")
+            try:
+                recipe[name] = float(weight)
+            except ValueError:
+                raise click.UsageError(f"--blend {blend}: {weight!r} is no number") from None
+        return recipe, list(recipe)
+    if rows is not None:
+        entries = [item.strip() for item in rows.split(",")]
+        if not all(entries):
+            raise click.UsageError(f"--rows {rows}: one is empty; write - for the base")
+        named = list(dict.fromkeys(item for item in entries if item != _BASE))
+        return [None if item == _BASE else item for item in entries], named
+    return None, []
+
+
+def _file(model: Path, name: str) -> Path:
+    """The adapter file that a name means: a path, or one beside the model.
+
+    Raises:
+        AdapterError: If there is none, or several.
+    """
+    if Path(name).is_file() or Path(name).suffix in _SUFFIXES:
+        return Path(name)
+    labels = (f"{model.stem}.{name}", name)
+    beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in _SUFFIXES]
+    found = [path for path in beside if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterError(
+            f"{name!r} means {' and '.join(map(str, found))}", hint="give the path of one"
+        )
+    present = sorted(p.name for s in _SUFFIXES for p in model.absolute().parent.glob(f"*{s}"))
+    raise AdapterError(
+        f"there is no adapter {name!r}: no such file, and none called {labels[0]} beside the "
+        "model",
+        hint=f"beside it: {', '.join(present[:10])}" if present else "give a path",
+    )
+
+
+def _timed(
+    call: Callable[[], dict[str, Any]], repeat: int
+) -> tuple[dict[str, Any], list[float]]:
+    """The outputs, and the milliseconds of each timed run."""
+    found = call()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        found = call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return found, times
+
+
+def _describe(name: str, value: Any, base: dict[str, Any] | None) -> dict[str, Any]:
+    import numpy as np
+
+    from onnx_adapt.compare import movement
+
+    shape, dtype = None, type(value).__name__
+    if isinstance(value, np.ndarray):
+        shape, dtype = list(value.shape), str(value.dtype)
+    entry: dict[str, Any] = {"output": name, "shape": shape, "dtype": dtype}
+    if base is not None:
+        entry["moved"] = _difference(base[name], value)
+        entry["relative"] = movement({name: base[name]}, {name: value})
+    return entry
+
+
+def _difference(before: Any, after: Any) -> float | None:
+    """The largest difference of two arrays of numbers."""
+    import numpy as np
+
+    if not isinstance(after, np.ndarray) or after.dtype.kind not in "fiub":
+        return None
+    if before.shape != after.shape:
+        return None
+    apart = np.abs(after.astype(np.float64) - before.astype(np.float64))
+    return float(np.nanmax(apart, initial=0.0))
+
+
+def _refuse_output(output: str | None, *given: str) -> None:
+    if output is None:
+        return
+    if Path(output).suffix != ".npz":
+        raise SaveError(f"{output} is no .npz", hint="give the outputs a name such as y.npz")
+    for path in given:
+        if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
+            raise SaveError(f"the outputs would replace {path}", hint="choose another name")
+
+
+def _write(path: Path, outputs: dict[str, Any]) -> None:
+    """Write the outputs by name; the items of a sequence or map by number."""
+    import io
+
+    import numpy as np
+
+    from onnx_adapt.runtime import as_arrays
+    from onnx_adapt.whole_files import write_files
+
+    arrays: dict[str, Any] = {}
+    for name, value in outputs.items():
+        for i, array in enumerate(as_arrays(value)):
+            label = name if isinstance(value, np.ndarray) else f"{name}.{i}"
+            arrays[label] = array.astype(str) if array.dtype == object else array
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write_files([(path.absolute(), [data.getvalue()])])
+
+
+def _show(
+    rows: list[dict[str, Any]], times: list[float], *, as_json: bool, output: str | None
+) -> None:
+    median = statistics.median(times)
+    if as_json:
+        latency = {"median": median, "min": min(times), "max": max(times), "runs": len(times)}
+        print_json({"outputs": rows, "latency_ms": latency, "written": output})
+    else:
+        columns = list(rows[0])
+        print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+    spread = f" (median of {len(times)}; {min(times):.3g} to {max(times):.3g})"
+    say(f"latency {median:.3g} ms{spread if len(times) > 1 else ''}")
+    if output is not None:
+        say(f"wrote {output}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else "" if value is None else str(value)
