@@ -1,4 +1,4 @@
-"""The README's own code runs, and its commands do what they say."""
+"""The code on every page runs, and the README's commands do what they say."""
 
 import re
 import shlex
@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 PROGRAM = Path(sys.executable).parent / "onnx-adapt"
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def _blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.fixture
@@ -25,9 +26,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
-    assert _blocks("python")
-    for block in _blocks("python"):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_of_a_page_runs(folder: Path, page: str) -> None:
+    blocks = _blocks("python", (ROOT / page).read_text(encoding="utf-8"))
+    assert blocks
+    for block in blocks:
         subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, cwd=folder)
 
 
