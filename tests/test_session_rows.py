@@ -178,7 +178,8 @@ def test_an_output_that_only_looks_like_a_batch_is_refused(tmp_path: Path) -> No
     ]
     graph = helper.make_graph(nodes, "g", [x], [z], stored)
     opset = helper.make_opsetid("", 17)
-    model = oa.insert(oa.Model(helper.make_model(graph, opset_imports=[opset])), after="fc")
+    proto = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    model = oa.insert(oa.Model(proto), after="fc")
     session = oa.AdapterSession(model, {"one": ONE, "two": TWO})
     with pytest.raises(RunError, match="is not the batch"):
         session.run({"x": X}, adapter=["one", "two"] * 3)
