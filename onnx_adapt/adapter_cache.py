@@ -31,13 +31,13 @@ class LoadedAdapter:
     Attributes:
         name: The name to run it by.
         path: The file it came from, or None.
-        size: Bytes of its weights.
+        bytes: Of its weights.
         last_used: When a run last asked for it, in seconds since the epoch.
     """
 
     name: str
     path: Path | None
-    size: int
+    bytes: int
     last_used: float
 
 
