@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
-from onnx_adapt import destination, external_data
+from onnx_adapt import destination, external_data, moved
 from onnx_adapt.destination import Destination
 from onnx_adapt.errors import ExternalDataError, ModelFileError, SaveError
-from onnx_adapt.payloads import Payload, Segment, Source, splice, strip, token_index
+from onnx_adapt.payloads import Payload, Segment, Source, scan, splice, token_index
 from onnx_adapt.whole_files import FilePlan, Progress, write_files
 
 PROTOBUF_LIMIT = 2**31 - 1
@@ -90,7 +89,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     file = Path(path).absolute()
     try:
-        small, payloads, canonical = _scan(file)
+        small, payloads, canonical = scan(file)
         proto = onnx.ModelProto.FromString(small)
     except OSError as error:
         raise ModelFileError(
@@ -115,36 +114,6 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     external_data.check(file, list(external_data.references(proto)))
     canonical = canonical and proto.SerializeToString() == small
     return Model(proto, tuple(payloads), file, canonical)
-
-
-def _scan(file: Path) -> tuple[bytes, list[Payload], bool]:
-    if file.is_dir():
-        raise ModelFileError(f"{file} is a folder", hint="name the .onnx file in it")
-    source = Source.of(file)
-    if source.size == 0:
-        raise ModelFileError(f"{file.name} is empty", hint="export or copy it again")
-    with file.open("rb") as handle:
-        head = handle.read(512)
-        _refuse_text(file, head)
-        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                return strip(view, source)
-            finally:
-                view.release()
-
-
-def _refuse_text(file: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelFileError(
-            f"{file.name} is a Git LFS pointer, not the model", hint="run `git lfs pull`"
-        )
-    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in head)
-    if printable == len(head):
-        raise ModelFileError(
-            f"{file.name} is a text file, not an ONNX model",
-            hint="give the binary .onnx file (onnx.parser turns ONNX text into one)",
-        )
 
 
 def payload_of(
@@ -257,7 +226,7 @@ def save_model(
     moved_out = size > PROTOBUF_LIMIT
     if moved_out:
         file = _moved_out_data(place, items)
-        small, plan = external_data.move_out(model.proto, model.payloads, file.name)
+        small, plan = moved.move_out(model.proto, model.payloads, file.name)
         segments, size = _encode(small, model.payloads)
         data.append((file, _padded(plan)))
     if size > PROTOBUF_LIMIT:
@@ -303,8 +272,8 @@ def _moved_out_data(place: Destination, items: Sequence[external_data.Reference]
 def _owns(place: Destination, data: Path) -> bool:
     """Whether the model that is replaced is a result whose data moved out to this file."""
     try:
-        old = onnx.ModelProto.FromString(_scan(place.path)[0])
-        return external_data.is_moved_out(old, data.name)
+        old = onnx.ModelProto.FromString(scan(place.path)[0])
+        return moved.is_moved_out(old, data.name)
     except (OSError, ModelFileError, DecodeError):
         return False
 

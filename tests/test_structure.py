@@ -18,7 +18,7 @@ FLOORS = (
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts"),
     ("external_data", "whole_files", "blending"),
-    ("destination", "adapter_files"),
+    ("destination", "adapter_files", "moved"),
     ("model_file", "loaded"),
     ("graph", "runtime", "fingerprint", "fitting", "adapter_cache", "binding"),
     ("slot", "layers", "engine"),
