@@ -17,7 +17,7 @@ FLOORS = (
     ("activations", "constants", "ort", "batches"),
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts"),
-    ("external_data", "whole_files", "blending"),
+    ("external_data", "whole_files", "samples", "blending"),
     ("destination", "adapter_files", "moved"),
     ("model_file", "loaded"),
     ("graph", "runtime", "fingerprint", "fitting", "adapter_cache", "binding"),
