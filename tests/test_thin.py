@@ -26,9 +26,10 @@ from disk_models import (
     write,
 )
 from onnx import TensorProto, helper, numpy_helper
+from test_model_file import CORPUS
 
 import onnx_adapt as oa
-from onnx_adapt import model_file
+from onnx_adapt import model_file, payloads
 from onnx_adapt.errors import ExternalDataError, ManifestError, SaveError
 
 X = weight(2, 64, seed=9)
@@ -570,3 +571,20 @@ def test_a_thin_model_in_a_download_cache_can_be_used(tmp_path: Path) -> None:
     assert outputs(thin)[0].tobytes() == outputs(full)[0].tobytes()
     oa.save_model(oa.open_model(thin), tmp_path / "packed.onnx")
     assert (tmp_path / "packed.onnx").read_bytes() == full.read_bytes()
+
+
+@pytest.mark.parametrize("large", [1, 64], ids=["not empty", "64 bytes"])
+def test_every_model_is_whole_again_after_it_was_thin(
+    large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payloads, "LARGE", large)
+    base, different, borrowed = tmp_path / "base.onnx", [], 0
+    for path in CORPUS:
+        write(base, path.read_bytes())
+        thin = oa.save_model(oa.open_model(base), tmp_path / "thin.onnx", thin=True)
+        borrowed += bool(thin.weights_in)
+        oa.save_model(oa.open_model(thin.path), tmp_path / "back.onnx")
+        if (tmp_path / "back.onnx").read_bytes() != path.read_bytes():
+            different.append(path.name)
+    assert borrowed >= 50
+    assert different == []
