@@ -78,6 +78,18 @@ def check_lender(folder: Path, lender: Lender, model: str) -> None:
     )
 
 
+def check_lenders(folder: Path, record: str, model: str) -> None:
+    """Check the files of a model that runs: one that is gone is not needed any more.
+
+    Raises:
+        ExternalDataError: If one is not what it was.
+        ManifestError: If the record is damaged or of a newer format.
+    """
+    for lender in read_record(record):
+        if (folder / lender.name).exists():
+            check_lender(folder, lender, model)
+
+
 def write_record(lenders: Sequence[Lender]) -> str:
     """The record as it is written into a model."""
     data = {"format": FORMAT, "files": [asdict(lender) for lender in lenders]}

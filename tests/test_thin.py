@@ -30,7 +30,7 @@ from test_model_file import CORPUS
 
 import onnx_adapt as oa
 from onnx_adapt import model_file, payloads
-from onnx_adapt.errors import ExternalDataError, ManifestError, SaveError
+from onnx_adapt.errors import ExternalDataError, ManifestError, RunError, SaveError
 
 X = weight(2, 64, seed=9)
 MODELS = Path(__file__).parent.parent / "models"
@@ -317,6 +317,30 @@ def test_a_base_that_is_gone_or_another_one_is_an_error_everywhere(
     assert message in document["problems"]["thin.onnx"][0]
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_session_does_not_run_on_a_base_that_is_gone_or_another_one(
+    change: str, tmp_path: Path
+) -> None:
+    edit, _ = CHANGES[change]
+    base = write(tmp_path / "base.onnx", dense(raw("V", 3)))
+    model = slotted(base, baked=False, bottleneck=None)
+    thin, full = thin_and_full(model, tmp_path)
+    adapter = oa.extract(slotted(base), name="fr")
+    before = [
+        oa.AdapterSession(path, {"fr": adapter}).run({"x": X}, adapter="fr")["y"]
+        for path in (thin, full)
+    ]
+    assert before[0].tobytes() == before[1].tobytes()
+    data = base.read_bytes()
+    base.unlink()
+    if edit:
+        write(base, edit(data))
+    with pytest.raises((ExternalDataError, RunError), match=r"thin\.onnx") as caught:
+        oa.AdapterSession(thin)
+    assert caught.value.hint
+    assert change == "empty" or "base.onnx" in str(caught.value)
+
+
 def test_a_copy_of_the_base_is_the_base(tmp_path: Path) -> None:
     base = write(tmp_path / "base.onnx", dense())
     thin, full = thin_and_full(slotted(base), tmp_path)
@@ -358,6 +382,8 @@ def test_another_tool_may_put_the_weights_back_in(tmp_path: Path) -> None:
     assert model.weights_in == ()
     oa.save_model(model, tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == full.read_bytes()
+    served = oa.AdapterSession(tmp_path / "whole.onnx").run({"x": X})["y"]
+    assert served.tobytes() == outputs(full)[0].tobytes()
 
 
 def test_a_thin_model_without_its_record_is_one_with_external_data(tmp_path: Path) -> None:
