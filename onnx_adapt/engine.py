@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_adapt import lenders
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fitting import Replaceable
 from onnx_adapt.manifest import Manifest
@@ -39,6 +40,7 @@ def start(
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
+        ExternalDataError: If the base of a thin model is another one now.
     """
     ort = onnxruntime()
     given: str | bytes
@@ -55,12 +57,16 @@ def start(
     chosen = list(providers or ["CPUExecutionProvider"])
     try:
         with without_slot_warnings():
-            return label, ort.InferenceSession(given, options, providers=chosen)
+            session = ort.InferenceSession(given, options, providers=chosen)
     except failures() as error:
         raise RunError(
             f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
             hint="does the model run without adapters?",
         ) from error
+    record = session.get_modelmeta().custom_metadata_map.get(lenders.KEY)
+    if record and isinstance(given, str):
+        lenders.check_lenders(Path(given).parent, record, label)
+    return label, session
 
 
 def swappable(

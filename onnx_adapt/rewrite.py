@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from onnx_adapt import external_data
+from onnx_adapt import moved
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
@@ -274,7 +274,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:
         result.proto.ClearField("ir_version")  # the base had none
-    payloads = external_data.move_in(model.path, result.proto, model.payloads)
+    payloads = moved.move_in(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 
 

@@ -115,7 +115,8 @@ def test_insert_writes_beside_the_model_by_default(work: Path, capsys: Capture) 
 def test_the_format_of_the_weights_is_chosen(suffix: str, work: Path, capsys: Capture) -> None:
     args = ("insert", work / "model.onnx", "--adapter", work / "fr", "-o", work / "a.onnx")
     found = _document(capsys, *args, "--format", suffix)
-    assert found.keys() == {"output", "adapter", "size", "data", "verified", "slots"}
+    keys = {"output", "adapter", "size", "data", "weights_in", "verified", "slots"}
+    assert found.keys() == keys
     assert found["adapter"] == str(work / f"a.fr.{suffix}")
     assert found["output"] == str(work / "a.onnx")
     assert {slot["name"] for slot in found["slots"]} == {"fc1", "fc2"}

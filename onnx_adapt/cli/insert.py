@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import file_label, patience, print_json, print_table, say, tell_saved
+from onnx_adapt.cli.show import (
+    file_label,
+    patience,
+    print_json,
+    print_table,
+    say,
+    tell_saved,
+    tell_thin,
+)
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 
 if TYPE_CHECKING:
@@ -59,6 +67,11 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz to verify with.")
 @click.option("--no-verify", is_flag=True, help="Do not run the result in ONNX Runtime.")
 @click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@click.option(
+    "--thin",
+    is_flag=True,
+    help="Leave the weights in MODEL's file and refer to it: a few kB, beside MODEL.",
+)
 @click.option("--force", is_flag=True, help="Let the output replace MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -79,6 +92,7 @@ def command(
     inputs: tuple[str, ...],
     no_verify: bool,
     keep_external: bool,
+    thin: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -88,9 +102,11 @@ def command(
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
       onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
       onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
+      onnx-adapt insert model.onnx --adapter trained/ --baked --thin
 
     With --adapter, the slots that a trained checkpoint needs, and its weights beside the
-    output as OUTPUT.NAME.safetensors (with --baked inside it).
+    output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
+    MODEL beside it; `onnx-adapt pack` makes it whole.
     """
     import onnx_adapt as oa
 
@@ -129,7 +145,12 @@ def command(
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
         saved = oa.save_model(
-            adapted, path, overwrite=force, keep_external=keep_external, progress=progress
+            adapted,
+            path,
+            overwrite=force,
+            keep_external=keep_external,
+            thin=thin,
+            progress=progress,
         )
         weights = None
         if checkpoint is not None and swappable:
@@ -144,6 +165,7 @@ def command(
                 "adapter": str(weights) if weights else None,
                 "size": saved.size,
                 "data": [str(file) for file in saved.data],
+                "weights_in": [str(file) for file in saved.weights_in],
                 "verified": proof is not None,
                 "slots": [slot_dict(slot) for slot in slots],
             }
@@ -151,6 +173,8 @@ def command(
     else:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     _tell(base, saved, proof)
+    if thin:
+        tell_thin(base, saved)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
     if proof is not None:
