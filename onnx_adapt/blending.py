@@ -111,7 +111,11 @@ def refuse_no_number(weight: object) -> None:
         AdapterError: If it is no finite number.
     """
     number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):  # type: ignore[arg-type]
+    try:
+        finite = number and math.isfinite(weight)  # type: ignore[arg-type]
+    except (OverflowError, TypeError):  # 10**400, a complex number
+        finite = False
+    if not finite:
         raise AdapterError(
             f"{weight!r} is no weight of a blend", hint="give a finite number, such as 0.7"
         )

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnx_adapt.adapter_files.npz_file import DAMAGE
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.graph import ModelIndex, TensorType, attribute, elem_name
 from onnx_adapt.layers import find_weight
@@ -194,9 +194,12 @@ def read_arrays(path: Path) -> Feeds:
         AdaptError: If the file cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise TypeError("it is one array without a name")
+        with stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
+    except DAMAGE as error:
         raise AdaptError(
             f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
         ) from error

@@ -19,13 +19,11 @@ from onnx_adapt.batches import (
     take_rows,
 )
 from onnx_adapt.binding import AdapterBinding
-from onnx_adapt.dtypes import Array
-from onnx_adapt.engine import start, swappable
+from onnx_adapt.engine import Engine, base_values
 from onnx_adapt.errors import AdapterError, RunError
-from onnx_adapt.fitting import Replaceable, manifest_misfits, refuse_misfits
-from onnx_adapt.loaded import Loaded, read
-from onnx_adapt.manifest import KEY, Manifest, manifest_from_text
-from onnx_adapt.ort import failures, shortened
+from onnx_adapt.fitting import manifest_misfits, refuse_misfits
+from onnx_adapt.loaded import Loaded, as_ort_value, read
+from onnx_adapt.parts import neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.model_file import Model
@@ -80,17 +78,10 @@ class AdapterSession:
         max_bytes: int | None = None,
         batch_axis: BatchAxis = None,
     ) -> None:
-        self._model = model
-        self._failures = failures()
-        self._label, self._session = start(model, providers, session_options)
-        self._inputs = {item.name: item.shape for item in self._session.get_inputs()}
-        self._outputs = {item.name: item.shape for item in self._session.get_outputs()}
-        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        self._manifest = manifest_from_text(text) if text else None
-        self._axes = find_batch(self._inputs, self._outputs, batch_axis)
-        self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
-        self._swappable: tuple[Manifest, Replaceable] | None = None
-        for name, source in (adapters or {}).items():
+        self._engine = Engine(model, providers, session_options)
+        self._axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
+        self._cache = AdapterCache(self._check, base_values(model), max_adapters, max_bytes)
+        for name, source in dict(adapters or {}).items():
             self.load(name, source)
 
     def __enter__(self) -> AdapterSession:
@@ -108,8 +99,8 @@ class AdapterSession:
 
     def close(self) -> None:
         """Free the model and every adapter; runs that are under way end first."""
+        self._engine.close()
         self._cache.clear()
-        self._session = None
 
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
@@ -130,6 +121,7 @@ class AdapterSession:
             AdapterError: If the file is damaged, or does not fit the model: coverage,
                 shapes, element types, base fingerprint, NaN.
         """
+        _ = self._engine.session  # a closed one loads nothing
         return self._cache.load(name, source, allow_partial=allow_partial)
 
     def unload(self, name: str) -> None:
@@ -176,16 +168,19 @@ class AdapterSession:
             AdapterError: If adapters cannot be used so.
             RunError: If the model does not take the feeds.
         """
-        names = self._asked(outputs)
+        names = self._engine.asked(outputs)
         if isinstance(adapter, str | Adapter | Mapping) or adapter is None:
             values = self._run_one(names, feeds, self._chosen(adapter))
             return dict(zip(names, values, strict=True))
-        if not isinstance(adapter, Sequence | np.ndarray) or not len(adapter):
+        listed = isinstance(adapter, Sequence) or (
+            isinstance(adapter, np.ndarray) and adapter.ndim
+        )
+        rows = list(adapter) if listed and not isinstance(adapter, bytes) else []
+        if not rows:
             raise AdapterError(
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
-        rows = list(adapter)  # an array makes new objects whenever it is read
         once = {id(row): self._chosen(row) for row in rows}
         return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
@@ -200,18 +195,19 @@ class AdapterSession:
         ONNX Runtime's own method does not see adapters that are active in run options;
         here the adapter's weights are fed.
         """
-        names = self._asked(outputs)
+        names = self._engine.asked(outputs)
         chosen = self._chosen(adapter)
-        fed = {**feeds, **self._weights(feeds, chosen)}
-        try:
-            values = self._live().run_with_ort_values(names, fed)
-        except self._failures as error:
-            raise self._refused(error) from error
-        return dict(zip(names, values, strict=True))
+        values = {
+            name: as_ort_value(value) if isinstance(value, np.ndarray) else value
+            for name, value in _native(feeds).items()
+        }
+        fed = {**values, **self._weights(feeds, chosen)}
+        found = self._engine.run_with_ort_values(names, fed)
+        return dict(zip(names, found, strict=True))
 
     def io_binding(self) -> AdapterBinding:
         """A binding of inputs and outputs to memory, for `run_with_iobinding`."""
-        return AdapterBinding(self._live(), self._failures)
+        return AdapterBinding(self._engine.session)
 
     def run_with_iobinding(self, binding: AdapterBinding, adapter: Choice = None) -> None:
         """Run on bound memory; the outputs are where the binding says.
@@ -228,28 +224,17 @@ class AdapterSession:
                 f"{type(binding).__name__} is no binding of this session",
                 hint="ONNX Runtime's own would compute the base; use session.io_binding()",
             )
+        if not binding.belongs_to(self._engine.session):
+            raise AdapterError(
+                "the binding is of another session", hint="use this session's io_binding()"
+            )
         chosen = self._chosen(adapter)
         binding.run(self._weights(binding.inputs, chosen), chosen)
-
-    def _live(self) -> Any:
-        if self._session is None:
-            raise RunError("the session is closed", hint="make a new AdapterSession")
-        return self._session
-
-    def _asked(self, outputs: Sequence[str] | None) -> list[str]:
-        if outputs is None:
-            return list(self._outputs)
-        names = [outputs] if isinstance(outputs, str) else list(outputs)
-        if unknown := [name for name in names if name not in self._outputs]:
-            raise RunError(
-                f"{self._label} has no output {unknown[0]!r}",
-                hint=f"it has {', '.join(self._outputs)}",
-            )
-        return names
 
     def _chosen(self, adapter: Choice) -> Loaded | None:
         if adapter is None:
             return None
+        self._engine.slots()  # a model without any has no adapters to be found
         if isinstance(adapter, str):
             return self._cache.use(adapter)
         if isinstance(adapter, Adapter):
@@ -265,16 +250,14 @@ class AdapterSession:
     def _run_one(
         self, names: list[str], feeds: Mapping[str, Any], chosen: Loaded | None
     ) -> Any:
-        session = self._live()
-        try:
-            if chosen is None:
-                return session.run(names, feeds)
-            self._refuse_overlap(feeds, chosen)
-            if chosen.options is not None:
-                return session.run(names, feeds, chosen.options)
-            return session.run(names, {**feeds, **chosen.values})
-        except self._failures as error:
-            raise self._refused(error) from error
+        feeds = _native(feeds)
+        if chosen is None:
+            return self._engine.run(names, feeds)
+        self._refuse_overlap(feeds, chosen)
+        if chosen.options is None:
+            return self._engine.run(names, {**feeds, **chosen.values})
+        fed = {**feeds, **chosen.rest} if chosen.rest else feeds
+        return self._engine.run(names, fed, chosen.options)
 
     def _run_rows(
         self, names: list[str], feeds: Mapping[str, Any], rows: list[Loaded | None]
@@ -307,33 +290,29 @@ class AdapterSession:
                 hint="feed weights, or give an adapter",
             )
 
-    def _refused(self, error: Exception) -> RunError:
-        if isinstance(error, RunError | AdapterError):
-            raise error
-        wanted = ", ".join(f"{name} {shape}" for name, shape in self._inputs.items())
-        return RunError(
-            f"{self._label} does not run: {shortened(error)}",
-            hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
-        )
-
-    def _check(self, adapter: Adapter, allow_partial: bool) -> None:
-        """Raise unless an adapter fits the slots of the model that can be fed."""
-        if self._swappable is None:
-            self._swappable = swappable(self._manifest, self._live(), self._label)
-        manifest, replaceable = self._swappable
+    def _check(self, adapter: Adapter, allow_partial: bool) -> dict[str, Any]:
+        """Raise unless an adapter fits; what keeps the slots off that it does not cover."""
+        manifest, replaceable = self._engine.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
-        refuse_misfits(found, adapter, self._label)
-
-    def _base_values(self) -> dict[str, Array]:
-        """The base's own values of weights that adapters replace, out of the model file."""
-        from onnx_adapt.model_file import Model, open_model, read_tensor
-
-        model = self._model if isinstance(self._model, Model) else open_model(self._model)
-        stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
-        weights = self._manifest.weights if self._manifest else ()
+        refuse_misfits(found, adapter, self._engine.label)
         return {
-            weight.name: read_tensor(
-                model, stored[weight.original if weight.copied else weight.name]
-            )
-            for weight in weights
+            slot.weight(part): as_ort_value(array)
+            for slot in manifest.slots
+            if slot.name not in adapter.weights
+            for part, array in neutral_weights(slot, slot.bottleneck).items()
         }
+
+
+def _native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The feeds in this machine's byte order: ONNX Runtime reads any array as if it were."""
+    if not isinstance(feeds, Mapping):
+        raise RunError(
+            f"the feeds are of type {type(feeds).__name__}", hint="give {input name: array}"
+        )
+    odd = [
+        name for name, v in feeds.items() if isinstance(v, np.ndarray) and not v.dtype.isnative
+    ]
+    if not odd:
+        return feeds
+    turned = {name: feeds[name].astype(feeds[name].dtype.newbyteorder("=")) for name in odd}
+    return {**feeds, **turned}
