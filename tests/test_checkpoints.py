@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from trained_cases import CASES, REFUSED, SUPPORTED, Case, run
 
@@ -153,3 +154,23 @@ def test_a_configuration_that_makes_no_sense_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError):
         oa.load_checkpoint(folder, oa.open_model(case.base))
+
+
+def test_a_second_call_is_adapted_although_its_weight_was_copied(tmp_path: Path) -> None:
+    """Simplifiers fold the Identity that shares a weight between the calls of a module."""
+    case = CASES["peft_repeated_lora_ts"]
+    base = onnx.load(case.base)
+    stored = {tensor.name: tensor for tensor in base.graph.initializer}
+    shared = [n for n in base.graph.node if n.op_type == "Identity" and n.input[0] in stored]
+    assert shared
+    for node in shared:
+        copy = base.graph.initializer.add()
+        copy.CopyFrom(stored[node.input[0]])
+        copy.name = node.output[0]
+        base.graph.node.remove(node)
+    onnx.save(base, tmp_path / "folded.onnx")
+    model = oa.open_model(tmp_path / "folded.onnx")
+    found = oa.load_checkpoint(case.adapter, model)
+    oa.save_model(oa.insert(model, checkpoint=found), tmp_path / "adapted.onnx")
+    outputs = run(tmp_path / "adapted.onnx", {**case.inputs(), **found.adapter.feeds()})
+    assert case.distance(outputs) < case.tolerance

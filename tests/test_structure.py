@@ -19,7 +19,7 @@ FLOORS = (
     ("external_data", "whole_files"),
     ("destination", "adapter_files"),
     ("model_file",),
-    ("graph", "runtime", "fingerprint"),
+    ("graph", "runtime", "fingerprint", "value_numbers"),
     ("slot", "layers"),
     ("modules", "layout"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
