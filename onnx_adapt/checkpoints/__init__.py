@@ -116,8 +116,9 @@ def _map(
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
     wanted = list(dict.fromkeys(edit.module for edit in edits))
-    names = map_modules(wanted, known)
     head = {key.rpartition(".")[0] for key in folder.head}
+    kind = str(folder.config.get("model_type", ""))
+    names = map_modules(wanted, known, optional=head, kind=kind)
     left_out = sorted(head - set(names))
     if left_out and any(module in names for module in wanted if module not in head):
         _log.warning(
