@@ -15,6 +15,7 @@ from onnx_adapt.graph import FLOATS, default_opset, elem_name
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, OpenWeight, Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
+from onnx_adapt.norms import own_norm
 from onnx_adapt.slot import bottleneck_axis, part_shape, slot_nodes
 
 
@@ -223,9 +224,8 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
                 present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
-        norm = next((node for node in nodes if node.name.endswith("/norm")), None)
         constants = [node for node in nodes if "/norm_constant_" in node.name]
-        wanted = slot_nodes(slot, default_opset(proto), norm)
+        wanted = slot_nodes(slot, default_opset(proto), own_norm(nodes))
         there = [node.op_type for node in nodes if node not in constants]
         if nodes and there != [node.op_type for node in wanted]:
             yield f"slot {slot.name!r} has other operators than were inserted: {there}"

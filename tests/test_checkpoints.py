@@ -14,6 +14,7 @@ from trained_cases import CASES, REFUSED, SUPPORTED, Case, run
 
 import onnx_adapt as oa
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.fitting import damages
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -70,7 +71,8 @@ def test_a_method_that_is_not_supported_is_refused_with_a_reason(name: str) -> N
     "name",
     ["ah_bert_seq_bn", "ah_bert_post_add", "ah_bert_ln_after_residual", "ah_gpt2_lora",
      "ah_bert_double_seq_bn_inv_ts", "peft_convnet_lora", "peft_bert_lora_embedding",
-     "peft_bert_dora", "peft_repeated_lora_ts"],
+     "peft_bert_dora", "peft_repeated_lora_ts", "ah_bert_opset14_seq_bn",
+     "ah_bert_opset14_flags"],
 )  # fmt: skip
 def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
     case = CASES[name]
@@ -79,6 +81,7 @@ def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
     report = oa.verify(base, adapted, inputs=case.inputs())
     assert report.passed, [c for c in report.checks if not c.passed]
     assert all(slot.error is not None for slot in report.slots)
+    assert damages(adapted) == []
 
 
 def test_every_row_of_the_promise_has_a_case() -> None:

@@ -20,11 +20,11 @@ from onnx_adapt.layers import (
     bias_add,
     find_weight,
     is_layer,
-    layer_weight,
     weight_width,
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.modules import module_output
+from onnx_adapt.norms import find_norms
 from onnx_adapt.sites import Survey
 
 _CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
@@ -296,16 +296,17 @@ def residual_add(view: GraphView, tensor: str) -> tuple[str, str]:
     return found[0]
 
 
-def norm_behind(view: GraphView, tensor: str) -> str:
+def norm_behind(survey: Survey, view: GraphView, tensor: str) -> str:
     """The output of the LayerNorm that reads a residual sum.
 
     Raises:
-        CheckpointError: If there is none, or it is decomposed.
+        CheckpointError: If there is none, or several.
     """
-    nodes = [n for n in view.readers(tensor) if n.op_type == "LayerNormalization"]
-    if len(nodes) != 1 or layer_weight(view, nodes[0]) is None:
+    norms = find_norms(survey.index.model, view)
+    found = [norm.output for norm in norms if norm.centred and norm.read == tensor]
+    if len(found) != 1:
         raise CheckpointError(
-            f"no LayerNormalization reads the residual sum {tensor!r}",
-            hint="export with opset 17 or newer, so that LayerNorm is one node",
+            f"the residual sum {tensor!r} is read by {len(found)} LayerNorms, not by one",
+            hint="was the model optimised? insert the adapter into it as exported",
         )
-    return str(nodes[0].output[0])
+    return found[0]

@@ -65,7 +65,7 @@ def _place_bottleneck(shop: Workshop, edit: Bottleneck, core: Core) -> None:
     if edit.place != "output" or edit.reads != "target":
         total, residual = residual_add(view, output)
         if edit.place == "norm":
-            target = norm_behind(view, total)
+            target = norm_behind(shop.survey, view, total)
         elif edit.place == "residual":
             target = total
         if edit.reads == "residual_input":
@@ -73,7 +73,7 @@ def _place_bottleneck(shop: Workshop, edit: Bottleneck, core: Core) -> None:
         elif edit.reads in ("sum", "normed_sum"):
             plus = residual
         if edit.reads in ("norm", "normed_sum"):
-            norm = norm_behind(view, total)
+            norm = norm_behind(shop.survey, view, total)
     shop.add(
         shop.survey.site(view, shop.survey.settled(view.scope.path, target)),
         module if edit.place == "output" else f"{module}.{edit.place}",
