@@ -11,12 +11,14 @@ from pathlib import Path
 from onnx_adapt.activations import Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
-from onnx_adapt.checkpoints.cores import cores_by_value, named_parameters, refuse_fused
+from onnx_adapt.checkpoints.by_name import ByName
+from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.cores import refuse_fused
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
 from onnx_adapt.checkpoints.peft import peft_edits
-from onnx_adapt.checkpoints.placing import default_cores, place
+from onnx_adapt.checkpoints.placing import place
 from onnx_adapt.checkpoints.read import Folder, name_damage, read_folder, read_state_dict
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
@@ -77,19 +79,15 @@ def load_checkpoint(
         edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
     survey = survey_model(model)
     refuse_fused(survey)
-    if base_weights is None:
-        cores, known = (
-            default_cores(survey),
-            [*survey.modules.paths, *named_parameters(survey)],
-        )
-    else:
-        found = cores_by_value(model, survey, read_state_dict(Path(base_weights)))
-        cores, known = (lambda module: found.get(module, [])), list(found)
-    edits, names = _map(folder, edits, known)
+    places: ByName | ByValue = ByName(survey)
+    if base_weights is not None:
+        file = Path(base_weights)
+        places = find_by_value(model, survey, read_state_dict(file), file.name)
+    edits, names = _map(folder, edits, places)
     manifest = read_manifest(model.proto)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
-    shop = Workshop(model, survey, cores, names, taken)
+    shop = Workshop(model, survey, places, names, taken)
     replaced: dict[str, Array] = {}
     openings: list[Opening] = []
     for edit in edits:
@@ -112,14 +110,17 @@ def load_checkpoint(
 
 
 def _map(
-    folder: Folder, edits: list[Edit], known: list[str]
+    folder: Folder, edits: list[Edit], places: ByName | ByValue
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
     wanted = list(dict.fromkeys(edit.module for edit in edits))
+    known = places.known()
     head = {key.rpartition(".")[0] for key in folder.head}
     kind = str(folder.config.get("model_type", ""))
     names = map_modules(wanted, known, optional=head, kind=kind)
     left_out = sorted(head - set(names))
+    if isinstance(places, ByValue):
+        left_out = sorted(head) if places.lacks_head(folder.head, names) else []
     if left_out and any(module in names for module in wanted if module not in head):
         _log.warning(
             "left out the head saved beside the adapter: the graph has no %s",
@@ -127,7 +128,8 @@ def _map(
         )
         edits = [edit for edit in edits if edit.module not in left_out]
         wanted = [module for module in wanted if module not in left_out]
-    refuse_unmapped(wanted, names, known)
+    label = places.label if isinstance(places, ByValue) else ""
+    refuse_unmapped(wanted, names, known, label)
     if not edits:
         raise CheckpointError(f"{folder.path} asks for nothing")
     return edits, names

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 
-from onnx_adapt.activations import DTYPES, Array
+from onnx_adapt.activations import Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import FLOATS, GraphView, attribute
+from onnx_adapt.graph import GraphView, attribute
 from onnx_adapt.layers import (
     KINDS,
     bias_add,
     find_weight,
-    is_layer,
     weight_width,
 )
 from onnx_adapt.model_file import Model, read_tensor
@@ -27,7 +21,9 @@ from onnx_adapt.modules import module_output
 from onnx_adapt.norms import find_norms
 from onnx_adapt.sites import Survey
 
-_CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
+CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
+"""Operators that can be the call of a module."""
+
 _FUSED = {
     *("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu"),
     *("EmbedLayerNormalization", "SkipSimplifiedLayerNormalization", "QAttention"),
@@ -72,6 +68,33 @@ class Core:
         return self.node.op_type in ("MatMul", "FusedMatMul")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One place where a parameter enters the graph.
+
+    Attributes:
+        view: The graph.
+        node: The node that reads it.
+        position: Which input.
+        transposed: Whether the graph has the transpose of PyTorch's layout.
+    """
+
+    view: GraphView
+    node: onnx.NodeProto
+    position: int
+    transposed: bool
+
+    @property
+    def index(self) -> int:
+        """The node's place in its graph."""
+        return next(i for i, node in enumerate(self.view.nodes) if node is self.node)
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that is read."""
+        return str(self.node.input[self.position])
+
+
 def refuse_fused(survey: Survey) -> None:
     """Refuse graphs in which ONNX Runtime's transformer fusions swallowed modules.
 
@@ -88,128 +111,11 @@ def refuse_fused(survey: Survey) -> None:
                 )
 
 
-def find_cores(survey: Survey, module: str) -> list[Core]:
-    """The calls of a module, in graph order; several if it runs several times."""
-    found: list[Core] = []
-    for path, view in survey.index.views.items():
-        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if scope == module and node.op_type in _CORES and is_layer(view, node):
-                found.append(_core(survey, view, node))
-    return found or _cores_by_name(survey, module)
-
-
-def _cores_by_name(survey: Survey, module: str) -> list[Core]:
-    """The layers whose stored weight or bias still has the module's name."""
-    found = []
-    for view in survey.index.views.values():
-        for node in view.nodes:
-            if node.op_type not in _CORES or not is_layer(view, node):
-                continue
-            core = _core(survey, view, node)
-            kind = KINDS[node.op_type]
-            inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
-            added = [n for r in view.readers(core.raw) if r.op_type == "Add" for n in r.input]
-            if _weight_name(core) == f"{module}.weight" or f"{module}.bias" in inside + added:
-                found.append(core)
-    return found
-
-
-def named_parameters(survey: Survey) -> list[str]:
-    """Modules that stored tensors are named after: `X` for `X.weight` and `X.bias`."""
-    names = (name for view in survey.index.views.values() for name in view.constants)
-    return [
-        module
-        for module, _, parameter in (name.rpartition(".") for name in names)
-        if parameter in ("weight", "bias") and module
-    ]
-
-
-def _weight_name(core: Core) -> str:
-    weight = find_weight(core.view, core.weight)
-    return weight.tensor.name if weight else ""
-
-
-def _core(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
+def core_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
+    """The call that a node is, with the Add of its bias."""
     tensor = survey.settled(view.scope.path, node.output[0])
     bias = bias_add(view, node, tensor, weight_width(view, node))
     return Core(view, node, survey.settled(view.scope.path, bias or tensor))
-
-
-def cores_by_value(
-    model: Model, survey: Survey, weights: Mapping[str, Array]
-) -> dict[str, list[Core]]:
-    """Find modules by the values of their weights, for a graph that lost its names.
-
-    Args:
-        model: The model.
-        survey: Its survey.
-        weights: The base's state dict.
-
-    Returns:
-        The calls of each module whose weight is found, as it is or transposed.
-    """
-    by_value: dict[bytes, list[Core]] = {}
-    kinds: set[np.dtype[Any]] = set()
-    for view in survey.index.views.values():
-        for node in view.nodes:
-            if node.op_type in _CORES and is_layer(view, node):
-                core = _core(survey, view, node)
-                weight = find_weight(core.view, core.weight)
-                if weight is not None and weight.elem_type in FLOATS:
-                    kinds.add(DTYPES[FLOATS[weight.elem_type]])
-                by_value.setdefault(_digest(read_matrix(model, core)), []).append(core)
-    matrices = {
-        key.rpartition(".")[0]: array
-        for key, array in weights.items()
-        if key.endswith(".weight") and array.ndim >= 2
-    }
-    found = {module: _same(by_value, kinds, array) for module, array in matrices.items()}
-    twins = {
-        module: [other for other in found if found[other] is cores]
-        for module, cores in found.items()
-        if cores
-    }
-    own = {module: _of_module(found[module], twins[module], module) for module in twins}
-    owners = Counter(id(core.node) for cores in own.values() for core in cores)
-    return {
-        module: cores
-        for module, cores in own.items()
-        if cores and all(owners[id(core.node)] == 1 for core in cores)
-    }
-
-
-def _same(
-    by_value: Mapping[bytes, list[Core]], kinds: Iterable[np.dtype[Any]], array: Array
-) -> list[Core]:
-    """The cores with a weight's values in any precision; transposed only if none has it."""
-    for turned in (array, array.T):
-        for kind in kinds:
-            if cores := by_value.get(_digest(turned.astype(kind))):
-                return cores
-    return []
-
-
-def _of_module(cores: list[Core], twins: list[str], module: str) -> list[Core]:
-    """Of the cores with a module's weight those of its kind; none if nobody can tell.
-
-    A tied table is read by an embedding's Gather and by a head.
-    """
-    embeds = [core for core in cores if core.node.op_type == "Gather"]
-    heads = [core for core in cores if core.node.op_type != "Gather"]
-    if not embeds or not heads:
-        return cores
-    if _EMBEDDING.search(module):
-        return embeds
-    return heads if any(_EMBEDDING.search(twin) for twin in twins) else []
-
-
-_EMBEDDING = re.compile(r"(embed\w*|wte|wpe|shared)$")
-
-
-def _digest(value: Array) -> bytes:
-    """The identity of a weight's values, in float32, and shape."""
-    plain = np.ascontiguousarray(value, np.float32)
-    return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:

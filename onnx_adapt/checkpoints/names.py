@@ -190,9 +190,15 @@ def _differ(removed: str, added: str, kind: str) -> bool:
 
 
 def refuse_unmapped(
-    wanted: Sequence[str], found: dict[str, str], known: Iterable[str]
+    wanted: Sequence[str], found: Mapping[str, str], known: Iterable[str], file: str = ""
 ) -> None:
     """Refuse a checkpoint of which modules are left over.
+
+    Args:
+        wanted: The checkpoint's modules.
+        found: Those that were found, with their names.
+        known: The graph's modules, or those of a file with its weights.
+        file: The name of that file.
 
     Raises:
         CheckpointError: With both naming schemes if nothing matched, or with what is left.
@@ -203,6 +209,12 @@ def refuse_unmapped(
     unique = list(dict.fromkeys(known))
     paths = [path for path in unique if path.count(".") > 1] or unique
     theirs, ours = ", ".join(left[:_SHOWN]), ", ".join(paths[-_SHOWN:]) or "none"
+    if file:
+        raise CheckpointError(
+            f"{len(left)} of {len(wanted)} modules of the checkpoint are not in {file}, so "
+            f"they cannot be found in the graph: {theirs}; the file has {ours}, ...",
+            hint="give the weights of the whole base that was exported, with its head",
+        )
     if len(left) == len(wanted):
         raise CheckpointError(
             f"no module of the checkpoint is in the graph; the checkpoint has {theirs}, ...; "

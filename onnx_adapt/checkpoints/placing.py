@@ -7,16 +7,13 @@ import numpy as np
 from onnx_adapt.checkpoints.cores import (
     Core,
     block_output,
-    find_cores,
     norm_behind,
     residual_add,
 )
 from onnx_adapt.checkpoints.edits import Bottleneck, Coupling, Edit, LowRank, Scaling
 from onnx_adapt.checkpoints.low_rank import place_low_rank
-from onnx_adapt.checkpoints.workshop import Cores, Workshop
+from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.modules import module_output
-from onnx_adapt.sites import Survey
 
 
 def place(shop: Workshop, edit: Edit) -> None:
@@ -89,14 +86,9 @@ def _place_bottleneck(shop: Workshop, edit: Bottleneck, core: Core) -> None:
 
 def _place_coupling(shop: Workshop, edit: Coupling) -> None:
     module = shop.names[edit.module]
-    places = module_output(shop.survey.modules, module)
+    places = shop.places.output(module)
     if len(places) != 1:
         raise CheckpointError(f"the output of {module!r} was not found in the graph")
     view, tensor = places[0]
     site = shop.survey.site(view, shop.survey.settled(view.scope.path, tensor))
     shop.add(site, f"{module}.coupling", edit.parts, activation=edit.activation)
-
-
-def default_cores(survey: Survey) -> Cores:
-    """Find the calls of a module by the traces of its exporter."""
-    return lambda module: find_cores(survey, module)
