@@ -61,6 +61,19 @@ class Core:
         return str(self.node.output[0])
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The width of its input and output; an embedding reads its vocabulary."""
+        weight = find_weight(self.view, self.weight)
+        dims = weight.dims if weight else ()
+        if self.node.op_type == "MatMulNBits":
+            dims = (attribute(self.node, "K", 0), attribute(self.node, "N", 0))
+        elif self.node.op_type == "Conv" and dims:
+            dims = (dims[1] * attribute(self.node, "group", 1), dims[0])
+        elif self.node.op_type != "Gather" and not self.stored_in_out:
+            dims = dims[::-1]
+        return (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
+
+    @property
     def stored_in_out(self) -> bool:
         """Whether the weight is `(in, out)` at the node, the transpose of PyTorch's."""
         if self.node.op_type == "Gemm":

@@ -38,6 +38,13 @@ def place(shop: Workshop, edit: Edit) -> None:
 def _place_scaling(shop: Workshop, edit: Scaling, core: Core) -> None:
     name = shop.names[edit.module]
     parts = {"scale": edit.vector.astype(np.float64)}
+    size = core.sizes[not edit.on_input]
+    if edit.vector.size != size:
+        raise CheckpointError(
+            f"module {edit.module!r}: {edit.vector.size} factors do not fit the {size} "
+            f"{'inputs' if edit.on_input else 'outputs'} of the layer",
+            hint="is it an adapter for another size of this model?",
+        )
     if not edit.on_input:
         shop.add(shop.survey.site(core.view, core.output), name, parts)
         return

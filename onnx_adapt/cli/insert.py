@@ -93,6 +93,7 @@ def command(
     output as OUTPUT.NAME.safetensors (with --baked inside it).
     """
     import onnx_adapt as oa
+    from onnx_adapt.adapter_files import encode_adapter
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -128,15 +129,21 @@ def command(
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
-        saved = oa.save_model(
-            adapted, path, overwrite=force, keep_external=keep_external, progress=progress
-        )
         weights = None
         if checkpoint is not None and swappable:
-            weights = saved.path.with_suffix(
-                f".{file_label(checkpoint.adapter)}.{file_format}"
-            )
-            oa.save_adapter(checkpoint.adapter, weights)
+            place = Path(path).absolute()
+            label = file_label(checkpoint.adapter)
+            weights = place.parent / f"{place.stem}.{label}.{file_format}"
+        saved = oa.save_model(
+            adapted,
+            path,
+            overwrite=force,
+            keep_external=keep_external,
+            beside=[(weights, [encode_adapter(checkpoint.adapter, weights)])]
+            if checkpoint and weights
+            else [],
+            progress=progress,
+        )
     if as_json:
         print_json(
             {
