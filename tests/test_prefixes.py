@@ -59,6 +59,14 @@ def test_a_wrapper_around_the_whole_model_is_no_other_architecture(
             _adapted(_wrapped(ours), _trained(theirs), tmp_path)
 
 
+def test_a_dictionary_of_modules_has_no_name_in_scopes_but_in_weights(tmp_path: Path) -> None:
+    """TorchScript: node `/inner/fc2/Add`, weight `model.inner.fc2.bias`."""
+    base = _wrapped("inner.")
+    base.graph.initializer[2].name = base.graph.node[3].input[1] = "model.inner.fc2.bias"
+    found = _adapted(base, _trained(""), tmp_path)
+    np.testing.assert_allclose(found, lora_on(X, lora()), 1e-4, 1e-4)
+
+
 def _two_branches() -> onnx.ModelProto:
     """`a.fc2(relu(a.fc1(x))) + b.fc2(relu(b.fc1(x)))`."""
     nodes, stored = [], []

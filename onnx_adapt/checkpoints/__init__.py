@@ -118,6 +118,9 @@ def _map(
     head = {key.rpartition(".")[0] for key in folder.head}
     kind = str(folder.config.get("model_type", ""))
     names = map_modules(wanted, known, optional=head, kind=kind)
+    if not set(wanted) <= names.keys() and (stored := places.stored()):
+        known = [*known, *stored]
+        names = map_modules(wanted, known, optional=head, kind=kind)
     left_out = sorted(head - set(names))
     if isinstance(places, ByValue):
         left_out = sorted(head) if places.lacks_head(folder.head, names) else []

@@ -27,8 +27,12 @@ class ByName:
     survey: Survey
 
     def known(self) -> list[str]:
-        """The modules that can be found."""
-        return [*self.survey.modules.paths, *_named_parameters(self.survey)]
+        """The modules that ran."""
+        return list(self.survey.modules.paths)
+
+    def stored(self) -> list[str]:
+        """The modules whose weights have kept their names."""
+        return _named_parameters(self.survey)
 
     def cores(self, module: str) -> list[Core]:
         """The calls of a module, in graph order; several if it runs several times."""
@@ -38,6 +42,7 @@ class ByName:
             for scope, node in zip(scopes, view.nodes, strict=True):
                 if scope == module and node.op_type in CORES and is_layer(view, node):
                     found.append(core_at(self.survey, view, node))
+                    _refuse_folded(found[-1], module)
         return found or _cores_by_name(self.survey, module)
 
     def norm_uses(self, module: str, parameter: str) -> list[Use]:
@@ -61,11 +66,27 @@ class ByName:
         )
 
 
+def _refuse_folded(core: Core, module: str) -> None:
+    """TorchScript keeps the names of convolutions, but of those with a BatchNorm folded in."""
+    if core.node.op_type == "Conv" and _weight_name(core).startswith("onnx::"):
+        raise CheckpointError(
+            f"node {core.node.name!r} of module {module!r} has another weight than the "
+            "module: the exporter folded the BatchNorm behind it in",
+            hint="export with training=TrainingMode.PRESERVE or optimize=False, so that the "
+            "BatchNorm stays",
+        )
+
+
 def _cores_by_name(survey: Survey, module: str) -> list[Core]:
-    """The layers whose stored weight or bias still has the module's name."""
-    found = []
-    for view in survey.index.views.values():
-        for node in view.nodes:
+    """The layers whose stored weight or bias still has the module's name.
+
+    Raises:
+        CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
+            the weight, or the weight is used without a call of its module.
+    """
+    found: list[tuple[Core, str | None]] = []
+    for path, view in survey.index.views.items():
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
             if node.op_type not in CORES or not is_layer(view, node):
                 continue
             core = core_at(survey, view, node)
@@ -73,8 +94,18 @@ def _cores_by_name(survey: Survey, module: str) -> list[Core]:
             inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
             added = [n for r in view.readers(core.raw) if r.op_type == "Add" for n in r.input]
             if _weight_name(core) == f"{module}.weight" or f"{module}.bias" in inside + added:
-                found.append(core)
-    return found
+                found.append((core, scope))
+    # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
+    own = [c for c, scope in found if scope is None or f".{module}".endswith(f".{scope}")]
+    if found and not own:
+        core, scope = found[0]
+        raise CheckpointError(
+            f"the weight of module {module!r} is in node {core.node.name!r}, which is of "
+            f"{f'module {scope!r}' if scope else 'the model itself'}",
+            hint="it was folded with a BatchNorm (export with optimize=False), or PyTorch "
+            "uses it without calling the module, so that an adapter there has no effect",
+        )
+    return own
 
 
 def _named_parameters(survey: Survey) -> list[str]:
@@ -102,6 +133,8 @@ def _norm_uses(view: GraphView, nodes: list[onnx.NodeProto], parameter: str) -> 
     for node in reversed([node for node in nodes if node.op_type == op]):
         for i, name in enumerate(node.input):
             weight = find_weight(view, name)
-            if weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1:
+            vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
+            # What is stored under another name was made of it, such as Gemma's 1 + weight.
+            if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
                 return [Use(view, node, i, False)]
     return []

@@ -48,6 +48,10 @@ class ByValue:
         parents = [m.removesuffix(".LayerNorm") for m in modules if m.endswith(".LayerNorm")]
         return list(dict.fromkeys([*modules, *parents]))
 
+    def stored(self) -> list[str]:
+        """Other modules: there are none."""
+        return []
+
     def cores(self, module: str) -> list[Core]:
         """The calls of a module, in graph order."""
         return self.found.get(module, [])

@@ -175,7 +175,14 @@ def read_bias(model: Model, core: Core) -> Array | None:
     position = KINDS[core.node.op_type].bias
     if position < 0 or position >= len(core.node.input) or not core.node.input[position]:
         return None
-    return read_weight(model, core.view, core.node.input[position])
+    bias = core.node.input[position]
+    if find_weight(core.view, bias) is None:
+        raise CheckpointError(
+            f"the bias {bias!r} of node {core.node.name!r} is computed, not stored",
+            hint="fold the constants of the graph first (a simplifier does), or export with "
+            "optimize=True",
+        )
+    return read_weight(model, core.view, bias)
 
 
 _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}

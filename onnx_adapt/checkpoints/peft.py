@@ -166,11 +166,14 @@ def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Ite
             f"module {module!r}: ia3_l has shape {list(vector.shape)}, which is neither "
             "(1, in) nor (out, 1)"
         )
-    if vector.size == 1:
-        feedforward = config.get("feedforward_modules") or []
-        names = [feedforward] if isinstance(feedforward, str) else feedforward
-        on_input = any(module == n or module.endswith(f".{n}") for n in names)
-    else:
-        # (1, in) scales the input, (out, 1) the output; convolutions add trailing ones.
-        on_input = vector.shape[0] == 1
+    on_input = vector.shape[0] == 1  # (1, in) scales the input, (out, 1) the output
+    if vector.size == 1 or vector.ndim > 2:  # of convolutions both are (1, n, 1, ...)
+        on_input = _is_feedforward(module, config.get("feedforward_modules") or [])
     yield Scaling(module, vector.reshape(-1), on_input)
+
+
+def _is_feedforward(module: str, named: Any) -> bool:
+    """Whether PEFT scales a module's input; it compares the ends of names, or a pattern."""
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    return any(module.endswith(name) for name in named)

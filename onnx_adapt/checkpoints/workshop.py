@@ -25,6 +25,9 @@ class Places(Protocol):
     def known(self) -> list[str]:
         """The modules there are."""
 
+    def stored(self) -> list[str]:
+        """The modules of which no more than a weight's name is known."""
+
     def cores(self, module: str) -> list[Core]:
         """The calls of a module."""
 

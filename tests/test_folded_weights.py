@@ -1,0 +1,82 @@
+"""Layers whose weight in the graph is not the module's, or that no module's call computes."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from adapter_models import lora, peft_folder, saved_model, two_layers
+from onnx import numpy_helper
+from slot_models import cli
+from trained_cases import CASES
+
+Capture = pytest.CaptureFixture[str]
+
+
+def _refused(capsys: Capture, base: Path, folder: Path) -> str:
+    out = folder.parent / "out"
+    out.mkdir()
+    command = ("insert", str(base), "--adapter", str(folder), "-o", str(out / "a.onnx"))
+    code, printed, err = cli(capsys, *command)
+    assert (code, printed) == (2, "")
+    assert not list(out.iterdir())
+    return err
+
+
+@pytest.mark.parametrize("name", ["peft_repeated_lora", "peft_repeated_lora_ts"])
+@pytest.mark.parametrize("conv", ["features.0", "features.3"])
+def test_lora_on_a_conv_with_a_batchnorm_folded_in_is_refused(
+    name: str, conv: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """The graph's convolution is the BatchNorm of the module's."""
+    key = f"base_model.model.{conv}.lora"
+    shape = (2, 3, 3, 3) if conv == "features.0" else (2, 8, 1, 1)
+    tensors = {
+        f"{key}_A.weight": np.ones(shape, np.float32),
+        f"{key}_B.weight": np.ones((8, 2, 1, 1), np.float32),
+    }
+    err = _refused(capsys, CASES[name].base, peft_folder(tmp_path / "trained", tensors))
+    assert conv in err
+    assert "BatchNorm" in err
+    assert "optimize=False" in err
+
+
+@pytest.mark.parametrize("scope", ["/attention", ""])
+def test_lora_on_a_linear_that_is_never_called_is_refused(
+    scope: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """As in torch.nn.MultiheadAttention, which reads the weights of its `out_proj`."""
+    proto = two_layers()
+    for node in proto.graph.node[2:]:
+        node.name = node.name.replace("/fc2", scope)
+    module = f"{scope[1:]}.fc2" if scope else "fc2"
+    proto.graph.initializer[2].name = proto.graph.node[3].input[1] = f"{module}.bias"
+    folder = peft_folder(tmp_path / "trained", lora(modules=[module]))
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx", proto), folder)
+    assert module in err
+    assert "without calling the module" in err
+
+
+def test_a_normalisation_whose_weight_was_computed_on_export_is_refused(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """As Gemma multiplies by one plus the weight: the graph stores the sum."""
+    case = CASES["peft_llama_lora_embedding_norm"]
+    proto = _renamed(case.base, "model.norm.weight", "add_729")
+    key = "base_model.model.model.norm.weight"
+    folder = peft_folder(tmp_path / "trained", {key: np.full(32, 2, np.float32)})
+    base = saved_model(tmp_path / "model.onnx", proto)
+    assert "model.norm.weight" in _refused(capsys, base, folder)
+
+
+def _renamed(path: Path, old: str, new: str) -> onnx.ModelProto:
+    proto = onnx.load(path)
+    for stored in proto.graph.initializer:
+        if stored.name == old:
+            value = numpy_helper.to_array(stored) + np.float32(1)
+            stored.CopyFrom(numpy_helper.from_array(value, new))
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+    return proto
