@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from adapter_models import lora, peft_folder, saved_model, two_layers
+from adapter_models import B2, lora, lora_on, peft_folder, saved_model, two_layers
 from onnx import numpy_helper
 from slot_models import cli
-from trained_cases import CASES
+from trained_cases import CASES, run
+
+import onnx_adapt as oa
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,6 +69,36 @@ def test_a_normalisation_whose_weight_was_computed_on_export_is_refused(
     folder = peft_folder(tmp_path / "trained", {key: np.full(32, 2, np.float32)})
     base = saved_model(tmp_path / "model.onnx", proto)
     assert "model.norm.weight" in _refused(capsys, base, folder)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_bias_with_two_names_is_replaced_once(
+    equal: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    """As in BERT's language-model head: `predictions.bias` and `predictions.decoder.bias`."""
+    proto = two_layers()
+    for node in proto.graph.node[2:]:
+        node.name = node.name.replace("/fc2", "/cls/decoder")
+    proto.graph.initializer[2].name = proto.graph.node[3].input[1] = "cls.bias"
+    new = np.array([1, 2, 3, 4], np.float32)
+    tensors = {
+        **lora(modules=["fc1"]),
+        "base_model.model.cls.bias": new,
+        "base_model.model.cls.decoder.bias": new if equal else new + 1,
+    }
+    folder = peft_folder(tmp_path / "trained", tensors)
+    base = saved_model(tmp_path / "model.onnx", proto)
+    if not equal:
+        assert "two values" in _refused(capsys, base, folder)
+        return
+    model = oa.open_model(base)
+    checkpoint = oa.load_checkpoint(folder, model)
+    oa.save_model(oa.insert(model, checkpoint=checkpoint), tmp_path / "a.onnx")
+    x = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
+    found = run(tmp_path / "a.onnx", {"x": x, **checkpoint.adapter.feeds()})["y"]
+    np.testing.assert_allclose(found, lora_on(x, tensors) - B2 + new, 1e-4, 1e-4)
+    oa.save_model(oa.remove(oa.open_model(tmp_path / "a.onnx")), tmp_path / "r.onnx")
+    assert (tmp_path / "r.onnx").read_bytes() == base.read_bytes()
 
 
 def _renamed(path: Path, old: str, new: str) -> onnx.ModelProto:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from onnx_adapt.activations import Array
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
@@ -93,9 +95,7 @@ def load_checkpoint(
     for edit in edits:
         with name_damage(folder, edit.module):
             if isinstance(edit, Replacement):
-                opening, value = open_weight(shop, edit)
-                openings.append(opening)
-                replaced[opening.weight.name] = value
+                _open(shop, edit, openings, replaced)
             else:
                 place(shop, edit)
     identity = manifest.fingerprint if manifest else fingerprint(model)
@@ -107,6 +107,22 @@ def load_checkpoint(
         identity,
     )
     return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
+
+
+def _open(
+    shop: Workshop, edit: Replacement, openings: list[Opening], replaced: dict[str, Array]
+) -> None:
+    """Make a weight replaceable, once: a head's bias can have two names."""
+    opening, value = open_weight(shop, edit)
+    twin = next((other for other in openings if {*other.uses} & {*opening.uses}), None)
+    if twin is None:
+        openings.append(opening)
+        replaced[opening.weight.name] = value
+    elif not np.array_equal(value, replaced[twin.weight.name]):
+        raise CheckpointError(
+            f"{opening.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
+            "and the checkpoint has two values for it"
+        )
 
 
 def _map(

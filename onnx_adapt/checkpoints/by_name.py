@@ -34,7 +34,7 @@ class ByName:
         """The modules whose weights have kept their names."""
         return _named_parameters(self.survey)
 
-    def cores(self, module: str) -> list[Core]:
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
         """The calls of a module, in graph order; several if it runs several times."""
         found: list[Core] = []
         for path, view in self.survey.index.views.items():
@@ -43,7 +43,7 @@ class ByName:
                 if scope == module and node.op_type in CORES and is_layer(view, node):
                     found.append(core_at(self.survey, view, node))
                     _refuse_folded(found[-1], module)
-        return found or _cores_by_name(self.survey, module)
+        return found or _cores_by_name(self.survey, module, called)
 
     def norm_uses(self, module: str, parameter: str) -> list[Use]:
         """Where a parameter of a normalisation enters the graph."""
@@ -77,7 +77,7 @@ def _refuse_folded(core: Core, module: str) -> None:
         )
 
 
-def _cores_by_name(survey: Survey, module: str) -> list[Core]:
+def _cores_by_name(survey: Survey, module: str, called: bool) -> list[Core]:
     """The layers whose stored weight or bias still has the module's name.
 
     Raises:
@@ -96,7 +96,13 @@ def _cores_by_name(survey: Survey, module: str) -> list[Core]:
             if _weight_name(core) == f"{module}.weight" or f"{module}.bias" in inside + added:
                 found.append((core, scope))
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
-    own = [c for c, scope in found if scope is None or f".{module}".endswith(f".{scope}")]
+    own = [
+        core
+        for core, scope in found
+        if scope is None
+        or f".{module}".endswith(f".{scope}")
+        or (not called and _holds(module, scope))
+    ]
     if found and not own:
         core, scope = found[0]
         raise CheckpointError(
@@ -106,6 +112,11 @@ def _cores_by_name(survey: Survey, module: str) -> list[Core]:
             "uses it without calling the module, so that an adapter there has no effect",
         )
     return own
+
+
+def _holds(one: str, other: str) -> bool:
+    """Whether one of two modules is in the other, so that it may use the other's weights."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _named_parameters(survey: Survey) -> list[str]:

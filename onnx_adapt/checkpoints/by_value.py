@@ -52,7 +52,7 @@ class ByValue:
         """Other modules: there are none."""
         return []
 
-    def cores(self, module: str) -> list[Core]:
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
         """The calls of a module, in graph order."""
         return self.found.get(module, [])
 

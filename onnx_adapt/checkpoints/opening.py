@@ -91,7 +91,7 @@ def _is_alone(shop: Workshop, uses: list[Use]) -> bool:
 
 def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
     found: list[Use] = []
-    for core in shop.places.cores(module):
+    for core in shop.places.cores(module, called=False):
         kind = KINDS[core.node.op_type]
         if parameter == "weight":
             found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))

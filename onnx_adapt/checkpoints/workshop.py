@@ -28,8 +28,8 @@ class Places(Protocol):
     def stored(self) -> list[str]:
         """The modules of which no more than a weight's name is known."""
 
-    def cores(self, module: str) -> list[Core]:
-        """The calls of a module."""
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+        """The calls of a module, or at least the layers with its weights."""
 
     def norm_uses(self, module: str, parameter: str) -> list[Use]:
         """Where a parameter of a normalisation enters the graph."""
