@@ -1,10 +1,12 @@
 """Layers whose weight in the graph is not the module's, or that no module's call computes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from adapter_models import B2, lora, lora_on, peft_folder, saved_model, two_layers
 from onnx import numpy_helper
 from slot_models import cli
@@ -69,6 +71,54 @@ def test_a_normalisation_whose_weight_was_computed_on_export_is_refused(
     folder = peft_folder(tmp_path / "trained", {key: np.full(32, 2, np.float32)})
     base = saved_model(tmp_path / "model.onnx", proto)
     assert "model.norm.weight" in _refused(capsys, base, folder)
+
+
+def _without_scopes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """As simplifiers leave a dynamo export: weights keep their names, nodes lose theirs."""
+    for node in proto.graph.node:
+        node.name = ""
+        del node.metadata_props[:]
+    return proto
+
+
+def test_without_scopes_lora_on_an_attention_s_out_proj_is_refused(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    proto = _without_scopes(two_layers())
+    proto.graph.initializer[2].name = proto.graph.node[3].input[1] = "attn.out_proj.bias"
+    used = numpy_helper.from_array(np.zeros(4, np.float32), "attn.in_proj_bias")
+    proto.graph.initializer.append(used)
+    folder = peft_folder(tmp_path / "trained", lora(modules=["attn.out_proj"]))
+    base = saved_model(tmp_path / "model.onnx", proto)
+    assert "MultiheadAttention" in _refused(capsys, base, folder)
+
+
+def test_without_scopes_a_conv_is_adapted_only_if_its_weight_is_known(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """The exporter folds a BatchNorm into a weight that keeps its name."""
+    case = CASES["peft_convnet_lora"]
+    proto = _without_scopes(onnx.load(case.base))
+    base = saved_model(tmp_path / "model.onnx", proto)
+    shutil.copytree(case.adapter, tmp_path / "trained", copy_function=shutil.copyfile)
+    assert "--base-weights" in _refused(capsys, base, tmp_path / "trained")
+    weights = {
+        stored.name: numpy_helper.to_array(stored)
+        for stored in proto.graph.initializer
+        if stored.name.endswith((".weight", ".bias"))
+    }
+    safetensors.numpy.save_file(weights, tmp_path / "base.safetensors")
+    command = ("insert", str(base), "--adapter", str(tmp_path / "trained"))
+    out = (
+        "-o",
+        str(tmp_path / "a.onnx"),
+        "--base-weights",
+        str(tmp_path / "base.safetensors"),
+    )
+    assert cli(capsys, *command, *out)[0] == 0
+    adapter = oa.load_adapter(tmp_path / "a.trained.safetensors")
+    found = run(tmp_path / "a.onnx", {**case.inputs(), **adapter.feeds()})
+    assert case.distance(found) < case.tolerance
 
 
 @pytest.mark.parametrize("equal", [True, False])

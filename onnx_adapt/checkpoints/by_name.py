@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.checkpoints.cores import CORES, Core, Use, core_at
+from onnx_adapt.checkpoints.cores import CORES, Core, Use, core_at, refuse_uncalled
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import GraphView
 from onnx_adapt.layers import KINDS, find_weight, is_layer
@@ -111,7 +111,22 @@ def _cores_by_name(survey: Survey, module: str, called: bool) -> list[Core]:
             hint="it was folded with a BatchNorm (export with optimize=False), or PyTorch "
             "uses it without calling the module, so that an adapter there has no effect",
         )
+    if called and own:
+        refuse_uncalled(module, (n for v in survey.index.views.values() for n in v.constants))
+        for core in [core for core, scope in found if scope is None]:
+            _refuse_unsure(core, module)
     return own
+
+
+def _refuse_unsure(core: Core, module: str) -> None:
+    """Without scopes a bias may be one that a BatchNorm brought: names stay, values do not."""
+    if core.node.op_type == "Conv" and any(core.node.input[2:]):
+        raise CheckpointError(
+            f"the graph does not tell whether a BatchNorm was folded into {core.node.name!r}, "
+            f"the convolution of module {module!r}",
+            hint="give the base's weights with --base-weights model.safetensors, or insert "
+            "the adapter into the model as exported",
+        )
 
 
 def _holds(one: str, other: str) -> bool:

@@ -13,7 +13,15 @@ import numpy as np
 import onnx
 
 from onnx_adapt.activations import DTYPES, Array
-from onnx_adapt.checkpoints.cores import CORES, Core, Use, core_at, read_matrix, read_weight
+from onnx_adapt.checkpoints.cores import (
+    CORES,
+    Core,
+    Use,
+    core_at,
+    read_matrix,
+    read_weight,
+    refuse_uncalled,
+)
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import FLOATS, VALUE_FREE, GraphView
 from onnx_adapt.layers import find_weight, is_layer
@@ -54,6 +62,8 @@ class ByValue:
 
     def cores(self, module: str, *, called: bool = True) -> list[Core]:
         """The calls of a module, in graph order."""
+        if called:
+            refuse_uncalled(module, self.weights)
         return self.found.get(module, [])
 
     def norm_uses(self, module: str, parameter: str) -> list[Use]:

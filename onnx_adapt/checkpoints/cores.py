@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +107,25 @@ class Use:
     def tensor(self) -> str:
         """The tensor that is read."""
         return str(self.node.input[self.position])
+
+
+def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
+    """Refuse the out_proj of torch.nn.MultiheadAttention, which only lends its weights.
+
+    Args:
+        module: A module that is to be adapted.
+        parameters: Names of the base's weights.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
+    parent, _, name = module.rpartition(".")
+    if name == "out_proj" and any(p.startswith(f"{parent}.in_proj_") for p in parameters):
+        raise CheckpointError(
+            f"module {module!r} belongs to a torch.nn.MultiheadAttention, which uses its "
+            "weights without calling the module: in PyTorch an adapter there has no effect",
+            hint="train the adapter again without out_proj",
+        )
 
 
 def refuse_fused(survey: Survey) -> None:
