@@ -259,7 +259,9 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
             if slot is None or len(dims) < 2:
                 continue
             dim = dims[1 if slot.axis == 1 else len(dims) - 1]
-            known = (slot.width, slot.source_width)
+            known = {slot.width, slot.source_width}
+            if "/down" not in value.name:
+                known.add(1)  # means and variances, which are no wider
             if dim.HasField("dim_value") and dim.dim_value not in known:
                 yield (
                     f"the recorded shape of {value.name!r} has the bottleneck {dim.dim_value} "

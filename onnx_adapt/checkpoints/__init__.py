@@ -26,7 +26,7 @@ from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.initializers import Opening
-from onnx_adapt.manifest import Slot, read_manifest
+from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import reserved_names
 from onnx_adapt.sites import survey_model
@@ -96,6 +96,7 @@ def load_checkpoint(
         with name_damage(folder, edit.module):
             if isinstance(edit, Replacement):
                 _open(shop, edit, openings, replaced)
+                _refuse_opened(openings[-1], manifest)
             else:
                 place(shop, edit)
     identity = manifest.fingerprint if manifest else fingerprint(model)
@@ -107,6 +108,16 @@ def load_checkpoint(
         identity,
     )
     return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
+
+
+def _refuse_opened(opening: Opening, manifest: Manifest | None) -> None:
+    """A weight can be replaced by the adapter of one insertion."""
+    if manifest and opening.weight.original in {weight.name for weight in manifest.weights}:
+        raise CheckpointError(
+            f"{opening.weight.original!r} of the model is replaced by an adapter already",
+            hint="`onnx-adapt convert` gives another adapter for the same slots; else insert "
+            "into the base model",
+        )
 
 
 def _open(
