@@ -192,6 +192,7 @@ def save_model(
     overwrite: bool = False,
     keep_external: bool = False,
     thin: bool = False,
+    beside: Sequence[FilePlan] = (),
     progress: Progress | None = None,
 ) -> Saved:
     """Write a model: to a temporary file first, then moved into place.
@@ -210,6 +211,7 @@ def save_model(
         overwrite: Allow the destination to be the file the model was opened from.
         keep_external: Do not copy external data; it must be in the new folder already.
         thin: Leave large weights in the file the model was opened from, beside the result.
+        beside: Files that belong to the model: all are written, or none.
         progress: Told about bytes written.
 
     Raises:
@@ -246,7 +248,7 @@ def save_model(
         data.append((file, _padded(plan)))
     if size > PROTOBUF_LIMIT:
         raise _too_large()
-    files: list[FilePlan] = [*data, (place.file, segments)]
+    files: list[FilePlan] = [*beside, *data, (place.file, segments)]
     if os.path.realpath(place.path) != str(place.file):
         files.append((place.path, Path(os.path.relpath(place.file, place.path.parent))))
     write_files(files, progress)

@@ -9,6 +9,7 @@ import onnx
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph import GraphView, ModelIndex, elem_name, text
 from onnx_adapt.manifest import Slot
+from onnx_adapt.norms import find_norms, one_node
 from onnx_adapt.resolve import Choice, resolve_tensor
 from onnx_adapt.sites import Site, Survey
 from onnx_adapt.slot import mark_node
@@ -235,6 +236,10 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
     home = next(v for v in (here, *index.views.values()) if slot.norm in v.producers)
     norm = onnx.NodeProto()
     norm.CopyFrom(home.nodes[home.producers[slot.norm]])
+    if norm.op_type in ("Mul", "Add"):
+        base = next(n for n in find_norms(index.model, home) if n.output == slot.norm)
+        weights = [base.weight_tensor, *filter(None, [base.bias_tensor])]
+        norm = one_node(base.read, weights, base.output, base.epsilon)
     constants = []
     for position, name in enumerate(norm.input):
         made = here.producer(name) if position and name else None

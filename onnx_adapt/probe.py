@@ -19,8 +19,9 @@ from onnx_adapt.initializers import (
     open_weights,
     read_weights,
 )
-from onnx_adapt.manifest import Slot, write_manifest
+from onnx_adapt.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.norms import own_norm
 from onnx_adapt.oracle import Norm, slot_value
 from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape
 from onnx_adapt.runtime import Runner, Values
@@ -230,11 +231,10 @@ class Probe:
 def read_norm(model: Model, slot: Slot) -> Norm:
     """The normalisation that a slot re-applies, with its weights, as the slot has it."""
     view = index_model(model).views[slot.graph]
-    made = view.producer(f"adapter.{slot.name}/norm")
-    if made is None:
+    node = own_norm([node for node in view.nodes if slot_of(node) == slot.name])
+    if node is None:
         raise SlotError(f"slot {slot.name!r} is damaged: its normalisation is gone")
-    home, node = made
-    tensors = [home.constant(name) for name in node.input[1:] if name]
+    tensors = [view.constant(name) for name in node.input[1:] if name]
     values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
     centred = node.op_type == "LayerNormalization"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import onnx
 
 from onnx_adapt.activations import ACTIVATIONS, Emitter
+from onnx_adapt.coupling import emit_coupling
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import SLOT_KEY, Slot
 from onnx_adapt.parts import COUPLING, PARTS
@@ -90,7 +91,7 @@ def slot_nodes(
     """
     emit = Emitter(f"adapter.{slot.name}", opset, slot.dtype)
     if "f_down" in slot.parts:
-        _emit_coupling(emit, slot)
+        emit_coupling(emit, slot)
         return _marked(emit, slot)
     w = {part: slot.weight(part) for part in slot.parts}
     out = slot.inner
@@ -127,6 +128,10 @@ def _emit_read(emit: Emitter, slot: Slot, norm: onnx.NodeProto | None) -> str:
     x = emit.node("Add", slot.source, slot.plus, label="read") if slot.plus else slot.source
     if norm is None:
         return x
+    if norm.op_type == "LayerNormalization" and emit.opset < 17:
+        weight, bias = map(str, (*norm.input[1:], "")[:2])
+        epsilon = next((item.f for item in norm.attribute if item.name == "epsilon"), EPSILON)
+        return _emit_norm(emit, x, weight, bias, "norm", epsilon)
     again = onnx.NodeProto()
     again.CopyFrom(norm)
     again.name = f"{emit.prefix}/norm"
@@ -168,34 +173,6 @@ def _window_attributes(slot: Slot) -> dict[str, list[int]]:
     return {name: list(value) for name, value in zip(names, values, strict=True)}
 
 
-def _emit_coupling(emit: Emitter, slot: Slot) -> None:
-    """The NICE coupling; each network is a projection, the activation, a projection."""
-    half = slot.width // 2
-    halves = [f"{emit.prefix}/half_1", f"{emit.prefix}/half_2"]
-    sizes = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [half, half])
-    if emit.opset < 13:
-        split = onnx.helper.make_node(
-            "Split", [slot.inner], halves, axis=-1, split=[half, half]
-        )
-    else:
-        lengths = emit.node("Constant", label="halves", value=sizes)
-        split = onnx.helper.make_node("Split", [slot.inner, lengths], halves, axis=-1)
-    split.name = f"{emit.prefix}/split"
-    emit.nodes.append(split)
-    first = emit.node("Add", halves[0], _emit_network(emit, slot, halves[1], "f"), label="y1")
-    second = emit.node("Add", halves[1], _emit_network(emit, slot, first, "g"), label="y2")
-    emit.node("Concat", first, second, label="sum", axis=-1)
-
-
-def _emit_network(emit: Emitter, slot: Slot, x: str, which: str) -> str:
-    for part in ("down", "up"):
-        x = emit.node("MatMul", x, slot.weight(f"{which}_{part}"), label=f"{which}_{part}")
-        x = emit.node("Add", x, slot.weight(f"{which}_{part}_bias"))
-        if part == "down":
-            x = ACTIVATIONS[slot.activation][0](emit, x)
-    return x
-
-
 def _emit_projection(
     emit: Emitter,
     x: str,
@@ -225,10 +202,12 @@ def _emit_mean(emit: Emitter, x: str, axis: int) -> str:
     return emit.node("ReduceMean", x, emit.node("Constant", value=axes), keepdims=1)
 
 
-def _emit_norm(emit: Emitter, x: str, weight: str, bias: str, label: str) -> str:
+def _emit_norm(
+    emit: Emitter, x: str, weight: str, bias: str, label: str, epsilon: float = EPSILON
+) -> str:
     if emit.opset >= 17:
         inputs = [x, weight, bias] if bias else [x, weight]
-        return emit.node("LayerNormalization", *inputs, label=label, axis=-1, epsilon=EPSILON)
+        return emit.node("LayerNormalization", *inputs, label=label, axis=-1, epsilon=epsilon)
     if emit.opset < 11:
         raise SlotError(
             f"a normalisation inside a slot needs opset 11; the model uses {emit.opset}",
@@ -236,6 +215,6 @@ def _emit_norm(emit: Emitter, x: str, weight: str, bias: str, label: str) -> str
         )
     x = emit.node("Sub", x, _emit_mean(emit, x, -1))
     variance = _emit_mean(emit, emit.node("Mul", x, x), -1)
-    deviation = emit.node("Sqrt", emit.node("Add", variance, emit.number(EPSILON)))
+    deviation = emit.node("Sqrt", emit.node("Add", variance, emit.number(epsilon)))
     x = emit.node("Mul", emit.node("Div", x, deviation), weight, label=label)
     return emit.node("Add", x, bias) if bias else x

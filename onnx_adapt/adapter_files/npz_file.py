@@ -95,6 +95,8 @@ def _read_array(stream: IO[bytes], size: int) -> Array:
     ):
         raise ValueError(f"an array is of objects, or {shape} is more than is there")
     values = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype)
+    if stream.read(1):
+        raise ValueError(f"there is more than the array of {shape} that its header tells")
     return values.reshape(shape, order="F" if by_column else "C")
 
 

@@ -68,17 +68,9 @@ def place_low_rank(shop: Workshop, edit: LowRank, core: Core) -> None:
 def _check_sizes(edit: LowRank, core: Core, a: Array, b: Array) -> None:
     weight = find_weight(core.view, core.weight)
     dims = weight.dims if weight else ()
+    fits = (a.shape[1], b.shape[0]) == core.sizes
     if core.node.op_type == "Conv":
-        inputs = dims[1] * attribute(core.node, "group", 1)
-        fits = (a.shape[1], *a.shape[2:], b.shape[0]) == (inputs, *dims[2:], dims[0])
-    elif core.node.op_type == "Gather":
-        fits = (a.shape[1], b.shape[0]) == dims
-    elif core.node.op_type == "MatMulNBits":
-        sizes = tuple(attribute(core.node, name, 0) for name in "KN")
-        fits = (a.shape[1], b.shape[0]) == sizes
-    else:
-        sizes = dims if core.stored_in_out else dims[::-1]
-        fits = (a.shape[1], b.shape[0]) == sizes
+        fits = fits and a.shape[2:] == dims[2:]
     if not fits or a.shape[0] != b.shape[1]:
         raise CheckpointError(
             f"module {edit.module!r}: A {list(edit.a.shape)} and B {list(edit.b.shape)} do "

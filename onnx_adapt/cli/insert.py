@@ -109,6 +109,7 @@ def command(
     MODEL beside it; `onnx-adapt pack` makes it whole.
     """
     import onnx_adapt as oa
+    from onnx_adapt.adapter_files import encode_adapter
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -144,20 +145,22 @@ def command(
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
+        weights = None
+        if checkpoint is not None and swappable:
+            place = Path(path).absolute()
+            label = file_label(checkpoint.adapter)
+            weights = place.parent / f"{place.stem}.{label}.{file_format}"
         saved = oa.save_model(
             adapted,
             path,
             overwrite=force,
             keep_external=keep_external,
             thin=thin,
+            beside=[(weights, [encode_adapter(checkpoint.adapter, weights)])]
+            if checkpoint and weights
+            else [],
             progress=progress,
         )
-        weights = None
-        if checkpoint is not None and swappable:
-            weights = saved.path.with_suffix(
-                f".{file_label(checkpoint.adapter)}.{file_format}"
-            )
-            oa.save_adapter(checkpoint.adapter, weights)
     if as_json:
         print_json(
             {
