@@ -81,7 +81,7 @@ def swappable(
             hint="insert without --baked to swap adapters",
         )
     declared = {item.name: item for item in session.get_overridable_initializers()}
-    names = [slot.weight(part) for slot in slots for part in slot.parts]
+    names = [name for slot in slots for name in slot.inputs]
     for name in names + [weight.name for weight in weights]:
         if name not in declared:
             raise SlotError(

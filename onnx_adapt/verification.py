@@ -126,7 +126,7 @@ def _inputs(given: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
 
 def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
     """The same inputs and outputs by name, type and shape, but for the slots' weights."""
-    own = {slot.weight(part) for slot in manifest.slots for part in slot.parts}
+    own = {name for slot in manifest.slots for name in slot.inputs}
     own |= {weight.name for weight in manifest.weights}
     sides = []
     for proto in (base, adapted):
