@@ -6,22 +6,33 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from onnx_adapt import loaded
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.blending import blend
+from onnx_adapt.blending import blend, refuse_odd_weights
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError
 from onnx_adapt.loaded import Loaded
+from onnx_adapt.manifest import Slot
+from onnx_adapt.mixing import Pack, pack, row_feeds
 from onnx_adapt.suggest import nearest
 
 Source = Adapter | str | os.PathLike[str]
 
 _BLENDS = 16
 """Blends that are kept; making one again costs a copy of its weights."""
+
+_PACKS = 8
+"""Sets of adapters side by side that are kept; each is a copy of all their weights."""
+
+Shares = tuple[tuple[Loaded, float], ...]
+"""Adapters with their weights in a blend; empty is the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,10 @@ class AdapterCache:
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
         self._adapters: OrderedDict[str, Loaded] = OrderedDict()
-        self._blends: OrderedDict[tuple[tuple[Loaded, float], ...], Loaded] = OrderedDict()
+        self._blends: OrderedDict[Shares, Loaded] = OrderedDict()
+        self._packs: OrderedDict[tuple[Loaded, ...], tuple[Pack, Loaded] | None] = (
+            OrderedDict()
+        )
         self._sources: dict[str, tuple[Path | None, bool]] = {}
 
     def load(self, name: str, source: Source, *, allow_partial: bool) -> LoadedAdapter:
@@ -99,18 +113,20 @@ class AdapterCache:
         self._adapters.move_to_end(name)
         while len(self._adapters) > 1 and self._full():
             self._adapters.popitem(last=False)
-        self._drop_stale_blends()
+        self._drop_stale()
 
     def _full(self) -> bool:
         many = self._max_adapters is not None and len(self._adapters) > self._max_adapters
         total = sum(item.size for item in self._adapters.values())
         return many or (self._max_bytes is not None and total > self._max_bytes)
 
-    def _drop_stale_blends(self) -> None:
-        """Forget blends of adapters that are not loaded any more."""
+    def _drop_stale(self) -> None:
+        """Forget blends and packs of adapters that are not loaded any more."""
         present = set(self._adapters.values())
         for recipe in [key for key in self._blends if not {a for a, _ in key} <= present]:
             del self._blends[recipe]
+        for used in [key for key in self._packs if not present.issuperset(key)]:
+            del self._packs[used]
 
     def use(self, name: str) -> Loaded:
         """The adapter of a name, for a run; one that was evicted is read again.
@@ -146,35 +162,81 @@ class AdapterCache:
             hint=f"did you mean {', '.join(close)}?" if close else "load it first",
         )
 
-    def blend(self, recipe: Mapping[str, float]) -> Loaded | None:
+    def shares(self, recipe: Mapping[str, float]) -> Shares:
+        """The adapters of a blend with their weights; those with weight 0 are left out.
+
+        Raises:
+            AdapterError: If a name is unknown, or a weight no finite number.
+        """
+        used = [(self.use(name), weight) for name, weight in recipe.items()]
+        refuse_odd_weights(recipe.values())
+        return tuple((item, weight) for item, weight in used if weight)
+
+    def blend(self, shares: Shares) -> Loaded | None:
         """The exact blend of some adapters, made once and kept while they are loaded.
 
         Returns:
-            The blend, or None if every weight is 0: the base.
+            The blend, or None if there is nothing to blend: the base.
 
         Raises:
             AdapterError: If they cannot be blended.
         """
-        used = [(self.use(name), weight) for name, weight in recipe.items()]
-        shares = [(item, weight) for item, weight in used if weight]
         if not shares:
             return None
         if len(shares) == 1 and shares[0][1] == 1:
             return shares[0][0]
-        key = tuple(shares)
         with self._lock:
-            if key in self._blends:
-                self._blends.move_to_end(key)
-                return self._blends[key]
+            if shares in self._blends:
+                self._blends.move_to_end(shares)
+                return self._blends[shares]
         adapters = [item.adapter for item, _ in shares]
         base = self._base_values() if any(a.replaced for a in adapters) else None
         mixed = blend(adapters, [weight for _, weight in shares], base=base)
         result = self._read(mixed, allow_partial=True)
         with self._lock:
-            self._blends[key] = result
+            self._blends[shares] = result
             if len(self._blends) > _BLENDS:
                 self._blends.popitem(last=False)
-            self._drop_stale_blends()
+            self._drop_stale()
+        return result
+
+    def mix(
+        self, slots: Sequence[Slot], rows: Sequence[Shares]
+    ) -> tuple[dict[str, Array], Loaded] | None:
+        """What one run of a batched model needs to give each row its own adapters.
+
+        Returns:
+            What each row has of its own, and the adapters of all rows side by side; None if
+            they cannot share a run.
+        """
+        used = tuple(sorted({item for shares in rows for item, _ in shares}, key=id))
+        found = self._packed(slots, used)
+        if found is None:
+            return None
+        packed, weights = found
+        each = np.zeros((len(rows), len(used)))
+        for row, shares in enumerate(rows):
+            for item, weight in shares:
+                each[row, used.index(item)] = weight
+        return row_feeds(packed, each), weights
+
+    def _packed(
+        self, slots: Sequence[Slot], key: tuple[Loaded, ...]
+    ) -> tuple[Pack, Loaded] | None:
+        """Adapters side by side, made once and kept while they are loaded."""
+        with self._lock:
+            if key in self._packs:
+                self._packs.move_to_end(key)
+                return self._packs[key]
+        result = None
+        with suppress(AdapterError):
+            packed = pack(slots, [item.adapter for item in key])
+            result = (packed, loaded.read(packed.adapter)[1])
+        with self._lock:
+            self._packs[key] = result
+            if len(self._packs) > _PACKS:
+                self._packs.popitem(last=False)
+            self._drop_stale()
         return result
 
     def unload(self, name: str) -> None:
@@ -184,7 +246,7 @@ class AdapterCache:
                 raise self._not_found(name, evicted=False)
             del self._sources[name]
             self._adapters.pop(name, None)
-            self._drop_stale_blends()
+            self._drop_stale()
 
     def reload(self, name: str | None) -> tuple[str, ...]:
         """Read files again that were replaced; the old adapter stays if the new is bad."""
@@ -216,6 +278,7 @@ class AdapterCache:
             self._sources.clear()
             self._adapters.clear()
             self._blends.clear()
+            self._packs.clear()
 
 
 def _described(name: str, item: Loaded) -> LoadedAdapter:

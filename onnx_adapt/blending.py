@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def blend(
     return Adapter(
         recipe,
         {
-            slot: _blend_slot(
+            slot: blend_slot(
                 slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights]
             )
             for slot in slots
@@ -92,11 +92,7 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             f"{len(adapters)} adapters and {len(weights)} weights make no blend",
             hint="give one weight for each adapter",
         )
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
-            raise AdapterError(f"{weight!r} is no weight of a blend", hint="give a number")
-        if not math.isfinite(weight):
-            raise AdapterError(f"{weight} is no weight of a blend", hint="give a finite one")
+    refuse_odd_weights(weights)
     known = [adapter for adapter in adapters if adapter.fingerprint]
     for adapter in known[1:]:
         if not same_base(adapter.fingerprint, known[0].fingerprint):
@@ -106,7 +102,25 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             )
 
 
-def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
+def refuse_odd_weights(weights: Iterable[float]) -> None:
+    """Raise unless all are finite numbers.
+
+    Raises:
+        AdapterError: If one is not.
+    """
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
+            raise AdapterError(f"{weight!r} is no weight of a blend", hint="give a number")
+        if not math.isfinite(weight):
+            raise AdapterError(f"{weight} is no weight of a blend", hint="give a finite one")
+
+
+def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
+    """The blend of several adapters' weights for one slot.
+
+    Raises:
+        AdapterError: If they cannot be blended.
+    """
     first = shares[0][0]
     for parts, _ in shares:
         if set(parts) != set(first):
@@ -127,12 +141,12 @@ def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, 
     if "norm_weight" in first:
         wide = _fold_norms(slot, wide)
     return {
-        part: np.ascontiguousarray(_blend_part(part, wide), value.dtype)
+        part: np.ascontiguousarray(blend_part(part, wide), value.dtype)
         for part, value in first.items()
     }
 
 
-def _blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
+def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
     """One part of a blend, in float64; `gain` goes into the up-projection."""
     parts = [share for share, _ in shares]
     if part in ("down", "table", "down_bias"):

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fitting import Replaceable
-from onnx_adapt.manifest import Manifest
+from onnx_adapt.manifest import Manifest, OpenWeight
 from onnx_adapt.ort import failures, onnxruntime, shortened, without_slot_warnings
 
 if TYPE_CHECKING:
@@ -94,3 +95,19 @@ def swappable(
         if (item := declared[weight.name])
     }
     return replace(manifest, slots=slots, weights=weights), replaceable
+
+
+def base_values(
+    model: str | os.PathLike[str] | Model, weights: Sequence[OpenWeight]
+) -> dict[str, Array]:
+    """The base's own values of weights that adapters replace, out of the model."""
+    from onnx_adapt.model_file import Model, open_model, read_tensor
+
+    opened = model if isinstance(model, Model) else open_model(model)
+    stored = {tensor.name: tensor for tensor in opened.proto.graph.initializer}
+    return {
+        weight.name: read_tensor(
+            opened, stored[weight.original if weight.copied else weight.name]
+        )
+        for weight in weights
+    }

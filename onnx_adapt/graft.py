@@ -96,9 +96,7 @@ def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) ->
         proto.graph.input.insert(place, onnx.ValueInfoProto.FromString(bytes.fromhex(text)))
 
 
-def _declare_shapes(
-    index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]
-) -> None:
+def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
     """Write down that a batched slot's output, and the terms of it, are as its target.
 
     What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and

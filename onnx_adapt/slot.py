@@ -48,6 +48,7 @@ def check_slot(slot: Slot, opset: int) -> None:
         )
     if unknown := parts - set(PARTS):
         raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
+    _check_batched(slot)
     if parts & set(COUPLING):
         if parts != set(COUPLING) or slot.width % 2 or slot.axis == 1 or opset < 11:
             raise SlotError(
@@ -78,7 +79,6 @@ def check_slot(slot: Slot, opset: int) -> None:
         raise SlotError(f"slot {slot.name!r}: its parts do not fit its form")
     if slot.axis == 1 and (parts - _CHANNEL_PARTS or slot.norm):
         raise SlotError("norm and gate are defined on the last axis, not on channels")
-    _check_batched(slot)
     if opset < 7:
         raise SlotError(
             f"the model uses opset {opset}; slots need 7 or newer",
