@@ -134,8 +134,14 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
             "sum over the bottleneck",
             hint="use one adapter at a time, with weight 1",
         )
+    beside = {"down", "table", "down_bias"} if "norm_weight" not in first else set()
+    if "gain" not in first and all(weight == 1 for _, weight in shares):
+        beside.add("up")
     wide = [
-        ({part: np.asarray(value, np.float64) for part, value in parts.items()}, weight)
+        (
+            {p: v if p in beside else np.asarray(v, np.float64) for p, v in parts.items()},
+            weight,
+        )
         for parts, weight in shares
     ]
     if "norm_weight" in first:
@@ -147,7 +153,10 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
 
 
 def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
-    """One part of a blend, in float64; `gain` goes into the up-projection."""
+    """One part of a blend; `gain` goes into the up-projection.
+
+    Numbers are in float64, but for parts that are only laid side by side.
+    """
     parts = [share for share, _ in shares]
     if part in ("down", "table", "down_bias"):
         channels = part == "down" and parts[0]["down"].ndim > 2
@@ -155,7 +164,12 @@ def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> A
         return np.concatenate([share[part] for share in parts], axis)
     if part == "up":
         channels = parts[0]["up"].ndim > 2
-        scaled = [share["up"] * (_gain(share, "up") * weight) for share, weight in shares]
+        scaled = [
+            share["up"]
+            if weight == 1 and "gain" not in share
+            else share["up"] * (_gain(share, "up") * weight)
+            for share, weight in shares
+        ]
         return np.concatenate(scaled, 1 if channels else 0)
     if part == "up_bias":
         terms = [share[part] * _gain(share, part) * weight for share, weight in shares]
