@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +203,7 @@ class AdapterCache:
 
     def mix(
         self, slots: Sequence[Slot], rows: Sequence[Shares]
-    ) -> tuple[dict[str, Array], Loaded] | None:
+    ) -> tuple[dict[str, Any], Loaded] | None:
         """What one run of a batched model needs to give each row its own adapters.
 
         Returns:
@@ -218,7 +219,8 @@ class AdapterCache:
         for row, shares in enumerate(rows):
             for item, weight in shares:
                 each[row, used.index(item)] = weight
-        return row_feeds(packed, each), weights
+        own = row_feeds(packed, each)
+        return {name: loaded.as_ort_value(value) for name, value in own.items()}, weights
 
     def _packed(
         self, slots: Sequence[Slot], key: tuple[Loaded, ...]
