@@ -6,23 +6,34 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt import loaded
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.blending import blend, refuse_no_number
+from onnx_adapt.blending import blend, refuse_odd_weights
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError
 from onnx_adapt.loaded import Loaded
+from onnx_adapt.manifest import Slot
+from onnx_adapt.mixing import Pack, pack, row_feeds
 from onnx_adapt.suggest import nearest
 
 Source = Adapter | str | os.PathLike[str]
 
 _BLENDS = 16
 """Blends that are kept; making one again costs a copy of its weights."""
+
+_PACKS = 8
+"""Sets of adapters side by side that are kept; each is a copy of all their weights."""
+
+Shares = tuple[tuple[Loaded, float], ...]
+"""Adapters with their weights in a blend; empty is the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,10 @@ class AdapterCache:
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
         self._adapters: OrderedDict[str, Loaded] = OrderedDict()
-        self._blends: OrderedDict[tuple[tuple[Loaded, float], ...], Loaded] = OrderedDict()
+        self._blends: OrderedDict[Shares, Loaded] = OrderedDict()
+        self._packs: OrderedDict[tuple[Loaded, ...], tuple[Pack, Loaded] | None] = (
+            OrderedDict()
+        )
         self._origins: dict[str, _Origin] = {}
 
     def load(self, name: str, source: Source, *, allow_partial: bool) -> LoadedAdapter:
@@ -115,20 +129,24 @@ class AdapterCache:
         self._evict()
 
     def _evict(self) -> None:
-        """Keep to the limits: blends go first, then the least recently used."""
-        while len(self._blends) > _BLENDS or (self._blends and self._over_bytes()):
-            self._blends.popitem(last=False)
+        """Keep to the limits: what can be made again goes first, then the least used."""
+        for made, most in ((self._packs, _PACKS), (self._blends, _BLENDS)):
+            while len(made) > most or (made and self._over_bytes()):
+                made.popitem(last=False)
         most = self._max_adapters or len(self._adapters)
         while len(self._adapters) > most or (len(self._adapters) > 1 and self._over_bytes()):
             self._adapters.popitem(last=False)
-        present = set(self._adapters.values()) if self._blends else set()
+        present = set(self._adapters.values()) if self._blends or self._packs else set()
         for recipe in [key for key in self._blends if not {a for a, _ in key} <= present]:
             del self._blends[recipe]
+        for used in [key for key in self._packs if not present.issuperset(key)]:
+            del self._packs[used]
 
     def _over_bytes(self) -> bool:
         if self._max_bytes is None:
             return False
-        held = [*self._adapters.values(), *self._blends.values()]
+        packed = [item[1] for item in self._packs.values() if item]
+        held = [*self._adapters.values(), *self._blends.values(), *packed]
         return sum(item.size for item in held) > self._max_bytes
 
     def use(self, name: str) -> Loaded:
@@ -174,29 +192,80 @@ class AdapterCache:
             hint=f"did you mean {', '.join(close)}?" if close else "load it first",
         )
 
-    def blend(self, recipe: Mapping[str, float]) -> Loaded:
+    def shares(self, recipe: Mapping[str, float]) -> Shares:
+        """The adapters of a blend with their weights; those with weight 0 are left out.
+
+        Where all weights are 0 the first stays: a blend of nothing is the base, which the
+        model's default need not be.
+
+        Raises:
+            AdapterError: If a name is unknown, or a weight no finite number.
+        """
+        refuse_odd_weights(recipe.values())
+        used = [(self.use(name), float(weight)) for name, weight in recipe.items()]
+        return tuple(share for share in used if share[1]) or tuple(used[:1])
+
+    def blend(self, shares: Shares) -> Loaded | None:
         """The exact blend of some adapters, made once and kept while they are loaded.
+
+        Returns:
+            The blend, or None if there is nothing to blend: the model as it is.
 
         Raises:
             AdapterError: If they cannot be blended.
         """
-        for weight in recipe.values():
-            refuse_no_number(weight)
-        shares = [(self.use(name), float(weight)) for name, weight in recipe.items()]
-        shares = [share for share in shares if share[1]] or shares[:1]
+        if not shares:
+            return None
         if len(shares) == 1 and shares[0][1] == 1:
             return shares[0][0]
-        key = tuple(shares)
         with self._lock:
-            if key in self._blends:
-                self._blends.move_to_end(key)
-                return self._blends[key]
+            if shares in self._blends:
+                self._blends.move_to_end(shares)
+                return self._blends[shares]
         adapters = [item.adapter for item, _ in shares]
         base = self._base_values() if any(a.replaced for a in adapters) else None
         mixed = blend(adapters, [weight for _, weight in shares], base=base)
         result = self._read(mixed, allow_partial=True)
         with self._lock:
-            self._blends[key] = result
+            self._blends[shares] = result
+            self._evict()
+        return result
+
+    def mix(
+        self, slots: Sequence[Slot], rows: Sequence[Shares]
+    ) -> tuple[dict[str, Any], Loaded] | None:
+        """What one run of a batched model needs to give each row its own adapters.
+
+        Returns:
+            What each row has of its own, and the adapters of all rows side by side; None if
+            they cannot share a run.
+        """
+        used = tuple(sorted({item for shares in rows for item, _ in shares}, key=id))
+        found = self._packed(slots, used)
+        if found is None:
+            return None
+        packed, weights = found
+        each = np.zeros((len(rows), len(used)))
+        for row, shares in enumerate(rows):
+            for item, weight in shares:
+                each[row, used.index(item)] = weight
+        own = row_feeds(packed, each)
+        return {name: loaded.as_ort_value(value) for name, value in own.items()}, weights
+
+    def _packed(
+        self, slots: Sequence[Slot], key: tuple[Loaded, ...]
+    ) -> tuple[Pack, Loaded] | None:
+        """Adapters side by side, made once and kept while they are loaded."""
+        with self._lock:
+            if key in self._packs:
+                self._packs.move_to_end(key)
+                return self._packs[key]
+        result = None
+        with suppress(AdapterError):
+            packed = pack(slots, [item.adapter for item in key])
+            result = (packed, loaded.read(packed.adapter)[1])
+        with self._lock:
+            self._packs[key] = result
             self._evict()
         return result
 
@@ -253,6 +322,7 @@ class AdapterCache:
             self._origins.clear()
             self._adapters.clear()
             self._blends.clear()
+            self._packs.clear()
 
 
 def _described(name: str, item: Loaded) -> LoadedAdapter:

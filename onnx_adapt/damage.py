@@ -85,6 +85,9 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                     f"slot {slot.name!r} is swappable only for one bottleneck: input "
                     f"{slot.weight(part)!r} was given a fixed size"
                 )
+        for name in map(slot.weight, slot.row_parts):
+            if name in declared and declared[name].shape.dim[0].HasField("dim_value"):
+                yield f"input {name!r}, which has a value for each row, was given a fixed size"
 
 
 def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
@@ -108,8 +111,8 @@ def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
     owner: dict[str, str] = {}
     declared = {value.name: value for value in proto.graph.input}
     for slot in slots:
-        for part in slot.parts:
-            value = declared.get(slot.weight(part))
+        for name in slot.inputs:
+            value = declared.get(name)
             for dim in value.type.tensor_type.shape.dim if value else ():
                 if dim.dim_param and owner.setdefault(dim.dim_param, slot.name) != slot.name:
                     yield (

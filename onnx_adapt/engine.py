@@ -191,7 +191,7 @@ def _weight_names(record: str | None) -> set[str]:
     if not record:
         return set()
     manifest = manifest_from_text(record)
-    names = {slot.weight(part) for slot in manifest.slots for part in slot.parts}
+    names = {name for slot in manifest.slots for name in slot.inputs}
     return names | {weight.name for weight in manifest.weights}
 
 
@@ -240,7 +240,7 @@ def _swappable(
             f"the slots of {label} are baked: their weights are constants",
             hint="insert without --baked to swap adapters",
         )
-    names = [slot.weight(part) for slot in slots for part in slot.parts]
+    names = [name for slot in slots for name in slot.inputs]
     for name in names + [weight.name for weight in weights]:
         if name in required:
             raise SlotError(

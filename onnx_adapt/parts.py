@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import SlotError
-from onnx_adapt.manifest import Slot
+from onnx_adapt.manifest import ROW_PARTS, Slot
 
 PARTS = (
     *("down", "up", "down_bias", "up_bias", "scale", "gain"),
@@ -55,6 +55,25 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
             return (slot.source_width, 1)
         case _:  # gate_bias, residual, skip, switch: one number
             return (1,)
+
+
+def row_shape(slot: Slot, part: str, rows: int, bottleneck: int) -> tuple[int, ...]:
+    """The shape of what a batched slot has for each row: `(rows, 1, size)`.
+
+    On a channel axis it is `(rows, size, 1, ...)`.
+    """
+    sizes = {"mask": bottleneck, "row_up_bias": slot.width, "row_scale": slot.width}
+    size = sizes.get(part, 1)
+    return (rows, size, *(1,) * (slot.rank - 2)) if slot.axis == 1 else (rows, 1, size)
+
+
+def neutral_rows(slot: Slot) -> dict[str, Array]:
+    """What a batched slot has for each row while nothing is fed: one value for all."""
+    ones = ("mask", ROW_PARTS["scale"])
+    return {
+        part: np.full([1] * len(row_shape(slot, part, 1, 1)), part in ones, DTYPES[slot.dtype])
+        for part in slot.row_parts
+    }
 
 
 def bottleneck_axis(slot: Slot, part: str) -> int | None:

@@ -28,6 +28,7 @@ class Recipe:
         swappable: Whether weights can be fed.
         bottleneck: Inner size, or 0 to leave it to each adapter.
         seed: For fresh weights.
+        batched: Whether one run can give each row of a batch another adapter.
     """
 
     activation: str = "relu"
@@ -38,6 +39,7 @@ class Recipe:
     swappable: bool = True
     bottleneck: int = 0
     seed: int = 0
+    batched: bool = False
 
 
 def reserved_names(index: ModelIndex) -> set[str]:
@@ -102,7 +104,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         source_width=source_width,
         dtype=site.dtype,
         axis=site.axis,
-        rank=(site.rank or 0) if site.axis == 1 else 0,
+        rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
         activation=recipe.activation,
         parts=recipe.parts,
         norm=_norm_tensor(survey, site, recipe.norm, source_width),
@@ -110,6 +112,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         module=site.module or "",
         swappable=recipe.swappable,
         bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
+        batched=recipe.batched,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.adapter_cache import AdapterCache, LoadedAdapter, Source
+from onnx_adapt.adapter_cache import AdapterCache, LoadedAdapter, Shares, Source
 from onnx_adapt.batches import (
     BatchAxis,
     count_rows,
@@ -157,7 +157,8 @@ class AdapterSession:
         Args:
             feeds: Arrays by input name.
             adapter: None for the base; a name; an `Adapter`; a blend as name -> weight; or a
-                list with one of these for each row of the batch.
+                list with one of these for each row of the batch. A list is one run for
+                each adapter in it; where slots were inserted `batched`, one run for all.
             outputs: The outputs to compute; by default all.
 
         Returns:
@@ -181,7 +182,7 @@ class AdapterSession:
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
-        once = {id(row): self._chosen(row) for row in rows}
+        once = {id(row): self._shares(row) for row in rows}
         return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
     def run_with_ort_values(
@@ -232,16 +233,19 @@ class AdapterSession:
         binding.run(self._weights(binding.inputs, chosen), chosen)
 
     def _chosen(self, adapter: Choice) -> Loaded | None:
+        return self._cache.blend(self._shares(adapter))
+
+    def _shares(self, adapter: Choice) -> Shares:
         if adapter is None:
-            return None
+            return ()
         self._engine.slots()  # a model without any has no adapters to be found
         if isinstance(adapter, str):
-            return self._cache.use(adapter)
+            return ((self._cache.use(adapter), 1),)
         if isinstance(adapter, Adapter):
             self._check(adapter, allow_partial=False)
-            return read(adapter)[1]
+            return ((read(adapter)[1], 1),)
         if isinstance(adapter, Mapping) and adapter:
-            return self._cache.blend(adapter)
+            return self._cache.shares(adapter)
         raise AdapterError(
             f"{adapter!r} is no adapter",
             hint="give None, a name, an Adapter, or a blend {name: weight}",
@@ -260,21 +264,42 @@ class AdapterSession:
         return self._engine.run(names, fed, chosen.options)
 
     def _run_rows(
-        self, names: list[str], feeds: Mapping[str, Any], rows: list[Loaded | None]
+        self, names: list[str], feeds: Mapping[str, Any], rows: list[Shares]
     ) -> dict[str, Any]:
-        """One run for each adapter of a batch, on the rows that want it."""
+        """One run for all rows if the slots can; else one for the rows of each adapter."""
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
         count_rows(self._axes, arrays, len(rows))
-        groups: dict[Loaded | None, list[int]] = {}
-        for i, chosen in enumerate(rows):
-            groups.setdefault(chosen, []).append(i)
-        if len(groups) == 1:
-            return dict(zip(names, self._run_one(names, arrays, rows[0]), strict=True))
+        groups: dict[Shares, list[int]] = {}
+        for i, shares in enumerate(rows):
+            groups.setdefault(shares, []).append(i)
+        if len(groups) > 1 and (mixed := self._mixed(arrays, rows)) is not None:
+            values = self._run_one(names, *mixed)
+            return dict(zip(names, values, strict=True))
         results = []
-        for chosen, members in groups.items():
-            part = arrays if self._axes.fixed else take_rows(self._axes, arrays, members)
-            results.append((members, self._run_one(names, part, chosen)))
+        for shares, members in groups.items():
+            whole = self._axes.fixed or len(groups) == 1
+            part = arrays if whole else take_rows(self._axes, arrays, members)
+            results.append((members, self._run_one(names, part, self._cache.blend(shares))))
+        if len(groups) == 1:
+            return dict(zip(names, results[0][1], strict=True))
         return join_rows(self._axes, names, results)
+
+    def _mixed(
+        self, feeds: Mapping[str, Any], rows: list[Shares]
+    ) -> tuple[dict[str, Any], Loaded] | None:
+        """Feeds and weights for one run of all rows; None if they cannot share one."""
+        slots = self._engine.slots()[0].slots
+        batched = bool(slots) and all(slot.batched for slot in slots)
+        mixed = self._cache.mix(slots, rows) if batched else None
+        if mixed is None:
+            return None
+        own, weights = mixed
+        if twice := own.keys() & feeds.keys():
+            raise AdapterError(
+                f"{min(twice)!r} is fed, and the list of adapters says it as well",
+                hint="feed what each row has of its own, or give a list",
+            )
+        return {**feeds, **own}, weights
 
     def _weights(self, feeds: Mapping[str, Any], chosen: Loaded | None) -> Mapping[str, Any]:
         if chosen is None:

@@ -18,7 +18,7 @@ FLOORS = (
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts", "coupling"),
     ("external_data", "whole_files", "samples", "blending"),
-    ("destination", "adapter_files", "moved", "lenders"),
+    ("destination", "adapter_files", "moved", "lenders", "mixing"),
     ("thin",),
     ("model_file", "loaded"),
     (
@@ -34,7 +34,7 @@ FLOORS = (
     ("modules", "layout", "norms"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
     ("resolve", "damage"),
-    ("plan", "probe", "filling"),
+    ("plan", "probe", "filling", "row_proof"),
     ("checkpoints", "graft", "session"),
     ("rewrite",),
     ("verification", "graphsurgeon", "conversion"),

@@ -49,6 +49,9 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
 @click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
 @click.option(
+    "--batched", is_flag=True, help="Let one run give each row of a batch another adapter."
+)
+@click.option(
     "--bottleneck",
     type=click.IntRange(max=MAX_BOTTLENECK),
     help="Fix the inner size; it starts as the identity.",
@@ -83,6 +86,7 @@ def command(
     file_format: str,
     output: str | None,
     swappable: bool,
+    batched: bool,
     bottleneck: int | None,
     activation: str,
     bias: bool,
@@ -103,6 +107,7 @@ def command(
       onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
       onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
       onnx-adapt insert model.onnx --adapter trained/ --baked --thin
+      onnx-adapt insert model.onnx --adapter trained/ --batched
 
     With --adapter, the slots that a trained checkpoint needs, and its weights beside the
     output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
@@ -127,6 +132,8 @@ def command(
             "format": file_format != "safetensors",
         },
     )
+    if batched:
+        _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
     checkpoint = None
     if adapter:
         checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
@@ -139,6 +146,7 @@ def command(
         source=source,
         bottleneck=bottleneck,
         baked=not swappable,
+        batched=batched,
         seed=seed,
         inline_functions=inline_functions,
     )
