@@ -158,3 +158,10 @@ def test_an_adapter_can_be_unloaded_only_when_no_generator_has_it(tmp_path: Path
         served.adapters.unload("narrow")
     del user
     served.adapters.unload("narrow")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_insert_proves_a_model_of_the_builder_without_being_given_inputs(name: str) -> None:
+    base = oa.open_model(FOLDER / name / "model.onnx")
+    report = oa.verify(base, oa.insert(base, after=PLACES))
+    assert report.passed, [check for check in report.checks if not check.passed]
