@@ -13,6 +13,7 @@ from onnx_adapt.initializers import (
     read_weights,
 )
 from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.parts import is_empty
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:
@@ -104,7 +105,7 @@ def _refuse_batched(model: Model) -> None:
 def _refuse_empty(model: Model) -> None:
     manifest = required_manifest(model)
     stored = read_weights(model, manifest.slots)
-    empty = [name for name, parts in stored.items() if any(not a.size for a in parts.values())]
+    empty = [slot.name for slot in manifest.slots if is_empty(slot, stored[slot.name])]
     if empty:
         raise AdapterError(
             f"slot {empty[0]!r} of {model.label} is empty",

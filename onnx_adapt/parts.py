@@ -98,11 +98,15 @@ _LARGEST = 2**31
 def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
     """Weights with which the slot's output is its target, by part.
 
+    A bottleneck of none is 0, but 1 on a channel axis: ONNX Runtime before 1.32 leaves the
+    output of a convolution without input channels as it finds the memory.
+
     Raises:
         SlotError: If a weight would pass 2 GB.
     """
     ones = {"scale", "gain", "norm_weight", "after_weight"}
     dtype = DTYPES[slot.dtype]
+    bottleneck = max(bottleneck, 1 if slot.axis == 1 else 0)
     weights = {}
     for part in slot.parts:
         shape = part_shape(slot, part, bottleneck)
@@ -114,6 +118,14 @@ def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
             )
         weights[part] = np.full(shape, part in ones, dtype)
     return weights
+
+
+def is_empty(slot: Slot, weights: Mapping[str, Array]) -> bool:
+    """Whether a slot with a bottleneck has the weights it has before any adapter."""
+    if slot.bottleneck or not any(bottleneck_axis(slot, part) is not None for part in weights):
+        return False
+    neutral = neutral_weights(slot)
+    return all(np.array_equal(value, neutral[part]) for part, value in weights.items())
 
 
 def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:
