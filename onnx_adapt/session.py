@@ -80,7 +80,8 @@ class AdapterSession:
     ) -> None:
         self._engine = Engine(model, providers, session_options)
         self._axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
-        self._cache = AdapterCache(self._check, base_values(model), max_adapters, max_bytes)
+        self._base_values = base_values(model)
+        self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
         for name, source in dict(adapters or {}).items():
             self.load(name, source)
 
@@ -316,16 +317,20 @@ class AdapterSession:
             )
 
     def _check(self, adapter: Adapter, allow_partial: bool) -> dict[str, Any]:
-        """Raise unless an adapter fits; what keeps the slots off that it does not cover."""
+        """Raise unless an adapter fits; what makes the base of all that it does not cover."""
         manifest, replaceable = self._engine.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
         refuse_misfits(found, adapter, self._engine.label)
-        return {
+        rest = {
             slot.weight(part): as_ort_value(array)
             for slot in manifest.slots
             if slot.name not in adapter.weights
             for part, array in neutral_weights(slot, slot.bottleneck).items()
         }
+        filled = [w.name for w in manifest.weights if w.trained]
+        missing = [name for name in filled if name not in adapter.replaced]
+        own = self._base_values() if missing else {}
+        return {**rest, **{name: as_ort_value(own[name]) for name in missing}}
 
 
 def _native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -202,6 +202,19 @@ def test_a_partial_adapter_and_a_blend_of_nothing_leave_slots_off_whatever_the_d
     assert close(session.run({"x": X}, adapter={"fr": 0})["y"], BASE)
 
 
+def test_a_partial_adapter_for_a_filled_model_has_the_base_s_own_head(tmp_path: Path) -> None:
+    base, checkpoint = trained(tmp_path)
+    model = oa.insert(base, checkpoint=checkpoint)
+    part = oa.Adapter("part", checkpoint.adapter.weights)
+    found = []
+    for each in (model, oa.fill(model, checkpoint.adapter)):
+        path = oa.save_model(each, tmp_path / "m.onnx").path
+        session = oa.AdapterSession(path)
+        session.load("part", part, allow_partial=True)
+        found.append(session.run({"x": X}, adapter="part")["y"])
+    assert close(*found)
+
+
 def test_a_filled_model_runs_its_default_until_an_adapter_is_given() -> None:
     session = oa.AdapterSession(oa.fill(adapted(), FR), {"de": DE})
     assert close(session.run({"x": X})["y"], bumped(X, FR))
