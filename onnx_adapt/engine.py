@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onnx_adapt import lenders
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import RunError, SlotError
@@ -140,6 +142,25 @@ class Engine:
             required = self.inputs.keys()
             self._slots = _swappable(self.manifest, declared, required, self.label)
         return self._slots
+
+
+def native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The feeds in this machine's byte order: ONNX Runtime reads any array as if it were.
+
+    Raises:
+        RunError: If they are no feeds.
+    """
+    if not isinstance(feeds, Mapping):
+        raise RunError(
+            f"the feeds are of type {type(feeds).__name__}", hint="give {input name: array}"
+        )
+    odd = [
+        name for name, v in feeds.items() if isinstance(v, np.ndarray) and not v.dtype.isnative
+    ]
+    if not odd:
+        return feeds
+    turned = {name: feeds[name].astype(feeds[name].dtype.newbyteorder("=")) for name in odd}
+    return {**feeds, **turned}
 
 
 def _start(

@@ -19,8 +19,8 @@ from onnx_adapt.batches import (
     take_rows,
 )
 from onnx_adapt.binding import AdapterBinding
-from onnx_adapt.engine import Engine, base_values
-from onnx_adapt.errors import AdapterError, RunError
+from onnx_adapt.engine import Engine, base_values, native
+from onnx_adapt.errors import AdapterError
 from onnx_adapt.fitting import manifest_misfits, refuse_misfits
 from onnx_adapt.loaded import Loaded, as_ort_value, read
 from onnx_adapt.parts import neutral_weights
@@ -201,7 +201,7 @@ class AdapterSession:
         chosen = self._chosen(adapter)
         values = {
             name: as_ort_value(value) if isinstance(value, np.ndarray) else value
-            for name, value in _native(feeds).items()
+            for name, value in native(feeds).items()
         }
         fed = {**values, **self._weights(feeds, chosen)}
         found = self._engine.run_with_ort_values(names, fed)
@@ -255,7 +255,7 @@ class AdapterSession:
     def _run_one(
         self, names: list[str], feeds: Mapping[str, Any], chosen: Loaded | None
     ) -> Any:
-        feeds = _native(feeds)
+        feeds = native(feeds)
         if chosen is None:
             return self._engine.run(names, feeds)
         self._refuse_overlap(feeds, chosen)
@@ -331,18 +331,3 @@ class AdapterSession:
         missing = [name for name in filled if name not in adapter.replaced]
         own = self._base_values() if missing else {}
         return {**rest, **{name: as_ort_value(own[name]) for name in missing}}
-
-
-def _native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The feeds in this machine's byte order: ONNX Runtime reads any array as if it were."""
-    if not isinstance(feeds, Mapping):
-        raise RunError(
-            f"the feeds are of type {type(feeds).__name__}", hint="give {input name: array}"
-        )
-    odd = [
-        name for name, v in feeds.items() if isinstance(v, np.ndarray) and not v.dtype.isnative
-    ]
-    if not odd:
-        return feeds
-    turned = {name: feeds[name].astype(feeds[name].dtype.newbyteorder("=")) for name in odd}
-    return {**feeds, **turned}
