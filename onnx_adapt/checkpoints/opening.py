@@ -93,6 +93,12 @@ def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
     found: list[Use] = []
     for core in shop.places.cores(module, called=False):
         kind = KINDS[core.node.op_type]
+        if core.span is not None:
+            raise CheckpointError(
+                f"the checkpoint replaces '{module}.{parameter}', which is packed with "
+                f"others in node {core.node.name!r}",
+                hint="build the model with --extra_options fuse_qkv=false",
+            )
         if parameter == "weight":
             found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))
         elif 0 <= kind.bias < len(core.node.input) and core.node.input[kind.bias]:
