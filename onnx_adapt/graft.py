@@ -47,7 +47,9 @@ def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
         check_model_weights(model.proto, known)
         return known
     ir_version = model.proto.ir_version
-    return Manifest(fingerprint(model), ir_version, model.canonical, inlined, ())
+    # A version of 0 that is written out comes back as none at all.
+    canonical = model.canonical and (ir_version or not model.proto.HasField("ir_version"))
+    return Manifest(fingerprint(model), ir_version, bool(canonical), inlined, ())
 
 
 def put_in(

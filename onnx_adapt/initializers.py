@@ -17,6 +17,7 @@ from onnx import helper
 from onnx_adapt import walk
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
+from onnx_adapt.graph import default_opset
 from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,
@@ -27,6 +28,7 @@ from onnx_adapt.manifest import (
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.parts import bottleneck_axis, part_shape
+from onnx_adapt.slot import check_slot
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
@@ -75,7 +77,8 @@ def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) ->
     drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
     originals = {weight.name: weight.original for weight in weights}
     for tensor in proto.graph.initializer:
-        tensor.name = originals.get(tensor.name, tensor.name)
+        if tensor.name in originals:  # no other may be touched: a name can be absent
+            tensor.name = originals[tensor.name]
     for scope in walk.scopes(proto.graph) if weights else ():
         for node in scope.graph.node:
             for position, name in enumerate(node.input):
@@ -144,11 +147,13 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
     """Check that every weight of every slot is there, as initializer and as input.
 
     Raises:
-        SlotError: If another tool took initializers or inputs away.
+        SlotError: If a slot has no meaning, or another tool took initializers or inputs
+            away.
     """
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     for slot in slots:
+        check_slot(slot, default_opset(proto))
         names = [slot.weight(part) for part in slot.parts]
         if lost := [name for name in names if name not in stored]:
             raise SlotError(

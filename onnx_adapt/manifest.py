@@ -212,8 +212,13 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not {kind.__name__}")
+    if isinstance(value, str):
+        value.encode()  # JSON can spell half a character, which no name can have
     return value
 
+
+_MOST_AXES = 64
+"""More than ONNX Runtime and numpy take; a shape of so many numbers is made from it."""
 
 _KINDS = {"int": int, "str": str, "bool": bool}
 
@@ -227,7 +232,10 @@ def _read_slot(item: dict[str, Any]) -> Slot:
         else:
             values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
     slot = Slot(**values)
-    if slot.dtype not in DTYPES or slot.activation not in ACTIVATIONS or slot.bottleneck < 0:
+    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
+    known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
+    form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
+    if not known or not form or not all(0 <= size < 2**63 for size in sizes):
         raise ValueError(f"slot {slot.name!r} has a value that no slot has")
     return slot
 

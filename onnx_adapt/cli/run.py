@@ -69,7 +69,7 @@ def command(
     from onnx_adapt.feeds import read_arrays
 
     feeds = read_arrays(Path(inputs))
-    chosen, names = _choice(adapter, blend, rows)
+    chosen, names = read_choice(adapter, blend, rows)
     with oa.AdapterSession(model, batch_axis=batch_axis) as session:
         for name in names:
             session.load(name, _file(Path(model), name), allow_partial=allow_partial)
@@ -81,7 +81,7 @@ def command(
     _show(rows_of, times, as_json=as_json, output=output)
 
 
-def _choice(
+def read_choice(
     adapter: str | None, blend: str | None, rows: str | None
 ) -> tuple[Choice | Sequence[Choice], list[str]]:
     """What to run with, and the adapters that it names."""
