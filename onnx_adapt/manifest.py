@@ -189,8 +189,15 @@ def _read(data: dict[str, Any]) -> Manifest:
         inlined=_typed(base["inlined"], bool),
         slots=tuple(_read_slot(item) for item in data["slots"]),
         weights=tuple(_read_weight(item) for item in data["weights"]),
-        inputs=tuple((_typed(i, int), _typed(text, str)) for i, text in base["inputs"]),
+        inputs=tuple(_read_input(i, text) for i, text in base["inputs"]),
     )
+
+
+def _read_input(place: Any, declared: Any) -> tuple[int, str]:
+    if not 0 <= _typed(place, int) < 2**31:
+        raise ValueError(f"no input is at {place}")
+    bytes.fromhex(_typed(declared, str))
+    return place, declared
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
