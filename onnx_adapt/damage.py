@@ -10,13 +10,13 @@ from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.fitting import required_manifest
-from onnx_adapt.graph import default_opset, elem_name
+from onnx_adapt.graph import default_opset, elem_name, text
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.norms import own_norm
 from onnx_adapt.parts import bottleneck_axis
-from onnx_adapt.slot import slot_nodes
+from onnx_adapt.slot import check_slot, slot_nodes
 
 
 def damages(model: Model) -> list[str]:
@@ -79,7 +79,8 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                 kind = elem_name(found.elem_type)
                 yield f"input {slot.weight(part)!r} is declared as {kind}"
             axis = bottleneck_axis(slot, part)
-            fixed = axis is not None and found.shape.dim[axis].HasField("dim_value")
+            dims = found.shape.dim
+            fixed = axis is not None and axis < len(dims) and dims[axis].HasField("dim_value")
             if fixed and not slot.bottleneck:
                 yield (
                     f"slot {slot.name!r} is swappable only for one bottleneck: input "
@@ -99,7 +100,11 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
                 present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
-        constants = [node for node in nodes if "/norm_constant_" in node.name]
+        constants = [node for node in nodes if "/norm_constant_" in text(node.name)]
+        try:
+            check_slot(slot, default_opset(proto))
+        except AdaptError:
+            continue  # no slot at all, which the check of its weights has said
         wanted = slot_nodes(slot, default_opset(proto), own_norm(nodes))
         there = [node.op_type for node in nodes if node not in constants]
         if nodes and there != [node.op_type for node in wanted]:

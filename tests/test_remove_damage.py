@@ -57,6 +57,19 @@ def test_a_manifest_with_a_wrong_value_is_an_error_of_ours(field: str, value: ob
         oa.verify(base, adapted, inputs={"x": X})
 
 
+@pytest.mark.parametrize(
+    "inputs", [[[0, "zz"]], [[0, "ff"]], [[2**70, ""]], [[-1, ""]], [[0]], ["ab"], 3], ids=str
+)
+def test_inputs_that_are_recorded_wrongly_are_an_error_of_ours(inputs: object) -> None:
+    model = oa.insert(model_of(MLP), after="first")
+    (entry,) = model.proto.metadata_props
+    record = json.loads(entry.value)
+    record["base"]["inputs"] = inputs
+    entry.value = json.dumps(record)
+    with pytest.raises(ManifestError):
+        oa.remove(model)
+
+
 def test_a_manifest_of_a_newer_format_is_refused() -> None:
     adapted = oa.insert(model_of(MLP), after="first")
     data = json.loads(_manifest(adapted).value)

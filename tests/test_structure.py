@@ -33,7 +33,7 @@ FLOORS = (
     ("slot", "layers", "engine"),
     ("modules", "layout", "norms"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
-    ("resolve", "damage"),
+    ("resolve", "damage", "base_weights"),
     ("plan", "probe", "filling", "row_proof"),
     ("checkpoints", "graft", "session"),
     ("rewrite",),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
+from onnx_adapt.base_weights import Opening
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.by_name import ByName
 from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
@@ -26,7 +27,6 @@ from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.initializers import Opening
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import reserved_names

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _PATIENCE = 1.0
 
+_HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+"""What JSON may hold as it is, and a terminal obeys: controls of ISO 6429, of direction."""
+
 
 def plain(text: str) -> str:
     """Text that is safe on a terminal: control characters are escaped."""
@@ -70,7 +73,7 @@ def print_json(document: dict[str, Any]) -> None:
         text.encode(_encoding())
     except UnicodeEncodeError:
         text = json.dumps(document, indent=2)
-    emit(text)
+    emit(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
