@@ -1,4 +1,4 @@
-"""Other tools on an adapted model, and what is left of its slots (docs/after-other-tools.md)."""
+"""Other tools on an adapted model, and what is left of its slots (docs/after-other-tools)."""
 
 from __future__ import annotations
 
