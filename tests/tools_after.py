@@ -24,6 +24,7 @@ from onnx_adapt.damage import damages
 from onnx_adapt.ort import failures
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
+_WARNINGS = 2
 ADAPTER = oa.Adapter("a", {"fc1": weights(3), "fc2": weights(5, seed=1)})
 BAKED = oa.Adapter("a", {"fc1": weights(3), "fc2": weights(3, seed=1)})
 
@@ -87,6 +88,7 @@ def outcome(tool: str, folder: Path) -> tuple[str, str, str, str]:
     TOOLS[tool](saved(adapted(), folder / "s.onnx"), fed)
     filled = oa.bake(oa.fill(adapted(), BAKED))
     TOOLS[tool](saved(filled, folder / "b.onnx"), baked)
+    ort.set_default_logger_severity(_WARNINGS)  # onnxslim turns it up for the process
     model = oa.open_model(fed)
     said = damages(model)
     return (

@@ -240,15 +240,17 @@ READERS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def read(name: str, data: bytes) -> None:
-    """Read bytes, or get an AdaptError: nothing else."""
+def read(name: str, data: bytes) -> bool:
+    """Read bytes, or get an AdaptError: nothing else. Gives whether they were read."""
     large = payloads.LARGE
     try:
         with warnings.catch_warnings(), contextlib.suppress(AdaptError):
             warnings.simplefilter("ignore")  # numpy's, of odd headers
             READERS[name](data)
+            return True
     finally:
         payloads.LARGE = large
+    return False
 
 
 def corpus(name: str) -> list[bytes]:
