@@ -15,6 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnx_adapt import walk
+from onnx_adapt.damage import foreign_readers
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import ManifestError, SlotError
 from onnx_adapt.fingerprint import fingerprint
@@ -99,9 +100,9 @@ def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) ->
     Raises:
         ManifestError: If what it was is not recorded as it should be.
     """
-    for place, text in inputs:
+    for place, declared in inputs:
         try:
-            value = onnx.ValueInfoProto.FromString(bytes.fromhex(text))
+            value = onnx.ValueInfoProto.FromString(bytes.fromhex(declared))
         except DecodeError as error:
             raise ManifestError(f"the record of input {place} is damaged: {error}") from error
         proto.graph.input.insert(place, value)
@@ -189,8 +190,12 @@ def take_out(
         The slots that stay.
 
     Raises:
-        SlotError: If another tool moved the nodes.
+        SlotError: If another tool moved the nodes, or put others among them.
     """
+    if foreign := foreign_readers(proto, [slot for slot in slots if slot.name in doomed]):
+        raise SlotError(
+            foreign[0], hint="another tool put it there; start from the base model"
+        )
     current = {slot.name: slot for slot in slots}
     for scope in reversed(list(walk.scopes(proto.graph))):
         recorded = scope.graph.value_info

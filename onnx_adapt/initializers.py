@@ -92,9 +92,18 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
                 f"slot {slot.name!r} is damaged: its nodes are gone, or have lost their mark",
                 hint="another tool rewrote the graph; insert into the base model again",
             )
+    check_base_weights(proto, manifest.weights)
+
+
+def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
+    """Check that the weights of the base that adapters may replace still can be.
+
+    Raises:
+        SlotError: If another tool took them away.
+    """
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
-    for weight in manifest.weights:
+    for weight in weights:
         if weight.name not in stored or (weight.swappable and weight.name not in inputs):
             raise SlotError(
                 f"weight {weight.name!r} is not replaceable any more: it was stripped from "

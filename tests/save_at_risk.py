@@ -36,13 +36,10 @@ def replaced(folder: Path) -> Callable[[], object]:
 def in_place(folder: Path) -> Callable[[], object]:
     """A model in place of the file it was opened from."""
     write(folder / "old" / "a.onnx", dense(raw("V", 1)))
-
-    def save() -> None:
-        model = oa.open_model(folder / "now" / "a.onnx")
-        adapted = oa.insert(model, after="dense")
-        oa.save_model(adapted, folder / "now" / "a.onnx", overwrite=True)
-
-    return save
+    shutil.copytree(folder / "old", folder / "now")
+    model = oa.open_model(folder / "now" / "a.onnx")
+    adapted = oa.insert(model, after="dense")
+    return lambda: oa.save_model(adapted, folder / "now" / "a.onnx", overwrite=True)
 
 
 def with_data(folder: Path) -> Callable[[], object]:
@@ -121,7 +118,7 @@ def results(folder: Path, how: str, make: Callable[[Path], Callable[[], object]]
     while code:
         count += 1
         shutil.rmtree(folder / "now", ignore_errors=True)
-        shutil.copytree(folder / "old", folder / "now", copy_function=shutil.copy)
+        shutil.copytree(folder / "old", folder / "now")  # with the times of the files
         child = os.fork()
         if not child:
             stop_at(count, how, save)

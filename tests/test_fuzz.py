@@ -11,7 +11,7 @@ import pytest
 from fuzz import mutation, readers
 
 MB = 1 << 20
-SECONDS = 1
+SECONDS = 0.7
 
 
 def _survives(name: str, data: bytes) -> None:
@@ -41,10 +41,5 @@ def test_only_an_adapt_error_comes_out_of_a_reader(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(readers.READERS))
 def test_the_corpus_holds_files_that_are_read(name: str) -> None:
-    refused = 0
-    for data in readers.corpus(name):
-        try:
-            readers.READERS[name](data)
-        except readers.AdaptError:
-            refused += 1
-    assert refused <= len(readers.corpus(name)) // 2
+    taken = [readers.read(name, data) for data in readers.corpus(name)]
+    assert sum(taken) * 2 >= len(taken)

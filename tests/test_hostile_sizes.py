@@ -58,7 +58,7 @@ def _external(folder: Path, dims: list[int], **entries: str) -> Path:
     ("dims", "entries"),
     [
         ([2**62] * 1000, {}),
-        ([2**63 - 1] * 100_000, {}),
+        ([2**63 - 1] * 20_000, {}),
         ([16], {"offset": str(2**64)}),
         ([16], {"offset": "9" * 4299, "length": "9" * 4300}),
         ([16], {"offset": "1" * 5000}),
@@ -68,7 +68,7 @@ def _external(folder: Path, dims: list[int], **entries: str) -> Path:
         ([17], {}),
     ],
     ids=[
-        *("a thousand axes", "10^5 axes", "offset of 2^64", "end of 4301 digits"),
+        *("a thousand axes", "20000 axes", "offset of 2^64", "end of 4301 digits"),
         *("5000 digits", "past the end", "length of 2^62", "negative", "one too many"),
     ],
 )
@@ -132,13 +132,13 @@ def test_a_name_of_many_modules_is_not_taken_apart(tmp_path: Path) -> None:
 
 def test_a_graph_of_many_nodes_takes_time_in_proportion(tmp_path: Path) -> None:
     model = dense(width=2)
-    for i in range(30_000):
+    for i in range(10_000):
         model.graph.node.add(op_type="Relu", input=["x"], output=[f"t{i}"])
     base = oa.open_model(write(tmp_path / "m.onnx", model))
     started = time.process_time()
     adapted = oa.insert(base, after="dense")
     assert oa.remove(adapted).proto == base.proto
-    assert time.process_time() - started < 12
+    assert time.process_time() - started < 6
 
 
 def test_bodies_inside_each_other_without_end_are_refused(tmp_path: Path) -> None:

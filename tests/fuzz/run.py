@@ -35,6 +35,9 @@ def main() -> None:
     name, *options = sys.argv[1:]
     seeds = readers.corpus(name)
 
+    def one_input(data: bytes) -> None:
+        readers.read(name, data)
+
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         rng = random.Random(seed)
         if rng.random() < 0.5:
@@ -44,7 +47,7 @@ def main() -> None:
     limits = ("-timeout=10", "-rss_limit_mb=1500", "-max_len=4096")
     atheris.Setup(
         [sys.argv[0], *options, *limits, str(readers.CORPUS / name)],
-        lambda data: readers.read(name, data),
+        one_input,
         custom_mutator=mutate,
     )
     atheris.Fuzz()
