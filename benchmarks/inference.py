@@ -51,7 +51,7 @@ FULL = Sizes(
     layers=12,
     shapes=((1, 1), (1, 16), (1, 128), (1, 512), (8, 1), (8, 16), (8, 128), (32, 1), (32, 64)),
     bottlenecks=(8, 64, 256),
-    seconds=6,
+    seconds=3,
 )
 QUICK = Sizes(layers=4, shapes=((1, 1), (1, 128), (8, 16)), bottlenecks=(8, 64), seconds=1)
 TINY = Sizes(layers=1, shapes=((1, 2),), bottlenecks=(4,), seconds=0)
@@ -133,7 +133,7 @@ def cell(
 ) -> dict[str, Any]:
     """One line: every way as a ratio to the base."""
     calls = found.calls(feeds)
-    times = in_turn(calls, 7 if seconds else 1, seconds, time.process_time)
+    times = in_turn(calls, 5 if seconds else 1, seconds, time.process_time)
     ratios = {name: ratio(times, name, "base") for name in calls if name != "base"}
     ratios["swapped / baked"] = ratio(times, "LoraAdapter", "baked")
     ratios["fed / baked"] = ratio(times, "feeds", "baked")

@@ -112,15 +112,25 @@ def rows_of(name: str, costs: Costs) -> list[tuple[str | float, ...]]:
     mine, rows = worked(costs["insert"]), []
     for who, cost in costs.items():
         if isinstance(cost, CommandError):
-            rows.append((name, who, "", "", "", "", "", str(cost)))
+            rows.append((name, who, "", "", "", "", "", "", str(cost)))
             continue
         done, disk = cost.done.best, cost.on_disk.best
         ratios = (done / mine.done.best, cost.peak / mine.peak)
-        rows.append((name, who, *ratios, done, disk, cost.peak / 1e6, ""))
+        rows.append((name, who, *ratios, done, disk, cost.busy.best, cost.peak / 1e6, ""))
     return rows
 
 
-COLUMNS = ("of", "by", "time / ours", "memory / ours", "s", "s, on disk", "MB", "fails with")
+COLUMNS = (
+    "of",
+    "by",
+    "time / ours",
+    "memory / ours",
+    "s",
+    "s, on disk",
+    "s, processor",
+    "MB",
+    "fails with",
+)
 
 
 def start(setting: Setting, sizes: Sizes) -> Part:

@@ -32,8 +32,8 @@ for path in filter(os.path.exists, written if status == 0 else ()):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 on_disk = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-print(status, done, on_disk, peak)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(status, done, on_disk, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 """
 
 
@@ -68,12 +68,17 @@ class Cost:
     Attributes:
         done: Time until it ended; what it wrote may still be in memory.
         on_disk: Time until all it wrote was on the disk.
+        busy: Time of the processor; other processes disturb it less.
         peak: Most memory resident at once in any run, in bytes.
     """
 
     done: Times
     on_disk: Times
+    busy: Times
     peak: int
+
+
+Run = tuple[float, float, float, int]
 
 
 class CommandError(Exception):
@@ -86,13 +91,13 @@ def memory_left() -> int:
     return int(text.split("MemAvailable:")[1].split()[0]) << 10
 
 
-def run(command: Command) -> tuple[float, float, int]:
+def run(command: Command) -> Run:
     """Run a command once, with nothing left to write to disk from before.
 
     It may not take more than three quarters of the memory there is.
 
     Returns:
-        Seconds until it ended, seconds until all was on disk, and its peak memory.
+        Seconds until it ended, until all was on disk, of the processor; its peak memory.
 
     Raises:
         CommandError: If it fails.
@@ -106,13 +111,13 @@ def run(command: Command) -> tuple[float, float, int]:
     if int(status):
         said = ended.stderr.strip().splitlines() or [f"exit status {status}"]
         raise CommandError(said[-1][:160])
-    done, on_disk, peak = numbers
-    return float(done), float(on_disk), int(peak)
+    done, on_disk, busy, peak = numbers
+    return float(done), float(on_disk), float(busy), int(peak)
 
 
 def try_all(commands: Mapping[str, Command], runs: int) -> dict[str, Cost | CommandError]:
     """Run commands in turn, so that noise meets all alike; one that failed is left out."""
-    rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
+    rounds: dict[str, list[Run]] = {name: [] for name in commands}
     failed: dict[str, CommandError] = {}
     for _ in range(runs):
         for name, command in commands.items():
@@ -137,9 +142,9 @@ def measure(commands: Mapping[str, Command], runs: int) -> dict[str, Cost]:
     return {name: cost for name, cost in found.items() if isinstance(cost, Cost)}
 
 
-def _cost(rounds: Sequence[tuple[float, float, int]]) -> Cost:
-    done, on_disk, peaks = zip(*rounds, strict=True)
-    return Cost(Times(done), Times(on_disk), max(peaks))
+def _cost(rounds: Sequence[Run]) -> Cost:
+    done, on_disk, busy, peaks = zip(*rounds, strict=True)
+    return Cost(Times(done), Times(on_disk), Times(busy), max(peaks))
 
 
 def in_turn(
