@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 BENCHMARKS: dict[str, setting.Benchmark] = {
     "insert": insert.benchmark,
+    "nodes": insert.nodes_benchmark,
     "thin": thin.benchmark,
     "inference": inference.benchmark,
     "swap": swapping.benchmark,

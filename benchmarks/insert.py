@@ -180,7 +180,9 @@ def inline_goals(name: str, costs: Costs, *, strict: bool) -> list[Finding]:
         if not isinstance(cost, Cost):
             continue
         faster = cost.done.best / mine.done.best
+        busy = cost.busy.best / mine.busy.best
         what, detail = f"{name}: {library} / insert", f"{cost.done}; ours {mine.done}"
+        detail += f"; {busy:.1f} x the processor's time"
         found.append(Finding(f"{what}, time", faster, "x", detail, least=FASTER))
         detail = f"{size_text(cost.peak)}; ours {size_text(mine.peak)}"
         found.append(
@@ -243,8 +245,10 @@ def many_nodes(setting: Setting, sizes: Sizes) -> Part:
         rows += rows_of(f"{nodes:,} nodes, {layers:,} slots", costs)
         cost = costs["one slot"]
         if nodes == NODES_AT and isinstance(cost, Cost):
-            what = f"{nodes:,} nodes: insert one slot"
-            part.findings.append(Finding(what, cost.done.best, "s", str(cost.done), most=2))
+            what = f"{nodes:,} nodes: insert one slot, processor"
+            part.findings.append(
+                Finding(what, cost.busy.best, "s", f"wall clock {cost.done}", most=2)
+            )
     part.tables.append(Table("many nodes", COLUMNS, rows))
     return part
 
@@ -278,13 +282,19 @@ def losses(setting: Setting, sizes: Sizes) -> Part:
 
 
 def benchmark(setting: Setting) -> Part:
-    """All of it."""
+    """Time, memory and losses over the size of the weights."""
     sizes = setting.pick(FULL, QUICK, TINY)
     whole = Part("insert")
-    for each in (start, inline, external, many_nodes, losses):
+    for each in (start, inline, external, losses):
         say(f"insert: {each.__name__}")
         whole.add(each(setting, sizes))
     return whole
+
+
+def nodes_benchmark(setting: Setting) -> Part:
+    """Time and memory over the number of nodes."""
+    say("nodes")
+    return many_nodes(setting, setting.pick(FULL, QUICK, TINY))
 
 
 if __name__ == "__main__":

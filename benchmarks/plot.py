@@ -81,7 +81,7 @@ def main() -> None:
     plt.rcParams.update(STYLE)
     figure, grid = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
     inline = rows(results, "insert", "inline")
-    nodes = rows(results, "insert", "many nodes")
+    nodes = rows(results, "nodes", "many nodes")
     dense = rows(results, "inference", "dense")
     held = rows(results, "swap", "memory")
     ways = rows(results, "checkpoints", "")
@@ -89,7 +89,7 @@ def main() -> None:
         curve(grid[0][0], inline, "s", ("insert, inline weights", "MB of weights", "s"))
         curve(grid[0][1], inline, "MB", ("its memory", "MB of weights", "MB"))
     if nodes:
-        curve(grid[0][2], nodes, "s", ("insert, many nodes", "nodes", "s"))
+        curve(grid[0][2], nodes, "s, processor", ("insert, many nodes", "nodes", "s"))
     if dense:
         runs(grid[1][0], dense)
     if held:

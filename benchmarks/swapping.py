@@ -1,6 +1,6 @@
 """What another adapter costs beside another session: time, memory, a thousand, threads.
 
-Times are the best of many, taken in turn; memory is that of a process of its own (PSS),
+Times are the best of many, of the processor; memory is that of a process of its own (PSS),
 after each adapter has run.
 
     python benchmarks/swapping.py
@@ -67,7 +67,10 @@ def loads(folder: Path, adapted: oa.Model, adapter: oa.Adapter, runs: int) -> Pa
     calls["LoraAdapter.Load, unchecked"] = bare
     calls |= {f"load {file.suffix} and run": lambda file=file: swap(file) for file in files}
     calls["new InferenceSession and run"] = anew
-    times = {name: min(each) * 1e3 for name, each in in_turn(calls, runs).items()}
+    times = {
+        name: min(each) * 1e3
+        for name, each in in_turn(calls, runs, clock=time.process_time).items()
+    }
     new = times["new InferenceSession and run"]
     load, first = times["load .onnx_adapter"], times["load .onnx_adapter and run"]
     size = f"{adapter.size / 1e6:.1f} MB, checked"

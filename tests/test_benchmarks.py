@@ -18,11 +18,11 @@ def run_all(tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="they read /proc")
 def test_benchmarks_write_what_they_find_and_keep_what_is_known(tmp_path: Path) -> None:
-    for only in ("inference,mixed", "insert,swap"):
+    for only in ("inference,mixed", "insert,nodes,swap"):
         ended = run_all(tmp_path, "--only", only)
         assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert list(found) == ["insert", "inference", "swap", "mixed"]
+    assert list(found) == ["insert", "nodes", "inference", "swap", "mixed"]
     facts = {each["what"]: each["value"] for each in found["insert"]["findings"]}
     assert facts["every field: fields lost"] == 0
     assert facts["inline 32.8 kB: remove gives the base"] == 1
