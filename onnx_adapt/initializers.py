@@ -21,6 +21,7 @@ from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph import default_opset
 from onnx_adapt.manifest import (
     Manifest,
+    OpenWeight,
     Slot,
     slot_of,
     write_manifest,

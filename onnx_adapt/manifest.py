@@ -7,7 +7,7 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from onnx_adapt.activations import ACTIVATIONS
@@ -295,8 +295,13 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             "inlined": manifest.inlined,
             "inputs": manifest.inputs,
         },
-        "slots": [asdict(slot) for slot in manifest.slots],
-        "weights": [asdict(weight) for weight in manifest.weights],
+        "slots": [_record(slot) for slot in manifest.slots],
+        "weights": [_record(weight) for weight in manifest.weights],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     proto.metadata_props.add(key=KEY, value=text)
+
+
+def _record(item: Slot | OpenWeight) -> dict[str, object]:
+    """The fields by name; they are flat, and `asdict` copies each of them, which shows."""
+    return {each.name: getattr(item, each.name) for each in fields(item)}
