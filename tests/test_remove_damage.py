@@ -54,7 +54,7 @@ def test_a_manifest_with_a_wrong_value_is_an_error_of_ours(field: str, value: ob
     data["slots"][0][field] = value
     _manifest(adapted).value = json.dumps(data)
     with pytest.raises(AdaptError):
-        oa.verify(base, adapted, inputs={"x": X})
+        oa.verify(base, adapted, inputs={"x": X}).raise_for_mismatch()
 
 
 @pytest.mark.parametrize(

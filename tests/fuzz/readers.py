@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import shutil
 import struct
@@ -42,7 +41,6 @@ CASES = Path(__file__).parent.parent / "cases"
 ROOM = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir=ROOM))
 (FOLDER / "w.bin").write_bytes(bytes(64))  # what the models with external data refer to
-logging.getLogger("onnx_adapt").setLevel(logging.ERROR)
 SMALL = 16
 """In the fuzzed models, tensors from this many bytes on count as large."""
 

@@ -9,6 +9,7 @@ small (`-minimize_crash=1`), write a test that fails, fix it, and add it to the 
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import random
 import sys
@@ -32,6 +33,7 @@ with atheris.instrument_imports(include=["onnx_adapt", "safetensors", "zipfile"]
 
 def main() -> None:
     """Fuzz one reader."""
+    logging.getLogger("onnx_adapt").setLevel(logging.ERROR)
     name, *options = sys.argv[1:]
     seeds = readers.corpus(name)
 
