@@ -51,6 +51,11 @@ class AdapterSession:
         batch_axis: The batch axis of inputs and outputs, or that of each by name; by
             default it is found from the model's symbolic dimensions.
 
+    Attributes:
+        inputs: What must be fed, by name: ONNX Runtime's `name`, `shape` and `type`.
+        outputs: The same of what comes out.
+        batch_axes: Where the batch lies in them.
+
     Raises:
         RunError: If ONNX Runtime refuses the model.
         AdapterError: If an adapter does not fit.
@@ -83,11 +88,13 @@ class AdapterSession:
         self._model = model
         self._failures = failures()
         self._label, self._session = start(model, providers, session_options)
-        self._inputs = {item.name: item.shape for item in self._session.get_inputs()}
-        self._outputs = {item.name: item.shape for item in self._session.get_outputs()}
+        self.inputs = {item.name: item for item in self._session.get_inputs()}
+        self.outputs = {item.name: item for item in self._session.get_outputs()}
+        self._inputs = {name: item.shape for name, item in self.inputs.items()}
+        self._outputs = {name: item.shape for name, item in self.outputs.items()}
         text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         self._manifest = manifest_from_text(text) if text else None
-        self._axes = find_batch(self._inputs, self._outputs, batch_axis)
+        self.batch_axes = find_batch(self._inputs, self._outputs, batch_axis)
         self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
         self._swappable: tuple[Manifest, Replaceable] | None = None
         for name, source in (adapters or {}).items():
@@ -281,7 +288,7 @@ class AdapterSession:
     ) -> dict[str, Any]:
         """One run for each adapter of a batch, on the rows that want it."""
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
-        count_rows(self._axes, arrays, len(rows))
+        count_rows(self.batch_axes, arrays, len(rows))
         groups: dict[Loaded | None, list[int]] = {}
         for i, chosen in enumerate(rows):
             groups.setdefault(chosen, []).append(i)
@@ -289,9 +296,13 @@ class AdapterSession:
             return dict(zip(names, self._run_one(names, arrays, rows[0]), strict=True))
         results = []
         for chosen, members in groups.items():
-            part = arrays if self._axes.fixed else take_rows(self._axes, arrays, members)
+            part = (
+                arrays
+                if self.batch_axes.fixed
+                else take_rows(self.batch_axes, arrays, members)
+            )
             results.append((members, self._run_one(names, part, chosen)))
-        return join_rows(self._axes, names, results)
+        return join_rows(self.batch_axes, names, results)
 
     def _weights(self, feeds: Mapping[str, Any], chosen: Loaded | None) -> Mapping[str, Any]:
         if chosen is None:

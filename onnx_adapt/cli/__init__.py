@@ -14,7 +14,7 @@ from onnx_adapt.errors import AdaptError, MismatchError
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("convert", "fill", "extract", "run", "build"),
+    *("convert", "fill", "extract", "run", "build", "serve"),
 )
 
 _HELP = "`onnx-adapt --help` tells what can be done, and how"
