@@ -48,9 +48,13 @@ def command(
     """
     from onnx_adapt.serve import build_app
 
+    if "://" not in options["adapters"]:
+        options["adapters"] = os.path.abspath(options["adapters"])
     app = build_app({"model": os.path.abspath(model), **options})
     from onnx_adapt.serve.running import running
 
-    with running(app, host, port, address, metrics_port) as wait:
+    cpus = options["replicas"] * options["threads"]
+    started = running(app, host, port, address=address, metrics_port=metrics_port, cpus=cpus)
+    with started as wait:
         say(f"serving on http://{host}:{port}/v2; Ctrl-C ends it")
         wait()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import logging
 import tempfile
 import threading
 import time
@@ -37,8 +38,10 @@ from onnx_adapt.serve.settings import Settings
 
 _T = TypeVar("_T")
 
+_log = logging.getLogger(__name__)
+
 _QUEUE = 1000
-"""Requests that one process may have under way; Ray Serve keeps the rest waiting."""
+"""Requests that one process may have under way; as many may wait, the rest get a 503."""
 
 
 def application(settings: Settings) -> Any:
@@ -50,6 +53,7 @@ def application(settings: Settings) -> Any:
     Repository(settings.model, settings.adapters, Path(), settings.base)  # what it refuses
     common: dict[str, Any] = {
         "max_ongoing_requests": _QUEUE,
+        "max_queued_requests": _QUEUE,
         "graceful_shutdown_wait_loop_s": 0.1,
         "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False),
     }
@@ -78,7 +82,10 @@ class RepositoryActor:
     def _watch(self, poll_s: float) -> None:
         while True:
             time.sleep(poll_s)
-            self._repository.sweep()
+            try:
+                self._repository.sweep()
+            except Exception:  # the libraries of object stores may raise anything
+                _log.exception("cannot look at the adapters; what is known is served")
 
     async def entries(self) -> Mapping[str, Entry]:
         """What there is."""

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.engine import Result
@@ -62,7 +63,7 @@ class Gateway:
             await asyncio.sleep(self.settings.poll_s)
             try:
                 await self.refresh()
-            except RayError:  # it is being restarted; what we know is served meanwhile
+            except (RayError, RayServeException):  # it is started anew: ask again
                 continue
 
     async def refresh(self) -> None:
@@ -106,7 +107,7 @@ class Gateway:
             )
         return entry.version
 
-    async def infer(self, request: InferRequest, blend: Blend) -> tuple[str, Result]:
+    async def infer(self, request: InferRequest, blend: Blend) -> tuple[str, dict[str, Array]]:
         """Run the model.
 
         Returns:
@@ -132,8 +133,10 @@ class Gateway:
             except RayActorError:
                 problem = RequestError("the replica died", hint="try again", status=503)
                 continue
-            if not isinstance(result, AdapterNotFoundError):
+            if not isinstance(result, AdaptError):
                 return _said(versions), result
+            if not isinstance(result, AdapterNotFoundError):
+                raise result
             problem = result
             await self.refresh()
         assert problem is not None

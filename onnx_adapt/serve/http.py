@@ -22,7 +22,7 @@ from onnx_adapt.errors import (
     RequestError,
     RunError,
 )
-from onnx_adapt.serve.choice import Blend, read_choice
+from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.protocol import (
     HEADER_LENGTH,
@@ -105,30 +105,37 @@ async def _model_ready(request: Request) -> Response:
 async def _infer(request: Request) -> Response:
     """Run the model, and count what became of it."""
     gateway, started = _gateway(), time.monotonic()
-    label = "unknown"  # a label for every name that clients make up would have no end
+    # Names that clients make up are no labels: there would be no end of them.
+    request.state.label = "unknown"
+    status = 500
     try:
-        name, version = _named(request)
-        body = await _body(request)
-        asked = await asyncio.to_thread(read_request, body, request.headers.get(HEADER_LENGTH))
-        header = serve.get_multiplexed_model_id()
-        blend = read_choice(name, gateway.settings.base, asked.adapter, header)
-        for adapter in blend:
-            gateway.version(adapter)
-        label = _label(blend)
-        active, outputs = await gateway.infer(asked, blend)
-        if isinstance(outputs, AdaptError):
-            raise outputs
-        found = [(gateway.outputs[key], array) for key, array in outputs.items()]
-        content, headers = await asyncio.to_thread(
-            write_response, asked, name, version, active, found
-        )
-        response = Response(content, headers=headers)
+        response = await _run(request, gateway)
+        status = response.status_code
     except AdaptError as error:
         response = await _refused(request, error)
+        status = response.status_code
     except ClientDisconnect:  # nobody is there to read it
-        response = Response(status_code=400)
-    gateway.count(label, response.status_code, time.monotonic() - started)
+        response = Response(status_code=(status := 400))
+    finally:
+        gateway.count(request.state.label, status, time.monotonic() - started)
     return response
+
+
+async def _run(request: Request, gateway: Gateway) -> Response:
+    name, version = _named(request)
+    body = await _body(request)
+    asked = await asyncio.to_thread(read_request, body, request.headers.get(HEADER_LENGTH))
+    header = serve.get_multiplexed_model_id()
+    blend = read_choice(name, gateway.settings.base, asked.adapter, header)
+    for adapter in blend:
+        gateway.version(adapter)
+    request.state.label = "blend" if len(blend) > 1 else next(iter(blend), "base")
+    active, outputs = await gateway.infer(asked, blend)
+    found = [(gateway.outputs[key], array) for key, array in outputs.items()]
+    content, headers = await asyncio.to_thread(
+        write_response, asked, name, version, active, found
+    )
+    return Response(content, headers=headers)
 
 
 async def _index(request: Request) -> Response:
@@ -226,12 +233,6 @@ async def _body(request: Request) -> bytes:
 
 def _described(spec: Spec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
-
-
-def _label(blend: Blend) -> str:
-    if len(blend) > 1:
-        return "blend"
-    return next(iter(blend), "base")
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -22,7 +22,13 @@ _NAME = "onnx-adapt"
 
 @contextlib.contextmanager
 def running(
-    app: Any, host: str, port: int, address: str | None, metrics_port: int | None
+    app: Any,
+    host: str,
+    port: int,
+    *,
+    address: str | None = None,
+    metrics_port: int | None = None,
+    cpus: int = 1,
 ) -> Iterator[Callable[[], object]]:
     """Run an application for as long as the block lasts.
 
@@ -32,6 +38,7 @@ def running(
         port: The port to listen on.
         address: A Ray cluster, or None to start Ray here.
         metrics_port: Where Prometheus finds the metrics of a Ray that starts here.
+        cpus: How many the replicas ask for; a Ray that starts here has no fewer.
 
     Yields:
         What waits until the process is told to end.
@@ -46,7 +53,7 @@ def running(
         signal.signal(kind, lambda *_: ended.set())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        _start(app, host, port, address, metrics_port)
+        _start(app, host, port, address, metrics_port, cpus)
         yield ended.wait
     finally:
         if ray.is_initialized():
@@ -55,13 +62,15 @@ def running(
 
 
 def _start(
-    app: Any, host: str, port: int, address: str | None, metrics_port: int | None
+    app: Any, host: str, port: int, address: str | None, metrics_port: int | None, cpus: int
 ) -> None:
     # Ray tells its makers what it is used for, unless somebody says something.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: dict[str, Any] = {}
     if address is None:
         local = {"include_dashboard": False, "_metrics_export_port": metrics_port}
+        if cpus > (os.cpu_count() or 1):  # or replicas would wait for some without end
+            local["num_cpus"] = cpus
     try:
         ray.init(address, logging_level=logging.ERROR, **local)
         quiet = LoggingConfig(log_level="WARNING")
