@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
-from serving import server
+from serve_clients import server
 
 from onnx_adapt.serve import build_app
 from onnx_adapt.serve.settings import read_settings
