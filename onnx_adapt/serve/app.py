@@ -135,11 +135,17 @@ class Model:
         self._swaps = metrics.Counter(
             "onnx_adapt_swaps", "Adapters loaded into a replica.", tag_keys=("adapter",)
         )
+        self._mixed = metrics.Histogram(
+            "onnx_adapt_batch_adapters",
+            "Different adapters in a batch, the base among them.",
+            boundaries=[1, 2, 4, 8, 16, 32, 64],
+        )
 
         async def load(version: str) -> _Held:
             return await self._load(version)
 
         async def run_all(jobs: list[Job]) -> list[Result]:
+            self._mixed.observe(len({str(job.adapter) for job in jobs}))
             return await asyncio.to_thread(self._engine.run, jobs)
 
         self._held = serve.multiplexed(load, max_num_models_per_replica=settings.max_adapters)
