@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +130,9 @@ class Model:
             threads=settings.threads,
             max_rows=settings.max_batch_size,
         )
+        self._runner = ThreadPoolExecutor(
+            1
+        )  # one run at a time: no more CPUs than it asked for
         self._repository = repository
         self._files = tempfile.TemporaryDirectory(prefix="onnx-adapt-")
         self._loads = itertools.count()
@@ -146,7 +150,7 @@ class Model:
 
         async def run_all(jobs: list[Job]) -> list[Result]:
             self._mixed.observe(len({str(job.adapter) for job in jobs}))
-            return await asyncio.to_thread(self._engine.run, jobs)
+            return await self._run(jobs)
 
         self._held = serve.multiplexed(load, max_num_models_per_replica=settings.max_adapters)
         self._joined: Callable[[Job], Awaitable[Result]] = self._run_one
@@ -184,8 +188,12 @@ class Model:
         return await context.run(asyncio.ensure_future, self._joined(job))
 
     async def _run_one(self, job: Job) -> Result:
-        (result,) = await asyncio.to_thread(self._engine.run, [job])
+        (result,) = await self._run([job])
         return result
+
+    async def _run(self, jobs: list[Job]) -> list[Result]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._runner, self._engine.run, jobs)
 
     def _count(self, jobs: Sequence[Job]) -> int:
         return sum(self._engine.rows(job.feeds) or 1 for job in jobs)
