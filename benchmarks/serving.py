@@ -26,7 +26,7 @@ import onnx_adapt as oa
 from onnx_adapt.cli.show import print_table, say
 from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve import build_app
-from onnx_adapt.serve.engine import Engine, Job
+from onnx_adapt.serve.batcher import Batcher, Job
 from onnx_adapt.serve.running import running
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -91,17 +91,17 @@ def measure(address: str, requests: Asked, truth: list[np.ndarray]) -> Measured:
 
 def joined(given: dict[str, str], requests: Asked) -> tuple[float, float]:
     """Milliseconds for 64 requests in one replica: one at a time, and as one batch."""
-    engine = Engine(given["model"], threads=1)
+    batcher = Batcher(given["model"], threads=1)
     for _, name in requests:
-        if name and name not in engine.session.adapters:
-            engine.session.load(name, f"{given['adapters']}/{name}.onnx_adapter")
+        if name and name not in batcher.session.adapters:
+            batcher.session.load(name, f"{given['adapters']}/{name}.onnx_adapter")
     jobs = [Job({"x": x}, (OUTPUT,), name) for x, name in requests[:64]]
     times: list[list[float]] = [[], []]
     for _ in range(5):
         for spent, batches in zip(times, ([[job] for job in jobs], [jobs]), strict=True):
             started = time.perf_counter()
             for batch in batches:
-                engine.run(batch)
+                batcher.run(batch)
             spent.append((time.perf_counter() - started) * 1e3)
     return median(times[0]), median(times[1])
 

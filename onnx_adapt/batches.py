@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,12 @@ BatchAxis = int | Mapping[str, int | None] | None
 """The batch axis: of everything, of what is named (None: has none), or to be found."""
 
 
+_BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
+_LENGTH = re.compile(r"seq|len|time|frame|token|step|past|cache|^[tls]$", re.IGNORECASE)
+_NAMELESS = re.compile(r"^[su]\d+$|^unk__\d+$|dynamic_axes_\d+$")
+"""How people call a batch, and what is none; how exporters call what nobody named."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchAxes:
     """Where the batch lies.
@@ -26,67 +33,127 @@ class BatchAxes:
         inputs: The batch axis of each input, None where it has none.
         outputs: The same of each output.
         fixed: Whether the model takes batches of one size only.
+        unclear: Why it cannot be said, or ''.
     """
 
     inputs: Mapping[str, int | None]
     outputs: Mapping[str, int | None]
-    fixed: bool
+    fixed: bool = False
+    unclear: str = ""
 
 
 def find_batch(
     inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], given: BatchAxis
 ) -> BatchAxes:
-    """Find the batch axis: the symbol called so, or what leads the inputs.
+    """Find the batch: the symbol called so, or the one that leads every input.
 
     Args:
         inputs: The declared shape of each input that must be fed.
-        outputs: The declared shape of each output.
+        outputs: The declared shape of each output; nothing is known of an empty one.
         given: What the user says about it.
 
     Raises:
-        RunError: If the user names an axis that is not there.
+        RunError: If the user names an axis or a tensor that is not there.
     """
+    known = _given(inputs, outputs, given)
+    unclear = ""
+    if isinstance(given, int):
+        found = {name: given if len(shape) > given else None for name, shape in inputs.items()}
+    else:
+        rest = {name: shape for name, shape in inputs.items() if name not in known}
+        found, unclear = _input_axes(rest)
+    found = {name: known.get(name, found.get(name)) for name in inputs}
+    batch = {inputs[name][axis] for name, axis in found.items() if axis is not None}
+    shared = given if isinstance(given, int) else None
+    ends = {
+        name: known[name] if name in known else _output_axis(shape, batch, shared)
+        for name, shape in outputs.items()
+    }
+    fixed = any(isinstance(dim, int) and dim > 1 for dim in batch)
+    return BatchAxes(found, ends, fixed, unclear)
+
+
+def _given(
+    inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], given: BatchAxis
+) -> dict[str, int | None]:
+    """The axes that the user names, checked."""
+    known = dict(given) if isinstance(given, Mapping) else {}
     shapes = {**inputs, **outputs}
-    named = dict(given) if isinstance(given, Mapping) else {}
-    if unknown := sorted(named.keys() - shapes.keys()):
+    if unknown := [name for name in known if name not in shapes]:
         raise RunError(
             f"batch_axis names {unknown[0]!r}, which is no input or output of the model",
             hint=f"it has {', '.join(shapes)}",
         )
-    batch = _batch_dim(inputs)
-    axes = {name: _axis(shape, batch) for name, shape in shapes.items()}
-    if isinstance(given, int):
-        axes = {name: given if len(shape) > given else None for name, shape in shapes.items()}
-    axes |= named
+    axes = {**known, "every input": None if isinstance(given, Mapping) else given}
     for name, axis in axes.items():
-        if axis is not None and not 0 <= axis < len(shapes[name]):
+        if axis is not None and (type(axis) is not int or axis < 0):
             raise RunError(
-                f"batch_axis {axis} is no axis of {name!r}, which has {len(shapes[name])}",
+                f"batch_axis {axis!r} of {name} is no axis", hint="axes count from 0"
+            )
+        if axis is not None and name in known and 0 < len(shapes[name]) <= axis:
+            raise RunError(
+                f"{name!r} has {len(shapes[name])} axes, and batch_axis is {axis}",
                 hint="axes count from 0",
             )
-    sizes = [shape[axis] for name, shape in inputs.items() if (axis := axes[name]) is not None]
-    return BatchAxes(
-        {name: axes[name] for name in inputs},
-        {name: axes[name] for name in outputs},
-        any(isinstance(size, int) and size > 1 for size in sizes),
-    )
+    return known
 
 
-def _batch_dim(inputs: Mapping[str, Shape]) -> int | str | None:
-    """The batch as inputs declare it: a symbol; None where it has none; a fixed size."""
-    leading = [shape[0] for shape in inputs.values() if shape]
-    symbols = [dim for shape in inputs.values() for dim in shape if isinstance(dim, str)]
-    called = [symbol for symbol in symbols if "batch" in symbol.lower()]
-    named = called + [dim for dim in leading if isinstance(dim, str)]
-    return named[0] if named else None if None in leading else next(iter(leading), None)
+def _input_axes(inputs: Mapping[str, Shape]) -> tuple[dict[str, int | None], str]:
+    """The batch axis of each input, and why that is not certain, or ''."""
+    called = {name: _called_batch(shape) for name, shape in inputs.items()}
+    leading = {name: shape[0] for name, shape in inputs.items() if shape}
+    if any(axis is not None for axis in called.values()):
+        for name, dim in leading.items():
+            if called[name] is None and _is_nameless(dim):
+                return called, f"input {name!r} does not name its axes"
+        return called, ""
+    free = {name: dim for name, dim in leading.items() if not isinstance(dim, int)}
+    if not free:
+        return _fixed_axes(inputs, leading)
+    for name, dim in free.items():
+        if isinstance(dim, str) and _LENGTH.search(dim):
+            return called, f"input {name!r} leads with {dim!r}"
+    symbols = {dim for dim in free.values() if not _is_nameless(dim)}
+    if len(symbols) > 1:
+        return called, f"inputs lead with {' and '.join(sorted(map(repr, symbols)))}"
+    return {name: 0 if name in free else None for name in inputs}, ""
 
 
-def _axis(shape: Shape, batch: int | str | None) -> int | None:
+def _called_batch(shape: Shape) -> int | None:
+    axes = (i for i, dim in enumerate(shape) if isinstance(dim, str) and _BATCH.search(dim))
+    return next(axes, None)
+
+
+def _is_nameless(dim: int | str | None) -> bool:
+    return dim is None or (isinstance(dim, str) and bool(_NAMELESS.search(dim)))
+
+
+def _fixed_axes(
+    inputs: Mapping[str, Shape], leading: Mapping[str, int | str | None]
+) -> tuple[dict[str, int | None], str]:
+    """Axes of a model whose inputs all lead with numbers: the first one's is the batch."""
+    for name, shape in inputs.items():
+        if not all(isinstance(dim, int) for dim in shape):
+            return dict.fromkeys(inputs), f"input {name!r} leads with {shape[0]}"
+    size = next(iter(leading.values()), None)
+    return {
+        name: 0 if leading.get(name) == size and shape else None
+        for name, shape in inputs.items()
+    }, ""
+
+
+def _output_axis(shape: Shape, batch: set[int | str | None], given: int | None) -> int | None:
+    """The batch axis of an output; whether it really has its rows there is seen in a run."""
+    if given is not None:
+        return given if not shape or len(shape) > given else None
     for axis, dim in enumerate(shape):
-        named = isinstance(dim, str) and (dim == batch or "batch" in dim.lower())
-        if named or (axis == 0 and (dim is None or dim == batch)):
+        if isinstance(dim, str) and (dim in batch or _BATCH.search(dim)):
             return axis
-    return None
+    if not shape:
+        return 0
+    if isinstance(shape[0], int):
+        return 0 if shape[0] in batch else None
+    return None if isinstance(shape[0], str) and _LENGTH.search(shape[0]) else 0
 
 
 def count_rows(axes: BatchAxes, feeds: Mapping[str, Any], rows: int) -> None:
@@ -95,24 +162,22 @@ def count_rows(axes: BatchAxes, feeds: Mapping[str, Any], rows: int) -> None:
     Raises:
         RunError: If it has not.
     """
-    found = False
-    for name, value in feeds.items():
-        axis = axes.inputs.get(name)
-        if axis is None:
+    if axes.unclear or not any(axis is not None for axis in axes.inputs.values()):
+        why = axes.unclear or "no input of the model has an axis for it"
+        raise RunError(f"which axis is the batch is not clear: {why}", hint=_SAY)
+    for name, axis in axes.inputs.items():
+        if axis is None or name not in feeds:
             continue
-        found = True
-        shape = np.shape(value)
+        shape = np.shape(feeds[name])
         if len(shape) <= axis or shape[axis] != rows:
             raise RunError(
                 f"the number of adapters given is {rows}; input {name!r} has the shape "
                 f"{list(shape)} with its rows on axis {axis}",
-                hint="give one adapter (or None) for each row; or say batch_axis=",
+                hint=f"give one adapter, or none, for each row; {_SAY}",
             )
-    if not found:
-        raise RunError(
-            "no input of the model has a batch axis that could be found",
-            hint="say which it is with batch_axis=",
-        )
+
+
+_SAY = "say which axis it is: batch_axis= (or --batch-axis)"
 
 
 def take_rows(
@@ -160,7 +225,7 @@ def _join(
     if axis is None or not isinstance(first, np.ndarray) or first.ndim <= axis:
         raise RunError(
             f"output {name!r} has no batch axis: it would be another one for each adapter",
-            hint="ask for the others with outputs=, or say batch_axis=",
+            hint=f"ask for the others with outputs=, or {_SAY}",
         )
     rest = np.moveaxis(first, axis, 0).shape[1:]
     whole = np.empty((total, *rest), first.dtype)
@@ -170,7 +235,7 @@ def _join(
             raise RunError(
                 f"output {name!r} has the shape {list(piece.shape)} for {len(rows)} rows: its "
                 f"axis {axis} is not the batch",
-                hint="say which axis is with batch_axis=",
+                hint=_SAY,
             )
         if aligned.shape[1:] != rest:
             raise RunError(

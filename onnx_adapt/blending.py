@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def blend(
     return Adapter(
         recipe,
         {
-            slot: _blend_slot(
+            slot: blend_slot(
                 slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights]
             )
             for slot in slots
@@ -93,8 +93,7 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             f"{len(adapters)} adapters and {len(weights)} weights make no blend",
             hint="give one weight for each adapter",
         )
-    for weight in weights:
-        refuse_no_number(weight)
+    refuse_odd_weights(weights)
     known = [adapter for adapter in adapters if adapter.fingerprint]
     for adapter in known[1:]:
         if not same_base(adapter.fingerprint, known[0].fingerprint):
@@ -104,20 +103,30 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             )
 
 
-def refuse_no_number(weight: object) -> None:
+def refuse_odd_weights(weights: Iterable[object]) -> None:
     """Refuse what cannot say how much of an adapter goes into a blend.
 
     Raises:
-        AdapterError: If it is no finite number.
+        AdapterError: If one is no finite number.
     """
-    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):  # type: ignore[arg-type]
-        raise AdapterError(
-            f"{weight!r} is no weight of a blend", hint="give a finite number, such as 0.7"
-        )
+    for weight in weights:
+        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+        try:
+            finite = number and math.isfinite(weight)  # type: ignore[arg-type]
+        except (OverflowError, TypeError):  # 10**400, a complex number
+            finite = False
+        if not finite:
+            raise AdapterError(
+                f"{weight!r} is no weight of a blend", hint="give a finite number, such as 0.7"
+            )
 
 
-def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
+def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
+    """The blend of several adapters' weights for one slot.
+
+    Raises:
+        AdapterError: If they cannot be blended.
+    """
     first = shares[0][0]
     for parts, _ in shares:
         if set(parts) != set(first):
@@ -131,14 +140,20 @@ def _blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, 
             "sum over the bottleneck",
             hint="use one adapter at a time, with weight 1",
         )
+    beside = {"down", "table", "down_bias"} if "norm_weight" not in first else set()
+    if "gain" not in first and all(weight == 1 for _, weight in shares):
+        beside.add("up")
     wide = [
-        ({part: np.asarray(value, np.float64) for part, value in parts.items()}, weight)
+        (
+            {p: v if p in beside else np.asarray(v, np.float64) for p, v in parts.items()},
+            weight,
+        )
         for parts, weight in shares
     ]
     if "norm_weight" in first:
         wide = _fold_norms(slot, wide)
     return {
-        part: _narrowed(f"{part} of slot {slot!r}", _blend_part(part, wide), value.dtype)
+        part: _narrowed(f"{part} of slot {slot!r}", blend_part(part, wide), value.dtype)
         for part, value in first.items()
     }
 
@@ -155,8 +170,11 @@ def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
     return result
 
 
-def _blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
-    """One part of a blend, in float64; `gain` goes into the up-projection."""
+def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
+    """One part of a blend; `gain` goes into the up-projection.
+
+    Numbers are in float64, but for parts that are only laid side by side.
+    """
     parts = [share for share, _ in shares]
     if part in ("down", "table", "down_bias"):
         channels = part == "down" and parts[0]["down"].ndim > 2
@@ -164,7 +182,12 @@ def _blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> 
         return np.concatenate([share[part] for share in parts], axis)
     if part == "up":
         channels = parts[0]["up"].ndim > 2
-        scaled = [share["up"] * (_gain(share, "up") * weight) for share, weight in shares]
+        scaled = [
+            share["up"]
+            if weight == 1 and "gain" not in share
+            else share["up"] * (_gain(share, "up") * weight)
+            for share, weight in shares
+        ]
         return np.concatenate(scaled, 1 if channels else 0)
     if part == "up_bias":
         terms = [share[part] * _gain(share, part) * weight for share, weight in shares]

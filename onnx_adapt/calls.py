@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from onnx_adapt.graph import GraphView
 from onnx_adapt.layers import is_layer, layer_weight
 from onnx_adapt.modules import ModuleIndex, last_boundary
+from onnx_adapt.value_numbers import ValueNumbers
 
 
 def module_calls(modules: ModuleIndex, path: str) -> list[tuple[GraphView, list[str]]]:
@@ -23,13 +24,13 @@ def module_calls(modules: ModuleIndex, path: str) -> list[tuple[GraphView, list[
     found = []
     for graph, inside in members.items():
         view = modules.index.views[graph]
-        tensors = _calls(view, sorted(inside))
+        tensors = _calls(view, sorted(inside), modules.values)
         if tensors:
             found.append((view, tensors))
     return found
 
 
-def _calls(view: GraphView, inside: Sequence[int]) -> list[str]:
+def _calls(view: GraphView, inside: Sequence[int], values: ValueNumbers) -> list[str]:
     inside = [i for i in inside if view.nodes[i].op_type != "Constant"]
     last = last_boundary(view, inside)
     if last is None:
@@ -39,7 +40,7 @@ def _calls(view: GraphView, inside: Sequence[int]) -> list[str]:
         node = view.nodes[i]
         weight = layer_weight(view, node) if is_layer(view, node) else None
         if weight is not None:
-            readers.setdefault(id(weight.tensor), []).append(i)
+            readers.setdefault(values.of(weight.tensor), []).append(i)
     if not readers:
         return _parts(view, inside) or [last]
     count = min(map(len, readers.values()))

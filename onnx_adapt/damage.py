@@ -14,6 +14,7 @@ from onnx_adapt.graph import default_opset, elem_name
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
+from onnx_adapt.norms import own_norm
 from onnx_adapt.parts import bottleneck_axis
 from onnx_adapt.slot import slot_nodes
 
@@ -84,6 +85,9 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                     f"slot {slot.name!r} is swappable only for one bottleneck: input "
                     f"{slot.weight(part)!r} was given a fixed size"
                 )
+        for name in map(slot.weight, slot.row_parts):
+            if name in declared and declared[name].shape.dim[0].HasField("dim_value"):
+                yield f"input {name!r}, which has a value for each row, was given a fixed size"
 
 
 def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
@@ -95,9 +99,8 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
                 present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
-        norm = next((node for node in nodes if node.name.endswith("/norm")), None)
         constants = [node for node in nodes if "/norm_constant_" in node.name]
-        wanted = slot_nodes(slot, default_opset(proto), norm)
+        wanted = slot_nodes(slot, default_opset(proto), own_norm(nodes))
         there = [node.op_type for node in nodes if node not in constants]
         if nodes and there != [node.op_type for node in wanted]:
             yield f"slot {slot.name!r} has other operators than were inserted: {there}"
@@ -108,8 +111,8 @@ def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
     owner: dict[str, str] = {}
     declared = {value.name: value for value in proto.graph.input}
     for slot in slots:
-        for part in slot.parts:
-            value = declared.get(slot.weight(part))
+        for name in slot.inputs:
+            value = declared.get(name)
             for dim in value.type.tensor_type.shape.dim if value else ():
                 if dim.dim_param and owner.setdefault(dim.dim_param, slot.name) != slot.name:
                     yield (
@@ -131,7 +134,9 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
             if slot is None or len(dims) < 2:
                 continue
             dim = dims[1 if slot.axis == 1 else len(dims) - 1]
-            known = (slot.width, slot.source_width)
+            known = {slot.width, slot.source_width}
+            if "/down" not in value.name:
+                known.add(1)  # means and variances, which are no wider
             if dim.HasField("dim_value") and dim.dim_value not in known:
                 yield (
                     f"the recorded shape of {value.name!r} has the bottleneck {dim.dim_value} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,24 +57,53 @@ def settle(path: str | os.PathLike[str]) -> Destination:
 
 
 def refuse_replacing(
-    base: Path, place: Destination, items: Sequence[Reference], overwrite: bool
+    base: Path,
+    place: Destination,
+    items: Sequence[Reference],
+    lenders: Iterable[Path],
+    overwrite: bool,
 ) -> None:
     """Keep the model that is saved, and its data, from being replaced by the result.
 
+    Args:
+        base: The model that is saved.
+        place: Where the result goes.
+        items: What the result refers to.
+        lenders: Other files that data of the model is in.
+        overwrite: Whether the model itself may be replaced.
+
     Raises:
-        SaveError: If they would be; only the model itself may be, on request.
+        SaveError: If they would be.
     """
+    held = [
+        item.location
+        for item in by_location(items).values()
+        if place.holds(item.location) or _same(locate(base, item), place.file)
+    ]
+    held += [file.name for file in lenders if _same(file, place.file)]
+    if held:
+        raise SaveError(
+            f"the output would replace {held[0]!r}, which holds weights of {base.name}",
+            hint=_ELSEWHERE,
+        )
     if _same(base, place.file) and not overwrite:
         raise SaveError(
             f"the output would replace the input {place.path.name}",
             hint=f"{_ELSEWHERE}, or allow it with --force",
         )
-    for item in by_location(items).values():
-        if place.holds(item.location) or _same(locate(base, item), place.file):
-            raise SaveError(
-                f"the output would replace {item.location!r}, the data of {base.name}",
-                hint=_ELSEWHERE,
-            )
+
+
+def refuse_elsewhere(base: Path, place: Destination) -> None:
+    """Keep a model that refers to its base beside it.
+
+    Raises:
+        SaveError: If it would be in another folder.
+    """
+    if os.path.realpath(base.parent) != str(place.path.parent):
+        raise SaveError(
+            f"a thin model refers to {base.name} and must be beside it",
+            hint=f"write it there (-o {base.with_name(place.path.name)}), or leave out --thin",
+        )
 
 
 def data_to_copy(

@@ -1,4 +1,4 @@
-"""Tensor data in files beside a model (ONNX external data): check, find, move out.
+"""Tensor data in files beside a model (ONNX external data): check, find, refer.
 
 Format: https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
@@ -9,29 +9,21 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from onnx_adapt import walk
 from onnx_adapt.errors import ExternalDataError
-from onnx_adapt.payloads import PLAIN_BYTES, Payload, Source, token, token_index
+from onnx_adapt.payloads import PLAIN_BYTES, Payload, Source
 
-MOVED_OUT = "pkg.onnx_adapt.inline"
-"""Marks a tensor that `move_out` took out of the model file; `move_in` undoes it.
-
-The value is the name of the field that held the data and, where there were any, the
-fields about external data that the tensor had then, as a TensorProto in hexadecimal.
-"""
-
-_ALIGNMENT = 4096
 _WITHOUT_SIZE = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8}
-_FIELDS = {
-    number: onnx.TensorProto.DESCRIPTOR.fields_by_number[number] for number in PLAIN_BYTES
+FIELDS = {
+    number: onnx.TensorProto.DESCRIPTOR.fields_by_number[number].name for number in PLAIN_BYTES
 }
+"""The names of the TensorProto fields that can hold bulk data, by number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,93 +194,9 @@ def payload(
 
 def refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
     """Make a tensor refer to bytes of another file instead of holding data."""
-    for data in _FIELDS.values():
-        tensor.ClearField(data.name)
+    for name in FIELDS.values():
+        tensor.ClearField(name)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     del tensor.external_data[:]
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
-
-
-def move_out(
-    proto: onnx.ModelProto, payloads: Sequence[Payload], location: str
-) -> tuple[onnx.ModelProto, list[tuple[int, Payload]]]:
-    """Refer to `location` for all bulk data, for a model that passes protobuf's 2 GB.
-
-    Returns:
-        A copy of the model, and for each tensor the offset its payload goes to.
-    """
-    small = onnx.ModelProto()
-    small.CopyFrom(proto)
-    plan: list[tuple[int, Payload]] = []
-    offset = 0
-    for tensor in walk.tensors(small):
-        index = token_index(tensor.raw_data)
-        if index is None:
-            continue
-        place = payloads[index]
-        header = onnx.TensorProto(external_data=tensor.external_data)
-        if tensor.HasField("data_location"):
-            header.data_location = tensor.data_location
-        mark = f"{_FIELDS[place.number].name} {header.SerializeToString().hex()}".rstrip()
-        refer(tensor, location, offset, place.length)
-        tensor.metadata_props.add(key=MOVED_OUT, value=mark)
-        plan.append((offset, place))
-        offset += -(-place.length // _ALIGNMENT) * _ALIGNMENT
-    return small, plan
-
-
-def move_in(
-    model: Path | None, proto: onnx.ModelProto, payloads: Sequence[Payload]
-) -> tuple[Payload, ...]:
-    """Undo `move_out` in place: the marked tensors hold their data again.
-
-    Returns:
-        The payloads, with those of the tensors that came back in appended.
-
-    Raises:
-        ExternalDataError: If the data is not there any more, or a mark is damaged.
-    """
-    result = list(payloads)
-    for tensor in walk.tensors(proto):
-        mark = _mark(tensor)
-        if mark is None or model is None:
-            continue
-        place = payload(model, tensor) if is_external(tensor) else None
-        number, header = _read_mark(tensor, mark)
-        tensor.metadata_props.remove(mark)
-        tensor.ClearField("data_location")
-        tensor.ClearField("external_data")
-        tensor.MergeFrom(header)
-        if place is not None:
-            tensor.raw_data = token(len(result))
-            result.append(replace(place, number=number))
-    return tuple(result)
-
-
-def _mark(tensor: onnx.TensorProto) -> onnx.StringStringEntryProto | None:
-    return next((entry for entry in tensor.metadata_props if entry.key == MOVED_OUT), None)
-
-
-def _read_mark(
-    tensor: onnx.TensorProto, mark: onnx.StringStringEntryProto
-) -> tuple[int, onnx.TensorProto]:
-    name, _, header = mark.value.partition(" ")
-    try:
-        number = {data.name: number for number, data in _FIELDS.items()}[name]
-        return number, onnx.TensorProto.FromString(bytes.fromhex(header))
-    except (KeyError, ValueError, DecodeError) as error:
-        raise ExternalDataError(
-            f"tensor {tensor.name!r} has a damaged {MOVED_OUT!r}",
-            hint="another tool changed the model; insert the slots anew",
-        ) from error
-
-
-def is_moved_out(proto: onnx.ModelProto, location: str) -> bool:
-    """Whether a data file holds what `move_out` took out of this model, and nothing else."""
-    users = [
-        tensor
-        for tensor in walk.tensors(proto)
-        if is_external(tensor) and reference(tensor).location == location
-    ]
-    return bool(users) and all(_mark(tensor) is not None for tensor in users)

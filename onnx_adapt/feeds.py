@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnx_adapt.adapter_files.npz_file import DAMAGE
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.graph import ModelIndex, TensorType, attribute, elem_name
 from onnx_adapt.layers import find_weight
@@ -83,6 +83,9 @@ def candidate_feeds(index: ModelIndex, variant: int, seed: int) -> Iterator[Feed
                 hint="give real ones with --inputs FILE.npz",
             )
         inputs[value.name] = index.main.types.get(value.name, TensorType())
+    for name, size in _head_sizes(index).items():
+        if name in inputs and (shape := inputs[name].shape):
+            inputs[name] = replace(inputs[name], shape=(*shape[:-1], size))
     uses = {name: _trace(index, name) for name in inputs}
     seen = set()
     for length in _LENGTHS[variant]:
@@ -101,6 +104,21 @@ def candidate_feeds(index: ModelIndex, variant: int, seed: int) -> Iterator[Feed
                     name: _value(name, known, shapes[name], uses[name], variant, length, rng)
                     for name, known in inputs.items()
                 }
+
+
+def _head_sizes(index: ModelIndex) -> dict[str, int]:
+    """The last axis of keys and values in a cache, which onnxruntime-genai leaves open."""
+    sizes = {}
+    for node in index.main.nodes:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        heads = attribute(node, "num_heads", 0)
+        if not any(node.input[1:3]):
+            heads += 2 * attribute(node, "kv_num_heads", 0)
+        *_, width = index.main.type_of(node.input[0]).shape or (None,)
+        if isinstance(width, int) and heads:
+            sizes.update(dict.fromkeys(filter(None, node.input[3:5]), width // heads))
+    return sizes
 
 
 def _size(dim: int | str | None, axis: int, batch: int, length: int) -> int:
@@ -194,9 +212,12 @@ def read_arrays(path: Path) -> Feeds:
         AdaptError: If the file cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise TypeError("it is one array without a name")
+        with stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
+    except DAMAGE as error:
         raise AdaptError(
             f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
         ) from error

@@ -13,6 +13,7 @@ from onnx_adapt.initializers import (
     read_weights,
 )
 from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.parts import is_empty
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:
@@ -24,7 +25,7 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
         allow_partial: Leave slots that the adapter has no weights for as they are.
 
     Raises:
-        AdapterError: If the adapter does not fit.
+        AdapterError: If the adapter does not fit, or the slots are batched.
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
@@ -37,6 +38,7 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
         (4, 64)
     """
     check_model_weights(model.proto, required_manifest(model))
+    _refuse_batched(model)
     require_fit(model, adapter, allow_partial=allow_partial)
     return fill_base_weights(fill_weights(model, adapter.weights), adapter.replaced)
 
@@ -45,7 +47,7 @@ def bake(model: Model) -> Model:
     """Freeze the weights that a model's slots have: they are no inputs any more.
 
     Raises:
-        AdapterError: If the slots are empty.
+        AdapterError: If the slots are empty or batched.
 
     Example:
         >>> import onnx_adapt as oa
@@ -54,6 +56,7 @@ def bake(model: Model) -> Model:
         >>> [value.name for value in oa.bake(model).proto.graph.input]
         ['input_1']
     """
+    _refuse_batched(model)
     _refuse_empty(model)
     return bake_weights(model)
 
@@ -89,10 +92,20 @@ def extract(model: Model, *, name: str = "") -> Adapter:
     )
 
 
+def _refuse_batched(model: Model) -> None:
+    """A row without an adapter is the base: there can be no other default."""
+    if batched := [slot.name for slot in required_manifest(model).slots if slot.batched]:
+        raise AdapterError(
+            f"slot {batched[0]!r} of {model.label} is batched: its weights are fed, one "
+            "adapter for each row",
+            hint="insert without --batched to put an adapter into the model",
+        )
+
+
 def _refuse_empty(model: Model) -> None:
     manifest = required_manifest(model)
     stored = read_weights(model, manifest.slots)
-    empty = [name for name, parts in stored.items() if any(not a.size for a in parts.values())]
+    empty = [slot.name for slot in manifest.slots if is_empty(slot, stored[slot.name])]
     if empty:
         raise AdapterError(
             f"slot {empty[0]!r} of {model.label} is empty",

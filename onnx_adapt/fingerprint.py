@@ -12,9 +12,8 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.model_file import Model, payload_of
-from onnx_adapt.payloads import LARGE, Payload, Source
-
-_WINDOWS, _WINDOW = 8, LARGE // 8
+from onnx_adapt.payloads import Payload, Source
+from onnx_adapt.samples import sample_bytes, sample_file
 
 
 def fingerprint(model: Model) -> str:
@@ -36,7 +35,9 @@ def fingerprint(model: Model) -> str:
         for tensor in walk.tensors(bare):
             place = payload_of(model, tensor, found)
             samples.append(
-                _windows_of(tensor.raw_data) if place is None else _sample(place, files, stack)
+                sample_bytes(tensor.raw_data)
+                if place is None
+                else _sample(place, files, stack)
             )
             tensor.ClearField("raw_data")
             tensor.ClearField("data_location")
@@ -51,29 +52,8 @@ def _sample(place: Payload, files: dict[Path, BinaryIO], stack: ExitStack) -> by
     try:
         if place.source.path not in files:
             files[place.source.path] = stack.enter_context(place.source.path.open("rb"))
-        return _windows(place, files[place.source.path])
+        return sample_file(files[place.source.path], place.offset, place.length)
     except OSError as error:
         raise ModelFileError(
             f"cannot read {place.source.path}: {error.strerror}", hint="check the file"
         ) from error
-
-
-def _starts(length: int) -> list[int]:
-    return [(length - _WINDOW) * i // (_WINDOWS - 1) for i in range(_WINDOWS)]
-
-
-def _windows_of(data: bytes) -> bytes:
-    if len(data) <= LARGE:
-        return data
-    return b"".join(data[at : at + _WINDOW] for at in _starts(len(data)))
-
-
-def _windows(place: Payload, file: BinaryIO) -> bytes:
-    if place.length <= LARGE:
-        file.seek(place.offset)
-        return file.read(place.length)
-    pieces = []
-    for at in _starts(place.length):
-        file.seek(place.offset + at)
-        pieces.append(file.read(_WINDOW))
-    return b"".join(pieces)

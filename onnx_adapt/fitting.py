@@ -107,7 +107,13 @@ def _slot_misfits(slot: Slot, adapter: Adapter) -> Iterator[str]:
     for part in slot.parts:
         value, axis = weights[part], bottleneck_axis(slot, part)
         size = slot.bottleneck
-        if axis is not None and not size and value.ndim > axis:
+        if axis is not None and value.ndim > axis:
+            if size and value.shape[axis] != size:
+                yield (
+                    f"slot {slot.name!r} has a fixed bottleneck of {size}, the adapter "
+                    f"{value.shape[axis]}: insert without --bottleneck for any size"
+                )
+                return
             size = sizes[part] = value.shape[axis]
         expected = part_shape(slot, part, size)
         if value.shape != expected:

@@ -20,6 +20,7 @@ from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graph import ModelIndex, default_opset
 from onnx_adapt.initializers import add_weights, check_model_weights, drop_named
 from onnx_adapt.manifest import (
+    SLOT_KEY,
     Manifest,
     OpenWeight,
     Slot,
@@ -95,6 +96,28 @@ def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) ->
         proto.graph.input.insert(place, onnx.ValueInfoProto.FromString(bytes.fromhex(text)))
 
 
+def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Write down that a batched slot's output, and the terms of it, are as its target.
+
+    What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and
+    would not fuse the sum with what follows.
+    """
+    view = index.views[slot.graph]
+    graph = view.scope.graph
+    made = {node.output[0] for node in nodes[:-1]}
+    terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
+    there = {value.name for value in (*graph.value_info, *graph.output)}
+    known = view.type_of(slot.tensor)
+    inputs = index.main.scope.graph.input
+    symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
+    dims = known.shape or ()
+    shape = [dim if isinstance(dim, int) or dim in symbols else None for dim in dims]
+    for name in sorted({slot.output, *terms} - there):
+        declared = onnx.helper.make_tensor_value_info(name, known.elem_type, shape)
+        declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
+        graph.value_info.append(declared)
+
+
 def _put_nodes(
     index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
 ) -> tuple[Slot, ...]:
@@ -122,6 +145,8 @@ def _put_nodes(
             copied = norm_nodes(index, slot)
             norm = copied[-1] if copied else None
             nodes = [*copied[:-1], *slot_nodes(slot, opset, norm)]
+            if slot.batched:
+                _declare_shapes(index, slot, nodes)
             maker[slot.tensor] = nodes[-1]
             outputs[path, slot.tensor] = slot
             added.setdefault(position, []).extend(nodes)
@@ -157,6 +182,10 @@ def take_out(
     """
     current = {slot.name: slot for slot in slots}
     for scope in reversed(list(walk.scopes(proto.graph))):
+        recorded = scope.graph.value_info
+        for i in reversed(range(len(recorded))):
+            if slot_of(recorded[i]) in doomed:
+                del recorded[i]
         present = {slot_of(node) for node in scope.graph.node} & doomed
         if not present:
             continue

@@ -74,9 +74,7 @@ def insert(graph: gs.Graph, *, after: str | Sequence[str], **options: Any) -> gs
         for node in scope.graph.node
         if slot_of(node)
     }
-    swappable = {
-        slot.weight(part) for slot in manifest.slots if slot.swappable for part in slot.parts
-    }
+    swappable = {name for slot in manifest.slots if slot.swappable for name in slot.inputs}
     return _with_inputs(adapted, swappable, (manifest, owners))
 
 
@@ -128,7 +126,7 @@ def export_onnx(graph: gs.Graph) -> onnx.ModelProto:
         )
     manifest, owners = record
     proto: onnx.ModelProto = gs.export_onnx(graph)
-    weights = {slot.weight(part) for slot in manifest.slots for part in slot.parts}
+    weights = {name for slot in manifest.slots for name in slot.inputs}
     for scope in walk.scopes(proto.graph):
         if scope.parent is not None:
             # Graphsurgeon repeats in a body what the body reads from outside.

@@ -26,7 +26,7 @@ from onnx_adapt.manifest import (
     write_manifest,
 )
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.parts import bottleneck_axis, part_shape
+from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_shape
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
@@ -90,6 +90,9 @@ def add_weights(proto: onnx.ModelProto, slot: Slot, weights: Weights) -> None:
         proto.graph.initializer.append(_tensor(name, slot, weights[part]))
         if slot.swappable:
             proto.graph.input.append(_declaration(slot, part))
+    for part, value in neutral_rows(slot).items():
+        proto.graph.initializer.append(_tensor(slot.weight(part), slot, value))
+        proto.graph.input.append(_row_declaration(slot, part))
 
 
 def _tensor(name: str, slot: Slot, value: Array) -> onnx.TensorProto:
@@ -113,6 +116,14 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
         shape[axis] = slot.symbol
     elem_type = _ELEM_TYPES[slot.dtype]
     return helper.make_tensor_value_info(slot.weight(part), elem_type, shape)
+
+
+def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
+    """An input with symbols of its own, for rows and for size: the default has 1 of each."""
+    name = slot.weight(part)
+    shape: list[int | str] = [1] * len(row_shape(slot, part, 1, 1))
+    shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
+    return helper.make_tensor_value_info(name, _ELEM_TYPES[slot.dtype], shape)
 
 
 def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
@@ -149,7 +160,7 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     for slot in slots:
-        names = [slot.weight(part) for part in slot.parts]
+        names = slot.inputs
         if lost := [name for name in names if name not in stored]:
             raise SlotError(
                 f"slot {slot.name!r} is damaged: weight {lost[0]!r} is gone from the model",
@@ -288,6 +299,8 @@ def _with_swappable(model: Model, *, swappable: bool) -> Model:
         slots.append(replace(slot, swappable=swappable, bottleneck=size))
         if swappable:
             result.proto.graph.input.extend(_declaration(slots[-1], p) for p in slot.parts)
+            rows = (_row_declaration(slots[-1], part) for part in slot.row_parts)
+            result.proto.graph.input.extend(rows)
     drop_named(result.proto.graph.input, {weight.name for weight in manifest.weights})
     tensors = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     for weight in manifest.weights if swappable else ():
@@ -312,7 +325,7 @@ def _drop_inputs(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
 
 
 def _weight_names(slots: Iterable[Slot]) -> set[str]:
-    return {slot.weight(part) for slot in slots for part in slot.parts}
+    return {name for slot in slots for name in slot.inputs}
 
 
 def drop_named(items: Any, names: set[str]) -> None:

@@ -39,6 +39,7 @@ class Loaded:
         names: The model inputs it feeds.
         options: Run options with the adapter active, if ONNX Runtime mapped the file.
         last_used: When a run last asked for it (`time.time()`).
+        rest: Weights that keep the slots it does not cover off, by input name.
     """
 
     path: Path | None
@@ -49,6 +50,7 @@ class Loaded:
     last_used: float
     _held: Any
     _adapter: Adapter | None
+    rest: Mapping[str, Any] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,7 +63,7 @@ class Loaded:
         if self._adapter is None:
             assert self.path is not None
             adapter = load_adapter(self.path)
-            if _stamp_of(self.path) != self.stamp:
+            if stamp_of(self.path) != self.stamp:
                 raise AdapterError(
                     f"{self.path} was replaced since it was loaded",
                     hint="call `reload` to use the new one",
@@ -74,13 +76,31 @@ class Loaded:
         """Every weight as an OrtValue over the same memory, by input name."""
         if not self._values:
             feeds = self.adapter.feeds()
-            self._values = {name: as_ort_value(array) for name, array in feeds.items()}
+            values = {name: as_ort_value(array) for name, array in feeds.items()}
+            self._values = {**values, **self.rest}
         return self._values
 
     @property
     def replaced(self) -> bool:
         """Whether its file is another one by now."""
-        return self.path is not None and _stamp_of(self.path) != self.stamp
+        return self.path is not None and stamp_of(self.path) != self.stamp
+
+    def refuse_overwritten(self) -> None:
+        """Refuse a mapped file into which something was written: its weights changed too.
+
+        Of one that was cut short even reading would end the process.
+
+        Raises:
+            AdapterError: If it was.
+        """
+        if self.options is None or self.path is None:
+            return
+        now = stamp_of(self.path)
+        if now != self.stamp and now[0] == self.stamp[0]:
+            raise AdapterError(
+                f"{self.path} was written into while it was mapped into memory",
+                hint="write adapters to another file and move it there, then call `reload`",
+            )
 
 
 def as_ort_value(array: Array) -> Any:
@@ -104,14 +124,14 @@ def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
     """
     if isinstance(source, Adapter):
         return source, _loaded(source, None, (0, 0, 0))
-    path = Path(source)
+    path = Path(source).absolute()  # the working directory may change until it is reloaded
     while True:  # until what was read is what stays: files may be replaced meanwhile
-        stamp = _stamp_of(path)
+        stamp = stamp_of(path)
         if path.suffix == _MAPPED:
             adapter, (held, options) = _mapped(path), _activated(path)
         else:
             adapter, held, options = load_adapter(path), None, None
-        if _stamp_of(path) == stamp:
+        if stamp_of(path) == stamp:
             return adapter, _loaded(adapter, path, stamp, held, options)
 
 
@@ -134,9 +154,10 @@ def _loaded(
     return Loaded(path, stamp, size, frozenset(feeds), options, time.time(), held, kept)
 
 
-def _stamp_of(path: Path) -> Stamp:
+def stamp_of(path: Path) -> Stamp:
+    """Tells one version of a file from the next; zeros if there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return (0, 0, 0)
     return (found.st_ino, found.st_size, found.st_mtime_ns)

@@ -24,8 +24,18 @@ SLOT_KEY = "pkg.onnx_adapt.slot"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
 
 
-def slot_of(node: onnx.NodeProto) -> str:
-    """The slot a node was inserted for, or ''."""
+ROW_PARTS = {
+    "up": "mask",
+    **{part: f"row_{part}" for part in ("up_bias", "scale", "residual", "skip")},
+}
+"""What a batched slot has beside some of its weights: a value for each row of the batch.
+
+`mask` multiplies the units of the bottleneck, `row_scale` the scale; the others are added.
+They are no weights: no adapter has them, and a run with one adapter does not feed them."""
+
+
+def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
+    """The slot a node, or the record of a shape, was inserted for, or ''."""
     for entry in node.metadata_props:
         if entry.key == SLOT_KEY:
             return str(entry.value)
@@ -54,7 +64,7 @@ class Slot:
         source_width: The same of the source.
         dtype: `float32`, `float16`, `bfloat16` or `float64`.
         axis: The feature axis: -1, or 1 for channels.
-        rank: Number of axes of the tensor if the axis is 1, else 0.
+        rank: Number of axes of the tensor if the axis is 1 or the slot is batched, else 0.
         activation: Name of the activation between the projections.
         parts: Names of the weights, in the order of the formula.
         norm: Output tensor of a normalisation of the base that is re-applied to the
@@ -66,6 +76,7 @@ class Slot:
         window: For a convolution that looks at more than one position: kernel, strides,
             pads and dilations of the down-projection, one after the other; else empty.
         plus: A tensor that is added to the source before anything else, or ''.
+        batched: Whether one run can give each row of a batch another adapter.
     """
 
     name: str
@@ -89,6 +100,7 @@ class Slot:
     bottleneck: int
     window: tuple[int, ...] = ()
     plus: str = ""
+    batched: bool = False
 
     def weight(self, part: str) -> str:
         """The name of one weight in the model, and of the input that feeds it."""
@@ -98,6 +110,18 @@ class Slot:
     def symbol(self) -> str:
         """The symbolic dimension of the bottleneck: each slot has its own."""
         return f"r_{self.name}"
+
+    @property
+    def row_parts(self) -> tuple[str, ...]:
+        """What a batched slot has for each row; see `ROW_PARTS`."""
+        if not self.batched:
+            return ()
+        return tuple(ROW_PARTS[part] for part in self.parts if part in ROW_PARTS)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of all its initializers: its weights, and what it has for each row."""
+        return tuple(self.weight(part) for part in (*self.parts, *self.row_parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
-from onnx_adapt import destination, external_data
+from onnx_adapt import destination, external_data, moved
 from onnx_adapt.destination import Destination
 from onnx_adapt.errors import ExternalDataError, ModelFileError, SaveError
-from onnx_adapt.payloads import Payload, Segment, Source, splice, strip, token_index
+from onnx_adapt.payloads import Payload, Segment, Source, scan, splice, token_index
+from onnx_adapt.thin import borrow, give_back
 from onnx_adapt.whole_files import FilePlan, Progress, write_files
 
 PROTOBUF_LIMIT = 2**31 - 1
@@ -36,12 +36,14 @@ class Model:
         path: The file the model was opened from, or None for a model made in memory.
         canonical: Whether the file's encoding is the one protobuf itself would write;
             only then can the file come back byte for byte.
+        weights_in: The files that the weights of a thin model are in; none if it is not.
     """
 
     proto: onnx.ModelProto
     payloads: tuple[Payload, ...] = ()
     path: Path | None = None
     canonical: bool = True
+    weights_in: tuple[Path, ...] = ()
 
     def copy(self) -> Model:
         """A model with a graph of its own; data on disk is shared."""
@@ -64,12 +66,14 @@ class Saved:
         size: Its length in bytes.
         data: Data files written beside it.
         moved_out: Whether data had to leave the model file because of protobuf's 2 GB.
+        weights_in: Files that the weights of a thin result are in.
     """
 
     path: Path
     size: int
     data: tuple[Path, ...] = ()
     moved_out: bool = False
+    weights_in: tuple[Path, ...] = ()
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
@@ -80,7 +84,8 @@ def open_model(path: str | os.PathLike[str]) -> Model:
 
     Raises:
         ModelFileError: If the file is not a whole ONNX model.
-        ExternalDataError: If data beside it is missing, short or outside its folder.
+        ExternalDataError: If data beside it is missing, short or outside its folder, or if
+            the base of a thin model is another one now.
 
     Example:
         >>> import onnx_adapt as oa
@@ -90,7 +95,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     file = Path(path).absolute()
     try:
-        small, payloads, canonical = _scan(file)
+        small, payloads, canonical = scan(file)
         proto = onnx.ModelProto.FromString(small)
     except OSError as error:
         raise ModelFileError(
@@ -114,37 +119,8 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         )
     external_data.check(file, list(external_data.references(proto)))
     canonical = canonical and proto.SerializeToString() == small
-    return Model(proto, tuple(payloads), file, canonical)
-
-
-def _scan(file: Path) -> tuple[bytes, list[Payload], bool]:
-    if file.is_dir():
-        raise ModelFileError(f"{file} is a folder", hint="name the .onnx file in it")
-    source = Source.of(file)
-    if source.size == 0:
-        raise ModelFileError(f"{file.name} is empty", hint="export or copy it again")
-    with file.open("rb") as handle:
-        head = handle.read(512)
-        _refuse_text(file, head)
-        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                return strip(view, source)
-            finally:
-                view.release()
-
-
-def _refuse_text(file: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelFileError(
-            f"{file.name} is a Git LFS pointer, not the model", hint="run `git lfs pull`"
-        )
-    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in head)
-    if printable == len(head):
-        raise ModelFileError(
-            f"{file.name} is a text file, not an ONNX model",
-            hint="give the binary .onnx file (onnx.parser turns ONNX text into one)",
-        )
+    places, weights_in = give_back(file, proto, payloads)
+    return Model(proto, places, file, canonical, weights_in)
 
 
 def payload_of(
@@ -215,6 +191,8 @@ def save_model(
     *,
     overwrite: bool = False,
     keep_external: bool = False,
+    thin: bool = False,
+    beside: Sequence[FilePlan] = (),
     progress: Progress | None = None,
 ) -> Saved:
     """Write a model: to a temporary file first, then moved into place.
@@ -223,11 +201,17 @@ def save_model(
     copied otherwise. A result that would pass protobuf's 2 GB puts its bulk data into a
     file beside it.
 
+    A thin result holds the graph and the slots, and refers to the file that the model was
+    opened from for every tensor of 4 KB and more. Opened, it is like any other model:
+    saved again it is whole.
+
     Args:
         model: The model; the file it was opened from must be unchanged.
         path: The destination. An older file there is replaced.
         overwrite: Allow the destination to be the file the model was opened from.
         keep_external: Do not copy external data; it must be in the new folder already.
+        thin: Leave large weights in the file the model was opened from, beside the result.
+        beside: Files that belong to the model: all are written, or none.
         progress: Told about bytes written.
 
     Raises:
@@ -242,10 +226,12 @@ def save_model(
         224860
     """
     place = destination.settle(path)
-    items = list(external_data.references(model.proto))
+    proto, weights_in = _borrowed(model, place) if thin else (model.proto, ())
+    items = list(external_data.references(proto))
     copies: dict[Path, Source] = {}
     if model.path is not None:
-        destination.refuse_replacing(model.path, place, items, overwrite)
+        lenders = {payload.source.path for payload in model.payloads} - {model.path}
+        destination.refuse_replacing(model.path, place, items, lenders, overwrite)
         copies = destination.data_to_copy(model.path, place, items, keep_external)
         place = destination.reach_data(model.path, place, items)
     elif items:
@@ -253,20 +239,32 @@ def save_model(
     data: list[FilePlan] = [
         (file, [Payload(source, 0, source.size)]) for file, source in copies.items()
     ]
-    segments, size = _encode(model.proto, model.payloads)
+    segments, size = _encode(proto, model.payloads)
     moved_out = size > PROTOBUF_LIMIT
     if moved_out:
         file = _moved_out_data(place, items)
-        small, plan = external_data.move_out(model.proto, model.payloads, file.name)
+        small, plan = moved.move_out(proto, model.payloads, file.name)
         segments, size = _encode(small, model.payloads)
         data.append((file, _padded(plan)))
     if size > PROTOBUF_LIMIT:
         raise _too_large()
-    files: list[FilePlan] = [*data, (place.file, segments)]
+    files: list[FilePlan] = [*beside, *data, (place.file, segments)]
     if os.path.realpath(place.path) != str(place.file):
         files.append((place.path, Path(os.path.relpath(place.file, place.path.parent))))
     write_files(files, progress)
-    return Saved(place.path, size, tuple(file for file, _ in data), moved_out)
+    return Saved(place.path, size, tuple(file for file, _ in data), moved_out, weights_in)
+
+
+def _borrowed(model: Model, place: Destination) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
+    """The thin form of a model, and the files that its weights are in."""
+    if model.path is None:
+        raise SaveError(
+            "a model in memory cannot be saved thin",
+            hint="save it, then open it from its file",
+        )
+    destination.refuse_elsewhere(model.path, place)
+    own = model.path if model.weights_in else None
+    return borrow(model.proto, model.payloads, model.path, own)
 
 
 def _encode(
@@ -303,8 +301,8 @@ def _moved_out_data(place: Destination, items: Sequence[external_data.Reference]
 def _owns(place: Destination, data: Path) -> bool:
     """Whether the model that is replaced is a result whose data moved out to this file."""
     try:
-        old = onnx.ModelProto.FromString(_scan(place.path)[0])
-        return external_data.is_moved_out(old, data.name)
+        old = onnx.ModelProto.FromString(scan(place.path)[0])
+        return moved.is_moved_out(old, data.name)
     except (OSError, ModelFileError, DecodeError):
         return False
 

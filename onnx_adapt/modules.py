@@ -20,6 +20,7 @@ from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph import GraphView, ModelIndex, text
 from onnx_adapt.layers import is_layer, layer_weight
 from onnx_adapt.manifest import slot_of
+from onnx_adapt.value_numbers import ValueNumbers
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
@@ -81,12 +82,14 @@ class ModuleIndex:
         members: Module path -> graph path -> the nodes inside, in order. In order of
             appearance, every ancestor before its descendants.
         numbered: Module path -> paths that may be later calls of it.
+        values: Tells which weights are equal.
     """
 
     index: ModelIndex
     scopes: dict[str, list[str | None]]
     members: dict[str, dict[str, list[int]]]
     numbered: dict[str, list[str]]
+    values: ValueNumbers
 
     @property
     def paths(self) -> Collection[str]:
@@ -105,8 +108,9 @@ def index_modules(index: ModelIndex) -> ModuleIndex:
         graph: [None if slot_of(node) else module_of(node) for node in view.nodes]
         for graph, view in index.views.items()
     }
-    merged, numbered = _later_calls(index, scopes)
-    modules = ModuleIndex(index, scopes, {}, numbered)
+    values = ValueNumbers(index.model)
+    merged, numbered = _later_calls(index, scopes, values)
+    modules = ModuleIndex(index, scopes, {}, numbered, values)
     for graph, view in index.views.items():
         here = scopes[graph] = [merged.get(path or "", path) for path in scopes[graph]]
         for i, path in enumerate(here):
@@ -118,7 +122,7 @@ _CALL = re.compile(r"_\d+$")
 
 
 def _later_calls(
-    index: ModelIndex, scopes: dict[str, list[str | None]]
+    index: ModelIndex, scopes: dict[str, list[str | None]], values: ValueNumbers
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Tell TorchScript's `X_1`, the second call of `X`, from a module that is called so.
 
@@ -126,7 +130,7 @@ def _later_calls(
         The later calls with their modules, as their weights show; and for modules without
         weights, which cannot be told apart, the paths that may be later calls.
     """
-    weights: dict[str, list[int]] = {}  # what the layers inside a module read
+    weights: dict[str, list[onnx.TensorProto]] = {}  # what the layers inside a module read
     known: set[str] = set()
     for graph, view in index.views.items():
         for path, node in zip(scopes[graph], view.nodes, strict=True):
@@ -135,18 +139,19 @@ def _later_calls(
                 weight = layer_weight(view, node) if is_layer(view, node) else None
                 if weight is not None:
                     for around in _ancestry(path):
-                        weights.setdefault(around, []).append(id(weight.tensor))
+                        weights.setdefault(around, []).append(weight.tensor)
     holders = {around for path in known for around in _ancestry(path) if around != path}
     merged: dict[str, str] = {}
     numbered: dict[str, list[str]] = {}
     for path in sorted(known - holders):
         first = _CALL.sub("", path)
-        own, others = weights.get(path, ()), Counter(weights.get(first, ()))
         if first == path or first not in known:
             continue
+        others = Counter(map(values.of, weights.get(first, ())))
+        own = set(map(values.of, weights.get(path, ())))
         if not own and not others:
             numbered.setdefault(first, []).append(path)
-        elif others.keys() >= set(own) and (own or min(others.values()) > 1):
+        elif others.keys() >= own and (own or min(others.values()) > 1):
             merged[path] = first
     return merged, numbered
 

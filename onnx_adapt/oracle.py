@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_adapt.activations import ACTIVATIONS
 from onnx_adapt.dtypes import Array
-from onnx_adapt.manifest import Slot
+from onnx_adapt.manifest import ROW_PARTS, Slot
 from onnx_adapt.slot import EPSILON
 
 
@@ -51,14 +51,15 @@ def slot_value(
         slot: The slot.
         target: `(batch, ..., width)`, or `(batch, width, ...)` on a channel axis.
         source: The same with `source_width`.
-        weights: The slot's weights by part.
+        weights: The slot's weights by part, and what a batched slot has for each row.
         norm: The base's normalisation that `slot.norm` means.
         plus: The tensor that `slot.plus` means, of the source's shape.
 
     Returns:
         An array of `target`'s shape.
     """
-    w = {part: np.asarray(weights[part], np.float64) for part in slot.parts}
+    named = [part for part in (*slot.parts, *slot.row_parts) if part in weights]
+    w = {part: np.asarray(weights[part], np.float64) for part in named}
     y = target.astype(np.float64)
     if "f_down" in w:
         return _coupling(slot, y, w)
@@ -68,6 +69,12 @@ def slot_value(
     if slot.axis == 1:
         x, y = np.moveaxis(x, 1, -1), np.moveaxis(y, 1, -1)
         w = {part: _flat(part, value) for part, value in w.items()}
+    elif slot.batched and slot.rank != 3:
+        rows = next((len(w[part]) for part in slot.row_parts if part in w), 1)
+        x = x.reshape(rows, -1, *x.shape[y.ndim - 1 :])
+        y = y.reshape(rows, -1, slot.width)
+        plus = None if plus is None else plus.reshape(x.shape)
+    w = _with_rows(w)
     out = y * w.get("scale", 1)
     if plus is not None:
         x = x + plus
@@ -78,11 +85,22 @@ def slot_value(
         out = out + _term(slot, read, w)
     if slot.norm_after == "sum":
         out = y + w["switch"] * (Norm(w["after_weight"], w.get("after_bias"))(out) - y)
-    return np.moveaxis(out, -1, 1) if slot.axis == 1 else out
+    return np.moveaxis(out, -1, 1) if slot.axis == 1 else out.reshape(target.shape)
+
+
+def _with_rows(w: dict[str, Array]) -> dict[str, Array]:
+    """The weights with what each row has of its own, but for the mask."""
+    together = dict(w)
+    for part, name in ROW_PARTS.items():
+        if name in w and part != "up":
+            together[part] = w[part] * w[name] if part == "scale" else w[part] + w[name]
+    return together
 
 
 def _flat(part: str, value: Array) -> Array:
     """A Conv-layout weight in the layout of the formula."""
+    if part in ROW_PARTS.values():
+        return np.moveaxis(value, 1, -1)
     flat = value.reshape(value.shape[: 2 if part in ("down", "up") else 1])
     return flat.T if part in ("down", "up") else flat
 
@@ -93,6 +111,7 @@ def _term(slot: Slot, read: Array, w: dict[str, Array]) -> Array:
         x = Norm(w["norm_weight"], w.get("norm_bias"))(x)
     inner = w["table"][x] if "table" in w else x @ w["down"]
     hidden = ACTIVATIONS[slot.activation][1](inner + w.get("down_bias", 0))
+    hidden = hidden * w.get("mask", 1)
     term = (hidden @ w["up"] + w.get("up_bias", 0)) * w.get("gain", 1)
     if "gate" in w:
         opening = ACTIVATIONS["sigmoid"][1](read @ w["gate"] + w.get("gate_bias", 0))

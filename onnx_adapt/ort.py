@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from onnx_adapt.errors import UnprovableError
 
@@ -47,30 +48,66 @@ def shortened(error: object) -> str:
     return text if len(text) <= 400 else text[:400] + " ..."
 
 
-_SLOT_WARNING = b"appears in graph inputs and will not be treated as constant"
+_SLOT_WARNING = re.compile(
+    rb"Initializer (.*) appears in graph inputs and will not be treated as constant"
+)
 _redirected = threading.Lock()
+_stderr: list[int] = []
+"""Where stderr really goes while it is redirected."""
 
 
 @contextlib.contextmanager
-def without_slot_warnings() -> Iterator[None]:
-    """Let everything on stderr through but the warning ONNX Runtime has for each slot weight.
+def without_slot_warnings() -> Iterator[set[str]]:
+    """Let everything on stderr through but the warning ONNX Runtime has for some weights.
 
     It writes to the file descriptor and has no filter, only a severity, which would
     silence every other warning about the model as well. What others write meanwhile
     comes out when the session stands.
+
+    Yields:
+        The names of these weights, to be filled while they become known.
     """
-    with _redirected, tempfile.TemporaryFile() as held:
+    unwanted: set[str] = set()
+    with _redirected, contextlib.ExitStack() as stack:
         try:
+            held = stack.enter_context(_scratch())
             stderr = os.dup(2)
-        except OSError:  # closed: nobody is listening
-            yield
+        except OSError:  # it is closed, or there is no room: no redirection then
+            yield unwanted
             return
+        _stderr.append(stderr)
         os.dup2(held.fileno(), 2)
         try:
-            yield
+            yield unwanted
         finally:
             os.dup2(stderr, 2)
+            _stderr.clear()
             held.seek(0)
-            lines = [line for line in held if _SLOT_WARNING not in line]
+            lines = [line for line in held if not _is_about(line, unwanted)]
             with contextlib.suppress(OSError), os.fdopen(stderr, "wb") as out:
                 out.writelines(lines)
+
+
+def _scratch() -> IO[bytes]:
+    """A file that never blocks: a pipe would, with ONNX Runtime holding the interpreter."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _is_about(line: bytes, names: set[str]) -> bool:
+    found = _SLOT_WARNING.search(line)
+    return found is not None and found[1].decode(errors="replace") in names
+
+
+def _restore_after_fork() -> None:
+    """A child of fork has its own stderr, and no thread that would let go of the lock."""
+    global _redirected
+    _redirected = threading.Lock()
+    if _stderr:
+        os.dup2(_stderr[0], 2)
+        _stderr.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_after_fork)

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import SlotError
-from onnx_adapt.manifest import Slot
+from onnx_adapt.manifest import ROW_PARTS, Slot
 
 PARTS = (
     *("down", "up", "down_bias", "up_bias", "scale", "gain"),
@@ -57,6 +57,25 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
             return (1,)
 
 
+def row_shape(slot: Slot, part: str, rows: int, bottleneck: int) -> tuple[int, ...]:
+    """The shape of what a batched slot has for each row: `(rows, 1, size)`.
+
+    On a channel axis it is `(rows, size, 1, ...)`.
+    """
+    sizes = {"mask": bottleneck, "row_up_bias": slot.width, "row_scale": slot.width}
+    size = sizes.get(part, 1)
+    return (rows, size, *(1,) * (slot.rank - 2)) if slot.axis == 1 else (rows, 1, size)
+
+
+def neutral_rows(slot: Slot) -> dict[str, Array]:
+    """What a batched slot has for each row while nothing is fed: one value for all."""
+    ones = ("mask", ROW_PARTS["scale"])
+    return {
+        part: np.full([1] * len(row_shape(slot, part, 1, 1)), part in ones, DTYPES[slot.dtype])
+        for part in slot.row_parts
+    }
+
+
 def bottleneck_axis(slot: Slot, part: str) -> int | None:
     """The axis of a weight that is the bottleneck, or None."""
     axes = {"down": 0, "up": 1} if slot.axis == 1 else {"down": 1, "up": 0, "table": 1}
@@ -79,11 +98,15 @@ _LARGEST = 2**31
 def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
     """Weights with which the slot's output is its target, by part.
 
+    A bottleneck of none is 0, but 1 on a channel axis: ONNX Runtime before 1.32 leaves the
+    output of a convolution without input channels as it finds the memory.
+
     Raises:
         SlotError: If a weight would pass 2 GB.
     """
     ones = {"scale", "gain", "norm_weight", "after_weight"}
     dtype = DTYPES[slot.dtype]
+    bottleneck = max(bottleneck, 1 if slot.axis == 1 else 0)
     weights = {}
     for part in slot.parts:
         shape = part_shape(slot, part, bottleneck)
@@ -95,6 +118,14 @@ def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
             )
         weights[part] = np.full(shape, part in ones, dtype)
     return weights
+
+
+def is_empty(slot: Slot, weights: Mapping[str, Array]) -> bool:
+    """Whether a slot with a bottleneck has the weights it has before any adapter."""
+    if slot.bottleneck or not any(bottleneck_axis(slot, part) is not None for part in weights):
+        return False
+    neutral = neutral_weights(slot)
+    return all(np.array_equal(value, neutral[part]) for part, value in weights.items())
 
 
 def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:

@@ -8,6 +8,7 @@ the token says which `Payload` (a file, an offset, a length) belongs there.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections import Counter
@@ -185,6 +186,43 @@ def strip(data: wire.Buffer, source: Source) -> tuple[bytes, list[Payload], bool
     work = _Strip(data, source)
     small = work.message(_MODEL, 0, len(data), 0)
     return small, work.payloads, work.canonical
+
+
+def scan(file: Path) -> tuple[bytes, list[Payload], bool]:
+    """`strip` a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ModelFileError: If it is not a protobuf message, with a hint if it is known what
+            it is instead.
+    """
+    if file.is_dir():
+        raise ModelFileError(f"{file} is a folder", hint="name the .onnx file in it")
+    source = Source.of(file)
+    if source.size == 0:
+        raise ModelFileError(f"{file.name} is empty", hint="export or copy it again")
+    with file.open("rb") as handle:
+        head = handle.read(512)
+        _refuse_text(file, head)
+        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            try:
+                return strip(view, source)
+            finally:
+                view.release()
+
+
+def _refuse_text(file: Path, head: bytes) -> None:
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelFileError(
+            f"{file.name} is a Git LFS pointer, not the model", hint="run `git lfs pull`"
+        )
+    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in head)
+    if printable == len(head):
+        raise ModelFileError(
+            f"{file.name} is a text file, not an ONNX model",
+            hint="give the binary .onnx file (onnx.parser turns ONNX text into one)",
+        )
 
 
 Segment = bytes | Payload

@@ -9,6 +9,7 @@ import onnx
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph import GraphView, ModelIndex, elem_name, text
 from onnx_adapt.manifest import Slot
+from onnx_adapt.norms import find_norms, one_node
 from onnx_adapt.resolve import Choice, resolve_tensor
 from onnx_adapt.sites import Site, Survey
 from onnx_adapt.slot import mark_node
@@ -27,6 +28,7 @@ class Recipe:
         swappable: Whether weights can be fed.
         bottleneck: Inner size, or 0 to leave it to each adapter.
         seed: For fresh weights.
+        batched: Whether one run can give each row of a batch another adapter.
     """
 
     activation: str = "relu"
@@ -37,6 +39,7 @@ class Recipe:
     swappable: bool = True
     bottleneck: int = 0
     seed: int = 0
+    batched: bool = False
 
 
 def reserved_names(index: ModelIndex) -> set[str]:
@@ -101,7 +104,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         source_width=source_width,
         dtype=site.dtype,
         axis=site.axis,
-        rank=(site.rank or 0) if site.axis == 1 else 0,
+        rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
         activation=recipe.activation,
         parts=recipe.parts,
         norm=_norm_tensor(survey, site, recipe.norm, source_width),
@@ -109,6 +112,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         module=site.module or "",
         swappable=recipe.swappable,
         bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
+        batched=recipe.batched,
     )
 
 
@@ -235,6 +239,10 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
     home = next(v for v in (here, *index.views.values()) if slot.norm in v.producers)
     norm = onnx.NodeProto()
     norm.CopyFrom(home.nodes[home.producers[slot.norm]])
+    if norm.op_type in ("Mul", "Add"):
+        base = next(n for n in find_norms(index.model, home) if n.output == slot.norm)
+        weights = [base.weight_tensor, *filter(None, [base.bias_tensor])]
+        norm = one_node(base.read, weights, base.output, base.epsilon)
     constants = []
     for position, name in enumerate(norm.input):
         made = here.producer(name) if position and name else None

@@ -19,10 +19,11 @@ from onnx_adapt.initializers import (
     open_weights,
     read_weights,
 )
-from onnx_adapt.manifest import Slot, write_manifest
+from onnx_adapt.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.norms import own_norm
 from onnx_adapt.oracle import Norm, slot_value
-from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape
+from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape, row_shape
 from onnx_adapt.runtime import Runner, Values
 from onnx_adapt.taps import Tap, Tapper
 
@@ -33,6 +34,8 @@ _STRENGTHS = (1.0, 10.0, 100.0)
 _TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
 """For a slot's output against the oracle, relative to its largest value. The arithmetic
 is in the slot's type: a few roundings for each of up to some thousand summands."""
+
+_NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
@@ -128,6 +131,7 @@ class Probe:
         self._runner = Runner(replace(opened, path=model.path), optimised=True)
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}
+        self._rows: dict[str, list[int]] = {}
 
     def tolerance(self, slot: Slot) -> float:
         """How far a slot's output may be from the oracle."""
@@ -145,6 +149,9 @@ class Probe:
                 self._typical.setdefault(slot.name, []).append(
                     (_typical(source), _typical(target))
                 )
+                sizes = {len(value) for value in taps.target.read(quiet) if value.ndim}
+                rows = sizes.pop() if len(sizes) == 1 else 1
+                self._rows.setdefault(slot.name, []).append(rows)
         for shift in range(len(_SIZES)):
             for number, item in enumerate(feeds):
                 weights = {
@@ -214,14 +221,17 @@ class Probe:
     ) -> dict[str, Array]:
         """Random weights whose effect has the size of the target itself."""
         source, target = self._typical[slot.name][number]
+        rows = self._rows[slot.name][number]
+        shapes = {part: part_shape(slot, part, size) for part in slot.parts}
+        shapes |= {part: row_shape(slot, part, rows, size) for part in slot.row_parts}
         weights = {}
-        for part in slot.parts:
-            draw = self._rng.standard_normal(part_shape(slot, part, size))
+        for part, shape in shapes.items():
+            draw = self._rng.standard_normal(shape)
             if part in ("down", "f_down", "g_down"):
                 draw *= 1 / (source * np.sqrt(fan_in(slot, part)))
             elif part.endswith(("up", "up_bias")):
                 draw *= 0.5 * strength * target / np.sqrt(max(size, 1))
-            elif part in ("scale", "gain", "norm_weight", "after_weight", "switch"):
+            elif part in _NEAR_ONE:
                 draw = 1 + 0.3 * draw
             weights[part] = draw.astype(DTYPES[slot.dtype])
         return weights
@@ -230,11 +240,10 @@ class Probe:
 def read_norm(model: Model, slot: Slot) -> Norm:
     """The normalisation that a slot re-applies, with its weights, as the slot has it."""
     view = index_model(model).views[slot.graph]
-    made = view.producer(f"adapter.{slot.name}/norm")
-    if made is None:
+    node = own_norm([node for node in view.nodes if slot_of(node) == slot.name])
+    if node is None:
         raise SlotError(f"slot {slot.name!r} is damaged: its normalisation is gone")
-    home, node = made
-    tensors = [home.constant(name) for name in node.input[1:] if name]
+    tensors = [view.constant(name) for name in node.input[1:] if name]
     values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
     centred = node.op_type == "LayerNormalization"

@@ -13,7 +13,7 @@ class Check:
     """One of the checks of a verification.
 
     Attributes:
-        name: `interface`, `graph`, `off`, `on`, `effect` or `checker`.
+        name: `interface`, `graph`, `off`, `rows`, `on`, `effect` or `checker`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.
@@ -89,10 +89,13 @@ class Report:
             return self
         failed = [check for check in self.checks if not check.passed]
         reasons = [f"{check.name}: {check.detail}" for check in failed]
+        hint = "`onnx-adapt verify --json` has every number"
+        if [check.name for check in failed] == ["rows"]:
+            hint = "insert without --batched: rows are then run by adapter"
         raise MismatchError(
             f"{self.adapted} does not match {self.base}: "
             + "; ".join(reasons or list(self.warnings)),
-            hint="`onnx-adapt verify --json` has every number",
+            hint=hint,
         )
 
     def as_dict(self) -> dict[str, object]:

@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from onnx_adapt import external_data
+from onnx_adapt import moved
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
-from onnx_adapt.graph import default_opset, index_model
+from onnx_adapt.graph import ModelIndex, default_opset, index_model
 from onnx_adapt.initializers import (
     Opening,
     check_model_weights,
@@ -56,6 +56,7 @@ def insert(
     norm_after: str = "",
     bottleneck: int | None = None,
     baked: bool = False,
+    batched: bool = False,
     seed: int = 0,
     inline_functions: bool = False,
 ) -> Model:
@@ -69,8 +70,8 @@ def insert(
         model: The model; it is left as it was.
         after: Addresses, node names, tensors, module paths or globs.
         checkpoint: Insert the slots of a trained checkpoint instead, from
-            `load_checkpoint`; of the other arguments only `baked` applies, and puts the
-            trained weights in.
+            `load_checkpoint`; of the other arguments only `batched` applies, and `baked`,
+            which puts the trained weights in.
         activation: One of `onnx_adapt.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.PARTS`.
@@ -80,6 +81,7 @@ def insert(
         bottleneck: Inner size; by default each adapter brings its own, and a baked slot
             has 64.
         baked: Make the weights constants.
+        batched: Let one run give each row of a batch another adapter.
         seed: Seed of the random `down`.
         inline_functions: Inline the model's functions first, to reach inside them.
 
@@ -98,7 +100,7 @@ def insert(
     if checkpoint is not None:
         if after:
             raise SiteError("a checkpoint brings its own places", hint="leave out `after`")
-        return _insert_checkpoint(model, checkpoint, baked=baked)
+        return _insert_checkpoint(model, checkpoint, baked=baked, batched=batched)
     if bottleneck is not None and bottleneck < 1:
         raise SlotError(
             f"a bottleneck of {bottleneck} is not possible", hint="give 1 or more, e.g. 64"
@@ -117,6 +119,7 @@ def insert(
         swappable=not baked,
         bottleneck=bottleneck or (BAKED_BOTTLENECK if baked else 0),
         seed=seed,
+        batched=batched,
     )
     names = [after] if isinstance(after, str) else list(after)
     if not names:
@@ -177,7 +180,9 @@ def _inlined_name(survey: Survey, name: str) -> str:
     return name
 
 
-def _insert_checkpoint(model: Model, checkpoint: Checkpoint, *, baked: bool) -> Model:
+def _insert_checkpoint(
+    model: Model, checkpoint: Checkpoint, *, baked: bool, batched: bool
+) -> Model:
     """Insert the slots that a trained checkpoint needs."""
     known = manifest_of(model)
     if checkpoint.base != known.fingerprint:
@@ -194,10 +199,17 @@ def _insert_checkpoint(model: Model, checkpoint: Checkpoint, *, baked: bool) -> 
         else s
         for s in checkpoint.slots
     ]
+    if batched:
+        slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
     weights = {s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in slots}
     open_base_weights(result.proto, openings)
     opened = (*known.weights, *(opening.weight for opening in openings))
     return put_in(result, index, replace(known, weights=opened), slots, weights)
+
+
+def _rank(index: ModelIndex, slot: Slot) -> int:
+    """How many axes a slot's tensor has, or 0 if that is unknown."""
+    return len(index.views[slot.graph].type_of(slot.tensor).shape or ())
 
 
 def _baked_opening(opening: Opening, adapter: Adapter) -> Opening:
@@ -274,7 +286,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:
         result.proto.ClearField("ir_version")  # the base had none
-    payloads = external_data.move_in(model.path, result.proto, model.payloads)
+    payloads = moved.move_in(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 
 

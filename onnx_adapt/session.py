@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.adapter_cache import AdapterCache, LoadedAdapter, Source
+from onnx_adapt.adapter_cache import AdapterCache, LoadedAdapter, Shares, Source
 from onnx_adapt.batches import (
     BatchAxis,
     count_rows,
@@ -19,13 +19,11 @@ from onnx_adapt.batches import (
     take_rows,
 )
 from onnx_adapt.binding import AdapterBinding
-from onnx_adapt.dtypes import Array
-from onnx_adapt.engine import start, swappable
-from onnx_adapt.errors import AdapterError, RunError
-from onnx_adapt.fitting import Replaceable, manifest_misfits, refuse_misfits
-from onnx_adapt.loaded import Loaded, read
-from onnx_adapt.manifest import KEY, Manifest, manifest_from_text
-from onnx_adapt.ort import failures, shortened
+from onnx_adapt.engine import Engine, base_values, native
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.fitting import manifest_misfits, refuse_misfits
+from onnx_adapt.loaded import Loaded, as_ort_value, read
+from onnx_adapt.parts import neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.model_file import Model
@@ -85,19 +83,13 @@ class AdapterSession:
         max_bytes: int | None = None,
         batch_axis: BatchAxis = None,
     ) -> None:
-        self._model = model
-        self._failures = failures()
-        self._label, self._session = start(model, providers, session_options)
-        self.inputs = {item.name: item for item in self._session.get_inputs()}
-        self.outputs = {item.name: item for item in self._session.get_outputs()}
-        self._inputs = {name: item.shape for name, item in self.inputs.items()}
-        self._outputs = {name: item.shape for name, item in self.outputs.items()}
-        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
-        self._manifest = manifest_from_text(text) if text else None
-        self.batch_axes = find_batch(self._inputs, self._outputs, batch_axis)
+        self._engine = Engine(model, providers, session_options)
+        self.inputs = {item.name: item for item in self._engine.session.get_inputs()}
+        self.outputs = {item.name: item for item in self._engine.session.get_outputs()}
+        self.batch_axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
+        self._base_values = base_values(model)
         self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
-        self._swappable: tuple[Manifest, Replaceable] | None = None
-        for name, source in (adapters or {}).items():
+        for name, source in dict(adapters or {}).items():
             self.load(name, source)
 
     def __enter__(self) -> AdapterSession:
@@ -115,8 +107,8 @@ class AdapterSession:
 
     def close(self) -> None:
         """Free the model and every adapter; runs that are under way end first."""
+        self._engine.close()
         self._cache.clear()
-        self._session = None
 
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
@@ -137,6 +129,7 @@ class AdapterSession:
             AdapterError: If the file is damaged, or does not fit the model: coverage,
                 shapes, element types, base fingerprint, NaN.
         """
+        _ = self._engine.session  # a closed one loads nothing
         return self._cache.load(name, source, allow_partial=allow_partial)
 
     def unload(self, name: str) -> None:
@@ -172,7 +165,8 @@ class AdapterSession:
         Args:
             feeds: Arrays by input name.
             adapter: None for the base; a name; an `Adapter`; a blend as name -> weight; or a
-                list with one of these for each row of the batch.
+                list with one of these for each row of the batch. A list is one run for
+                each adapter in it; where slots were inserted `batched`, one run for all.
             outputs: The outputs to compute; by default all.
 
         Returns:
@@ -183,17 +177,20 @@ class AdapterSession:
             AdapterError: If adapters cannot be used so.
             RunError: If the model does not take the feeds.
         """
-        names = self._asked(outputs)
+        names = self._engine.asked(outputs)
         if isinstance(adapter, str | Adapter | Mapping) or adapter is None:
             values = self._run_one(names, feeds, self._chosen(adapter))
             return dict(zip(names, values, strict=True))
-        if not isinstance(adapter, Sequence | np.ndarray) or not len(adapter):
+        listed = isinstance(adapter, Sequence) or (
+            isinstance(adapter, np.ndarray) and adapter.ndim
+        )
+        rows = list(adapter) if listed and not isinstance(adapter, bytes) else []
+        if not rows:
             raise AdapterError(
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
-        rows = list(adapter)  # an array makes new objects whenever it is read
-        once = {id(row): self._chosen(row) for row in rows}
+        once = {id(row): self._shares(row) for row in rows}
         return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
     def run_with_ort_values(
@@ -207,18 +204,19 @@ class AdapterSession:
         ONNX Runtime's own method does not see adapters that are active in run options;
         here the adapter's weights are fed.
         """
-        names = self._asked(outputs)
+        names = self._engine.asked(outputs)
         chosen = self._chosen(adapter)
-        fed = {**feeds, **self._weights(feeds, chosen)}
-        try:
-            values = self._live().run_with_ort_values(names, fed)
-        except self._failures as error:
-            raise self._refused(error) from error
-        return dict(zip(names, values, strict=True))
+        values = {
+            name: as_ort_value(value) if isinstance(value, np.ndarray) else value
+            for name, value in native(feeds).items()
+        }
+        fed = {**values, **self._weights(feeds, chosen)}
+        found = self._engine.run_with_ort_values(names, fed)
+        return dict(zip(names, found, strict=True))
 
     def io_binding(self) -> AdapterBinding:
         """A binding of inputs and outputs to memory, for `run_with_iobinding`."""
-        return AdapterBinding(self._live(), self._failures)
+        return AdapterBinding(self._engine.session)
 
     def run_with_iobinding(self, binding: AdapterBinding, adapter: Choice = None) -> None:
         """Run on bound memory; the outputs are where the binding says.
@@ -235,35 +233,27 @@ class AdapterSession:
                 f"{type(binding).__name__} is no binding of this session",
                 hint="ONNX Runtime's own would compute the base; use session.io_binding()",
             )
+        if not binding.belongs_to(self._engine.session):
+            raise AdapterError(
+                "the binding is of another session", hint="use this session's io_binding()"
+            )
         chosen = self._chosen(adapter)
         binding.run(self._weights(binding.inputs, chosen), chosen)
 
-    def _live(self) -> Any:
-        if self._session is None:
-            raise RunError("the session is closed", hint="make a new AdapterSession")
-        return self._session
-
-    def _asked(self, outputs: Sequence[str] | None) -> list[str]:
-        if outputs is None:
-            return list(self._outputs)
-        names = [outputs] if isinstance(outputs, str) else list(outputs)
-        if unknown := [name for name in names if name not in self._outputs]:
-            raise RunError(
-                f"{self._label} has no output {unknown[0]!r}",
-                hint=f"it has {', '.join(self._outputs)}",
-            )
-        return names
-
     def _chosen(self, adapter: Choice) -> Loaded | None:
+        return self._cache.blend(self._shares(adapter))
+
+    def _shares(self, adapter: Choice) -> Shares:
         if adapter is None:
-            return None
+            return ()
+        self._engine.slots()  # a model without any has no adapters to be found
         if isinstance(adapter, str):
-            return self._cache.use(adapter)
+            return ((self._cache.use(adapter), 1),)
         if isinstance(adapter, Adapter):
             self._check(adapter, allow_partial=False)
-            return read(adapter)[1]
+            return ((read(adapter)[1], 1),)
         if isinstance(adapter, Mapping) and adapter:
-            return self._cache.blend(adapter)
+            return self._cache.shares(adapter)
         raise AdapterError(
             f"{adapter!r} is no adapter",
             hint="give None, a name, an Adapter, or a blend {name: weight}",
@@ -272,37 +262,52 @@ class AdapterSession:
     def _run_one(
         self, names: list[str], feeds: Mapping[str, Any], chosen: Loaded | None
     ) -> Any:
-        session = self._live()
-        try:
-            if chosen is None:
-                return session.run(names, feeds)
-            self._refuse_overlap(feeds, chosen)
-            if chosen.options is not None:
-                return session.run(names, feeds, chosen.options)
-            return session.run(names, {**feeds, **chosen.values})
-        except self._failures as error:
-            raise self._refused(error) from error
+        feeds = native(feeds)
+        if chosen is None:
+            return self._engine.run(names, feeds)
+        self._refuse_overlap(feeds, chosen)
+        if chosen.options is None:
+            return self._engine.run(names, {**feeds, **chosen.values})
+        fed = {**feeds, **chosen.rest} if chosen.rest else feeds
+        return self._engine.run(names, fed, chosen.options)
 
     def _run_rows(
-        self, names: list[str], feeds: Mapping[str, Any], rows: list[Loaded | None]
+        self, names: list[str], feeds: Mapping[str, Any], rows: list[Shares]
     ) -> dict[str, Any]:
-        """One run for each adapter of a batch, on the rows that want it."""
+        """One run for all rows if the slots can; else one for the rows of each adapter."""
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
         count_rows(self.batch_axes, arrays, len(rows))
-        groups: dict[Loaded | None, list[int]] = {}
-        for i, chosen in enumerate(rows):
-            groups.setdefault(chosen, []).append(i)
-        if len(groups) == 1:
-            return dict(zip(names, self._run_one(names, arrays, rows[0]), strict=True))
+        groups: dict[Shares, list[int]] = {}
+        for i, shares in enumerate(rows):
+            groups.setdefault(shares, []).append(i)
+        if len(groups) > 1 and (mixed := self._mixed(arrays, rows)) is not None:
+            values = self._run_one(names, *mixed)
+            return dict(zip(names, values, strict=True))
         results = []
-        for chosen, members in groups.items():
-            part = (
-                arrays
-                if self.batch_axes.fixed
-                else take_rows(self.batch_axes, arrays, members)
-            )
-            results.append((members, self._run_one(names, part, chosen)))
+        for shares, members in groups.items():
+            whole = self.batch_axes.fixed or len(groups) == 1
+            part = arrays if whole else take_rows(self.batch_axes, arrays, members)
+            results.append((members, self._run_one(names, part, self._cache.blend(shares))))
+        if len(groups) == 1:
+            return dict(zip(names, results[0][1], strict=True))
         return join_rows(self.batch_axes, names, results)
+
+    def _mixed(
+        self, feeds: Mapping[str, Any], rows: list[Shares]
+    ) -> tuple[dict[str, Any], Loaded] | None:
+        """Feeds and weights for one run of all rows; None if they cannot share one."""
+        slots = self._engine.slots()[0].slots
+        batched = bool(slots) and all(slot.batched for slot in slots)
+        mixed = self._cache.mix(slots, rows) if batched else None
+        if mixed is None:
+            return None
+        own, weights = mixed
+        if twice := own.keys() & feeds.keys():
+            raise AdapterError(
+                f"{min(twice)!r} is fed, and the list of adapters says it as well",
+                hint="feed what each row has of its own, or give a list",
+            )
+        return {**feeds, **own}, weights
 
     def _weights(self, feeds: Mapping[str, Any], chosen: Loaded | None) -> Mapping[str, Any]:
         if chosen is None:
@@ -318,33 +323,18 @@ class AdapterSession:
                 hint="feed weights, or give an adapter",
             )
 
-    def _refused(self, error: Exception) -> RunError:
-        if isinstance(error, RunError | AdapterError):
-            raise error
-        wanted = ", ".join(f"{name} {shape}" for name, shape in self._inputs.items())
-        return RunError(
-            f"{self._label} does not run: {shortened(error)}",
-            hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
-        )
-
-    def _check(self, adapter: Adapter, allow_partial: bool) -> None:
-        """Raise unless an adapter fits the slots of the model that can be fed."""
-        if self._swappable is None:
-            self._swappable = swappable(self._manifest, self._live(), self._label)
-        manifest, replaceable = self._swappable
+    def _check(self, adapter: Adapter, allow_partial: bool) -> dict[str, Any]:
+        """Raise unless an adapter fits; what makes the base of all that it does not cover."""
+        manifest, replaceable = self._engine.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
-        refuse_misfits(found, adapter, self._label)
-
-    def _base_values(self) -> dict[str, Array]:
-        """The base's own values of weights that adapters replace, out of the model file."""
-        from onnx_adapt.model_file import Model, open_model, read_tensor
-
-        model = self._model if isinstance(self._model, Model) else open_model(self._model)
-        stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
-        weights = self._manifest.weights if self._manifest else ()
-        return {
-            weight.name: read_tensor(
-                model, stored[weight.original if weight.copied else weight.name]
-            )
-            for weight in weights
+        refuse_misfits(found, adapter, self._engine.label)
+        rest = {
+            slot.weight(part): as_ort_value(array)
+            for slot in manifest.slots
+            if slot.name not in adapter.weights
+            for part, array in neutral_weights(slot, slot.bottleneck).items()
         }
+        filled = [w.name for w in manifest.weights if w.trained]
+        missing = [name for name in filled if name not in adapter.replaced]
+        own = self._base_values() if missing else {}
+        return {**rest, **{name: as_ort_value(own[name]) for name in missing}}

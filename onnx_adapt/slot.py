@@ -10,6 +10,11 @@ term or the sum (AdapterHub `adapters` 1.3). On a channel axis the projections a
 convolutions, with weights in Conv's own layout. AdapterHub's other residuals have parts
 too: where the slot reads the sum of its target and another tensor, `plus`, the terms
 `residual * plus` and `skip * read` are added; `switch` turns a `norm_after` of the sum on.
+
+A batched slot can give each row of a batch another adapter: `mask`, one number for each
+row and unit, multiplies what the activation gives, and what else differs from row to row
+(`up_bias`, `scale`) has an input of its own. It works on `(rows, positions, width)`, and
+reshapes to that tensors of another rank.
 """
 
 from __future__ import annotations
@@ -17,14 +22,17 @@ from __future__ import annotations
 import onnx
 
 from onnx_adapt.activations import ACTIVATIONS, Emitter
+from onnx_adapt.coupling import emit_coupling
 from onnx_adapt.errors import SlotError
-from onnx_adapt.manifest import SLOT_KEY, Slot
+from onnx_adapt.manifest import ROW_PARTS, SLOT_KEY, Slot
 from onnx_adapt.parts import COUPLING, PARTS
 
 EPSILON = 1e-5
 """Epsilon of a slot's own LayerNorms (torch.nn.LayerNorm's default)."""
 
 _CHANNEL_PARTS = frozenset(PARTS[:6])
+_SHARED_PARTS = frozenset(PARTS[:8]) | {"table", "residual", "skip"}
+"""Parts that rows with adapters of their own can share a slot with."""
 
 
 def check_slot(slot: Slot, opset: int) -> None:
@@ -41,6 +49,7 @@ def check_slot(slot: Slot, opset: int) -> None:
         )
     if unknown := parts - set(PARTS):
         raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
+    _check_batched(slot)
     if parts & set(COUPLING):
         if parts != set(COUPLING) or slot.width % 2 or slot.axis == 1 or opset < 11:
             raise SlotError(
@@ -78,6 +87,28 @@ def check_slot(slot: Slot, opset: int) -> None:
         )
 
 
+def _check_batched(slot: Slot) -> None:
+    if not slot.batched:
+        return
+    if other := [part for part in slot.parts if part not in _SHARED_PARTS]:
+        raise SlotError(
+            f"slot {slot.name!r} cannot give each row an adapter: its part {other[0]!r} makes "
+            "its term no sum over the bottleneck",
+            hint="insert it without --batched; rows are then run by adapter",
+        )
+    if slot.rank < 2:
+        raise SlotError(
+            f"slot {slot.name!r} cannot give each row an adapter: the rank of tensor "
+            f"{slot.tensor!r} is {slot.rank or 'unknown'}",
+            hint="insert it without --batched; rows are then run by adapter",
+        )
+    if slot.bottleneck or not slot.swappable:
+        raise SlotError(
+            f"slot {slot.name!r} cannot give each row an adapter: its bottleneck is fixed",
+            hint="leave out --bottleneck and --baked, or --batched",
+        )
+
+
 def slot_nodes(
     slot: Slot, opset: int, norm: onnx.NodeProto | None = None
 ) -> list[onnx.NodeProto]:
@@ -90,16 +121,18 @@ def slot_nodes(
     """
     emit = Emitter(f"adapter.{slot.name}", opset, slot.dtype)
     if "f_down" in slot.parts:
-        _emit_coupling(emit, slot)
+        emit_coupling(emit, slot)
         return _marked(emit, slot)
-    w = {part: slot.weight(part) for part in slot.parts}
-    out = slot.inner
+    w = _emit_weights(emit, slot)
+    out = _emit_rows(emit, slot, slot.inner, [slot.width])
     if "scale" in w:
         out = emit.node("Mul", out, w["scale"], label="scaled")
     if "residual" in w:
-        out = emit.node("Add", out, emit.node("Mul", slot.plus, w["residual"]))
+        plus = _emit_rows(emit, slot, slot.plus, [slot.width])
+        out = emit.node("Add", out, emit.node("Mul", plus, w["residual"]))
     if "up" in w:
-        read = _emit_read(emit, slot, norm)
+        features = [] if "table" in w else [slot.source_width]
+        read = _emit_rows(emit, slot, _emit_read(emit, slot, norm), features)
         if "skip" in w:
             out = emit.node("Add", out, emit.node("Mul", read, w["skip"]))
         out = emit.node("Add", out, _emit_term(emit, slot, w, read), label="sum")
@@ -107,7 +140,44 @@ def slot_nodes(
         after = _emit_norm(emit, out, w["after_weight"], w.get("after_bias", ""), "after")
         change = emit.node("Mul", emit.node("Sub", after, slot.inner), w["switch"])
         emit.node("Add", slot.inner, change, label="switched")
+    if _is_reshaped(slot):
+        emit.node("Reshape", out, emit.node("Shape", slot.inner), label="reshaped")
     return _marked(emit, slot)
+
+
+def _emit_weights(emit: Emitter, slot: Slot) -> dict[str, str]:
+    """The weights by part; in a batched slot each with what the rows have of their own.
+
+    Two small tensors meet here, not each of them the large one.
+    """
+    w = {part: slot.weight(part) for part in slot.parts}
+    for part in slot.parts if slot.batched else ():
+        if part in ROW_PARTS and part != "up" and not (slot.axis == 1 and part == "up_bias"):
+            op = "Mul" if part == "scale" else "Add"
+            w[part] = emit.node(op, w[part], slot.weight(ROW_PARTS[part]))
+    return w
+
+
+def _is_reshaped(slot: Slot) -> bool:
+    return slot.batched and slot.axis == -1 and slot.rank != 3
+
+
+def _emit_rows(emit: Emitter, slot: Slot, x: str, features: list[int]) -> str:
+    """A tensor as `(rows, positions, *features)`; there are as many rows as in the mask."""
+    if not _is_reshaped(slot):
+        return x
+    for node in emit.nodes:
+        if node.op_type == "Reshape" and node.input[0] == x:
+            return str(node.output[0])
+    shape = emit.node("Shape", slot.weight(slot.row_parts[0]))
+    rows = emit.node("Gather", shape, _emit_int64(emit, [0]), axis=0)
+    sizes = emit.node("Concat", rows, _emit_int64(emit, [-1, *features]), axis=0)
+    return emit.node("Reshape", x, sizes, label="by_row")
+
+
+def _emit_int64(emit: Emitter, values: list[int]) -> str:
+    sizes = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [len(values)], values)
+    return emit.node("Constant", value=sizes)
 
 
 def _marked(emit: Emitter, slot: Slot) -> list[onnx.NodeProto]:
@@ -127,6 +197,10 @@ def _emit_read(emit: Emitter, slot: Slot, norm: onnx.NodeProto | None) -> str:
     x = emit.node("Add", slot.source, slot.plus, label="read") if slot.plus else slot.source
     if norm is None:
         return x
+    if norm.op_type == "LayerNormalization" and emit.opset < 17:
+        weight, bias = map(str, (*norm.input[1:], "")[:2])
+        epsilon = next((item.f for item in norm.attribute if item.name == "epsilon"), EPSILON)
+        return _emit_norm(emit, x, weight, bias, "norm", epsilon)
     again = onnx.NodeProto()
     again.CopyFrom(norm)
     again.name = f"{emit.prefix}/norm"
@@ -147,7 +221,11 @@ def _emit_term(emit: Emitter, slot: Slot, w: dict[str, str], read: str) -> str:
         window = _window_attributes(slot)
         x = _emit_projection(emit, x, w["down"], w.get("down_bias", ""), "down", slot, window)
     x = ACTIVATIONS[slot.activation][0](emit, x)
+    if slot.batched:
+        x = emit.node("Mul", x, slot.weight(ROW_PARTS["up"]), label="masked")
     x = _emit_projection(emit, x, w["up"], w.get("up_bias", ""), "up", slot, {})
+    if slot.batched and slot.axis == 1 and "up_bias" in w:
+        x = emit.node("Add", x, slot.weight(ROW_PARTS["up_bias"]))
     if "gain" in w:
         x = emit.node("Mul", x, w["gain"], label="gained")
     if "gate" in w:
@@ -166,34 +244,6 @@ def _window_attributes(slot: Slot) -> dict[str, list[int]]:
     names = ("kernel_shape", "strides", "pads", "dilations")
     values = (kernel, strides, rest[: 2 * n], rest[2 * n :])
     return {name: list(value) for name, value in zip(names, values, strict=True)}
-
-
-def _emit_coupling(emit: Emitter, slot: Slot) -> None:
-    """The NICE coupling; each network is a projection, the activation, a projection."""
-    half = slot.width // 2
-    halves = [f"{emit.prefix}/half_1", f"{emit.prefix}/half_2"]
-    sizes = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [half, half])
-    if emit.opset < 13:
-        split = onnx.helper.make_node(
-            "Split", [slot.inner], halves, axis=-1, split=[half, half]
-        )
-    else:
-        lengths = emit.node("Constant", label="halves", value=sizes)
-        split = onnx.helper.make_node("Split", [slot.inner, lengths], halves, axis=-1)
-    split.name = f"{emit.prefix}/split"
-    emit.nodes.append(split)
-    first = emit.node("Add", halves[0], _emit_network(emit, slot, halves[1], "f"), label="y1")
-    second = emit.node("Add", halves[1], _emit_network(emit, slot, first, "g"), label="y2")
-    emit.node("Concat", first, second, label="sum", axis=-1)
-
-
-def _emit_network(emit: Emitter, slot: Slot, x: str, which: str) -> str:
-    for part in ("down", "up"):
-        x = emit.node("MatMul", x, slot.weight(f"{which}_{part}"), label=f"{which}_{part}")
-        x = emit.node("Add", x, slot.weight(f"{which}_{part}_bias"))
-        if part == "down":
-            x = ACTIVATIONS[slot.activation][0](emit, x)
-    return x
 
 
 def _emit_projection(
@@ -225,10 +275,12 @@ def _emit_mean(emit: Emitter, x: str, axis: int) -> str:
     return emit.node("ReduceMean", x, emit.node("Constant", value=axes), keepdims=1)
 
 
-def _emit_norm(emit: Emitter, x: str, weight: str, bias: str, label: str) -> str:
+def _emit_norm(
+    emit: Emitter, x: str, weight: str, bias: str, label: str, epsilon: float = EPSILON
+) -> str:
     if emit.opset >= 17:
         inputs = [x, weight, bias] if bias else [x, weight]
-        return emit.node("LayerNormalization", *inputs, label=label, axis=-1, epsilon=EPSILON)
+        return emit.node("LayerNormalization", *inputs, label=label, axis=-1, epsilon=epsilon)
     if emit.opset < 11:
         raise SlotError(
             f"a normalisation inside a slot needs opset 11; the model uses {emit.opset}",
@@ -236,6 +288,6 @@ def _emit_norm(emit: Emitter, x: str, weight: str, bias: str, label: str) -> str
         )
     x = emit.node("Sub", x, _emit_mean(emit, x, -1))
     variance = _emit_mean(emit, emit.node("Mul", x, x), -1)
-    deviation = emit.node("Sqrt", emit.node("Add", variance, emit.number(EPSILON)))
+    deviation = emit.node("Sqrt", emit.node("Add", variance, emit.number(epsilon)))
     x = emit.node("Mul", emit.node("Div", x, deviation), weight, label=label)
     return emit.node("Add", x, bias) if bias else x

@@ -32,6 +32,7 @@ from onnx_adapt.ort import runtime_version
 from onnx_adapt.probe import Probe, neutral_model
 from onnx_adapt.report import Check, Report, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
+from onnx_adapt.row_proof import check_rows
 from onnx_adapt.runtime import Runner, Values
 
 Inputs = str | os.PathLike[str] | Mapping[str, Any]
@@ -61,7 +62,8 @@ def verify(
 
     Checked are the interface; the graph and weights but for the slots; the outputs with
     the slots off; every slot's output with random weights against the float64 formula; that
-    the outputs move when a slot is on; and that the ONNX checker has nothing new to say.
+    the outputs move when a slot is on; of batched slots that each row of a batch gets its
+    adapter; and that the ONNX checker has nothing new to say.
 
     Args:
         base: The base model or its path; slots that it has itself are taken out.
@@ -105,6 +107,8 @@ def verify(
         proof.run_base()
         shapes = tuple({k: np.shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
+        if any(slot.batched for slot in manifest.slots):
+            checks.append(proof.rows())
         if weights and manifest.slots:
             on, effect, results = proof.on()
             checks += [on, effect]
@@ -126,7 +130,7 @@ def _inputs(given: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
 
 def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
     """The same inputs and outputs by name, type and shape, but for the slots' weights."""
-    own = {slot.weight(part) for slot in manifest.slots for part in slot.parts}
+    own = {name for slot in manifest.slots for name in slot.inputs}
     own |= {weight.name for weight in manifest.weights}
     sides = []
     for proto in (base, adapted):
@@ -213,7 +217,7 @@ class _Proof:
             worst[optimised] = distance(self.expected[optimised], got)
             seen[optimised] = in_words(self.expected[optimised], got)
             del runner  # before the next one, so that the weights are in memory once
-        limit = _QUANTISED if kind == "quantised" else _TOLERANCE[kind]
+        limit = self._limit()
         # A weight that became an input is no constant to ONNX Runtime: other kernels run.
         exact = kind in ("float32", "float64") and not self.opened
         passed = worst[False] == 0 if exact else worst[False] <= limit
@@ -225,6 +229,17 @@ class _Proof:
         if not passed and (self._operators() & _RANDOM_OPS or self._base_wavers()):
             detail += "; the base itself gives different outputs each time"
         return Check("off", passed, detail)
+
+    def rows(self) -> Check:
+        """Each row of a batch gets the adapter that is meant for it."""
+        self.tell("running rows with adapters of their own")
+        batched = [slot for slot in self.slots if slot.batched]
+        model = neutral_model(self.adapted)
+        return check_rows(model, batched, self.feeds, self._limit(), self.seed)
+
+    def _limit(self) -> float:
+        kind = self._kind()
+        return _QUANTISED if kind == "quantised" else _TOLERANCE[kind]
 
     def _kind(self) -> str:
         """What decides the tolerance: quantised, or the least precise element type."""

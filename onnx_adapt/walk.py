@@ -71,44 +71,59 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
                 waiting.append(inside)
 
 
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+def _node_tensors(
+    nodes: Iterable[onnx.NodeProto], *, sparse: bool
+) -> Iterator[onnx.TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
-            yield from _attribute_tensors(attribute)
+            yield from _attribute_tensors(attribute, sparse=sparse)
 
 
-def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:
+def _attribute_tensors(
+    attribute: onnx.AttributeProto, *, sparse: bool
+) -> Iterator[onnx.TensorProto]:
     if attribute.HasField("t"):
         yield attribute.t
     yield from attribute.tensors
-    sparse = [*attribute.sparse_tensors]
-    if attribute.HasField("sparse_tensor"):
-        sparse.append(attribute.sparse_tensor)
-    for item in sparse:
+    if sparse:
+        yield from _sparse_tensors(attribute.sparse_tensors)
+        if attribute.HasField("sparse_tensor"):
+            yield from _sparse_tensors([attribute.sparse_tensor])
+    if attribute.HasField("g"):
+        yield from graph_tensors(attribute.g, sparse=sparse)
+    for graph in attribute.graphs:
+        yield from graph_tensors(graph, sparse=sparse)
+
+
+def _sparse_tensors(items: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for item in items:
         yield item.values
         yield item.indices
-    if attribute.HasField("g"):
-        yield from graph_tensors(attribute.g)
-    for graph in attribute.graphs:
-        yield from graph_tensors(graph)
 
 
-def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def graph_tensors(
+    graph: onnx.GraphProto, *, sparse: bool = True
+) -> Iterator[onnx.TensorProto]:
     """Every tensor stored in a graph and in the bodies inside it."""
     yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    yield from _node_tensors(graph.node)
+    if sparse:
+        yield from _sparse_tensors(graph.sparse_initializer)
+    yield from _node_tensors(graph.node, sparse=sparse)
 
 
-def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored anywhere in a model: graphs, functions, training information."""
-    yield from graph_tensors(proto.graph)
+def tensors(proto: onnx.ModelProto, *, sparse: bool = True) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored anywhere in a model: graphs, functions, training information.
+
+    Args:
+        proto: The model.
+        sparse: Whether those that make up sparse tensors count. The data of these cannot
+            be external: ONNX Runtime before 1.32 and the ONNX checker refuse it.
+    """
+    yield from graph_tensors(proto.graph, sparse=sparse)
     for function in proto.functions:
-        yield from _node_tensors(function.node)
+        yield from _node_tensors(function.node, sparse=sparse)
         for attribute in function.attribute_proto:
-            yield from _attribute_tensors(attribute)
+            yield from _attribute_tensors(attribute, sparse=sparse)
     for training in proto.training_info:
-        yield from graph_tensors(training.initialization)
-        yield from graph_tensors(training.algorithm)
+        yield from graph_tensors(training.initialization, sparse=sparse)
+        yield from graph_tensors(training.algorithm, sparse=sparse)

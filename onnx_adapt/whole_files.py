@@ -118,6 +118,8 @@ def _remedy(error: OSError) -> str:
         return "make room or write to another disk; nothing was changed"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "the folder cannot be written; choose another with -o"
+    if error.errno == errno.ENAMETOOLONG:
+        return "nothing was changed; choose a shorter name"
     return "nothing was changed; choose another path with -o"
 
 

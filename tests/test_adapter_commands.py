@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from adapter_models import (
@@ -15,12 +17,14 @@ from adapter_models import (
     lora_on,
     peft_folder,
     saved_model,
+    trained,
     two_layers,
 )
 from slot_models import cli
 from trained_cases import CASES, run, session_of
 
 import onnx_adapt as oa
+from onnx_adapt.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 Capture = pytest.CaptureFixture[str]
@@ -115,7 +119,8 @@ def test_insert_writes_beside_the_model_by_default(work: Path, capsys: Capture) 
 def test_the_format_of_the_weights_is_chosen(suffix: str, work: Path, capsys: Capture) -> None:
     args = ("insert", work / "model.onnx", "--adapter", work / "fr", "-o", work / "a.onnx")
     found = _document(capsys, *args, "--format", suffix)
-    assert found.keys() == {"output", "adapter", "size", "data", "verified", "slots"}
+    keys = {"output", "adapter", "size", "data", "weights_in", "verified", "slots"}
+    assert found.keys() == keys
     assert found["adapter"] == str(work / f"a.fr.{suffix}")
     assert found["output"] == str(work / "a.onnx")
     assert {slot["name"] for slot in found["slots"]} == {"fc1", "fc2"}
@@ -355,3 +360,25 @@ def test_a_model_without_slots_is_refused(command: str, work: Path, capsys: Capt
     assert "model.onnx has no slots" in err
     assert "onnx-adapt insert" in err
     assert not out.exists()
+
+
+def test_a_second_checkpoint_with_the_same_trained_weight_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "one.onnx")
+    command = ("insert", str(tmp_path / "one.onnx"), "--adapter", str(tmp_path / "fr"))
+    code, _, err = cli(capsys, *command, "-o", str(tmp_path / "two.onnx"), "--no-verify")
+    assert code == 2
+    assert "base.fc2." in err
+    assert "onnx-adapt convert" in err
+    assert not (tmp_path / "two.onnx").exists()
+
+
+def test_recorded_shapes_of_means_and_variances_are_not_stale() -> None:
+    case = CASES["ah_bert_opset14_seq_bn"]
+    base = oa.open_model(case.base)
+    adapted = oa.insert(base, checkpoint=oa.load_checkpoint(case.adapter, base))
+    recorded = onnx.shape_inference.infer_shapes(adapted.proto)
+    flagged = [line for line in damages(replace(adapted, proto=recorded)) if "sqrt" in line]
+    assert flagged == []

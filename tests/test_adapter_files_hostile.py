@@ -294,6 +294,7 @@ TRICKS = {
     "mixed keys": _array(b"{'descr':'<f4',1:False,'shape':(1,)}"),
     "code": _array(b"__import__('os').system('true')"),
     "huge": _array_of(b"'<f4'", b"(%d,)" % 2**45),
+    "longer than its shape": _array_of(b"'<f4'", b"(2,)"),
     "beyond 64 bits": _array_of(b"'<f4'", b"(%d,)" % 2**80),
     "overflow": _array_of(b"'<f4'", b"(%d,%d)" % (2**32, 2**32)),
     "negative size": _array_of(b"'<f4'", b"(-3,)"),

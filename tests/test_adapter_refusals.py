@@ -115,6 +115,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("peft_type", "tensors"),
+    [
+        ("IA3", lora()),
+        ("LORA", {"base_model.model.fc1.ia3_l": np.ones((4, 1), np.float32)}),
+    ],
+)
+def test_tensors_of_another_method_than_the_config_s_are_refused_with_both(
+    peft_type: str, tensors: dict, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = peft_folder(tmp_path / "trained", tensors, peft_type=peft_type)
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx"), folder)
+    assert f"peft_type {peft_type}" in err
+    assert next(iter(tensors)) in err
+
+
 @pytest.mark.parametrize("what", CONFIGS)
 def test_a_config_with_a_wrong_value_is_refused(
     what: str, tmp_path: Path, capsys: Capture
@@ -155,6 +171,54 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused(
     folder = peft_folder(tmp_path / "trained", kept)
     err = _refused(capsys, saved_model(tmp_path / "model.onnx"), folder)
     assert any(key in err for key in ("fc1", "fc2", str(folder)))
+
+
+PROMISED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "DoRA without a magnitude": ("LORA", {"use_dora": True}, "lora_magnitude_vector"),
+    "lora_bias without a bias": ("LORA", {"lora_bias": True}, "lora_B.bias"),
+}
+
+
+@pytest.mark.parametrize("what", PROMISED)
+@pytest.mark.parametrize("size", [None, 1, 5])
+def test_a_tensor_that_the_config_promises_must_be_there_and_fit(
+    what: str, size: int | None, tmp_path: Path, capsys: Capture
+) -> None:
+    peft_type, config, part = PROMISED[what]
+    tensors = lora(modules=["fc1"])
+    if size is not None:
+        tensors[f"base_model.model.fc1.{part}"] = np.ones(size, np.float32)
+    folder = peft_folder(tmp_path / "trained", tensors, peft_type=peft_type, **config)
+    err = _refused(capsys, saved_model(tmp_path / "model.onnx"), folder)
+    assert part in err
+    assert next(iter(config)) in err
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 1), (2, 4), (1, 3), (3, 1), (1, 4, 4)])
+def test_factors_of_ia3_of_another_size_are_refused(
+    shape: tuple[int, ...], tmp_path: Path, capsys: Capture
+) -> None:
+    tensors = {"base_model.model.fc2.ia3_l": np.full(shape, 2, np.float32)}
+    folder = peft_folder(tmp_path / "trained", tensors, peft_type="IA3")
+    assert "fc2" in _refused(capsys, saved_model(tmp_path / "model.onnx"), folder)
+
+
+@pytest.mark.parametrize("name", ["ah_llama_double_seq_bn", "ah_bert_compacter_plus_ts"])
+def test_a_damaged_checkpoint_is_told_in_its_own_words(
+    name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    file = "adapter.safetensors"
+    tensors = safetensors.numpy.load_file(CASES[name].adapter / file)
+    for number, key in enumerate(sorted(tensors)[:6]):
+        folder = tmp_path / str(number) / "trained"
+        shutil.copytree(CASES[name].adapter, folder, copy_function=shutil.copyfile)
+        rest = {k: v for k, v in tensors.items() if k != key}
+        safetensors.numpy.save_file(rest, folder / file)
+        err = _refused(capsys, CASES[name].base, folder)
+        assert key.partition(".adapters.")[0] in err
+        assert not [
+            word for word in ("Error", "Iteration", "array", "NoneType") if word in err
+        ]
 
 
 # The wrong base.
@@ -247,6 +311,33 @@ def test_a_hand_made_fused_layer_is_refused(tmp_path: Path, capsys: Capture) -> 
     err = _refused(capsys, saved_model(tmp_path / "fused.onnx", proto), folder)
     assert "/fc2/Skip" in err
     assert "SkipLayerNormalization" in err
+
+
+def test_an_adapter_that_cannot_be_written_leaves_no_model(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    base = saved_model(tmp_path / "model.onnx")
+    folder = peft_folder(tmp_path / "trained", lora())
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["insert", str(base), "--adapter", str(folder), "-o", str(out / "a.onnx")]
+    code, printed, err = cli(capsys, *command, "--name", "x" * 250)
+    assert (code, printed) == (2, "")
+    assert "shorter name" in err
+    assert not list(out.iterdir())
+
+
+def test_an_adapter_whose_place_is_a_folder_leaves_no_model(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    base = saved_model(tmp_path / "model.onnx")
+    folder = peft_folder(tmp_path / "trained", lora())
+    (tmp_path / "out" / "a.trained.safetensors").mkdir(parents=True)
+    out = tmp_path / "out" / "a.onnx"
+    code, _, err = cli(capsys, "insert", str(base), "--adapter", str(folder), "-o", str(out))
+    assert code == 2
+    assert "a.trained.safetensors" in err
+    assert [file.name for file in out.parent.iterdir()] == ["a.trained.safetensors"]
 
 
 def test_a_broken_model_is_an_error_before_the_checkpoint_is_read(

@@ -190,7 +190,7 @@ def test_the_data_of_the_input_is_not_replaced_even_by_force(name: str) -> None:
     os.link("sub/w.bin", "hard")
     Path("soft").symlink_to("sub/w.bin")
     result = refused("insert", "e.onnx", "--after", "dense", "-o", name, "--force")
-    assert "would replace 'sub/w.bin', the data of e.onnx" in result.error
+    assert "would replace 'sub/w.bin', which holds weights of e.onnx" in result.error
     assert "-o" in result.hint
 
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from trained_cases import CASES, REFUSED, SUPPORTED, Case, run
 
 import onnx_adapt as oa
+from onnx_adapt.damage import damages
 from onnx_adapt.errors import CheckpointError
 
 
@@ -69,7 +71,8 @@ def test_a_method_that_is_not_supported_is_refused_with_a_reason(name: str) -> N
     "name",
     ["ah_bert_seq_bn", "ah_bert_post_add", "ah_bert_ln_after_residual", "ah_gpt2_lora",
      "ah_bert_double_seq_bn_inv_ts", "peft_convnet_lora", "peft_bert_lora_embedding",
-     "peft_bert_dora", "peft_repeated_lora_ts"],
+     "peft_bert_dora", "peft_repeated_lora_ts", "ah_bert_opset14_seq_bn",
+     "ah_bert_opset14_flags"],
 )  # fmt: skip
 def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
     case = CASES[name]
@@ -78,6 +81,7 @@ def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
     report = oa.verify(base, adapted, inputs=case.inputs())
     assert report.passed, [c for c in report.checks if not c.passed]
     assert all(slot.error is not None for slot in report.slots)
+    assert damages(adapted) == []
 
 
 def test_every_row_of_the_promise_has_a_case() -> None:
@@ -153,3 +157,23 @@ def test_a_configuration_that_makes_no_sense_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError):
         oa.load_checkpoint(folder, oa.open_model(case.base))
+
+
+def test_a_second_call_is_adapted_although_its_weight_was_copied(tmp_path: Path) -> None:
+    """Simplifiers fold the Identity that shares a weight between the calls of a module."""
+    case = CASES["peft_repeated_lora_ts"]
+    base = onnx.load(case.base)
+    stored = {tensor.name: tensor for tensor in base.graph.initializer}
+    shared = [n for n in base.graph.node if n.op_type == "Identity" and n.input[0] in stored]
+    assert shared
+    for node in shared:
+        copy = base.graph.initializer.add()
+        copy.CopyFrom(stored[node.input[0]])
+        copy.name = node.output[0]
+        base.graph.node.remove(node)
+    onnx.save(base, tmp_path / "folded.onnx")
+    model = oa.open_model(tmp_path / "folded.onnx")
+    found = oa.load_checkpoint(case.adapter, model)
+    oa.save_model(oa.insert(model, checkpoint=found), tmp_path / "adapted.onnx")
+    outputs = run(tmp_path / "adapted.onnx", {**case.inputs(), **found.adapter.feeds()})
+    assert case.distance(outputs) < case.tolerance

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from disk_models import dense, external, files, raw, refer, run, typed, weight, write
-from onnx import TensorProto, numpy_helper
+from disk_models import dense, external, files, raw, refer, run, sparse, typed, weight, write
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_adapt as oa
 from onnx_adapt import model_file
@@ -397,5 +397,22 @@ def test_typed_data_moves_out_as_well(
     assert saved.moved_out
     before, after = (onnx.load(p).graph.initializer[1] for p in (path, saved.path))
     np.testing.assert_array_equal(numpy_helper.to_array(after), numpy_helper.to_array(before))
+    oa.save_model(oa.remove(oa.open_model(saved.path)), tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+def test_sparse_tensors_do_not_move_out_because_nobody_could_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = dense()
+    base.graph.node.add(op_type="Identity", input=["S"], output=["s"])
+    base.graph.output.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, [9000]))
+    base.graph.sparse_initializer.append(sparse("S", 5))
+    path = write(tmp_path / "m.onnx", base)
+    with monkeypatch.context() as patch:
+        limit(patch, 40_000)
+        saved = oa.save_model(adapted(path), tmp_path / "ad.onnx")
+    assert saved.moved_out
+    onnx.checker.check_model(str(saved.path))
     oa.save_model(oa.remove(oa.open_model(saved.path)), tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()

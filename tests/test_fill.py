@@ -190,3 +190,17 @@ def test_a_lora_that_was_filled_computes_what_peft_computes(tmp_path: Path) -> N
     checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "fr", lora()), base)
     filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
     np.testing.assert_allclose(run(filled, {"x": X})[0], lora_on(X, lora()), 1e-4, 1e-4)
+
+
+def test_a_channel_slot_without_an_adapter_is_one_channel_of_zeros_and_empty() -> None:
+    """ONNX Runtime before 1.32 leaves what a Conv of no channels gives uninitialised."""
+    base = oa.open_model("models/dnsmos-p808.onnx")
+    model = oa.insert(base, after="conv2d_5")
+    (slot,) = oa.list_slots(model)
+    stored = {t.name: tuple(t.dims) for t in model.proto.graph.initializer}
+    assert stored[slot.weight("down")] == (1, 32, 1, 1)
+    assert stored[slot.weight("up")] == (32, 1, 1, 1)
+    with pytest.raises(AdapterError, match="is empty"):
+        oa.extract(model)
+    with pytest.raises(AdapterError, match="is empty"):
+        oa.bake(model)

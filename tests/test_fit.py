@@ -95,7 +95,7 @@ def test_a_fixed_bottleneck_takes_no_other() -> None:
     model = adapted(bottleneck=3)
     assert misfits(model, oa.Adapter("a", {"fc1": weights(3), "fc2": weights(3)})) == []
     found = misfits(model, oa.Adapter("a", {"fc1": weights(3), "fc2": weights(5)}))
-    assert [text.split("'")[1] for text in found] == ["adapter.fc2.down", "adapter.fc2.up"]
+    assert [text.split("'")[1] for text in found] == ["fc2"]
 
 
 def test_partial_coverage_is_a_misfit_unless_allowed() -> None:

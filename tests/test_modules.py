@@ -195,12 +195,46 @@ def test_no_call_of_a_module_that_runs_twice_is_preferred(exporter: str, path: s
     assert caught.value.message.count("main:") == 2
 
 
+def _copied(made: Model, name: str, readers: list[str], change: float = 0) -> Model:
+    """A weight copied for some of its readers, as simplifiers fold a shared one."""
+    (stored,) = [t for t in made.proto.graph.initializer if t.name == name]
+    value = onnx.numpy_helper.to_array(stored) + np.float32(change)
+    made.proto.graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}.copy"))
+    for node in made.proto.graph.node:
+        if node.name in readers:
+            node.input[1] = f"{name}.copy"
+    return made
+
+
+@pytest.mark.parametrize("path", ["block.fc", "block"])
+def test_calls_with_equal_copies_of_a_weight_are_calls_of_one_module(path: str) -> None:
+    made = _copied(model(TORCHSCRIPT, "w 4 4", "v 4 4"), "w", ["/block/fc_1/MatMul"])
+    with pytest.raises(AmbiguousSiteError, match=path) as caught:
+        chosen(made, path)
+    assert caught.value.message.count("main:") == 2
+
+
+def test_large_copies_on_disk_are_compared_to_their_end(tmp_path: Path) -> None:
+    text = """g (float[B,64] x) => (float[B,64] y) {
+      ["/fc/MatMul"] a = MatMul(x, w)
+      ["/fc_1/MatMul"] y = MatMul(a, w)
+    }"""
+    made = _copied(model(text, "w 64 64"), "w", ["/fc_1/MatMul"])
+    onnx.save(made.proto, tmp_path / "equal.onnx")
+    with pytest.raises(AmbiguousSiteError):
+        chosen(oa.open_model(tmp_path / "equal.onnx"), "fc")
+    copy = made.proto.graph.initializer[1]
+    copy.raw_data = copy.raw_data[:-1] + bytes([copy.raw_data[-1] ^ 1])
+    onnx.save(made.proto, tmp_path / "other.onnx")
+    assert meant(oa.open_model(tmp_path / "other.onnx"), "fc", "fc_1") == ["a", "y"]
+
+
 def test_modules_called_alike_are_not_calls_of_one_module() -> None:
     text = """g (float[B,4] x) => (float[B,4] y) {
       ["/layer/MatMul"] a = MatMul(x, w)
-      ["/layer_1/MatMul"] y = MatMul(a, v)
+      ["/layer_1/MatMul"] y = MatMul(a, w)
     }"""
-    made = model(text, "w 4 4", "v 4 4")
+    made = _copied(model(text, "w 4 4"), "w", ["/layer_1/MatMul"], change=1)
     assert meant(made, "layer", "layer_1") == ["a", "y"]
 
 

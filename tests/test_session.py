@@ -139,7 +139,7 @@ def test_what_is_loaded_can_be_seen(model: Path, tmp_path: Path) -> None:
     with oa.AdapterSession(model) as session:
         told = session.load("french", path)
         assert told == session.adapters["french"]
-        assert (told.name, told.path, told.size) == ("french", path, FR.size)
+        assert (told.name, told.path, told.bytes) == ("french", path, FR.size)
         session.run({"x": X}, adapter="french")
         assert session.adapters["french"].last_used > told.last_used
 
@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused_when_it_is_loaded(
     source = oa.save_adapter(bad, tmp_path / f"x.{suffix}") if suffix else bad
     with oa.AdapterSession(model) as session:
         if not words:
-            assert session.load("x", source).size
+            assert session.load("x", source).bytes
             return
         with pytest.raises(AdapterError, match=words):
             session.load("x", source)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from adapter_models import bumped
+from adapter_models import adapted, bumped
 from session_adapters import BASE, DE, FR, X, adapted_file, close
 
 import onnx_adapt as oa
@@ -110,3 +110,35 @@ def test_ort_values_run_the_adapter_too(session: oa.AdapterSession) -> None:
         assert close(found["y"].numpy(), expected)
     with pytest.raises(RunError):
         session.run_with_ort_values({}, adapter="fr")
+
+
+def test_a_binding_of_another_session_is_refused(session: oa.AdapterSession) -> None:
+    other = oa.AdapterSession(oa.bake(oa.fill(adapted(), FR)))
+    foreign = other.io_binding()
+    foreign.bind_cpu_input("x", X)
+    foreign.bind_output("y")
+    with pytest.raises(AdapterError, match="another session"):
+        session.run_with_iobinding(foreign, adapter="de")
+
+
+def test_a_binding_that_failed_fails_again_and_has_no_outputs(
+    session: oa.AdapterSession,
+) -> None:
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", X)
+    binding.bind_output("y")
+    session.run_with_iobinding(binding, adapter="fr")
+    binding.bind_cpu_input("no such input", X)
+    for name in ("fr", "fr", None, None):
+        with pytest.raises(RunError, match="does not run"):
+            session.run_with_iobinding(binding, adapter=name)
+        with pytest.raises(RunError, match="nothing has run"):
+            binding.copy_outputs_to_cpu()
+
+
+def test_a_device_that_is_not_there_is_a_run_error(session: oa.AdapterSession) -> None:
+    binding = session.io_binding()
+    binding.bind_input("x", "nodevice", 0, np.float32, X.shape, X.ctypes.data)
+    binding.bind_output("y")
+    with pytest.raises(RunError, match="does not run"):
+        session.run_with_iobinding(binding, adapter="fr")

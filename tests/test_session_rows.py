@@ -11,7 +11,7 @@ from session_adapters import BASE, DE, FR, X, close
 from trained_cases import CASES
 
 import onnx_adapt as oa
-from onnx_adapt.batches import find_batch
+from onnx_adapt.batches import count_rows, find_batch
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError
 
 ADAPTERS = {"fr": FR, "de": DE}
@@ -143,13 +143,94 @@ def test_what_has_no_batch_axis_goes_to_every_group() -> None:
     assert not axes.fixed
 
 
+@pytest.mark.parametrize(
+    ("inputs", "axes"),
+    [
+        ({"ids": ["s72", "s53"], "mask": ["s43", "s5"]}, {"ids": 0, "mask": 0}),
+        ({"ids": ["unk__1", 4], "mask": ["unk__2"]}, {"ids": 0, "mask": 0}),
+        ({"x": [None, 4], "y": [None]}, {"x": 0, "y": 0}),
+        ({"x": [None, "batch", 8]}, {"x": 1}),
+        ({"x": ["seq", "N", 8], "h": [2, "N"]}, {"x": 1, "h": 1}),
+        (
+            {"x": ["rows", 4], "table": [7, 4], "flag": []},
+            {"x": 0, "table": None, "flag": None},
+        ),
+        ({"x": ["batch", "time"], "lengths": ["time"]}, {"x": 0, "lengths": None}),
+        ({"x": [1, 4]}, {"x": 0}),
+        ({"x": [3, 4], "t": [5]}, {"x": 0, "t": None}),
+    ],
+)
+def test_the_batch_is_the_symbol_called_so_or_what_leads_every_input(
+    inputs: dict[str, list[int | str | None]], axes: dict[str, int | None]
+) -> None:
+    found = find_batch(inputs, {}, None)
+    assert (found.inputs, found.unclear) == (axes, "")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({"x": ["seq", 8]}, "seq"),
+        ({"x": [2, None, 8]}, "x"),
+        ({"x": ["rows", 8], "y": ["items", 8]}, "items"),
+        ({"x": ["batch", 8], "y": [None, 8]}, "y"),
+        ({"x": []}, "no input"),
+    ],
+)
+def test_a_batch_that_could_lie_elsewhere_has_to_be_named(
+    inputs: dict[str, list[int | str | None]], named: str
+) -> None:
+    axes = find_batch(inputs, {}, None)
+    with pytest.raises(RunError, match="not clear") as caught:
+        count_rows(axes, {}, 2)
+    assert named in str(caught.value)
+    assert "batch_axis=" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "dynamo" in name])
+def test_rows_of_what_torch_s_exporter_left_nameless_are_what_they_are_alone(
+    name: str,
+) -> None:
+    case = CASES[name]
+    feeds = case.inputs()
+    rows = len(next(iter(feeds.values())))
+    if not case.facts.get("supported", True) or rows < 2:
+        return
+    base = oa.open_model(case.base)
+    trained = oa.load_checkpoint(case.adapter, base)
+    with oa.AdapterSession(
+        oa.insert(base, checkpoint=trained), {"t": trained.adapter}
+    ) as session:
+        off, on = session.run(feeds), session.run(feeds, "t")
+        mixed = session.run(feeds, [None, *["t"] * (rows - 1)])
+    for output, value in mixed.items():
+        tolerance = 1e-5 * max(float(np.abs(on[output]).max()), 1.0)
+        np.testing.assert_allclose(value[0], off[output][0], atol=tolerance)
+        np.testing.assert_allclose(value[1:], on[output][1:], atol=tolerance)
+
+
+def test_an_output_of_unknown_rank_is_put_together_if_it_has_the_rows() -> None:
+    proto = _model("n").proto
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    with oa.AdapterSession(oa.Model(proto), {"one": ONE, "two": TWO}) as session:
+        found = session.run({"x": X}, adapter=["one", "two", "two"] * 2)["y"]
+    assert close(found[0], _truth(X, ONE)[0])
+    assert close(found[1:3], _truth(X, TWO)[1:3])
+
+
+@pytest.mark.parametrize("given", ["0", 1.0, True, -1, {"x": "0"}])
+def test_what_is_no_axis_is_refused(given: object) -> None:
+    with pytest.raises(RunError, match="is no axis"):
+        oa.AdapterSession(_model("n"), batch_axis=given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("given", [5, {"x": 2}, {"z": 0}])
 def test_an_axis_or_name_that_is_not_there_is_refused(
     given: int | dict[str, int | None],
 ) -> None:
     if given == 5:
         session = oa.AdapterSession(_model("n"), {"one": ONE}, batch_axis=given)
-        with pytest.raises(RunError, match="no input of the model has a batch axis"):
+        with pytest.raises(RunError, match="no input of the model has an axis"):
             session.run({"x": X}, adapter=["one", None] * 3)
         return
     with pytest.raises(RunError, match="batch_axis"):
@@ -178,7 +259,8 @@ def test_an_output_that_only_looks_like_a_batch_is_refused(tmp_path: Path) -> No
     ]
     graph = helper.make_graph(nodes, "g", [x], [z], stored)
     opset = helper.make_opsetid("", 17)
-    model = oa.insert(oa.Model(helper.make_model(graph, opset_imports=[opset])), after="fc")
+    proto = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    model = oa.insert(oa.Model(proto), after="fc")
     session = oa.AdapterSession(model, {"one": ONE, "two": TWO})
     with pytest.raises(RunError, match="is not the batch"):
         session.run({"x": X}, adapter=["one", "two"] * 3)

@@ -64,7 +64,6 @@ def _check(slot: Slot, opset: int, tolerance: float, dtype: Any = np.float32) ->
 @pytest.mark.parametrize("opset", [11, 13, 17, 18, 23, onnx.defs.onnx_opset_version()])
 @pytest.mark.parametrize("case", CASES)
 def test_nodes_and_oracle_equal_the_formula(case: str, opset: int) -> None:
-    opset = max(opset, 17) if CASES[case].get("norm") else opset
     _check(slot_of_case(case), opset, 3e-6)
 
 
@@ -77,21 +76,18 @@ def test_old_opsets_have_everything_but_norms(case: str, opset: int) -> None:
 @pytest.mark.parametrize("opset", [11, 17, 21])
 @pytest.mark.parametrize("case", CASES)
 def test_float64_slots_compute_in_float64(case: str, opset: int) -> None:
-    opset = max(opset, 17) if CASES[case].get("norm") else opset
     _check(slot_of_case(case, dtype="float64"), opset, 2e-12, np.float64)
 
 
 @pytest.mark.parametrize("opset", [11, 17, 21])
 @pytest.mark.parametrize("case", CASES)
 def test_float16_slots_stay_in_float16(case: str, opset: int) -> None:
-    opset = max(opset, 17) if CASES[case].get("norm") else opset
     _check(slot_of_case(case, dtype="float16"), opset, 1e-2, np.float16)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 21])
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_slots_stay_in_bfloat16(case: str, opset: int) -> None:
-    opset = max(opset, 17) if CASES[case].get("norm") else opset
     _check(slot_of_case(case, dtype="bfloat16"), opset, 8e-2, ml_dtypes.bfloat16)
 
 

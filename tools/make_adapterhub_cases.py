@@ -137,6 +137,7 @@ IMAGE = (image_inputs("pixel_values", 16), BATCH_AXES, LOGITS)
 BASES = {
     "bert_tf4_dynamo": Base(build_bert, *BERT),
     "bert_tf4_torchscript": Base(build_bert, *BERT, "torchscript"),
+    "bert_tf4_opset14": Base(build_bert, *BERT, "torchscript-14"),
     "bert_tf4_flexible": Base(build_flexible, *BERT, "torchscript"),
     "roberta_tf4_dynamo": Base(build_roberta, *TEXT),
     "xlm_roberta_tf4_torchscript": Base(build_xlm_roberta, *TEXT, "torchscript"),
@@ -213,6 +214,26 @@ EVERYWHERE = {"intermediate_lora": True, "output_lora": True}
 BOTTLENECKS = {
     "bert_seq_bn": Case(
         "bert_tf4_torchscript", seq_bn(), "Pfeiffer with a trained head", head=True
+    ),
+    "bert_opset14_seq_bn": Case(
+        "bert_tf4_opset14",
+        seq_bn(mh_adapter=True),
+        "Pfeiffer at both places; the LayerNorms are decomposed; a trained head",
+        head=True,
+    ),
+    "bert_opset14_flags": Case(
+        "bert_tf4_opset14",
+        seq_bn(
+            ln_before=True,
+            ln_after=True,
+            residual_before_ln="post_add",
+            inv_adapter="nice",
+            inv_adapter_reduction_factor=4,
+        ),
+        "decomposed LayerNorms of base and adapter; NICE",
+    ),
+    "bert_opset14_adapterplus": Case(
+        "bert_tf4_opset14", plus(), "AdapterPlus behind a decomposed LayerNorm", safe=True
     ),
     "bert_double_seq_bn": Case(
         "bert_tf4_dynamo",

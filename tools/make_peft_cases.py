@@ -382,6 +382,14 @@ SUPPORTED = {
         "LoRA of Conv2d with stride and padding",
         std=0.45,
     ),
+    "convnet_ia3": Case(
+        "convnet_dynamo",
+        ia3(
+            "features.0", "features.2", "features.6", feedforward=("features.2", "features.6")
+        ),
+        "IA3 on convolutions, two of them on the input",
+        std=0.6,
+    ),
     "convnet_lora_ts": Case(
         "convnet_torchscript",
         lora("features.0", "features.2", "head", use_rslora=True, lora_bias=True),

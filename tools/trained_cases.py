@@ -193,18 +193,26 @@ def export_unoptimized(model: nn.Module, base: Base, path: Path) -> None:
     export_dynamo(model, base, path, optimize=False)
 
 
-def export_torchscript(model: nn.Module, base: Base, path: Path) -> None:
-    """Export with the tracer of TorchScript."""
+def export_torchscript(
+    model: nn.Module, base: Base, path: Path, opset: int | None = None
+) -> None:
+    """Export with the tracer of TorchScript, at its own opset if none is given."""
     inputs = base.inputs(2, 6)
     torch.onnx.export(
         model,
         tuple(inputs.values()),
         path,
         dynamo=False,
+        opset_version=opset,
         input_names=list(inputs),
         output_names=list(base.outputs),
         dynamic_axes=dict.fromkeys(inputs, base.axes) | dict(base.outputs),
     )
+
+
+def export_opset_14(model: nn.Module, base: Base, path: Path) -> None:
+    """Export with TorchScript at an opset that has no LayerNormalization."""
+    export_torchscript(model, base, path, 14)
 
 
 def export_optimum(model: nn.Module, base: Base, path: Path) -> None:
@@ -225,6 +233,7 @@ EXPORTERS = {
     "dynamo": export_dynamo,
     "dynamo-unoptimized": export_unoptimized,
     "torchscript": export_torchscript,
+    "torchscript-14": export_opset_14,
     "optimum": export_optimum,
 }
 

@@ -82,10 +82,18 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         'fr'
     """
     file = Path(path).absolute()
-    adapter = _plain(adapter)
-    data: bytes = _format(file).write(adapter, file)
-    write_files([(file, [data])])
+    write_files([(file, [encode_adapter(adapter, file)])])
     return file
+
+
+def encode_adapter(adapter: Adapter, path: Path) -> bytes:
+    """The bytes of an adapter's file; its suffix tells the format.
+
+    Raises:
+        AdapterError: If the format cannot hold the adapter.
+    """
+    data: bytes = _format(path).write(_plain(adapter), path)
+    return data
 
 
 def _plain(adapter: Adapter) -> Adapter:

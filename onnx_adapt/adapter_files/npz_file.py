@@ -7,6 +7,7 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -32,9 +33,9 @@ def read(data: bytes, path: Path) -> Adapter:
         AdapterError: If the file is damaged or holds anything but plain arrays.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            arrays = _read_members(archive, _ALLOWANCE + _EXPANSION * len(data))
-    except _DAMAGE as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            arrays = _read_members(members, _ALLOWANCE + _EXPANSION * len(data))
+    except DAMAGE as error:
         raise AdapterError(
             f"{path.name} is not a whole .npz file of arrays: {error}",
             hint="numpy.savez writes such a file; arrays of objects are not read",
@@ -49,7 +50,7 @@ def read(data: bytes, path: Path) -> Adapter:
     return adapter_from_record(None if record is None else str(record), tensors, path)
 
 
-_DAMAGE = (
+DAMAGE = (
     *(ValueError, OSError, KeyError, EOFError, RuntimeError, NotImplementedError),
     *(
         zipfile.BadZipFile,
@@ -94,6 +95,8 @@ def _read_array(stream: IO[bytes], size: int) -> Array:
     ):
         raise ValueError(f"an array is of objects, or {shape} is more than is there")
     values = np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype)
+    if stream.read(1):
+        raise ValueError(f"there is more than the array of {shape} that its header tells")
     return values.reshape(shape, order="F" if by_column else "C")
 
 
@@ -109,10 +112,15 @@ def write(adapter: Adapter, path: Path) -> bytes:
             raise AdapterError(f"{path.name}: {name!r} cannot be a name in an .npz file")
         wide = array.dtype == DTYPES["bfloat16"]
         arrays[name + _BFLOAT16 if wide else name] = array.view(np.uint16) if wide else array
+    return archive(arrays)
+
+
+def archive(arrays: Mapping[str, Array]) -> bytes:
+    """An `.npz` of arrays; unlike `numpy.savez` for any name, and always the same bytes."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as members:
         for name, array in arrays.items():
             entry = io.BytesIO()
             np.lib.format.write_array(entry, np.asarray(array, order="C"), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
+            members.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
     return out.getvalue()

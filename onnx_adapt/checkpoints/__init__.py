@@ -8,21 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
-from onnx_adapt.checkpoints.cores import cores_by_value, named_parameters, refuse_fused
+from onnx_adapt.checkpoints.by_name import ByName
+from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.cores import refuse_fused
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
+from onnx_adapt.checkpoints.packed import packed_cores
 from onnx_adapt.checkpoints.peft import peft_edits
-from onnx_adapt.checkpoints.placing import default_cores, place
+from onnx_adapt.checkpoints.placing import place
 from onnx_adapt.checkpoints.read import Folder, name_damage, read_folder, read_state_dict
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.initializers import Opening
-from onnx_adapt.manifest import Slot, read_manifest
+from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import reserved_names
 from onnx_adapt.sites import survey_model
@@ -76,28 +81,23 @@ def load_checkpoint(
     with name_damage(folder):
         edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
     survey = survey_model(model)
-    refuse_fused(survey)
-    if base_weights is None:
-        cores, known = (
-            default_cores(survey),
-            [*survey.modules.paths, *named_parameters(survey)],
-        )
-    else:
-        found = cores_by_value(model, survey, read_state_dict(Path(base_weights)))
-        cores, known = (lambda module: found.get(module, [])), list(found)
-    edits, names = _map(folder, edits, known)
+    refuse_fused(survey, edits)
+    places: ByName | ByValue = ByName(survey, packed_cores(survey))
+    if base_weights is not None:
+        file = Path(base_weights)
+        places = find_by_value(model, survey, read_state_dict(file), file.name)
+    edits, names = _map(folder, edits, places)
     manifest = read_manifest(model.proto)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
-    shop = Workshop(model, survey, cores, names, taken)
+    shop = Workshop(model, survey, places, names, taken)
     replaced: dict[str, Array] = {}
     openings: list[Opening] = []
     for edit in edits:
         with name_damage(folder, edit.module):
             if isinstance(edit, Replacement):
-                opening, value = open_weight(shop, edit)
-                openings.append(opening)
-                replaced[opening.weight.name] = value
+                _open(shop, edit, openings, replaced)
+                _refuse_opened(openings[-1], manifest)
             else:
                 place(shop, edit)
     identity = manifest.fingerprint if manifest else fingerprint(model)
@@ -111,14 +111,47 @@ def load_checkpoint(
     return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
 
 
+def _refuse_opened(opening: Opening, manifest: Manifest | None) -> None:
+    """A weight can be replaced by the adapter of one insertion."""
+    if manifest and opening.weight.original in {weight.name for weight in manifest.weights}:
+        raise CheckpointError(
+            f"{opening.weight.original!r} of the model is replaced by an adapter already",
+            hint="`onnx-adapt convert` gives another adapter for the same slots; else insert "
+            "into the base model",
+        )
+
+
+def _open(
+    shop: Workshop, edit: Replacement, openings: list[Opening], replaced: dict[str, Array]
+) -> None:
+    """Make a weight replaceable, once: a head's bias can have two names."""
+    opening, value = open_weight(shop, edit)
+    twin = next((other for other in openings if {*other.uses} & {*opening.uses}), None)
+    if twin is None:
+        openings.append(opening)
+        replaced[opening.weight.name] = value
+    elif not np.array_equal(value, replaced[twin.weight.name]):
+        raise CheckpointError(
+            f"{opening.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
+            "and the checkpoint has two values for it"
+        )
+
+
 def _map(
-    folder: Folder, edits: list[Edit], known: list[str]
+    folder: Folder, edits: list[Edit], places: ByName | ByValue
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
     wanted = list(dict.fromkeys(edit.module for edit in edits))
-    names = map_modules(wanted, known)
+    known = places.known()
     head = {key.rpartition(".")[0] for key in folder.head}
+    kind = str(folder.config.get("model_type", ""))
+    names = map_modules(wanted, known, optional=head, kind=kind)
+    if not set(wanted) <= names.keys() and (stored := places.stored()):
+        known = [*known, *stored]
+        names = map_modules(wanted, known, optional=head, kind=kind)
     left_out = sorted(head - set(names))
+    if isinstance(places, ByValue):
+        left_out = sorted(head) if places.lacks_head(folder.head, names) else []
     if left_out and any(module in names for module in wanted if module not in head):
         _log.warning(
             "left out the head saved beside the adapter: the graph has no %s",
@@ -126,7 +159,8 @@ def _map(
         )
         edits = [edit for edit in edits if edit.module not in left_out]
         wanted = [module for module in wanted if module not in left_out]
-    refuse_unmapped(wanted, names, known)
+    label = places.label if isinstance(places, ByValue) else ""
+    refuse_unmapped(wanted, names, known, label)
     if not edits:
         raise CheckpointError(f"{folder.path} asks for nothing")
     return edits, names

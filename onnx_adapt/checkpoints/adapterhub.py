@@ -17,7 +17,7 @@ from onnx_adapt.checkpoints.edits import (
     Scaling,
 )
 from onnx_adapt.checkpoints.hub_places import placement, sub_layer
-from onnx_adapt.checkpoints.read import Folder, number
+from onnx_adapt.checkpoints.read import Folder, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -77,12 +77,14 @@ def adapterhub_edits(folder: Folder) -> list[Edit]:
         for k, v in p.items()
     }
     for (location, kind), parts in places.items():
-        if kind == "adapters":
-            edits.append(_bottleneck(location, _without_phm(parts, shared), config, folder))
-        elif kind == "loras":
-            edits.append(_lora(location, parts, config, folder))
-        elif kind == "invertible_adapters":
-            edits.append(_coupling(location, parts, config, folder))
+        with name_damage(folder, location):
+            if kind == "adapters":
+                plain = _without_phm(location, parts, shared)
+                edits.append(_bottleneck(location, plain, config, folder))
+            elif kind == "loras":
+                edits.append(_lora(location, parts, config, folder))
+            elif kind == "invertible_adapters":
+                edits.append(_coupling(location, parts, config, folder))
     if not edits:
         raise CheckpointError(f"{folder.path} has no adapter weights")
     return edits + list(_head(folder))
@@ -116,7 +118,9 @@ def _activation(config: Mapping[str, Any], folder: Folder) -> str:
     return ACTIVATIONS[name]
 
 
-def _without_phm(parts: dict[str, Array], shared: Mapping[str, Array]) -> dict[str, Array]:
+def _without_phm(
+    location: str, parts: dict[str, Array], shared: Mapping[str, Array]
+) -> dict[str, Array]:
     """Compacter's hypercomplex layers as the plain Linears they are."""
     plain = {key: value for key, value in parts.items() if not _PHM.search(key)}
     for layer in sorted({m[1] for m in map(_PHM.match, parts) if m}):
@@ -128,7 +132,9 @@ def _without_phm(parts: dict[str, Array], shared: Mapping[str, Array]) -> dict[s
         if whole is None and left is not None and right is not None:
             whole = left @ right
         if rule is None or whole is None:
-            raise CheckpointError(f"the hypercomplex layer {layer!r} is incomplete")
+            raise CheckpointError(
+                f"the hypercomplex layer {layer!r} at {location!r} is incomplete"
+            )
         matrix = sum(np.kron(rule[i], whole[i]) for i in range(len(rule)))
         plain[f"{layer}.weight"] = np.asarray(matrix).T
         if f"{layer}.b" in parts:

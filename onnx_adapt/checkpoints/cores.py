@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import GraphView, attribute
 from onnx_adapt.layers import (
     KINDS,
     bias_add,
     find_weight,
-    is_layer,
-    layer_weight,
     weight_width,
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.modules import module_output
+from onnx_adapt.norms import find_norms
 from onnx_adapt.sites import Survey
 
-_CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
+CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
+"""Operators that can be the call of a module."""
+
 _FUSED = {
     *("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu"),
     *("EmbedLayerNormalization", "SkipSimplifiedLayerNormalization", "QAttention"),
@@ -43,11 +41,13 @@ class Core:
         view: The graph it is in.
         node: The MatMul, Gemm, Conv or Gather.
         output: The module's output, with the bias.
+        span: The module's columns, where the node computes several modules side by side.
     """
 
     view: GraphView
     node: onnx.NodeProto
     output: str
+    span: tuple[int, int] | None = None
 
     @property
     def data(self) -> str:
@@ -65,6 +65,32 @@ class Core:
         return str(self.node.output[0])
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The width of its input and output; an embedding reads its vocabulary."""
+        reads, computes = self._node_sizes
+        return reads, computes if self.span is None else self.span[1] - self.span[0]
+
+    def spread(self, array: Array, *, axis: int = 0, fill: float = 0) -> Array:
+        """An array over the module's columns as one over all that the node computes."""
+        if self.span is None:
+            return array
+        pads = [(0, 0)] * array.ndim
+        pads[axis] = self.span[0], self._node_sizes[1] - self.span[1]
+        return np.pad(array, pads, constant_values=fill)
+
+    @property
+    def _node_sizes(self) -> tuple[int, int]:
+        weight = find_weight(self.view, self.weight)
+        dims = weight.dims if weight else ()
+        if self.node.op_type == "MatMulNBits":
+            dims = (attribute(self.node, "K", 0), attribute(self.node, "N", 0))
+        elif self.node.op_type == "Conv" and dims:
+            dims = (dims[1] * attribute(self.node, "group", 1), dims[0])
+        elif self.node.op_type != "Gather" and not self.stored_in_out:
+            dims = dims[::-1]
+        return (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
+
+    @property
     def stored_in_out(self) -> bool:
         """Whether the weight is `(in, out)` at the node, the transpose of PyTorch's."""
         if self.node.op_type == "Gemm":
@@ -72,15 +98,67 @@ class Core:
         return self.node.op_type in ("MatMul", "FusedMatMul")
 
 
-def refuse_fused(survey: Survey) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One place where a parameter enters the graph.
+
+    Attributes:
+        view: The graph.
+        node: The node that reads it.
+        position: Which input.
+        transposed: Whether the graph has the transpose of PyTorch's layout.
+    """
+
+    view: GraphView
+    node: onnx.NodeProto
+    position: int
+    transposed: bool
+
+    @property
+    def index(self) -> int:
+        """The node's place in its graph."""
+        return next(i for i, node in enumerate(self.view.nodes) if node is self.node)
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that is read."""
+        return str(self.node.input[self.position])
+
+
+def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
+    """Refuse the out_proj of torch.nn.MultiheadAttention, which only lends its weights.
+
+    Args:
+        module: A module that is to be adapted.
+        parameters: Names of the base's weights.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
+    parent, _, name = module.rpartition(".")
+    if name == "out_proj" and any(p.startswith(f"{parent}.in_proj_") for p in parameters):
+        raise CheckpointError(
+            f"module {module!r} belongs to a torch.nn.MultiheadAttention, which uses its "
+            "weights without calling the module: in PyTorch an adapter there has no effect",
+            hint="train the adapter again without out_proj",
+        )
+
+
+def refuse_fused(survey: Survey, edits: Iterable[Edit]) -> None:
     """Refuse graphs in which ONNX Runtime's transformer fusions swallowed modules.
+
+    onnxruntime-genai's builder makes such nodes from the start, so that there is no model
+    to insert into before; it keeps the Linears whole, for edits that need nothing else.
 
     Raises:
         CheckpointError: If there are such nodes.
     """
+    built = survey.index.model.proto.producer_name == "onnxruntime-genai"
+    whole = built and all(map(_needs_linears_alone, edits))
     for view in survey.index.views.values():
         for node in view.nodes:
-            if node.domain == "com.microsoft" and node.op_type in _FUSED:
+            fused = node.domain == "com.microsoft" and node.op_type in _FUSED
+            if fused and not (whole and _keeps_linears(node)):
                 raise CheckpointError(
                     f"the model was optimised for ONNX Runtime: node {node.name!r} "
                     f"({node.op_type}) stands for several modules",
@@ -88,128 +166,25 @@ def refuse_fused(survey: Survey) -> None:
                 )
 
 
-def find_cores(survey: Survey, module: str) -> list[Core]:
-    """The calls of a module, in graph order; several if it runs several times."""
-    found: list[Core] = []
-    for path, view in survey.index.views.items():
-        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if scope == module and node.op_type in _CORES and is_layer(view, node):
-                found.append(_core(survey, view, node))
-    return found or _cores_by_name(survey, module)
+def _needs_linears_alone(edit: Edit) -> bool:
+    """Whether an edit changes a Linear, or an embedding; the builder may change norms."""
+    if isinstance(edit, Replacement):
+        return edit.value.ndim > 1
+    return isinstance(edit, LowRank | Scaling)
 
 
-def _cores_by_name(survey: Survey, module: str) -> list[Core]:
-    """The layers whose stored weight or bias still has the module's name."""
-    found = []
-    for view in survey.index.views.values():
-        for node in view.nodes:
-            if node.op_type not in _CORES or not is_layer(view, node):
-                continue
-            core = _core(survey, view, node)
-            kind = KINDS[node.op_type]
-            inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
-            added = [n for r in view.readers(core.raw) if r.op_type == "Add" for n in r.input]
-            if _weight_name(core) == f"{module}.weight" or f"{module}.bias" in inside + added:
-                found.append(core)
-    return found
+def _keeps_linears(node: onnx.NodeProto) -> bool:
+    """Whether a fused node has taken in no Linear, nor the bias of one."""
+    if node.op_type == "SkipSimplifiedLayerNormalization":
+        return not any(node.input[3:4])
+    return node.op_type == "GroupQueryAttention"
 
 
-def named_parameters(survey: Survey) -> list[str]:
-    """Modules that stored tensors are named after: `X` for `X.weight` and `X.bias`."""
-    names = (name for view in survey.index.views.values() for name in view.constants)
-    return [
-        module
-        for module, _, parameter in (name.rpartition(".") for name in names)
-        if parameter in ("weight", "bias") and module
-    ]
-
-
-def _weight_name(core: Core) -> str:
-    weight = find_weight(core.view, core.weight)
-    return weight.tensor.name if weight else ""
-
-
-def _core(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
+def core_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
+    """The call that a node is, with the Add of its bias."""
     tensor = survey.settled(view.scope.path, node.output[0])
     bias = bias_add(view, node, tensor, weight_width(view, node))
     return Core(view, node, survey.settled(view.scope.path, bias or tensor))
-
-
-def cores_by_value(
-    model: Model, survey: Survey, weights: Mapping[str, Array]
-) -> dict[str, list[Core]]:
-    """Find modules by the values of their weights, for a graph that lost its names.
-
-    Args:
-        model: The model.
-        survey: Its survey.
-        weights: The base's state dict.
-
-    Returns:
-        The calls of each module whose weight is found, as it is or transposed.
-    """
-    by_value: dict[bytes, list[Core]] = {}
-    kinds: set[np.dtype[Any]] = set()
-    for view in survey.index.views.values():
-        for node in view.nodes:
-            if node.op_type in _CORES and is_layer(view, node):
-                core = _core(survey, view, node)
-                weight = find_weight(core.view, core.weight)
-                if weight is not None and weight.elem_type in FLOATS:
-                    kinds.add(DTYPES[FLOATS[weight.elem_type]])
-                by_value.setdefault(_digest(read_matrix(model, core)), []).append(core)
-    matrices = {
-        key.rpartition(".")[0]: array
-        for key, array in weights.items()
-        if key.endswith(".weight") and array.ndim >= 2
-    }
-    found = {module: _same(by_value, kinds, array) for module, array in matrices.items()}
-    twins = {
-        module: [other for other in found if found[other] is cores]
-        for module, cores in found.items()
-        if cores
-    }
-    own = {module: _of_module(found[module], twins[module], module) for module in twins}
-    owners = Counter(id(core.node) for cores in own.values() for core in cores)
-    return {
-        module: cores
-        for module, cores in own.items()
-        if cores and all(owners[id(core.node)] == 1 for core in cores)
-    }
-
-
-def _same(
-    by_value: Mapping[bytes, list[Core]], kinds: Iterable[np.dtype[Any]], array: Array
-) -> list[Core]:
-    """The cores with a weight's values in any precision; transposed only if none has it."""
-    for turned in (array, array.T):
-        for kind in kinds:
-            if cores := by_value.get(_digest(turned.astype(kind))):
-                return cores
-    return []
-
-
-def _of_module(cores: list[Core], twins: list[str], module: str) -> list[Core]:
-    """Of the cores with a module's weight those of its kind; none if nobody can tell.
-
-    A tied table is read by an embedding's Gather and by a head.
-    """
-    embeds = [core for core in cores if core.node.op_type == "Gather"]
-    heads = [core for core in cores if core.node.op_type != "Gather"]
-    if not embeds or not heads:
-        return cores
-    if _EMBEDDING.search(module):
-        return embeds
-    return heads if any(_EMBEDDING.search(twin) for twin in twins) else []
-
-
-_EMBEDDING = re.compile(r"(embed\w*|wte|wpe|shared)$")
-
-
-def _digest(value: Array) -> bytes:
-    """The identity of a weight's values, in float32, and shape."""
-    plain = np.ascontiguousarray(value, np.float32)
-    return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:
@@ -248,7 +223,8 @@ def read_matrix(model: Model, core: Core) -> Array:
     """A core's weight in PyTorch's layout: `(out, in)`, or Conv's own."""
     value = read_weight(model, core.view, core.weight)
     alpha = next((a.f for a in core.node.attribute if a.name == "alpha"), 1.0)
-    return (value.T if core.stored_in_out else value) * alpha
+    matrix = (value.T if core.stored_in_out else value) * alpha
+    return matrix if core.span is None else matrix[slice(*core.span)]
 
 
 def read_bias(model: Model, core: Core) -> Array | None:
@@ -256,7 +232,14 @@ def read_bias(model: Model, core: Core) -> Array | None:
     position = KINDS[core.node.op_type].bias
     if position < 0 or position >= len(core.node.input) or not core.node.input[position]:
         return None
-    return read_weight(model, core.view, core.node.input[position])
+    bias = core.node.input[position]
+    if find_weight(core.view, bias) is None:
+        raise CheckpointError(
+            f"the bias {bias!r} of node {core.node.name!r} is computed, not stored",
+            hint="fold the constants of the graph first (a simplifier does), or export with "
+            "optimize=True",
+        )
+    return read_weight(model, core.view, bias)
 
 
 _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}
@@ -296,16 +279,17 @@ def residual_add(view: GraphView, tensor: str) -> tuple[str, str]:
     return found[0]
 
 
-def norm_behind(view: GraphView, tensor: str) -> str:
+def norm_behind(survey: Survey, view: GraphView, tensor: str) -> str:
     """The output of the LayerNorm that reads a residual sum.
 
     Raises:
-        CheckpointError: If there is none, or it is decomposed.
+        CheckpointError: If there is none, or several.
     """
-    nodes = [n for n in view.readers(tensor) if n.op_type == "LayerNormalization"]
-    if len(nodes) != 1 or layer_weight(view, nodes[0]) is None:
+    norms = find_norms(survey.index.model, view)
+    found = [norm.output for norm in norms if norm.centred and norm.read == tensor]
+    if len(found) != 1:
         raise CheckpointError(
-            f"no LayerNormalization reads the residual sum {tensor!r}",
-            hint="export with opset 17 or newer, so that LayerNorm is one node",
+            f"the residual sum {tensor!r} is read by {len(found)} LayerNorms, not by one",
+            hint="was the model optimised? insert the adapter into it as exported",
         )
-    return str(nodes[0].output[0])
+    return found[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from onnx_adapt.errors import CheckpointError
 
@@ -37,53 +38,122 @@ def _older(path: str) -> str:
     return path
 
 
-def map_modules(wanted: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+def _built(path: str) -> str:
+    """What onnxruntime-genai's builder makes of a name."""
+    return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
+
+
+def map_modules(
+    wanted: Sequence[str],
+    known: Iterable[str],
+    *,
+    optional: Collection[str] = (),
+    kind: str = "",
+) -> dict[str, str]:
     """Find each module of a checkpoint among the modules of a graph.
 
-    Both sides may have a prefix the other lacks (`bert.`, a wrapper's attribute), but the
+    Either side may have a prefix the other lacks (`bert.`, a wrapper's attribute), but the
     same one for all modules, so that no module is mistaken for a shorter namesake.
+
+    Args:
+        wanted: The checkpoint's modules.
+        known: The graph's.
+        optional: Those of `wanted` that may be missing.
+        kind: The architecture of the model that was trained, if it is known.
 
     Returns:
         The graph's path for each module that is found; the mapping that finds most wins.
+
+    Raises:
+        CheckpointError: If two mappings find them all, and neither is the likelier.
     """
-    there = set(known)
+    there = dict.fromkeys(known)
+    needed = set(wanted) - set(optional)
     best: dict[str, str] = {}
-    for rename in (str, _newer, _older):
+    likeliest, rival = 0, best
+    for rename in (str, _newer, _older, _built):
         names = {module: rename(module) for module in wanted}
-        for cut, prefix in _prefixes(list(names.values()), there):
-            found = {}
-            for module, name in names.items():
-                short = _cut(name, cut)
-                full = f"{prefix}{short}"
-                if short and full in there:
-                    found[module] = full
-            if len(found) > len(best):
-                best = found
-        if len(best) == len(wanted):
+        for change in _changes(list(names.values()), there, kind):
+            found = change.applied(names, there)
+            whole = needed <= found.keys()
+            if change.only_whole and not whole:
+                continue
+            if (len(found), -change.cost) > (len(best), -likeliest):
+                best, likeliest, rival = found, change.cost, found
+            elif whole and (len(found), change.cost) == (len(best), likeliest):
+                rival = found
+        if needed <= best.keys():
             break
+    for module in wanted:
+        if needed <= best.keys() and best.get(module) != rival.get(module):
+            raise CheckpointError(
+                f"module {module!r} of the checkpoint can be {best.get(module)!r} or "
+                f"{rival.get(module)!r} in the graph",
+                hint="export the model that the adapter was trained on, without the other",
+            )
     return best
 
 
-def _cut(name: str, count: int) -> str:
-    return ".".join(name.split(".")[count:])
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """How the names of a checkpoint become those of a graph.
+
+    Attributes:
+        removed: What each name begins with in the checkpoint.
+        added: What it begins with in the graph instead.
+        only_whole: Whether names so short may meet by accident: all have to be found.
+    """
+
+    removed: str
+    added: str
+    only_whole: bool = False
+
+    @property
+    def cost(self) -> int:
+        """How far the names are apart."""
+        return bool(self.removed) + bool(self.added)
+
+    def applied(self, names: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
+        """The graph's name for each module that the graph then has."""
+        full = {
+            module: self.added + name.removeprefix(self.removed)
+            for module, name in names.items()
+            if name.startswith(self.removed)
+        }
+        return {module: name for module, name in full.items() if name in known}
+
+    def replaces_a_part(self, known: Collection[str]) -> bool:
+        """Whether the prefixes are no two wrappers', but of different parts of a model.
+
+        So it is where the graph has both, or where they differ in the number of a layer.
+        """
+        removed, added = self.removed, self.added
+        nested = added.startswith(removed) or removed.startswith(added)
+        there = any(path.startswith(removed) for path in known)
+        numbers = ([p for p in x.split(".")[1:] if p.isdigit()] for x in (removed, added))
+        return (there and not nested) or next(numbers) != next(numbers)
 
 
-def _prefixes(names: Sequence[str], known: set[str]) -> list[tuple[int, str]]:
-    """How many parts to take off each name, and what to put before it; likeliest first."""
-    options: dict[tuple[int, str], None] = {(0, ""): None}
+def _changes(names: Sequence[str], known: Collection[str], kind: str) -> list[_Change]:
+    """The changes of prefix with which a name of the checkpoint is one of the graph."""
+    options = {_Change("", ""): None}
     longest = max((name.count(".") for name in names), default=0)
     # The names with most parts are the least likely to be found by accident.
     samples = sorted(set(names), key=lambda name: -name.count("."))[:8]
-    for cut in range(min(longest, 4)):
+    for cut in range(min(longest + 1, 4)):
         for name in samples:
-            short = _cut(name, cut)
-            if short.count(".") < 1:
-                continue
-            for path in known:
-                if path == short or path.endswith("." + short):
-                    before = path.removesuffix(short)
-                    if not _differ(name.removesuffix(short), before):
-                        options.setdefault((cut, before), None)
+            short = ".".join(name.split(".")[cut:])
+            removed = name.removesuffix(short)
+            for path in known if short else ():
+                if path != short and not path.endswith("." + short):
+                    continue
+                # Short enough to be met by accident.
+                vague = "." not in short or short.partition(".")[0].isdigit()
+                numbered = any(map(str.isdigit, removed.split(".")))
+                change = _Change(removed, path.removesuffix(short), vague or numbered)
+                wrong = change.cost > 1 and (vague or change.replaces_a_part(known))
+                if not wrong and not _differ(removed, change.added, kind):
+                    options.setdefault(change, None)
     return list(options)
 
 
@@ -106,17 +176,34 @@ _ARCHITECTURES = frozenset(
 )
 """What transformers calls a base model inside a model with a head (`base_model_prefix`)."""
 
+_ROLES = frozenset(
+    [
+        *("encoder", "decoder", "generator", "discriminator", "student", "teacher"),
+        *("text_model", "vision_model", "text_encoder", "vision_encoder", "audio_encoder"),
+    ]
+)
+"""Parts of one model whose layers are named alike."""
 
-def _differ(one: str, other: str) -> bool:
-    """Whether two prefixes name different architectures, whose layers are named alike."""
-    theirs, ours = (_ARCHITECTURES.intersection(p.split(".")) for p in (one, other))
-    return bool(theirs and ours and theirs != ours)
+
+def _differ(removed: str, added: str, kind: str) -> bool:
+    """Whether two prefixes name different models, or parts, whose layers are named alike."""
+    theirs, ours = {kind, *removed.split(".")}, set(added.split("."))
+    return any(
+        theirs & words and ours & words and theirs & words != ours & words
+        for words in (_ARCHITECTURES, _ROLES)
+    )
 
 
 def refuse_unmapped(
-    wanted: Sequence[str], found: dict[str, str], known: Iterable[str]
+    wanted: Sequence[str], found: Mapping[str, str], known: Iterable[str], file: str = ""
 ) -> None:
     """Refuse a checkpoint of which modules are left over.
+
+    Args:
+        wanted: The checkpoint's modules.
+        found: Those that were found, with their names.
+        known: The graph's modules, or those of a file with its weights.
+        file: The name of that file.
 
     Raises:
         CheckpointError: With both naming schemes if nothing matched, or with what is left.
@@ -127,6 +214,12 @@ def refuse_unmapped(
     unique = list(dict.fromkeys(known))
     paths = [path for path in unique if path.count(".") > 1] or unique
     theirs, ours = ", ".join(left[:_SHOWN]), ", ".join(paths[-_SHOWN:]) or "none"
+    if file:
+        raise CheckpointError(
+            f"{len(left)} of {len(wanted)} modules of the checkpoint are not in {file}, so "
+            f"they cannot be found in the graph: {theirs}; the file has {ours}, ...",
+            hint="give the weights of the whole base that was exported, with its head",
+        )
     if len(left) == len(wanted):
         raise CheckpointError(
             f"no module of the checkpoint is in the graph; the checkpoint has {theirs}, ...; "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.cores import read_weight
+from onnx_adapt.checkpoints.cores import Use, read_weight
 from onnx_adapt.checkpoints.edits import Replacement
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
@@ -16,35 +14,6 @@ from onnx_adapt.graph import GraphView
 from onnx_adapt.initializers import Opening, tensor_of
 from onnx_adapt.layers import KINDS, find_weight
 from onnx_adapt.manifest import OpenWeight
-
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Use:
-    """One place where a parameter enters the graph.
-
-    Attributes:
-        view: The graph.
-        node: The node that reads it.
-        position: Which input.
-        transposed: Whether the graph has the transpose of PyTorch's layout.
-    """
-
-    view: GraphView
-    node: onnx.NodeProto
-    position: int
-    transposed: bool
-
-    @property
-    def index(self) -> int:
-        """The node's place in its graph."""
-        return next(i for i, node in enumerate(self.view.nodes) if node is self.node)
-
-    @property
-    def tensor(self) -> str:
-        """The tensor that is read."""
-        return str(self.node.input[self.position])
 
 
 def open_weight(shop: Workshop, edit: Replacement) -> tuple[Opening, Array]:
@@ -122,21 +91,21 @@ def _is_alone(shop: Workshop, uses: list[Use]) -> bool:
 
 def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
     found: list[Use] = []
-    for core in shop.cores(module):
+    for core in shop.places.cores(module, called=False):
         kind = KINDS[core.node.op_type]
+        if core.span is not None:
+            raise CheckpointError(
+                f"the checkpoint replaces '{module}.{parameter}', which is packed with "
+                f"others in node {core.node.name!r}",
+                hint="build the model with --extra_options fuse_qkv=false",
+            )
         if parameter == "weight":
             found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))
         elif 0 <= kind.bias < len(core.node.input) and core.node.input[kind.bias]:
             found.append(Use(core.view, core.node, kind.bias, False))
         else:
             found += _added_bias(core.view, core.raw, core.output)
-    if found:
-        return found
-    for path, view in shop.survey.index.views.items():
-        scopes = shop.survey.modules.scopes[path]
-        inside = [n for s, n in zip(scopes, view.nodes, strict=True) if s == module]
-        found += _norm_uses(view, inside, parameter)
-    return found
+    return found or shop.places.norm_uses(module, parameter)
 
 
 def _added_bias(view: GraphView, raw: str, output: str) -> list[Use]:
@@ -145,18 +114,3 @@ def _added_bias(view: GraphView, raw: str, output: str) -> list[Use]:
         for node in view.readers(raw)
         if node.op_type == "Add" and output in node.output
     ]
-
-
-def _norm_uses(view: GraphView, nodes: list[onnx.NodeProto], parameter: str) -> list[Use]:
-    """A normalisation's parameters, in one node or decomposed into Mul and Add."""
-    position = 1 if parameter == "weight" else 2
-    whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
-    if whole:
-        return [Use(view, node, position, False) for node in whole]
-    op = "Mul" if parameter == "weight" else "Add"
-    for node in reversed([node for node in nodes if node.op_type == op]):
-        for i, name in enumerate(node.input):
-            weight = find_weight(view, name)
-            if weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1:
-                return [Use(view, node, i, False)]
-    return []

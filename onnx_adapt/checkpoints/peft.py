@@ -64,6 +64,12 @@ def peft_edits(folder: Folder) -> list[Edit]:
                 replaced.setdefault((edit.module, edit.parameter), edit)
             continue
         ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
+        if (match["part"] == "ia3_l") != (kind == "IA3"):
+            raise CheckpointError(
+                f"the checkpoint has {key!r}, but its configuration's peft_type {kind} is "
+                "another method",
+                hint="was adapter_config.json copied from another adapter?",
+            )
         modules.setdefault(match["module"], {})[match["part"] + ending] = value
     make = _ia3 if kind == "IA3" else _lora
     edits: list[Edit] = []
@@ -96,6 +102,9 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     return Replacement(module, parameter, value)
 
 
+_SETTINGS = {"use_dora": "a lora_magnitude_vector", "lora_bias": "a lora_B.bias"}
+
+
 def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
     names = ("lora_A", "lora_B")
     if "lora_embedding_A" in parts:
@@ -104,13 +113,21 @@ def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> It
         raise CheckpointError(f"module {module!r} has {', '.join(parts)}, not {names}")
     a, b = (parts[name] for name in names)
     magnitude = parts.get("lora_magnitude_vector")
+    bias = parts.get("lora_B.bias")
+    for setting, part in (("use_dora", magnitude), ("lora_bias", bias)):
+        if config.get(setting) and (part is None or part.size != b.shape[0]):
+            shown = "none" if part is None else list(part.shape)
+            raise CheckpointError(
+                f"module {module!r}: {setting} is set, which needs {_SETTINGS[setting]} of "
+                f"{b.shape[0]} numbers; the checkpoint has {shown}"
+            )
     scale = _scale(module, a.shape[0], config)
     yield LowRank(
         module,
         a.astype(np.float64),
         b.astype(np.float64),
         scale,
-        bias=parts.get("lora_B.bias"),
+        bias=bias,
         magnitude=None if magnitude is None else magnitude.reshape(-1),
         norm_scale=scale,
     )
@@ -144,11 +161,19 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
 
 def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
     vector = parts["ia3_l"]
-    if vector.size == 1:
-        feedforward = config.get("feedforward_modules") or []
-        names = [feedforward] if isinstance(feedforward, str) else feedforward
-        on_input = any(module == n or module.endswith(f".{n}") for n in names)
-    else:
-        # (1, in) scales the input, (out, 1) the output; convolutions add trailing ones.
-        on_input = vector.shape[0] == 1
+    if vector.ndim < 2 or vector.size != max(vector.shape):
+        raise CheckpointError(
+            f"module {module!r}: ia3_l has shape {list(vector.shape)}, which is neither "
+            "(1, in) nor (out, 1)"
+        )
+    on_input = vector.shape[0] == 1  # (1, in) scales the input, (out, 1) the output
+    if vector.size == 1 or vector.ndim > 2:  # of convolutions both are (1, n, 1, ...)
+        on_input = _is_feedforward(module, config.get("feedforward_modules") or [])
     yield Scaling(module, vector.reshape(-1), on_input)
+
+
+def _is_feedforward(module: str, named: Any) -> bool:
+    """Whether PEFT scales a module's input; it compares the ends of names, or a pattern."""
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    return any(module.endswith(name) for name in named)

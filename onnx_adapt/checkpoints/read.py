@@ -143,7 +143,11 @@ def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
         raise
     except _DAMAGE as error:
         where = f"{folder.path}: {module!r}" if module else str(folder.path)
+        if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+            raise CheckpointError(f"{where} has no {error.args[0]}") from error
+        near = [key for key in folder.tensors if module and module in key]
+        shown = ", ".join(f"{key} {list(folder.tensors[key].shape)}" for key in near[:4])
         raise CheckpointError(
-            f"{where} is incomplete, or a setting or tensor of it is of a wrong kind "
-            f"({type(error).__name__}: {error})"
+            f"{where} is incomplete, or a setting or tensor of it is of a wrong kind"
+            + (f"; it has {shown}" if shown else "")
         ) from error

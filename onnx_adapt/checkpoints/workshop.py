@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from onnx_adapt.checkpoints.cores import Core
+from onnx_adapt.checkpoints.cores import Core, Use
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph import GraphView
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, part_shape
 from onnx_adapt.plan import free_name
 from onnx_adapt.sites import Site, Survey
 
-Cores = Callable[[str], list[Core]]
-"""Finds the calls of a module, by its path."""
+
+class Places(Protocol):
+    """Finds the modules of a checkpoint in a graph, by their paths there."""
+
+    def known(self) -> list[str]:
+        """The modules there are."""
+
+    def stored(self) -> list[str]:
+        """The modules of which no more than a weight's name is known."""
+
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+        """The calls of a module, or at least the layers with its weights."""
+
+    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+        """Where a parameter of a normalisation enters the graph."""
+
+    def output(self, module: str) -> list[tuple[GraphView, str]]:
+        """What a module hands to the rest of the model."""
+
+    def missing(self, module: str) -> CheckpointError:
+        """Why a module has no calls."""
 
 
 @dataclass(slots=True)
@@ -27,7 +48,7 @@ class Workshop:
     Attributes:
         model: The model.
         survey: Its survey.
-        cores: Finds the calls of a module.
+        places: Finds modules.
         names: The graph's path for each module of the checkpoint.
         taken: Names that slots already have.
         slots: The slots so far.
@@ -36,7 +57,7 @@ class Workshop:
 
     model: Model
     survey: Survey
-    cores: Cores
+    places: Places
     names: Mapping[str, str]
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
@@ -49,12 +70,9 @@ class Workshop:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
-        found = self.cores(path)
+        found = self.places.cores(path)
         if not found:
-            raise CheckpointError(
-                f"module {path!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
-                hint="was the model optimised or quantised? insert into it as exported",
-            )
+            raise self.places.missing(path)
         return found
 
     def add(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import click
 
 from onnx_adapt.cli.show import emit, plain, print_json, say
+
+if TYPE_CHECKING:
+    from onnx_adapt import Adapter
 
 
 @click.command("check")
@@ -19,22 +25,17 @@ def command(
     """Check that MODEL's slots are whole and that the adapters in FILES fit them.
 
     Names, shapes, element types, coverage, overlap, fingerprint, NaN; slots that are still
-    swappable; symbols and recorded shapes. Exit status 1 if anything is wrong.
+    swappable; symbols and recorded shapes; whether the files that MODEL's weights are in
+    are there and the same. Exit status 1 if anything is wrong.
 
     \b
       onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
     """
     import onnx_adapt as oa
-    from onnx_adapt.damage import damages
-    from onnx_adapt.fitting import misfits, overlaps
+    from onnx_adapt.fitting import overlaps
 
-    opened = oa.open_model(model)
     adapters = [oa.load_adapter(file) for file in files]
-    problems = {model: damages(opened)}
-    readable = bool(oa.list_slots(opened)) or not problems[model]
-    for file, adapter in zip(files, adapters, strict=True) if readable else ():
-        found = misfits(opened, adapter, allow_partial=allow_partial)
-        problems.setdefault(file, []).extend(found)
+    problems = _problems(model, dict(zip(files, adapters, strict=True)), allow_partial)
     together = overlaps(adapters)
     wrong = any(problems.values())
     if as_json:
@@ -48,3 +49,24 @@ def command(
         say(f"note: feed only one at a time: {text}")
     if wrong:
         ctx.exit(1)
+
+
+def _problems(
+    model: str, adapters: Mapping[str, Adapter], allow_partial: bool
+) -> dict[str, list[str]]:
+    """What is wrong with each file."""
+    import onnx_adapt as oa
+    from onnx_adapt.damage import damages
+    from onnx_adapt.errors import ExternalDataError
+    from onnx_adapt.fitting import misfits
+
+    try:
+        opened = oa.open_model(model)
+    except ExternalDataError as error:
+        return {model: [f"{error.message} ({error.hint})"]}
+    problems = {model: damages(opened)}
+    readable = bool(oa.list_slots(opened)) or not problems[model]
+    for file, adapter in adapters.items() if readable else ():
+        found = misfits(opened, adapter, allow_partial=allow_partial)
+        problems.setdefault(file, []).extend(found)
+    return problems

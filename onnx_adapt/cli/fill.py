@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, say, tell_saved
+from onnx_adapt.cli.show import patience, print_json, say, tell_saved, tell_thin
 
 
 @click.command("fill")
@@ -16,6 +16,7 @@ from onnx_adapt.cli.show import patience, print_json, say, tell_saved
 @click.option("--baked", is_flag=True, help="Freeze the weights: no inputs any more.")
 @click.option("--allow-partial", is_flag=True, help="Leave slots without weights as they are.")
 @click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@click.option("--thin", is_flag=True, help="Leave the weights where they are; see insert.")
 @click.option("--force", is_flag=True, help="Let the output replace MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -25,6 +26,7 @@ def command(
     baked: bool,
     allow_partial: bool,
     keep_external: bool,
+    thin: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -46,10 +48,17 @@ def command(
         result = oa.bake(result)
     with patience() as (progress, _):
         saved = oa.save_model(
-            result, path, overwrite=force, keep_external=keep_external, progress=progress
+            result,
+            path,
+            overwrite=force,
+            keep_external=keep_external,
+            thin=thin,
+            progress=progress,
         )
     if as_json:
         slots = sorted(adapter.weights)
         print_json({"output": str(saved.path), "adapter": adapter.name, "slots": slots})
     say(f"filled {len(adapter.weights)} slots with {adapter.name!r}")
     tell_saved(saved)
+    if thin:
+        tell_thin(opened, saved)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import file_label, patience, print_json, print_table, say, tell_saved
+from onnx_adapt.cli.show import (
+    file_label,
+    patience,
+    print_json,
+    print_table,
+    say,
+    tell_saved,
+    tell_thin,
+)
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 
 if TYPE_CHECKING:
@@ -41,6 +49,9 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
 @click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
 @click.option(
+    "--batched", is_flag=True, help="Let one run give each row of a batch another adapter."
+)
+@click.option(
     "--bottleneck",
     type=click.IntRange(max=MAX_BOTTLENECK),
     help="Fix the inner size; it starts as the identity.",
@@ -59,6 +70,11 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz to verify with.")
 @click.option("--no-verify", is_flag=True, help="Do not run the result in ONNX Runtime.")
 @click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@click.option(
+    "--thin",
+    is_flag=True,
+    help="Leave the weights in MODEL's file and refer to it: a few kB, beside MODEL.",
+)
 @click.option("--force", is_flag=True, help="Let the output replace MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -70,6 +86,7 @@ def command(
     file_format: str,
     output: str | None,
     swappable: bool,
+    batched: bool,
     bottleneck: int | None,
     activation: str,
     bias: bool,
@@ -79,6 +96,7 @@ def command(
     inputs: tuple[str, ...],
     no_verify: bool,
     keep_external: bool,
+    thin: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -88,11 +106,15 @@ def command(
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
       onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
       onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
+      onnx-adapt insert model.onnx --adapter trained/ --baked --thin
+      onnx-adapt insert model.onnx --adapter trained/ --batched
 
     With --adapter, the slots that a trained checkpoint needs, and its weights beside the
-    output as OUTPUT.NAME.safetensors (with --baked inside it).
+    output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
+    MODEL beside it; `onnx-adapt pack` makes it whole.
     """
     import onnx_adapt as oa
+    from onnx_adapt.adapter_files import encode_adapter
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -110,6 +132,8 @@ def command(
             "format": file_format != "safetensors",
         },
     )
+    if batched:
+        _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
     checkpoint = None
     if adapter:
         checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
@@ -122,21 +146,29 @@ def command(
         source=source,
         bottleneck=bottleneck,
         baked=not swappable,
+        batched=batched,
         seed=seed,
         inline_functions=inline_functions,
     )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
-        saved = oa.save_model(
-            adapted, path, overwrite=force, keep_external=keep_external, progress=progress
-        )
         weights = None
         if checkpoint is not None and swappable:
-            weights = saved.path.with_suffix(
-                f".{file_label(checkpoint.adapter)}.{file_format}"
-            )
-            oa.save_adapter(checkpoint.adapter, weights)
+            place = Path(path).absolute()
+            label = file_label(checkpoint.adapter)
+            weights = place.parent / f"{place.stem}.{label}.{file_format}"
+        saved = oa.save_model(
+            adapted,
+            path,
+            overwrite=force,
+            keep_external=keep_external,
+            thin=thin,
+            beside=[(weights, [encode_adapter(checkpoint.adapter, weights)])]
+            if checkpoint and weights
+            else [],
+            progress=progress,
+        )
     if as_json:
         print_json(
             {
@@ -144,6 +176,7 @@ def command(
                 "adapter": str(weights) if weights else None,
                 "size": saved.size,
                 "data": [str(file) for file in saved.data],
+                "weights_in": [str(file) for file in saved.weights_in],
                 "verified": proof is not None,
                 "slots": [slot_dict(slot) for slot in slots],
             }
@@ -151,6 +184,8 @@ def command(
     else:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     _tell(base, saved, proof)
+    if thin:
+        tell_thin(base, saved)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
     if proof is not None:

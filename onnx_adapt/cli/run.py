@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,21 +65,22 @@ def command(
         raise click.UsageError("give one of --adapter, --blend and --rows")
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
-    _refuse_output(output, model, inputs)
     import onnx_adapt as oa
     from onnx_adapt.feeds import read_arrays
 
-    feeds = read_arrays(Path(inputs))
     chosen, names = _choice(adapter, blend, rows)
+    files = {name: _file(Path(model), name) for name in names}
+    _refuse_output(output, model, inputs, *files.values())
+    feeds = read_arrays(Path(inputs))
     with oa.AdapterSession(model, batch_axis=batch_axis) as session:
-        for name in names:
-            session.load(name, _file(Path(model), name), allow_partial=allow_partial)
+        for name, file in files.items():
+            session.load(name, file, allow_partial=allow_partial)
         found, times = _timed(lambda: session.run(feeds, adapter=chosen), repeat)
         base = session.run(feeds) if compare else None
-    rows_of = [_describe(name, value, base) for name, value in found.items()]
     if output is not None:
         _write(Path(output), found)
-    _show(rows_of, times, as_json=as_json, output=output)
+    described = [_describe(name, value, base) for name, value in found.items()]
+    _show(described, times, as_json=as_json, output=output)
 
 
 def _choice(
@@ -113,7 +115,7 @@ def _file(model: Path, name: str) -> Path:
     Raises:
         AdapterError: If there is none, or several.
     """
-    if Path(name).is_file() or Path(name).suffix in _SUFFIXES:
+    if Path(name).suffix in _SUFFIXES:
         return Path(name)
     labels = (f"{model.stem}.{name}", name)
     beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in _SUFFIXES]
@@ -124,7 +126,8 @@ def _file(model: Path, name: str) -> Path:
         raise AdapterError(
             f"{name!r} means {' and '.join(map(str, found))}", hint="give the path of one"
         )
-    present = sorted(p.name for s in _SUFFIXES for p in model.absolute().parent.glob(f"*{s}"))
+    patterns = ("*.onnx_adapter", "*.safetensors", f"{model.stem}.*.npz")
+    present = sorted(p.name for s in patterns for p in model.absolute().parent.glob(s))
     raise AdapterError(
         f"there is no adapter {name!r}: no such file, and none called {labels[0]} beside the "
         "model",
@@ -169,10 +172,10 @@ def _difference(before: Any, after: Any) -> float | None:
     if before.shape != after.shape:
         return None
     apart = np.abs(after.astype(np.float64) - before.astype(np.float64))
-    return float(np.nanmax(apart, initial=0.0))
+    return float(apart.max(initial=0.0))
 
 
-def _refuse_output(output: str | None, *given: str) -> None:
+def _refuse_output(output: str | None, *given: str | Path) -> None:
     if output is None:
         return
     if Path(output).suffix != ".npz":
@@ -184,10 +187,9 @@ def _refuse_output(output: str | None, *given: str) -> None:
 
 def _write(path: Path, outputs: dict[str, Any]) -> None:
     """Write the outputs by name; the items of a sequence or map by number."""
-    import io
-
     import numpy as np
 
+    from onnx_adapt.adapter_files.npz_file import archive
     from onnx_adapt.runtime import as_arrays
     from onnx_adapt.whole_files import write_files
 
@@ -196,9 +198,7 @@ def _write(path: Path, outputs: dict[str, Any]) -> None:
         for i, array in enumerate(as_arrays(value)):
             label = name if isinstance(value, np.ndarray) else f"{name}.{i}"
             arrays[label] = array.astype(str) if array.dtype == object else array
-    data = io.BytesIO()
-    np.savez(data, **arrays)
-    write_files([(path.absolute(), [data.getvalue()])])
+    write_files([(path.absolute(), [archive(arrays)])])
 
 
 def _show(
@@ -207,7 +207,8 @@ def _show(
     median = statistics.median(times)
     if as_json:
         latency = {"median": median, "min": min(times), "max": max(times), "runs": len(times)}
-        print_json({"outputs": rows, "latency_ms": latency, "written": output})
+        outputs = [{key: _plain(value) for key, value in row.items()} for row in rows]
+        print_json({"outputs": outputs, "latency_ms": latency, "written": output})
     else:
         columns = list(rows[0])
         print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
@@ -215,6 +216,11 @@ def _show(
     say(f"latency {median:.3g} ms{spread if len(times) > 1 else ''}")
     if output is not None:
         say(f"wrote {output}")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

@@ -18,7 +18,7 @@ import click
 from onnx_adapt.errors import AdaptError
 
 if TYPE_CHECKING:
-    from onnx_adapt import Adapter
+    from onnx_adapt import Adapter, Model
     from onnx_adapt.model_file import Saved
 
 _PATIENCE = 1.0
@@ -116,6 +116,16 @@ def tell_saved(saved: Saved) -> None:
     elif saved.data:
         names = ", ".join(file.name for file in saved.data)
         say(f"copied the data beside it: {names}")
+
+
+def tell_thin(base: Model, saved: Saved) -> None:
+    """Say on stderr what a thin model needs."""
+    if not saved.weights_in:
+        say(f"note: no weight is large enough to stay in {base.label}; the result is whole")
+        return
+    files = [f"{file.name} ({size_text(file.stat().st_size)})" for file in saved.weights_in]
+    together = "two" if len(files) == 1 else "files"
+    say(f"its weights stay in {' and '.join(files)}: keep the {together} together")
 
 
 @contextmanager

@@ -18,13 +18,16 @@ SLOT_COLUMNS = ("slot", "tensor", "width", "dtype", "bottleneck", "activation", 
 def slot_row(slot: Slot) -> tuple[object, ...]:
     """One slot as a row of a table."""
     size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
+    size += " (batched)" if slot.batched else ""
     parts = " ".join(slot.parts)
     return (slot.name, slot.tensor, slot.width, slot.dtype, size, slot.activation, parts)
 
 
 def slot_dict(slot: Slot) -> dict[str, object]:
     """One slot for `--json`, with the names its weights are fed by."""
-    return {**asdict(slot), "weights": {part: slot.weight(part) for part in slot.parts}}
+    names = {part: slot.weight(part) for part in slot.parts}
+    rows = {part: slot.weight(part) for part in slot.row_parts}
+    return {**asdict(slot), "weights": names, "rows": rows}
 
 
 @click.command("slots")

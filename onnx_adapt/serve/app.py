@@ -30,7 +30,7 @@ from ray.serve.schema import LoggingConfig
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdaptError
-from onnx_adapt.serve.engine import Engine, Job, Result
+from onnx_adapt.serve.batcher import Batcher, Job, Result
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.http import api
 from onnx_adapt.serve.protocol import Spec
@@ -124,7 +124,7 @@ class Model:
     """One replica: the base once, and the versions that were used last."""
 
     def __init__(self, settings: Settings, repository: Any) -> None:
-        self._engine = Engine(
+        self._batcher = Batcher(
             settings.model,
             batch_axis=settings.batch_axis,
             threads=settings.threads,
@@ -163,7 +163,7 @@ class Model:
 
     async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
         """The inputs and outputs of the model."""
-        return self._engine.inputs, self._engine.outputs
+        return self._batcher.inputs, self._batcher.outputs
 
     async def infer(
         self,
@@ -174,14 +174,14 @@ class Model:
     ) -> Result:
         """Run the model with a blend of versions; empty for the base."""
         try:
-            self._engine.check(feeds, datatypes, outputs)
+            self._batcher.check(feeds, datatypes, outputs)
             held = [await self._held(version) for version in blend]
         except AdaptError as error:
             return error
         names = [item.name for item in held]
         weights = dict(zip(names, blend.values(), strict=True))
         adapter = names[0] if list(weights.values()) == [1] else weights or None
-        job = Job(feeds, tuple(outputs or self._engine.outputs), adapter)
+        job = Job(feeds, tuple(outputs or self._batcher.outputs), adapter)
         # Ray Serve takes a batch apart by the adapter that requests were routed by; ours are
         # mixed, so the batch must not see it. `held` keeps the adapters until it has run.
         context = contextvars.Context()
@@ -193,10 +193,10 @@ class Model:
 
     async def _run(self, jobs: list[Job]) -> list[Result]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._runner, self._engine.run, jobs)
+        return await loop.run_in_executor(self._runner, self._batcher.run, jobs)
 
     def _count(self, jobs: Sequence[Job]) -> int:
-        return sum(self._engine.rows(job.feeds) or 1 for job in jobs)
+        return sum(self._batcher.rows(job.feeds) or 1 for job in jobs)
 
     async def _load(self, version: str) -> _Held:
         """Load a version under a name that was never used: it may have been there before."""
@@ -208,12 +208,12 @@ class Model:
         path = Path(self._files.name) / f"{number}-{file_name}"
         name = f"{version}#{number}"
         await asyncio.to_thread(path.write_bytes, data)
-        await asyncio.to_thread(self._engine.session.load, name, path)
+        await asyncio.to_thread(self._batcher.session.load, name, path)
         held = _Held(name)
         weakref.finalize(held, self._unload, name, path)
         self._swaps.inc(tags={"adapter": version.rpartition("@")[0]})
         return held
 
     def _unload(self, name: str, path: Path) -> None:
-        self._engine.session.unload(name)
+        self._batcher.session.unload(name)
         path.unlink(missing_ok=True)

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from onnx_adapt.blending import refuse_no_number
-from onnx_adapt.errors import AdapterError, RequestError
+from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.protocol import read_json
 
 Blend = Mapping[str, float]
@@ -71,8 +70,7 @@ def _read(value: Any) -> Blend:
                 f"{name[:100]!r} is no name of an adapter",
                 hint="letters, digits, '.', '_' and '-'; no paths",
             )
-        try:
-            refuse_no_number(weight)
-        except (AdapterError, OverflowError) as error:
-            raise RequestError(f"the weight of {name!r} is no finite number") from error
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not abs(weight) < 1e30:
+            raise RequestError(f"the weight of {name!r} is {weight!r:.50}, no usable number")
     return {name: float(weight) for name, weight in value.items()}

@@ -14,8 +14,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.choice import Blend
-from onnx_adapt.serve.engine import Result
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings

@@ -32,7 +32,7 @@ _DATATYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request as the engine takes it.
+    """A request as the batcher takes it.
 
     Attributes:
         feeds: Arrays by input name.
@@ -49,7 +49,7 @@ Result = dict[str, Array] | AdaptError
 """Outputs by name, or what went wrong."""
 
 
-class Engine:
+class Batcher:
     """An `AdapterSession` that takes many requests at once.
 
     Requests are joined into one batch only where a row's outputs are its own: where every
@@ -83,18 +83,20 @@ class Engine:
         self._axes = self.session.batch_axes
         declared = {**self.session.inputs, **self.session.outputs}
         axes = {**self._axes.inputs, **self._axes.outputs}
+        said = batch_axis is not None
         self._batched = {
-            name: axis is not None
-            and self._open(declared[name].shape[axis], said=batch_axis is not None)
+            name: axis is not None and self._open(declared[name].shape[axis:], said=said)
             for name, axis in axes.items()
         }
         specs = [*self.inputs.values(), *self.outputs.values()]
         self._as_ort_values = any(spec.datatype == "BF16" for spec in specs)
 
     @staticmethod
-    def _open(dim: int | str | None, *, said: bool) -> bool:
-        """Whether an axis takes any number of rows, and rows are what it is made of."""
-        return not isinstance(dim, int) and (said or "batch" in str(dim).lower())
+    def _open(dims: Sequence[int | str | None], *, said: bool) -> bool:
+        """Whether the first axis takes any number of rows, and rows are what it is made of."""
+        if not dims or isinstance(dims[0], int):
+            return False
+        return said or "batch" in str(dims[0]).lower()
 
     def check(
         self,
