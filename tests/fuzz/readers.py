@@ -6,6 +6,7 @@ bug, and so is memory or time out of proportion.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -40,6 +41,7 @@ from onnx_adapt.walk import tensors
 CASES = Path(__file__).parent.parent / "cases"
 ROOM = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir=ROOM))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 (FOLDER / "w.bin").write_bytes(bytes(64))  # what the models with external data refer to
 SMALL = 16
 """In the fuzzed models, tensors from this many bytes on count as large."""
