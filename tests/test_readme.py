@@ -1,12 +1,10 @@
 """The code on every page runs, and the commands do what they say."""
 
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks, commands, link_files, run_command, run_python
 
 import onnx_adapt
 
@@ -14,17 +12,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
 PAGES = ["README.md", *DOCS]
-PROGRAM = Path(sys.executable).parent / "onnx-adapt"
-
-
-def _blocks(language: str, page: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    link_files(ROOT, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,26 +25,20 @@ def _read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-def _commands(page: str) -> list[list[str]]:
-    lines = [line for block in _blocks("console", page) for line in block.splitlines()]
-    return [shlex.split(line[2:], comments=True) for line in lines if line[:2] == "$ "]
-
-
-WITH_PYTHON = [page for page in PAGES if _blocks("python", _read(page))]
-WITH_COMMANDS = [page for page in DOCS if _commands(_read(page))]
+WITH_PYTHON = [page for page in PAGES if blocks("python", _read(page))]
+WITH_COMMANDS = [page for page in DOCS if commands(_read(page))]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_every_python_block_of_a_page_runs(folder: Path, page: str) -> None:
-    for block in _blocks("python", _read(page)):
-        subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, cwd=folder)
+    for block in blocks("python", _read(page)):
+        run_python(block, folder)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_every_command_of_a_page_succeeds(folder: Path, page: str) -> None:
-    for program, *arguments in _commands(_read(page)):
-        assert program == "onnx-adapt"
-        subprocess.run([PROGRAM, *arguments], check=True, cwd=folder, capture_output=True)
+    for arguments in commands(_read(page)):
+        run_command(arguments, folder)
 
 
 def test_pages_without_code_are_these() -> None:
@@ -75,10 +61,9 @@ def test_the_python_reference_has_every_public_name() -> None:
 
 
 def test_the_readme_gives_the_base_back(folder: Path) -> None:
-    commands = _commands(README)
-    assert len(commands) == 4
-    for _, *arguments in commands:
-        subprocess.run([PROGRAM, *arguments], check=True, cwd=folder, capture_output=True)
+    assert len(commands(README)) == 4
+    for arguments in commands(README):
+        run_command(arguments, folder)
     base = (ROOT / "models/dnsmos-p808.onnx").read_bytes()
     assert (folder / "restored.onnx").read_bytes() == base
 
