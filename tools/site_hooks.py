@@ -22,7 +22,9 @@ with stable keys. Exit status: 0 done, 1 ran and the answer is no, 2 could not d
 
 def commands_page() -> str:
     """The help of every command, as the program prints it."""
-    root = click.Context(cli, info_name="onnx-adapt", max_content_width=95)
+    root = cli.context_class(
+        cli, info_name="onnx-adapt", max_content_width=95, **cli.context_settings
+    )
     parts = [INTRODUCTION, _fenced(cli.get_help(root))]
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)

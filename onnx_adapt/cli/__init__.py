@@ -83,6 +83,7 @@ def cli(ctx: click.Context) -> None:
       onnx-adapt verify model.onnx model.adapted.onnx
 
     `onnx-adapt completion bash` (zsh, fish) prints a script that completes all names.
+
     Exit status: 0 done, 1 ran and the answer is no, 2 could not do it.
     """
     if ctx.invoked_subcommand is None:

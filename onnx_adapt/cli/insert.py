@@ -142,22 +142,25 @@ def command(
     )
     if batched:
         _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
-    checkpoint = None
-    if adapter:
-        checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
-    adapted = oa.insert(
-        base,
-        after=after,
-        checkpoint=checkpoint,
-        activation=activation,
-        bias=bias,
-        source=source,
-        bottleneck=bottleneck,
-        baked=not swappable,
-        batched=batched,
-        seed=seed,
-        inline_functions=inline_functions,
-    )
+    with patience(f"reading {adapter or model}"):
+        checkpoint = None
+        if adapter:
+            checkpoint = oa.load_checkpoint(
+                adapter, base, name=name, base_weights=base_weights
+            )
+        adapted = oa.insert(
+            base,
+            after=after,
+            checkpoint=checkpoint,
+            activation=activation,
+            bias=bias,
+            source=source,
+            bottleneck=bottleneck,
+            baked=not swappable,
+            batched=batched,
+            seed=seed,
+            inline_functions=inline_functions,
+        )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
