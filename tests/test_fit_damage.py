@@ -151,11 +151,15 @@ def test_a_whole_model_passes_with_exit_0(
 ) -> None:
     for name, model in (("a", adapted()), ("b", adapted(baked=True, bottleneck=2))):
         path = saved(model, tmp_path / f"{name}.onnx")
-        assert _check(capsys, path) == (0, f"{path}: ok\n")
+        code, said = _check(capsys, path)
+        assert code == 0
+        assert said.startswith(f"{path}: ok\nnext: ")
     base, checkpoint = trained(tmp_path)
     path = saved(oa.insert(base, checkpoint=checkpoint), tmp_path / "c.onnx")
     file = oa.save_adapter(checkpoint.adapter, tmp_path / "c.npz")
-    assert _check(capsys, path, file) == (0, f"{path}: ok\n{file}: ok\n")
+    code, said = _check(capsys, path, file)
+    assert code == 0
+    assert said.startswith(f"{path}: ok\n{file}: ok\nnext: ")
 
 
 def _works(path: Path, *sizes: tuple[int, int]) -> bool:

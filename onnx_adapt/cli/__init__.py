@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 from importlib import import_module
@@ -9,15 +10,34 @@ from importlib import import_module
 import click
 
 from onnx_adapt import __version__
-from onnx_adapt.cli.show import drop_output, say
+from onnx_adapt.cli.show import be_quiet, drop_output, say
 from onnx_adapt.errors import AdaptError, MismatchError
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("convert", "fill", "extract", "run", "build", "pack", "serve"),
+    *("convert", "fill", "extract", "run", "build", "pack", "serve", "completion"),
 )
 
+COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"
+"""What the completion scripts of shells set when they ask."""
+
 _HELP = "`onnx-adapt --help` tells what can be done, and how"
+
+
+def _be_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        be_quiet(ctx)
+
+
+_QUIET = click.Option(
+    ["-q", "--quiet"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_be_quiet,
+    help="Say nothing on stderr but errors.",
+)
+"""Of the program and of every command: people write it at either end of a line."""
 
 
 class _Commands(click.Group):
@@ -30,7 +50,19 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         command: click.Command = import_module(f"onnx_adapt.cli.{cmd_name}").command
+        if _QUIET not in command.params:
+            command.params.append(_QUIET)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            meant = difflib.get_close_matches(name, _COMMANDS, 1, 0.5)
+            guess = f" (Did you mean '{meant[0]}'?)" if meant else ""
+            ctx.fail(f"No such command '{name}'.{guess}")
+        return super().resolve_command(ctx, args)
 
 
 @click.command(
@@ -38,6 +70,7 @@ class _Commands(click.Group):
     invoke_without_command=True,
     subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"]},
+    params=[_QUIET],
 )
 @click.version_option(__version__, prog_name="onnx-adapt")
 @click.pass_context
@@ -48,6 +81,8 @@ def cli(ctx: click.Context) -> None:
       onnx-adapt sites model.onnx
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
       onnx-adapt verify model.onnx model.adapted.onnx
+
+    `onnx-adapt completion bash` (zsh, fish) prints a script that completes all names.
 
     Exit status: 0 done, 1 ran and the answer is no, 2 could not do it.
     """
@@ -62,7 +97,9 @@ def main() -> None:
     if sys.stdout is None:
         sys.exit(fail("standard output is closed", "send it to /dev/null instead"))
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(
+            prog_name="onnx-adapt", complete_var=COMPLETE_VARIABLE, standalone_mode=False
+        )
     except AdaptError as error:
         status = fail(error.message, error.hint)
         if isinstance(error, MismatchError):
@@ -93,7 +130,10 @@ def _show_notes() -> None:
 
 
 def fail(message: str, hint: str = "") -> int:
-    """Print an error and what to do about it; return the exit status."""
+    """Print an error and what to do about it; return the exit status.
+
+    No command runs any more, so this is said under `--quiet` too.
+    """
     say(f"error: {message}")
     if hint:
         say(f"hint: {hint}")

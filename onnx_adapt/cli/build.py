@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import click
 
-from onnx_adapt.cli.show import print_json, say, tell_saved
+from onnx_adapt.cli.complete import activation_names
+from onnx_adapt.cli.show import print_json, say, say_next, tell_saved
 
 
-@click.command("build")
+@click.command("build", short_help="Build an adapter as a model of its own.")
 @click.argument("hidden_size", type=int)
 @click.option("--bottleneck", default=64, show_default=True, help="The inner size.")
-@click.option("--activation", default="relu", show_default=True, help="Between projections.")
+@click.option(
+    "--activation",
+    default="relu",
+    show_default=True,
+    help="Between projections.",
+    shell_complete=activation_names,
+)
 @click.option("--name", default="adapter", show_default=True, help="Start of layer names.")
 @click.option("--bias/--no-bias", default=True, help="Give both projections a bias.")
 @click.option(
@@ -48,3 +55,4 @@ def command(
         print_json({"output": str(saved.path), "size": saved.size, "nodes": nodes})
     tell_saved(saved)
     say(f"layers: {', '.join(nodes)}")
+    say_next("sites", saved.path.name if output is None else output)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import emit, plain, print_json, say
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import emit, plain, print_json, say, say_next
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter
 
 
-@click.command("check")
+@click.command("check", short_help="Check that slots are whole and adapters fit.")
 @click.argument("model", type=click.Path())
 @click.argument("files", nargs=-1, type=click.Path())
 @click.option("--allow-partial", is_flag=True, help="Do not mind slots without weights.")
@@ -34,8 +35,9 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.fitting import overlaps
 
-    adapters = [oa.load_adapter(file) for file in files]
-    problems = _problems(model, dict(zip(files, adapters, strict=True)), allow_partial)
+    with patience(f"checking {model}"):
+        adapters = [oa.load_adapter(file) for file in files]
+        problems = _problems(model, dict(zip(files, adapters, strict=True)), allow_partial)
     together = overlaps(adapters)
     wrong = any(problems.values())
     if as_json:
@@ -52,6 +54,11 @@ def command(
         )
     for text in together[:3] if len(adapters) > 1 else ():
         say(f"note: feed only one at a time: {text}")
+    good = [file for file in files if not problems.get(file)]
+    if good and not problems[model]:
+        say_next("run", model, "--inputs", "x.npz", "--adapter", good[0], "--compare", "base")
+    else:
+        say_next("slots", model)
     if wrong:
         ctx.exit(1)
 

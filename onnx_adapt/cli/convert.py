@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from onnx_adapt.cli.show import print_json, say, size_text
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import count, print_json, say, say_next, size_text
 
 
-@click.command("convert")
+@click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")
 @click.argument("checkpoint", type=click.Path())
 @click.option("--for", "model", required=True, type=click.Path(), help="The adapted model.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
@@ -39,17 +40,20 @@ def command(
     read = [Path(model), *Path(checkpoint).glob("*")]
     if Path(output).exists() and any(file.samefile(output) for file in read if file.exists()):
         raise SaveError(f"the output {output} would replace a file that is read")
-    adapter = oa.convert(
-        checkpoint,
-        oa.open_model(model),
-        name=name,
-        base_weights=base_weights,
-        allow_partial=allow_partial,
-    )
+    with patience(f"reading {checkpoint}"):
+        adapter = oa.convert(
+            checkpoint,
+            oa.open_model(model),
+            name=name,
+            base_weights=base_weights,
+            allow_partial=allow_partial,
+        )
     path = oa.save_adapter(adapter, output)
     if as_json:
-        slots, replaced = sorted(adapter.weights), sorted(adapter.replaced)
+        filled, replaced = sorted(adapter.weights), sorted(adapter.replaced)
         print_json(
-            {"output": str(path), "name": adapter.name, "slots": slots, "replaced": replaced}
+            {"output": str(path), "name": adapter.name, "slots": filled, "replaced": replaced}
         )
-    say(f"wrote {path} ({size_text(path.stat().st_size)}, {len(adapter.weights)} slots)")
+    slots = count(len(adapter.weights), "slot")
+    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
+    say_next("run", model, "--inputs", "x.npz", "--adapter", output, "--compare", "base")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from onnx_adapt.cli.show import print_json, say, size_text
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import count, print_json, say, say_next, size_text
 
 
-@click.command("extract")
+@click.command("extract", short_help="Write what a model is filled with to a file.")
 @click.argument("model", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
 @click.option("--name", default="", help="What to call the adapter.")
@@ -20,9 +21,12 @@ def command(model: str, output: str, name: str, as_json: bool) -> None:
     """
     import onnx_adapt as oa
 
-    adapter = oa.extract(oa.open_model(model), name=name)
+    with patience(f"reading {model}"):
+        adapter = oa.extract(oa.open_model(model), name=name)
     path = oa.save_adapter(adapter, output)
     if as_json:
-        slots = sorted(adapter.weights)
-        print_json({"output": str(path), "name": adapter.name, "slots": slots})
-    say(f"wrote {path} ({size_text(path.stat().st_size)}, {len(adapter.weights)} slots)")
+        filled = sorted(adapter.weights)
+        print_json({"output": str(path), "name": adapter.name, "slots": filled})
+    slots = count(len(adapter.weights), "slot")
+    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
+    say_next("check", model, output)

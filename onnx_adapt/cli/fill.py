@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, say, tell_saved, tell_thin
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import count, print_json, say, say_next, tell_saved, tell_thin
 
 
-@click.command("fill")
+@click.command("fill", short_help="Make an adapter the default of a model.")
 @click.argument("model", type=click.Path())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.filled.onnx.")
@@ -58,7 +59,8 @@ def command(
     if as_json:
         slots = sorted(adapter.weights)
         print_json({"output": str(saved.path), "adapter": adapter.name, "slots": slots})
-    say(f"filled {len(adapter.weights)} slots with {adapter.name!r}")
+    say(f"filled {count(len(adapter.weights), 'slot')} with {adapter.name!r}")
     tell_saved(saved)
     if thin:
         tell_thin(opened, saved)
+    say_next("run", path, "--inputs", "x.npz")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from onnx_adapt.cli.complete import activation_names, site_names
+from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import (
     file_label,
-    patience,
     print_json,
     print_table,
     say,
+    say_next,
     tell_saved,
     tell_thin,
 )
@@ -28,11 +29,12 @@ MAX_BOTTLENECK = 1 << 16
 """No adapter is as wide; its weights would not fit into memory."""
 
 
-@click.command("insert")
+@click.command("insert", short_help="Insert adapter slots into a model.")
 @click.argument("model", type=click.Path())
 @click.option(
     "--after",
     multiple=True,
+    shell_complete=site_names,
     help="Address, node, tensor, module path or glob (`*` within a part of a path, `**` "
     "across). Repeatable.",
 )
@@ -56,7 +58,13 @@ MAX_BOTTLENECK = 1 << 16
     type=click.IntRange(max=MAX_BOTTLENECK),
     help="Fix the inner size; it starts as the identity.",
 )
-@click.option("--activation", default="relu", show_default=True, help="Between projections.")
+@click.option(
+    "--activation",
+    default="relu",
+    show_default=True,
+    help="Between projections.",
+    shell_complete=activation_names,
+)
 @click.option("--bias", is_flag=True, help="Give both projections a bias.")
 @click.option("--source", default="", help="A tensor for the adapter to read instead.")
 @click.option(
@@ -134,22 +142,25 @@ def command(
     )
     if batched:
         _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
-    checkpoint = None
-    if adapter:
-        checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=base_weights)
-    adapted = oa.insert(
-        base,
-        after=after,
-        checkpoint=checkpoint,
-        activation=activation,
-        bias=bias,
-        source=source,
-        bottleneck=bottleneck,
-        baked=not swappable,
-        batched=batched,
-        seed=seed,
-        inline_functions=inline_functions,
-    )
+    with patience(f"reading {adapter or model}"):
+        checkpoint = None
+        if adapter:
+            checkpoint = oa.load_checkpoint(
+                adapter, base, name=name, base_weights=base_weights
+            )
+        adapted = oa.insert(
+            base,
+            after=after,
+            checkpoint=checkpoint,
+            activation=activation,
+            bias=bias,
+            source=source,
+            bottleneck=bottleneck,
+            baked=not swappable,
+            batched=batched,
+            seed=seed,
+            inline_functions=inline_functions,
+        )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
@@ -188,8 +199,10 @@ def command(
         tell_thin(base, saved)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
-    if proof is not None:
-        say(f"next: onnx-adapt verify {shlex.quote(model)} {shlex.quote(str(path))}")
+    if proof is not None or no_verify:
+        say_next("verify", model, path)
+    else:
+        say_next("slots", path)
 
 
 def _refuse_idle(given: str, options: dict[str, object]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, tell_saved
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import print_json, say_next, tell_saved
 
 
-@click.command("pack")
+@click.command("pack", short_help="Make a thin model whole.")
 @click.argument("model", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.packed.onnx.")
 @click.option("--keep-external", is_flag=True, help="Do not copy external data.")
@@ -41,3 +42,4 @@ def command(
         data = [str(file) for file in saved.data]
         print_json({"output": str(saved.path), "size": saved.size, "data": data})
     tell_saved(saved)
+    say_next("check", path)

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import click
 
-from onnx_adapt.cli.show import patience, print_json, say, tell_saved
+from onnx_adapt.cli.complete import slot_names
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import count, print_json, say, say_next, tell_saved
 
 
-@click.command("remove")
+@click.command("remove", short_help="Take slots out again; the base comes back.")
 @click.argument("model", type=click.Path())
-@click.option("--slot", "names", multiple=True, help="A slot to remove; by default all.")
+@click.option(
+    "--slot",
+    "names",
+    multiple=True,
+    shell_complete=slot_names,
+    help="A slot to remove; by default all.",
+)
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.removed.onnx.")
 @click.option("--keep-external", is_flag=True, help="Do not copy external data.")
 @click.option("--force", is_flag=True, help="Let the output replace MODEL.")
@@ -51,5 +59,6 @@ def command(
             say(f"note: {note}")
         if not left and not notes:
             say("the base is back, byte for byte")
-    say(f"removed {gone} slots, {len(left)} left")
+    say(f"removed {count(gone, 'slot')}, {len(left)} left")
     tell_saved(saved)
+    say_next("slots" if left else "sites", path)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnx_adapt.cli.show import print_json, print_table, say
+from onnx_adapt.cli.complete import adapter_names
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import print_json, print_table, say, say_next
 from onnx_adapt.errors import AdapterError, SaveError
 
 if TYPE_CHECKING:
@@ -21,10 +23,14 @@ _SUFFIXES = (".onnx_adapter", ".safetensors", ".npz")
 _BASE = "-"
 
 
-@click.command("run")
+@click.command("run", short_help="Run a model with one adapter or several.")
 @click.argument("model", type=click.Path())
 @click.option("--inputs", required=True, type=click.Path(), help="An .npz by input name.")
-@click.option("--adapter", help="A file, or the name of one beside MODEL.")
+@click.option(
+    "--adapter",
+    shell_complete=adapter_names,
+    help="A file, or the name of one beside MODEL.",
+)
 @click.option("--blend", help="Several with weights: a=0.7,b=0.3.")
 @click.option("--rows", help="One for each row of the batch, `-` for the base: a,b,-.")
 @click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
@@ -72,7 +78,10 @@ def command(
     files = {name: _file(Path(model), name) for name in names}
     _refuse_output(output, model, inputs, *files.values())
     feeds = read_arrays(Path(inputs))
-    with oa.AdapterSession(model, batch_axis=batch_axis) as session:
+    with (
+        patience(f"running {model}"),
+        oa.AdapterSession(model, batch_axis=batch_axis) as session,
+    ):
         for name, file in files.items():
             session.load(name, file, allow_partial=allow_partial)
         found, times = _timed(lambda: session.run(feeds, adapter=chosen), repeat)
@@ -81,6 +90,10 @@ def command(
         _write(Path(output), found)
     described = [_describe(name, value, base) for name, value in found.items()]
     _show(described, times, as_json=as_json, output=output)
+    if adapter is not None:
+        say_next("fill", model, files[adapter])
+    else:
+        say_next("slots", model)
 
 
 def read_choice(

@@ -37,9 +37,9 @@ def command(
     metrics_port: int | None,
     **options: Any,
 ) -> None:
-    """Serve MODEL and a folder of adapters over HTTP, until interrupted.
+    """Serve MODEL and a folder of adapters over HTTP.
 
-    The protocol is the Open Inference Protocol, version 2, of KServe and Triton. Adapters
+    Until it is interrupted. Open Inference Protocol 2, as of KServe and Triton. Adapters
     that appear in the folder, or change, are checked and served.
 
     \b

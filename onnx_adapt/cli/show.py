@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from onnx_adapt import Adapter, Model
     from onnx_adapt.model_file import Saved
 
-_PATIENCE = 1.0
+_QUIET = "onnx_adapt.quiet"
 
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 """What JSON may hold as it is, and a terminal obeys: controls of ISO 6429, of direction."""
@@ -32,10 +33,32 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def be_quiet(ctx: click.Context) -> None:
+    """Say nothing more while this command runs; errors are still said."""
+    ctx.meta[_QUIET] = True
+
+
+def is_quiet() -> bool:
+    """Whether nobody wants to hear anything but errors."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and _QUIET in ctx.meta
+
+
 def say(text: str) -> None:
     """Talk to the person, on stderr; that nobody can hear it is no failure."""
-    with contextlib.suppress(OSError):
-        click.echo(plain(text), err=True)
+    if not is_quiet():
+        with contextlib.suppress(OSError):
+            click.echo(plain(text), err=True)
+
+
+def say_next(*words: str | Path) -> None:
+    """Say which command is likely to be of use now."""
+    say(f"next: onnx-adapt {shlex.join(map(str, words))}")
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things: `1 slot`, `2 slots`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def emit(text: str = "") -> None:
@@ -77,31 +100,67 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout; numbers are right-aligned, nothing is cut when piped."""
-    given = [list(row) for row in rows]
-    numbers = [
-        bool(given) and all(isinstance(row[i], int | float) for row in given)
+    """Print a table on stdout; numbers are right-aligned, nothing is cut when piped.
+
+    On a terminal that is too narrow only prose is wrapped. A name that was broken could
+    not be copied: if names do not fit, each row becomes a paragraph.
+    """
+    body = [list(row) for row in rows]
+    cells = [[plain("" if cell is None else str(cell)) for cell in row] for row in body]
+    right = [
+        bool(body) and all(isinstance(row[i], int | float) for row in body)
         for i in range(len(columns))
     ]
-    body = [[plain("" if cell is None else str(cell)) for cell in row] for row in given]
-    draw = _terminal_table if sys.stdout.isatty() else _piped_table
-    emit(draw(columns, body, numbers).rstrip("\n"))
+    if not sys.stdout.isatty():
+        emit(_piped_table(columns, cells, right).rstrip("\n"))
+        return
+    width = shutil.get_terminal_size().columns
+    if not _fits(columns, cells, width):
+        emit("\n".join(_paragraphs(columns, cells)))
+        return
+    emit("\n".join(map(str.rstrip, _table(columns, cells, right, width).splitlines())))
 
 
-def _terminal_table(
-    columns: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[bool]
+_GAP = 2
+_SHORT = 16
+_PROSE = 24
+"""Columns that text of several words needs at least."""
+
+
+def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> bool:
+    """Whether a table is no wider than this when its prose is wrapped."""
+    needed = _GAP * (len(columns) - 1)
+    for i, column in enumerate(columns):
+        texts = [column, *(row[i] for row in cells)]
+        widest = max(map(len, texts))
+        words = max(len(word) for text in texts for word in text.split() or [""])
+        needed += min(widest, max(words, _PROSE))
+    return needed <= width
+
+
+def _table(
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    width: int,
 ) -> str:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, number in zip(columns, numbers, strict=True):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in body:
+    for i, column in enumerate(columns):
+        prose = any(" " in row[i] and len(row[i]) > _PROSE for row in cells)
+        table.add_column(
+            column,
+            justify="right" if right[i] else "left",
+            no_wrap=not prose,
+            overflow="fold",
+        )
+    for row in cells:
         table.add_row(*map(Text, row))
     out = StringIO()
-    Console(file=out, force_terminal=True).print(table)
+    Console(file=out, force_terminal=True, width=width).print(table)
     return out.getvalue()
 
 
@@ -125,6 +184,19 @@ def _piped_table(
         )
         for line, taken in zip(lines, sizes, strict=True)
     )
+
+
+def _paragraphs(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Each row over several lines: the first cell, the long ones, the short ones together."""
+    rest = range(1, len(columns))
+    long = [i for i in rest if any(len(row[i]) > _SHORT for row in cells)]
+    lines = []
+    for row in cells:
+        named = {i: f"{columns[i]} {row[i]}" for i in rest if row[i]}
+        short = ", ".join(named[i] for i in named if i not in long)
+        lines += [row[0], *(f"  {named[i]}" for i in long if i in named)]
+        lines += [f"  {short}"] if short else []
+    return lines
 
 
 def size_text(size: int) -> str:
@@ -162,38 +234,3 @@ def tell_thin(base: Model, saved: Saved) -> None:
     files = [f"{file.name} ({size_text(file.stat().st_size)})" for file in saved.weights_in]
     together = "two" if len(files) == 1 else "files"
     say(f"its weights stay in {' and '.join(files)}: keep the {together} together")
-
-
-@contextmanager
-def patience() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """Show what is going on, on a terminal, once work has lasted over a second.
-
-    Yields:
-        A function to tell about bytes (done, total), and one to tell about stages.
-    """
-    started = time.monotonic()
-    bar: Any = None
-    task: Any = None
-
-    def show(description: str, done: int | None, total: int | None) -> None:
-        nonlocal bar, task
-        if bar is None:
-            watched = sys.stderr is not None and sys.stderr.isatty()
-            if time.monotonic() - started < _PATIENCE or not watched:
-                return
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bar = Progress(console=Console(stderr=True), transient=True)
-            task = bar.add_task(description, total=total)
-            bar.start()
-        bar.update(task, description=description, completed=done, total=total)
-
-    try:
-        yield (
-            lambda done, total: show("writing", done, total),
-            lambda text: show(plain(text), None, None),
-        )
-    finally:
-        if bar is not None:
-            bar.stop()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-
 import click
 
-from onnx_adapt.cli.show import print_json, print_table, say
+from onnx_adapt.cli.complete import site_names
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import print_json, print_table, say, say_next
 
 
-@click.command("sites")
+@click.command("sites", short_help="List the places that can take an adapter.")
 @click.argument("model", type=click.Path())
-@click.argument("pattern", required=False)
+@click.argument("pattern", required=False, shell_complete=site_names)
 @click.option(
     "--all", "all_tensors", is_flag=True, help="Every float tensor, not only layers."
 )
@@ -27,7 +27,8 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
     import onnx_adapt as oa
     from onnx_adapt.resolve import select_sites
 
-    sites = select_sites(oa.open_model(model), pattern, all_tensors=all_tensors)
+    with patience(f"reading {model}"):
+        sites = select_sites(oa.open_model(model), pattern, all_tensors=all_tensors)
     if as_json:
         print_json({"sites": [site.as_dict() for site in sites]})
         return
@@ -38,7 +39,9 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
     say(f"{len(good)} of {len(sites)} can take an adapter")
     if good:
         name = good[0].module or good[0].node or good[0].address
-        say(f"next: onnx-adapt insert {shlex.quote(model)} --after {shlex.quote(name)}")
+        say_next("insert", model, "--after", name)
+    elif not all_tensors:
+        say_next("sites", model, "--all")
 
 
 _ALWAYS = ("address", "op", "width", "dtype", "axis")

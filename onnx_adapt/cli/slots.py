@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import print_json, print_table, say
+from onnx_adapt.cli.show import print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
     from onnx_adapt import Slot
@@ -30,7 +30,7 @@ def slot_dict(slot: Slot) -> dict[str, object]:
     return {**asdict(slot), "weights": names, "rows": rows}
 
 
-@click.command("slots")
+@click.command("slots", short_help="List the slots of a model.")
 @click.argument("model", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(model: str, as_json: bool) -> None:
@@ -51,3 +51,8 @@ def command(model: str, as_json: bool) -> None:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     if not slots:
         say(f"{opened.label} has no slots; `onnx-adapt insert` adds some")
+        say_next("sites", model)
+    elif any(slot.swappable for slot in slots):
+        say_next("convert", "trained/", "--for", model, "-o", "NAME.onnx_adapter")
+    else:
+        say_next("remove", model)

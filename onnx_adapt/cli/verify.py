@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import emit, patience, print_json, print_table, say
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.show import emit, print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
     from onnx_adapt import Report
 
 
-@click.command("verify")
+@click.command("verify", short_help="Prove that a model is its base plus slots.")
 @click.argument("base", type=click.Path())
 @click.argument("adapted", type=click.Path())
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
@@ -45,7 +46,7 @@ def command(
     """
     import onnx_adapt as oa
 
-    with patience() as (_, stage):
+    with patience(f"reading {adapted}") as (_, stage):
         report = oa.verify(
             base, adapted, inputs=inputs or None, strict=strict, seed=seed, stage=stage
         )
@@ -54,7 +55,9 @@ def command(
     else:
         _show(report)
     if not report.passed:
+        say_next("check", adapted)
         ctx.exit(1)
+    say_next("slots", adapted)
 
 
 def _show(report: Report) -> None:

@@ -1,0 +1,82 @@
+"""What a shell offers when TAB is pressed; where nothing can be read, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from onnx_adapt import Model
+
+Offer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def _offer(names: Callable[[click.Context], Iterable[str]], *, files: bool = False) -> Offer:
+    """Offer the names that begin as what was typed, and files if there is no such name."""
+
+    def complete(
+        ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        try:
+            known = [name for name in names(ctx) if name.startswith(incomplete)]
+        except Exception:  # a traceback in the middle of a typed line helps nobody
+            known = []
+        items = [CompletionItem(name) for name in dict.fromkeys(known) if _typable(name)]
+        return [CompletionItem(incomplete, type="file")] if files and not items else items
+
+    return complete
+
+
+def _typable(name: str) -> bool:
+    """Shells take a line apart at spaces, and bash at colons too."""
+    return not any(c == ":" or c.isspace() or not c.isprintable() for c in name)
+
+
+def _sites(ctx: click.Context) -> Iterable[str]:
+    """The modules and nodes that can take a slot."""
+    import onnx_adapt as oa
+
+    good = [site for site in oa.find_sites(_model(ctx)) if site.refused is None]
+    modules = [site.module for site in good if site.module]
+    return modules + [site.node for site in good if site.node]
+
+
+def _slots(ctx: click.Context) -> Iterable[str]:
+    import onnx_adapt as oa
+
+    return [slot.name for slot in oa.list_slots(_model(ctx))]
+
+
+def _adapters(ctx: click.Context) -> Iterable[str]:
+    """The names of the adapters beside the model: MODEL.NAME.safetensors and alike."""
+    model = _path(ctx).absolute()
+    files = sorted(model.parent.glob("*"))
+    beside = [file for file in files if file.suffix in (".safetensors", ".onnx_adapter")]
+    return [file.stem.removeprefix(f"{model.stem}.") for file in beside]
+
+
+def _activations(ctx: click.Context) -> Iterable[str]:
+    from onnx_adapt.activations import ACTIVATIONS
+
+    return ACTIVATIONS
+
+
+def _model(ctx: click.Context) -> Model:
+    import onnx_adapt as oa
+
+    return oa.open_model(_path(ctx))
+
+
+def _path(ctx: click.Context) -> Path:
+    """The model: click has not counted it yet while an option waits for its value."""
+    return Path(ctx.params["model"] or ctx.args[0]).expanduser()
+
+
+site_names = _offer(_sites)
+slot_names = _offer(_slots)
+adapter_names = _offer(_adapters, files=True)
+activation_names = _offer(_activations)
