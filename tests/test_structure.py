@@ -30,14 +30,16 @@ FLOORS = (
         "adapter_cache",
         "binding",
     ),
-    ("slot", "layers", "engine"),
+    ("slot", "layers", "engine", "flops", "surroundings"),
     ("modules", "layout", "norms"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
-    ("resolve", "damage"),
+    ("resolve", "damage", "inputs"),
     ("plan", "probe", "filling", "row_proof"),
-    ("checkpoints", "graft", "session"),
+    ("checkpoints", "graft", "session", "costs"),
     ("rewrite",),
     ("verification", "graphsurgeon", "conversion"),
+    ("overview",),
+    ("page",),
     ("__init__",),
     ("cli",),
 )
@@ -50,6 +52,9 @@ DOORS = {
     "onnx_graphsurgeon": {"graphsurgeon"},
     "safetensors": {"adapter_files"},
     "flatbuffers": {"adapter_files"},
+    "jinja2": {"page"},
+    "pygal": {"page"},
+    "grandalf": {"page"},
 }
 
 
