@@ -55,14 +55,14 @@ class Latency:
     """How long a run takes, in milliseconds.
 
     Attributes:
+        best: The fastest run: what else the machine does only adds to it.
         median: Of all runs.
-        low: A quarter of the runs took less.
-        high: A quarter of the runs took more.
+        worst: The slowest run.
     """
 
+    best: float
     median: float
-    low: float
-    high: float
+    worst: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,5 +233,4 @@ def _time(
 
 
 def _latency(times: list[float]) -> Latency:
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Latency(median, low, high)
+    return Latency(min(times), statistics.median(times), max(times))

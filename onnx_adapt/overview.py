@@ -13,7 +13,7 @@ from onnx_adapt.errors import RunError
 from onnx_adapt.feeds import Feeds
 from onnx_adapt.filling import fill
 from onnx_adapt.fitting import require_fit, required_manifest
-from onnx_adapt.graph import GraphView, ModelIndex, index_model
+from onnx_adapt.graph import GraphView, ModelIndex, index_model, text
 from onnx_adapt.inputs import Inputs, inputs_for
 from onnx_adapt.layers import is_layer, weight_width
 from onnx_adapt.manifest import Slot, slot_of
@@ -251,5 +251,5 @@ def _layers(index: ModelIndex) -> list[Layer]:
         node = view.nodes[number]
         width = weight_width(view, node) if is_layer(view, node) else None
         if width:
-            found.append(Layer(depth, node.name, node.op_type, width))
+            found.append(Layer(depth, text(node.name), text(node.op_type), width))
     return found

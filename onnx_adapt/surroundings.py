@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from onnx_adapt.graph import GraphView, TensorType, elem_name, text
+from onnx_adapt.layers import is_layer
 from onnx_adapt.manifest import Slot, slot_of
 
 _READERS = 4
@@ -68,14 +69,28 @@ def surroundings_before(view: GraphView | None, slot: Slot) -> Surroundings | No
     """The graph of the base around a slot's site; None if the base has no such tensor."""
     if view is None or slot.tensor not in view.producers:
         return None
-    return _around(view, slot, [view.nodes[view.producers[slot.tensor]]], slot.tensor)
+    return _around(view, slot, _site(view, slot.tensor), slot.tensor)
 
 
 def surroundings_after(view: GraphView, slot: Slot) -> Surroundings:
     """The graph of the adapted model around a slot."""
     own = [node for node in view.nodes if slot_of(node) == slot.name]
-    made = view.producers.get(slot.inner)
-    return _around(view, slot, ([] if made is None else [view.nodes[made]]) + own, slot.output)
+    return _around(view, slot, _site(view, slot.inner) + own, slot.output)
+
+
+def _site(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
+    """The node that makes a tensor; where it is no layer (a bias), what it reads as well."""
+    if tensor not in view.producers:
+        return []
+    node = view.nodes[view.producers[tensor]]
+    read = [] if is_layer(view, node) or slot_of(node) else dict.fromkeys(node.input)
+    makers = {view.producers[name] for name in read if name in view.producers}
+    return [*(view.nodes[i] for i in sorted(makers)[:_READERS] if not _stored(view, i)), node]
+
+
+def _stored(view: GraphView, number: int) -> bool:
+    """Whether a node makes a weight."""
+    return any(view.weight(name) is not None for name in view.nodes[number].output)
 
 
 def _around(

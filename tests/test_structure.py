@@ -13,7 +13,7 @@ import onnx_adapt
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "walk", "suggest"),
+    ("errors", "dtypes", "walk", "suggest", "printable"),
     ("activations", "constants", "ort", "batches"),
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts", "coupling"),
@@ -30,8 +30,8 @@ FLOORS = (
         "adapter_cache",
         "binding",
     ),
-    ("slot", "layers", "engine", "flops", "surroundings"),
-    ("modules", "layout", "norms"),
+    ("slot", "layers", "engine", "flops"),
+    ("modules", "layout", "norms", "surroundings"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
     ("resolve", "damage", "inputs"),
     ("plan", "probe", "filling", "row_proof"),

@@ -14,7 +14,7 @@ from onnx_adapt.errors import AdaptError, MismatchError
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("convert", "fill", "extract", "run", "build", "pack"),
+    *("report", "convert", "fill", "extract", "run", "build", "pack"),
 )
 
 _HELP = "`onnx-adapt --help` tells what can be done, and how"

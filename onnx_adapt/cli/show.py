@@ -16,17 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.errors import AdaptError
+from onnx_adapt.printable import plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Model
     from onnx_adapt.model_file import Saved
 
 _PATIENCE = 1.0
-
-
-def plain(text: str) -> str:
-    """Text that is safe on a terminal: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
