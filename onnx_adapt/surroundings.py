@@ -11,7 +11,7 @@ from onnx_adapt.graph import GraphView, TensorType, elem_name, text
 from onnx_adapt.layers import is_layer
 from onnx_adapt.manifest import Slot, slot_of
 
-_READERS = 4
+_READERS = 3
 """How many readers of a tensor are shown."""
 
 BASE, NEW, OTHER = "base", "new", "other"

@@ -29,7 +29,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
     """Write all files beside their places, then move them there in order.
 
     Raises:
-        SaveError: If anything cannot be written, or a source has changed; every
+        SaveError: If anything cannot be written or replaced, or a source has changed; every
             destination is then as it was before its move, and nothing new is left.
     """
     total = sum(_length(segment) for segment in _segments(plans))
@@ -42,6 +42,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
             progress(done, total)
 
     _refuse_changed(plans)
+    _refuse_odd(plans)
     ready: list[tuple[Path, Path]] = []
     made: list[Path] = []
     file = plans[0][0]
@@ -83,6 +84,13 @@ def _refuse_changed(plans: Sequence[FilePlan]) -> None:
     for source in {s.source for s in _segments(plans) if not isinstance(s, bytes)}:
         if not source.is_unchanged():
             raise _changed(source.path)
+
+
+def _refuse_odd(plans: Sequence[FilePlan]) -> None:
+    """A device or a pipe would not be written to but replaced, for everyone who uses it."""
+    for file, _ in plans:
+        if file.exists() and not file.is_file():
+            raise SaveError(f"{file} is not a regular file", hint="choose another output path")
 
 
 def _changed(source: Path) -> SaveError:

@@ -93,9 +93,11 @@ def check_page(path: Path, *given: str) -> None:
     Raises:
         AdaptError: If libraries are missing, or it would replace what it is about.
     """
+    from onnx_adapt.destination import settle
     from onnx_adapt.page import require_libraries
 
     require_libraries()
+    settle(path)
     for item in given:
         if path.exists() and Path(item).exists() and path.samefile(item):
             raise SaveError(f"the page would replace {path}", hint="choose another name")

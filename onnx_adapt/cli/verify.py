@@ -53,17 +53,12 @@ def command(
     if html:
         check_page(Path(html), base, adapted, *inputs)
     with patience() as (_, stage):
-        given: dict[str, Any] = {
-            "inputs": inputs or None,
-            "strict": strict,
-            "seed": seed,
-            "stage": stage,
-        }
+        given: dict[str, Any] = {"inputs": inputs or None, "strict": strict, "seed": seed}
         if html:
-            found = overview(oa.open_model(base), oa.open_model(adapted), **given)
+            found = overview(oa.open_model(base), oa.open_model(adapted), **given, stage=stage)
             report = found.report
         else:
-            report = oa.verify(base, adapted, **given)
+            report = oa.verify(base, adapted, **given, stage=stage)
     if html:
         write_page(found, Path(html))
     if as_json:

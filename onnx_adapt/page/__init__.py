@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.overview import Overview
@@ -78,12 +79,9 @@ def require_libraries() -> None:
     Raises:
         AdaptError: With what to install.
     """
-    try:
-        import grandalf  # noqa: F401
-        import jinja2  # noqa: F401
-        import pygal  # noqa: F401
-    except ImportError as error:
-        raise AdaptError(
-            f"the report page needs {error.name}, which is not installed",
-            hint="pip install 'onnx-adapt[report]', or take the data with --json",
-        ) from error
+    for name in ("grandalf", "jinja2", "pygal"):
+        if find_spec(name) is None:
+            raise AdaptError(
+                f"the report page needs {name}, which is not installed",
+                hint="pip install 'onnx-adapt[report]', or take the data with --json",
+            )

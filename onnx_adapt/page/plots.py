@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -129,7 +130,7 @@ def _plot(
     y_title: str,
 ) -> str:
     """One plot as SVG without styles or scripts, so that the page's own apply."""
-    import pygal
+    pygal = _pygal()
     from pygal.etree import etree
     from pygal.style import Style
 
@@ -158,6 +159,18 @@ def _plot(
     root.set("aria-hidden", "true")  # the text beside it says the same
     text = etree.tostring(root, encoding="unicode")
     return str(text).replace("xlink:href", "href")
+
+
+def _pygal() -> Any:
+    """The module, without the finder of plugins that it leaves behind.
+
+    Up to Python 3.11 that makes every later import that fails a warning.
+    """
+    import pygal
+
+    fixer = pygal.PluginImportFixer
+    sys.meta_path[:] = [item for item in sys.meta_path if not isinstance(item, fixer)]
+    return pygal
 
 
 def _strip(root: Any) -> None:
