@@ -23,11 +23,11 @@ from onnx_adapt.parts import bottleneck_of, fresh_weights, is_empty
 from onnx_adapt.probe import neutral_model
 from onnx_adapt.runtime import Runner
 
-_ROUNDS = (5, 50)
-"""How often each model is timed, at least and at most."""
+_ROUNDS, _BLOCK = 10, 5
+"""How often the models take turns at most, and how many runs in a row each is timed for."""
 
 _SECONDS = 2.0
-"""When to stop, once the least number of rounds is done."""
+"""When to stop before that."""
 
 _NO_PARAMETERS = {"INT32", "INT64", "BOOL", "STRING"}
 """Element types of shapes, indices and texts: tensors of these are no parameters."""
@@ -75,7 +75,7 @@ class Costs:
         base_parameters: Parameters of the base.
         base_flops: Floating-point operations of the base in one run.
         uncounted: Operators of the base whose operations are not in `base_flops`.
-        rounds: How many runs of each were timed.
+        runs: How many runs of each were timed.
         base: Time of the base.
         off: Time of the adapted model with the slots off.
         on: Time of the adapted model with the slots on.
@@ -86,10 +86,15 @@ class Costs:
     base_parameters: int
     base_flops: int
     uncounted: tuple[str, ...]
-    rounds: int
+    runs: int
     base: Latency
     off: Latency
     on: Latency
+
+    @property
+    def noise(self) -> float:
+        """How far the median of runs is from their best, in parts of it, at worst."""
+        return max(time.median / time.best - 1 for time in (self.base, self.off, self.on))
 
 
 Weights = Mapping[str, Mapping[str, Array]]
@@ -142,7 +147,7 @@ def measure_costs(
     ran = trace(adapted, {**feeds, **extra})
     work, rest = _by_slot(adapted, ran)
     opened = {weight.name for weight in manifest.weights}
-    rounds, times = _time(base, adapted, feeds, extra)
+    runs, times = _time(base, adapted, feeds, extra)
     return Costs(
         slots=tuple(
             SlotCost(
@@ -157,7 +162,7 @@ def measure_costs(
         base_parameters=_parameters(base.proto),
         base_flops=sum(item.flops for item in rest),
         uncounted=tuple(sorted({item.op for item in rest if not item.counted})),
-        rounds=rounds,
+        runs=runs,
         base=times[0],
         off=times[1],
         on=times[2],
@@ -216,18 +221,17 @@ def _time(
         lambda: off.run(feeds, names),
         lambda: on.run({**feeds, **extra}, names),
     ]
-    for call in calls:  # the first run of a session makes room
-        call()
     taken: list[list[float]] = [[], [], []]
-    least, most = _ROUNDS
     begun = time.perf_counter()
-    while len(taken[0]) < least or (
-        len(taken[0]) < most and time.perf_counter() - begun < _SECONDS
-    ):
+    for _ in range(_ROUNDS):
         for call, times in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
+            call()  # threads of the session before may still be waiting for work
+            for _ in range(_BLOCK):
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e3)
+        if time.perf_counter() - begun > _SECONDS:
+            break
     first, second, third = (_latency(times) for times in taken)
     return len(taken[0]), (first, second, third)
 

@@ -85,12 +85,12 @@ def _site(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
     node = view.nodes[view.producers[tensor]]
     read = [] if is_layer(view, node) or slot_of(node) else dict.fromkeys(node.input)
     makers = {view.producers[name] for name in read if name in view.producers}
-    return [*(view.nodes[i] for i in sorted(makers)[:_READERS] if not _stored(view, i)), node]
+    return [*(view.nodes[i] for i in sorted(makers)[:_READERS]), node]
 
 
-def _stored(view: GraphView, number: int) -> bool:
-    """Whether a node makes a weight."""
-    return any(view.weight(name) is not None for name in view.nodes[number].output)
+def _makes_weight(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether what a node makes is shown in the nodes that read it."""
+    return any(view.weight(name) is not None for name in node.output)
 
 
 def _around(
@@ -98,7 +98,7 @@ def _around(
 ) -> Surroundings:
     readers = view.readers(last)
     sketch = _Sketch(view, slot)
-    for node in inner:
+    for node in (node for node in inner if not _makes_weight(view, node)):
         sketch.add(node, [name for name in node.input if name], list(node.output))
     for node in readers[:_READERS]:
         sketch.add(node, [last], [])

@@ -192,7 +192,7 @@ def test_an_adapter_moves_as_far_as_a_run_with_one_slot_says(
 def test_times_are_of_real_runs(bert: Overview) -> None:
     for time in (bert.costs.base, bert.costs.off, bert.costs.on):
         assert 0 < time.best <= time.median <= time.worst
-    assert bert.costs.rounds >= 5
+    assert bert.costs.runs >= 5
 
 
 def test_after_has_exactly_the_slots_nodes_as_new_and_before_none(bert: Overview) -> None:
@@ -204,6 +204,14 @@ def test_after_has_exactly_the_slots_nodes_as_new_and_before_none(bert: Overview
         assert weights == {view.slot.weight("down"), view.slot.weight("up")}
         kept = {box.name for box in view.before.boxes if box.kind == "node"}
         assert kept <= {box.name for box in view.after.boxes}
+
+
+def test_constants_of_a_slot_are_shown_in_the_nodes_that_read_them() -> None:
+    base = model_of(MLP)
+    (view,) = overview(base, oa.insert(base, after="first", activation="gelu")).slots
+    assert "Constant" not in [box.label for box in view.after.boxes]
+    ends = {end for edge in view.after.edges for end in edge}
+    assert ends == set(range(len(view.after.boxes)))
 
 
 def test_slots_come_in_order_of_depth() -> None:
@@ -371,7 +379,7 @@ def test_the_json_has_stable_keys(tmp_path: Path, capsys: Capture) -> None:
     assert set(data["slots"][0]["cost"]) == {"name", "bottleneck", "parameters", "flops"}
     assert set(data["slots"][0]["after"]) == {"boxes", "edges", "hidden"}
     assert set(data["costs"]) == {
-        *("slots", "replaced", "base_parameters", "base_flops", "uncounted", "rounds"),
+        *("slots", "replaced", "base_parameters", "base_flops", "uncounted", "runs"),
         *("base", "off", "on"),
     }
     assert [layer["width"] for layer in data["layers"]] == [4, 4]

@@ -21,8 +21,8 @@ def render(overview: Overview) -> str:
     Example:
         >>> import onnx_adapt as oa
         >>> from onnx_adapt.overview import overview
-        >>> base = oa.open_model("models/silero-vad-ifless.onnx")
-        >>> adapted = oa.insert(base, after="main:*decoder*")
+        >>> base = oa.open_model("models/dnsmos-p808.onnx")
+        >>> adapted = oa.insert(base, after="conv2d_5")
         >>> page = render(overview(base, adapted))
         >>> page.startswith("<!doctype html>")
         True
