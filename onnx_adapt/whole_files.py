@@ -42,12 +42,12 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
             progress(done, total)
 
     _refuse_changed(plans)
-    _refuse_odd(plans)
     ready: list[tuple[Path, Path]] = []
     made: list[Path] = []
     file = plans[0][0]
     try:
         for file, content in plans:
+            _refuse_odd(file)
             _make_folder(file.parent, made)
             temporary = file.with_name(f".onnx-adapt.{secrets.token_hex(6)}.tmp")
             ready.append((temporary, file))
@@ -86,11 +86,10 @@ def _refuse_changed(plans: Sequence[FilePlan]) -> None:
             raise _changed(source.path)
 
 
-def _refuse_odd(plans: Sequence[FilePlan]) -> None:
+def _refuse_odd(file: Path) -> None:
     """A device or a pipe would not be written to but replaced, for everyone who uses it."""
-    for file, _ in plans:
-        if file.exists() and not file.is_file():
-            raise SaveError(f"{file} is not a regular file", hint="choose another output path")
+    if file.exists() and not file.is_file():
+        raise SaveError(f"{file} is not a regular file", hint="choose another output path")
 
 
 def _changed(source: Path) -> SaveError:
