@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,18 +13,12 @@ from onnx_adapt import walk
 from onnx_adapt.checker import complaints
 from onnx_adapt.compare import distance, in_words
 from onnx_adapt.damage import foreign_readers
-from onnx_adapt.errors import RunError, SlotError, UnprovableError
-from onnx_adapt.feeds import (
-    Feeds,
-    candidate_feeds,
-    check_feeds,
-    is_dynamic,
-    load_feeds,
-    required_inputs,
-)
+from onnx_adapt.errors import RunError, SlotError
+from onnx_adapt.feeds import Feeds
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graph import index_model, read_type
+from onnx_adapt.graph import read_type
 from onnx_adapt.initializers import check_model_weights
+from onnx_adapt.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
@@ -36,7 +28,6 @@ from onnx_adapt.rewrite import inline_model, list_slots, remove
 from onnx_adapt.row_proof import check_rows
 from onnx_adapt.runtime import Runner, Values
 
-Inputs = str | os.PathLike[str] | Mapping[str, Any]
 Stage = Callable[[str], None]
 """Told what is being done, before it is done."""
 
@@ -104,7 +95,7 @@ def verify(
     if checks[0].passed:
         tell("running the base")
         opened = any(weight.swappable for weight in manifest.weights)
-        proof = _Proof(before, after, manifest.slots, _inputs(inputs), seed, tell, opened)
+        proof = _Proof(before, after, manifest.slots, inputs, seed, tell, opened)
         proof.run_base()
         shapes = tuple({k: np.shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
@@ -119,14 +110,6 @@ def verify(
     return Report(
         before.label, label, tuple(checks), results, shapes, runtime_version(), strict
     )
-
-
-def _inputs(given: Inputs | Sequence[Inputs] | None) -> list[Inputs]:
-    if given is None:
-        return []
-    if isinstance(given, str | os.PathLike | Mapping):
-        return [given]
-    return list(given)
 
 
 def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
@@ -175,7 +158,7 @@ class _Proof:
     base: Model
     adapted: Model
     slots: tuple[Slot, ...]
-    given: list[Inputs]
+    given: Inputs | Sequence[Inputs] | None
     seed: int
     tell: Stage
     opened: bool
@@ -188,23 +171,12 @@ class _Proof:
         Raises:
             UnprovableError: If the base does not run here at all.
         """
-        try:
-            runner = Runner(self.base, optimised=True)
-        except RunError as error:
-            raise UnprovableError(error.message, hint=error.hint) from error
-        if self.given:
-            self.feeds = [self._load(item) for item in self.given]
-        else:
-            self.feeds = _make_feeds(self.base, runner, self.seed)
+        runner = base_runner(self.base)
+        self.feeds = feeds_for(self.base, runner, self.given, self.seed)
         self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
         del runner
         plain = Runner(self.base, optimised=False)
         self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
-
-    def _load(self, item: Inputs) -> Feeds:
-        if isinstance(item, Mapping):
-            return check_feeds(item, self.base.proto, "the inputs")
-        return load_feeds(Path(item), self.base.proto)
 
     def off(self) -> Check:
         """With the slots off the outputs are the base's."""
@@ -317,29 +289,6 @@ def _effect_check(results: Sequence[SlotResult]) -> Check:
     warnings = tuple(f"slot {name!r} moves no output for these inputs" for name in still)
     detail = f"{len(moving)} of {len(results)} slots move the outputs"
     return Check("effect", bool(moving), detail, warnings)
-
-
-def _make_feeds(base: Model, runner: Runner, seed: int) -> list[Feeds]:
-    """One set of inputs that the base runs with; two where shapes are dynamic."""
-    index = index_model(base)
-    found: list[Feeds] = []
-    last = ""
-    for variant in (0, 1) if is_dynamic(base.proto) else (0,):
-        for feeds in candidate_feeds(index, variant, seed):
-            try:
-                runner.run(feeds)
-            except RunError as error:  # these sizes do not suit it: try others
-                last = str(error)  # an exception would keep this frame, and so the session
-                continue
-            found.append(feeds)
-            break
-    if not found:
-        names = ", ".join(value.name for value in required_inputs(base.proto))
-        raise UnprovableError(
-            f"{base.label} runs with none of the inputs that were made up ({last})",
-            hint=f"give real inputs ({names}) with --inputs FILE.npz",
-        )
-    return found
 
 
 def _checker(base: Model, adapted: Model) -> Check:

@@ -29,7 +29,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
     """Write all files beside their places, then move them there in order.
 
     Raises:
-        SaveError: If anything cannot be written, or a source has changed; every
+        SaveError: If anything cannot be written or replaced, or a source has changed; every
             destination is then as it was before its move, and nothing new is left.
     """
     total = sum(_length(segment) for segment in _segments(plans))
@@ -48,6 +48,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
     file = plans[0][0]
     try:
         for file, content in plans:
+            _refuse_odd(file)
             _make_folder(file.parent, made)
             temporary = file.with_name(f".onnx-adapt.{secrets.token_hex(6)}.tmp")
             ready.append((temporary, file))
@@ -101,6 +102,12 @@ def _refuse_changed(plans: Sequence[FilePlan]) -> None:
     for source in {s.source for s in _segments(plans) if not isinstance(s, bytes)}:
         if not source.is_unchanged():
             raise _changed(source.path)
+
+
+def _refuse_odd(file: Path) -> None:
+    """A device or a pipe would not be written to but replaced, for everyone who uses it."""
+    if file.exists() and not file.is_file():
+        raise SaveError(f"{file} is not a regular file", hint="choose another output path")
 
 
 def _changed(source: Path) -> SaveError:

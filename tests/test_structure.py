@@ -13,7 +13,7 @@ import onnx_adapt
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "walk", "suggest"),
+    ("errors", "dtypes", "walk", "suggest", "printable"),
     ("activations", "constants", "ort", "batches"),
     ("manifest", "wire", "taps", "report"),
     ("payloads", "adapter", "parts", "coupling"),
@@ -30,14 +30,16 @@ FLOORS = (
         "adapter_cache",
         "binding",
     ),
-    ("slot", "layers", "engine"),
-    ("modules", "layout", "norms"),
+    ("slot", "layers", "engine", "flops"),
+    ("modules", "layout", "norms", "surroundings"),
     ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
-    ("resolve", "damage", "base_weights"),
+    ("resolve", "damage", "base_weights", "inputs"),
     ("plan", "probe", "filling", "row_proof"),
-    ("checkpoints", "graft", "session"),
+    ("checkpoints", "graft", "session", "costs"),
     ("rewrite",),
     ("verification", "graphsurgeon", "conversion"),
+    ("overview",),
+    ("page",),
     ("__init__",),
     ("serve",),
     ("cli",),
@@ -54,6 +56,9 @@ DOORS = {
     "fsspec": {"serve"},
     "ray": {"serve"},
     "starlette": {"serve"},
+    "jinja2": {"page"},
+    "pygal": {"page"},
+    "grandalf": {"page"},
 }
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import emit, plain, print_json, say, say_next
+from onnx_adapt.cli.show import emit, print_json, say, say_next
+from onnx_adapt.printable import plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
-from onnx_adapt.cli.show import is_quiet, plain
+from onnx_adapt.cli.show import is_quiet
+from onnx_adapt.printable import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress

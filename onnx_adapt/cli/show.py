@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.errors import AdaptError
+from onnx_adapt.printable import plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Model
@@ -26,11 +27,6 @@ _QUIET = "onnx_adapt.quiet"
 
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 """What JSON may hold as it is, and a terminal obeys: controls of ISO 6429, of direction."""
-
-
-def plain(text: str) -> str:
-    """Text that is safe on a terminal: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def be_quiet(ctx: click.Context) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.report import check_page, write_page
 from onnx_adapt.cli.show import emit, print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of made-up inputs and weights.",
 )
+@click.option("--html", type=click.Path(), help="Write `report`'s page to this file as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_context
 def command(
@@ -34,6 +37,7 @@ def command(
     inputs: tuple[str, ...],
     strict: bool,
     seed: int,
+    html: str | None,
     as_json: bool,
 ) -> None:
     """Prove in ONNX Runtime that ADAPTED is BASE plus exactly its slots.
@@ -45,11 +49,19 @@ def command(
       onnx-adapt verify model.onnx model.adapted.onnx
     """
     import onnx_adapt as oa
+    from onnx_adapt.overview import overview
 
+    if html:
+        check_page(Path(html), base, adapted, *inputs)
     with patience(f"reading {adapted}") as (_, stage):
-        report = oa.verify(
-            base, adapted, inputs=inputs or None, strict=strict, seed=seed, stage=stage
-        )
+        given: dict[str, Any] = {"inputs": inputs or None, "strict": strict, "seed": seed}
+        if html:
+            found = overview(oa.open_model(base), oa.open_model(adapted), **given, stage=stage)
+            report = found.report
+        else:
+            report = oa.verify(base, adapted, **given, stage=stage)
+    if html:
+        write_page(found, Path(html))
     if as_json:
         print_json(report.as_dict())
     else:
