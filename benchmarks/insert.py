@@ -1,7 +1,8 @@
-"""What inserting into large models costs, beside copying the file.
+"""What inserting costs and keeps, beside `cp` and beside other libraries.
 
 Models are generated, every command runs in a process of its own, and the numbers are
-medians. It needs 7 GB of disk and 6 GB of memory (--quick: 1 GB) and runs on Linux.
+the best of three. It needs 20 GB of disk and 10 GB of memory (--quick: 1 GB) and runs on
+Linux. The other libraries are installed in an environment of their own, `.venv-peers`.
 
     python benchmarks/insert.py
     python benchmarks/insert.py --quick
@@ -9,243 +10,292 @@ medians. It needs 7 GB of disk and 6 GB of memory (--quick: 1 GB) and runs on Li
 
 from __future__ import annotations
 
-import argparse
 import filecmp
-import os
-import platform
-import subprocess
+import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
+import onnx
 from large_models import write_external, write_inline
+from lost import lost, rich_model
+from measuring import (
+    ADAPT,
+    Command,
+    CommandError,
+    Cost,
+    Finding,
+    Part,
+    Table,
+    measure,
+    run,
+    same,
+    try_all,
+)
+from peers import LIBRARIES, insertion
+from setting import Setting, alone
 
-from onnx_adapt.cli.show import print_table, say, size_text
+from onnx_adapt.cli.show import say, size_text
 
-ADAPT = str(Path(sys.executable).with_name("onnx-adapt"))
+from fetch_models import fetch  # isort: skip
+
 ALL = "/layers.*/MatMul"
 FIRST = "/layers.0/MatMul"
+FASTER, LEANER = 5, 20
+"""How many times more every peer should take at 1.5 GB."""
 
 _LOAD = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
-
-# A process starts with the peak memory of the one it came from: this one stays small.
-_LAUNCHER = """
-import os, resource, subprocess, sys, time
-started = time.perf_counter()
-status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-done = time.perf_counter()
-os.sync()
-on_disk = time.perf_counter()
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-print(status, done - started, on_disk - started, peak)
-"""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the models are and how often each command runs."""
+    """Layers and widths of the models, and how often each command runs."""
 
-    width: int
-    inline_layers: int
-    external_layers: int
-    nodes: int
+    inline: tuple[tuple[int, int], ...]
+    external: tuple[int, int]
+    nodes: tuple[int, ...]
     runs: int
 
 
-FULL = Sizes(width=8192, inline_layers=6, external_layers=10, nodes=20_000, runs=5)
-QUICK = Sizes(width=2048, inline_layers=6, external_layers=10, nodes=2_000, runs=3)
+FULL = Sizes(
+    inline=((3, 1024), (6, 2048), (8, 4096), (6, 8192), (9, 8192)),
+    external=(30, 8192),
+    nodes=(1_000, 5_000, 20_000, 50_000),
+    runs=3,
+)
+QUICK = Sizes(inline=((6, 256), (6, 1024)), external=(10, 1024), nodes=(1_000,), runs=2)
+TINY = Sizes(inline=((2, 64),), external=(2, 64), nodes=(30,), runs=1)
+GOALS_AT = (6, 8192)
+NODES_AT = 20_000
+REAL = (("minilm-l3", "/model/**/output/dense/MatMul"),)
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """How long something took, once per run, in seconds."""
-
-    each: tuple[float, ...]
-
-    @property
-    def typical(self) -> float:
-        """The median."""
-        return median(self.each)
-
-    def __str__(self) -> str:
-        return f"{self.typical:.2f} s ({min(self.each):.2f} to {max(self.each):.2f})"
+def ours(
+    model: Path, output: Path, *more: str, after: str = ALL, keep: bool = False
+) -> Command:
+    """Our command."""
+    line = [ADAPT, "insert", str(model), "-o", str(output), "--no-verify", "--after", after]
+    large = output.with_name(f"{output.name}.data")  # past 2 GB
+    return Command([*line, *more], (output, large), keep)
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a command took.
-
-    Attributes:
-        done: Time until it ended; what it wrote may still be in memory.
-        on_disk: Time until all it wrote was on the disk.
-        peak: Most memory resident at once in any run, in bytes.
-    """
-
-    done: Times
-    on_disk: Times
-    peak: int
-
-
-def run(command: Sequence[str]) -> tuple[float, float, int]:
-    """Run a command once, with nothing left to write to disk from before.
-
-    Returns:
-        Seconds until it ended, seconds until all was on disk, and its peak memory.
-    """
-    os.sync()
-    launch = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
-    ended = subprocess.run(launch, capture_output=True, text=True, check=True)
-    status, done, on_disk, peak = ended.stdout.split()
-    if int(status):
-        raise SystemExit(f"{' '.join(command)} failed\n{ended.stderr}")
-    return float(done), float(on_disk), int(peak)
+def everyone(
+    model: Path, setting: Setting, *, copy: bool = True, after: str = ALL
+) -> dict[str, Command]:
+    """Ours, thin, `cp`, and what peers there are; by default a slot after every layer."""
+    out = {name: model.with_name(f"{name}.onnx") for name in ("insert", "thin", "cp")}
+    commands = {
+        "insert": ours(model, out["insert"], after=after),
+        "insert --thin": ours(model, out["thin"], "--thin", after=after),
+    }
+    if copy:
+        commands["cp"] = Command(["cp", str(model), str(out["cp"])], (out["cp"],))
+    for library in LIBRARIES if setting.peers else ():
+        output = model.with_name(f"{library}.onnx")
+        commands[library] = insertion(setting.peers, library, model, output, after)
+    return commands
 
 
-def measure(
-    *commands: Sequence[str], runs: int, outputs: Sequence[Path] = ()
-) -> tuple[Cost, ...]:
-    """Run commands in turn, so that noise meets all alike; delete `outputs` before a round."""
-    rounds = []
-    for _ in range(runs):
-        for file in outputs:
-            file.unlink(missing_ok=True)
-        rounds.append([run(command) for command in commands])
-    costs = []
-    for single in zip(*rounds, strict=True):
-        done, on_disk, peaks = zip(*single, strict=True)
-        costs.append(Cost(Times(done), Times(on_disk), max(peaks)))
-    return tuple(costs)
+Costs = Mapping[str, Cost | CommandError]
 
 
-Row = tuple[str, str, str, str]
+def worked(cost: Cost | CommandError) -> Cost:
+    """What must not fail, as it is."""
+    if isinstance(cost, CommandError):
+        raise SystemExit(str(cost))
+    return cost
 
 
-def row(what: str, value: float, unit: str, detail: object, most: float | None = None) -> Row:
-    """One line of the result: the number, what it should be at most, what it is made of."""
-    number = f"{value:.0f}" if unit == "MB" else f"{value:.2f}"
-    goal = "" if most is None else f"{most:g} {unit}: {'yes' if value <= most else 'NO'}"
-    return f"{number} {unit}", what, goal, str(detail)
+def rows_of(name: str, costs: Costs) -> list[tuple[str | float, ...]]:
+    """Lines of a table: seconds, seconds until on disk, megabytes, and times of ours."""
+    mine, rows = worked(costs["insert"]), []
+    for who, cost in costs.items():
+        if isinstance(cost, CommandError):
+            rows.append((name, who, "", "", "", "", "", "", str(cost)))
+            continue
+        done, disk = cost.done.best, cost.on_disk.best
+        ratios = (done / mine.done.best, cost.peak / mine.peak)
+        rows.append((name, who, *ratios, done, disk, cost.busy.best, cost.peak / 1e6, ""))
+    return rows
 
 
-def start(_: Path, sizes: Sizes) -> list[Row]:
+COLUMNS = (
+    "of",
+    "by",
+    "time / ours",
+    "memory / ours",
+    "s",
+    "s, on disk",
+    "s, processor",
+    "MB",
+    "fails with",
+)
+
+
+def start(setting: Setting, sizes: Sizes) -> Part:
     """The time until a command says something."""
-    commands = [ADAPT, "--help"], [sys.executable, "-c", "pass"]
-    shown, empty = measure(*commands, runs=4 * sizes.runs)
-    detail = f"an empty Python {empty.done}"
-    return [row("onnx-adapt --help", shown.done.typical, "s", detail, 0.25)]
+    commands = {"help": Command([ADAPT, "--help"])}
+    commands["empty"] = Command([sys.executable, "-c", "pass"])
+    cost = measure(commands, 4 * sizes.runs)
+    detail = f"an empty Python {cost['empty'].done}"
+    shown = Finding("onnx-adapt --help", cost["help"].done.best, "s", detail, most=0.25)
+    return Part("start", [shown])
 
 
-def inline(folder: Path, sizes: Sizes) -> list[Row]:
-    """Insert into a model with inline weights, remove again; `cp` is the measure."""
-    model, copy, adapted, back = (folder / f"{n}.onnx" for n in ("in", "cp", "out", "back"))
-    weights = write_inline(model, sizes.inline_layers, sizes.width)
-    cp, insert, remove = measure(
-        ["cp", str(model), str(copy)],
-        [ADAPT, "insert", str(model), "-o", str(adapted), "--no-verify", "--after", ALL],
-        [ADAPT, "remove", str(adapted), "-o", str(back)],
-        runs=sizes.runs,
-        outputs=(copy, adapted, back),
+def inline(setting: Setting, sizes: Sizes) -> Part:
+    """Insert into models with inline weights: the curve over their size."""
+    part = Part("inline")
+    rows: list[tuple[str | float, ...]] = []
+    for layers, width in sizes.inline:
+        with setting.room() as folder:
+            model = folder / "base.onnx"
+            weights = write_inline(model, layers, width)
+            name = f"inline {size_text(weights)}"
+            costs = try_all(everyone(model, setting), sizes.runs)
+            rows += rows_of(name, costs)
+            part.findings += inline_goals(name, costs, strict=(layers, width) == GOALS_AT)
+            if (layers, width) == GOALS_AT or sizes is not FULL:
+                part.add(back(model, name, sizes))
+    part.tables.append(Table("inline weights, a slot after every layer", COLUMNS, rows))
+    return part
+
+
+def inline_goals(name: str, costs: Costs, *, strict: bool) -> list[Finding]:
+    """The goals; those beside others are of the size that they are stated for."""
+    mine, cp = worked(costs["insert"]), worked(costs["cp"])
+    found = [Finding(f"{name}: memory of insert", mine.peak / 1e6, "MB", "", most=200)]
+    if not strict:
+        return found
+    for until, a, b, most in (
+        (", until on disk", mine.on_disk, cp.on_disk, 1.5),
+        (", in the page cache", mine.done, cp.done, 2),
+    ):
+        value = a.best / b.best
+        found.append(
+            Finding(f"{name}: insert / cp{until}", value, "x", f"{a}; cp {b}", most=most)
+        )
+    for library in LIBRARIES:
+        cost = costs.get(library)
+        if not isinstance(cost, Cost):
+            continue
+        faster = cost.done.best / mine.done.best
+        busy = cost.busy.best / mine.busy.best
+        what, detail = f"{name}: {library} / insert", f"{cost.done}; ours {mine.done}"
+        detail += f"; {busy:.1f} x the processor's time"
+        found.append(Finding(f"{what}, time", faster, "x", detail, least=FASTER))
+        detail = f"{size_text(cost.peak)}; ours {size_text(mine.peak)}"
+        found.append(
+            Finding(f"{what}, memory", cost.peak / mine.peak, "x", detail, least=LEANER)
+        )
+    return found
+
+
+def back(model: Path, name: str, sizes: Sizes) -> Part:
+    """Remove again, and prove: how often the weights are in memory then."""
+    adapted, again = model.with_name("insert.onnx"), model.with_name("back.onnx")
+    run(ours(model, adapted))
+    remove = Command([ADAPT, "remove", str(adapted), "-o", str(again)], (again,), keep=True)
+    cost = measure({"remove": remove}, sizes.runs)["remove"]
+    verify = measure(
+        {
+            "load": Command([sys.executable, "-c", _LOAD, str(model)]),
+            "verify": Command([ADAPT, "verify", str(model), str(adapted)]),
+        },
+        1,
     )
-    name = f"inline {size_text(weights)}"
-    rows = []
-    for verb, cost, most in (("insert", insert, 2), ("remove", remove, None)):
-        for until, ours, theirs in (
-            ("", cost.done, cp.done),
-            (", until on disk", cost.on_disk, cp.on_disk),
-        ):
-            ratio = ours.typical / theirs.typical
-            rows.append(
-                row(f"{name}: {verb} / cp{until}", ratio, "x", f"{ours}; cp {theirs}", most)
-            )
-        rows.append(row(f"{name}: {verb}, memory", cost.peak / 1e6, "MB", "", 200))
-    same = filecmp.cmp(model, back, shallow=False)
-    rows.append(("yes" if same else "NO", f"{name}: remove gives the base", "", "by byte"))
-    return rows + proof(model, adapted, weights)
-
-
-def proof(model: Path, adapted: Path, weights: int) -> list[Row]:
-    """How often the weights are in memory in a plain session, and while `verify` runs."""
-    plain, verify = measure(
-        [sys.executable, "-c", _LOAD, str(model)],
-        [ADAPT, "verify", str(model), str(adapted)],
-        runs=1,
+    times = "; ".join(f"{key} {size_text(c.peak)} in {c.done}" for key, c in verify.items())
+    value = verify["verify"].peak / verify["load"].peak
+    equal = filecmp.cmp(model, again, shallow=False)
+    return Part(
+        "back",
+        [
+            same(f"{name}: remove gives the base", equal, f"byte for byte, {cost.done}"),
+            Finding(f"{name}: verify / a plain session, memory", value, "x", times, most=1.25),
+        ],
     )
-    name = f"inline {size_text(weights)}"
-    times = (
-        f"memory / weights: {verify.peak / weights:.2f} x in {verify.done.typical:.0f} s, "
-        f"a session {plain.peak / weights:.2f} x in {plain.done.typical:.0f} s"
-    )
-    ratio = verify.peak / plain.peak
-    return [row(f"{name}: verify / a plain session, memory", ratio, "x", times, 1.25)]
 
 
-def external(folder: Path, sizes: Sizes) -> list[Row]:
+def external(setting: Setting, sizes: Sizes) -> Part:
     """Insert into a model with external data, in its own folder."""
-    model = folder / "external.onnx"
-    weights = write_external(model, sizes.external_layers, sizes.width)
-    name = f"external {size_text(weights)}"
-    return insertion(name, model, ALL, sizes.runs, seconds=1, megabytes=200)
+    with setting.room() as folder:
+        model = folder / "base.onnx"
+        name = f"external {size_text(write_external(model, *sizes.external))}"
+        costs = try_all(everyone(model, setting, copy=False), sizes.runs)
+    cost = worked(costs["insert"])
+    return Part(
+        "external",
+        [
+            Finding(f"{name}: insert", cost.done.best, "s", str(cost.done), most=1),
+            Finding(f"{name}: memory of insert", cost.peak / 1e6, "MB", "", most=200),
+        ],
+        [Table("external weights, in place", COLUMNS, rows_of(name, costs))],
+    )
 
 
-def many_nodes(folder: Path, sizes: Sizes) -> list[Row]:
-    """Insert into a model of very many nodes."""
-    model, layers = folder / "nodes.onnx", sizes.nodes // 3
-    write_inline(model, layers, 64)
-    name = f"{sizes.nodes:,} nodes"
-    return [
-        *insertion(f"{name}, 1 slot", model, FIRST, sizes.runs, seconds=2),
-        *insertion(f"{name}, {layers:,} slots", model, ALL, sizes.runs),
-    ]
+def many_nodes(setting: Setting, sizes: Sizes) -> Part:
+    """Insert into models of many nodes: the curve over their number."""
+    part, rows = Part("nodes"), []
+    for nodes in sizes.nodes:
+        with setting.room() as folder:
+            model, layers = folder / "base.onnx", nodes // 3
+            write_inline(model, layers, 16)
+            one = {"one slot": ours(model, folder / "one.onnx", after=FIRST)}
+            costs = try_all(one | everyone(model, setting), min(sizes.runs, 3))
+        rows += rows_of(f"{nodes:,} nodes, {layers:,} slots", costs)
+        cost = costs["one slot"]
+        if nodes == NODES_AT and isinstance(cost, Cost):
+            what = f"{nodes:,} nodes: insert one slot, processor"
+            part.findings.append(
+                Finding(what, cost.busy.best, "s", f"wall clock {cost.done}", most=2)
+            )
+    part.tables.append(Table("many nodes", COLUMNS, rows))
+    return part
 
 
-def insertion(
-    name: str,
-    model: Path,
-    after: str,
-    runs: int,
-    seconds: float | None = None,
-    megabytes: float | None = None,
-) -> list[Row]:
-    """Insert beside a model."""
-    command = [ADAPT, "insert", str(model), "--no-verify", "--after", after]
-    (cost,) = measure(command, runs=runs, outputs=[model.with_suffix(".adapted.onnx")])
-    return [
-        row(f"{name}: insert", cost.done.typical, "s", cost.done, seconds),
-        row(f"{name}: insert, memory", cost.peak / 1e6, "MB", "", megabytes),
-    ]
+def losses(setting: Setting, sizes: Sizes) -> Part:
+    """The fields that are not in the result as they were in the base."""
+    part, rows = Part("lost"), []
+    with setting.room() as folder:
+        model = folder / "base.onnx"
+        for name, pattern in (("every field", ALL), *(REAL if sizes is FULL else ())):
+            if name == "every field":
+                onnx.save(rich_model(), model)
+            else:
+                shutil.copyfile(fetch(name), model)
+            base = onnx.load(model)
+            commands = everyone(model, setting, copy=False, after=pattern)
+            del commands["insert --thin"]  # `pack` makes of it what `insert` writes
+            for who, command in commands.items():
+                try:
+                    run(command)
+                except CommandError as error:
+                    rows.append((name, who, f"fails: {error}", ""))
+                    continue
+                gone = lost(base, onnx.load(command.writes[0]))
+                rows.append((name, who, str(len(gone)), ", ".join(gone[:3])))
+                if who == "insert":
+                    what = f"{name}: fields lost"
+                    part.findings.append(Finding(what, len(gone), "fields", "", most=0))
+    part.tables.append(Table("lost or changed", ("in", "by", "fields", "for example"), rows))
+    return part
 
 
-def surroundings() -> str:
-    """The machine and the versions."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    names = ("onnx-adapt", "onnx", "onnxruntime", "protobuf", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    machine = f"{os.cpu_count()} vCPU, {memory:.0f} GB, {platform.system()}"
-    return f"{machine}, Python {platform.python_version()}, {versions}"
+def benchmark(setting: Setting) -> Part:
+    """Time, memory and losses over the size of the weights."""
+    sizes = setting.pick(FULL, QUICK, TINY)
+    whole = Part("insert")
+    for each in (start, inline, external, losses):
+        say(f"insert: {each.__name__}")
+        whole.add(each(setting, sizes))
+    return whole
 
 
-def main() -> int:
-    """Measure everything and print it; the exit status is 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="models a tenth of the size")
-    parser.add_argument("--folder", type=Path, help="a place for the models")
-    options = parser.parse_args()
-    sizes = QUICK if options.quick else FULL
-    rows = []
-    for part in (start, inline, external, many_nodes):
-        say(f"measuring: {part.__name__}")
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            rows += part(Path(folder), sizes)
-    if options.quick:  # the goals are for the full sizes: here the start-up counts for more
-        rows = [(number, what, "", detail) for number, what, _, detail in rows]
-    print_table(("value", "of", "at most", "median (lowest to highest)"), rows)
-    print(f"\n{surroundings()}; {sizes.runs} runs")
-    return int(any("NO" in number + goal for number, _, goal, _ in rows))
+def nodes_benchmark(setting: Setting) -> Part:
+    """Time and memory over the number of nodes."""
+    say("nodes")
+    return many_nodes(setting, setting.pick(FULL, QUICK, TINY))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone(benchmark, __doc__))

@@ -9,22 +9,21 @@ Models are generated, and everything runs in processes of its own. It needs 8 GB
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
-from insert import ADAPT, ALL, FIRST, Row, measure, row, surroundings
+from insert import FIRST, ours
 from large_models import write_inline
+from measuring import ADAPT, Command, Finding, Part, measure, same
+from setting import Setting, alone
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import print_table, say, size_text
+from onnx_adapt.cli.show import say, size_text
 
 _SESSIONS = """
 import json, re, sys, time, numpy, onnxruntime
@@ -67,40 +66,49 @@ class Sizes:
 
 FULL = Sizes(width=8192, layers=6, shared_width=2048, variants=20, runs=5)
 QUICK = Sizes(width=2048, layers=6, shared_width=1024, variants=20, runs=3)
+TINY = Sizes(width=64, layers=2, shared_width=64, variants=2, runs=1)
 
 
-def insertion(folder: Path, sizes: Sizes) -> list[Row]:
+def insertion(setting: Setting, sizes: Sizes) -> Part:
     """Insert thin and full into a large inline model, and make the thin one whole."""
-    model, copy, thin, full, packed = (
-        folder / f"{name}.onnx" for name in ("in", "cp", "thin", "full", "packed")
-    )
-    name = f"inline {size_text(write_inline(model, sizes.layers, sizes.width))}"
-    insert = [ADAPT, "insert", str(model), "--no-verify", "--after", ALL, "-o"]
-    cp, whole, small, pack = measure(
-        ["cp", str(model), str(copy)],
-        [*insert, str(full)],
-        [*insert, str(thin), "--thin"],
-        [ADAPT, "pack", str(thin), "-o", str(packed)],
-        runs=sizes.runs,
-        outputs=(copy, thin, full, packed),
-    )
-    rows = [
-        row(f"{name}: {verb}", cost.done.typical, "s", f"{cost.done}; cp {cp.done}", most)
-        for verb, cost, most in (("insert", whole, None), ("insert --thin", small, 0.5))
-    ]
-    ratio = pack.done.typical / cp.done.typical
-    same = filecmp.cmp(full, packed, shallow=False)
-    return [
-        *rows,
-        row(f"{name}: insert --thin, memory", small.peak / 1e6, "MB", "", 200),
-        row(f"{name}: size of it", thin.stat().st_size / 1e3, "kB", "", 100),
-        row(f"{name}: pack / cp", ratio, "x", pack.done),
-        ("yes" if same else "NO", f"{name}: pack gives the full save", "", "by byte"),
-    ]
+    with setting.room() as folder:
+        model, copy, thin, full, packed = (
+            folder / f"{name}.onnx" for name in ("in", "cp", "thin", "full", "packed")
+        )
+        name = f"inline {size_text(write_inline(model, sizes.layers, sizes.width))}"
+        pack = [ADAPT, "pack", str(thin), "-o", str(packed)]
+        costs = measure(
+            {
+                "cp": Command(["cp", str(model), str(copy)], (copy,)),
+                "full": ours(model, full, keep=True),
+                "thin": ours(model, thin, "--thin", keep=True),
+                "pack": Command(pack, (packed,), keep=True),
+            },
+            sizes.runs,
+        )
+        cp, small, whole = costs["cp"], costs["thin"], costs["pack"]
+        detail = f"wall clock {small.done}; full {costs['full'].done}; cp {cp.done}"
+        ratio = whole.done.best / cp.done.best
+        return Part(
+            "insert --thin",
+            [
+                Finding(f"{name}: --thin, processor", small.busy.best, "s", detail, most=0.5),
+                Finding(f"{name}: memory of it", small.peak / 1e6, "MB", "", most=200),
+                Finding(f"{name}: size of it", thin.stat().st_size / 1e3, "kB", "", most=100),
+                Finding(f"{name}: pack / cp", ratio, "x", f"{whole.done}; cp {cp.done}"),
+                same(f"{name}: pack gives the full save", filecmp.cmp(full, packed, False)),
+            ],
+        )
 
 
-def sharing(folder: Path, sizes: Sizes) -> list[Row]:
+def sharing(setting: Setting, sizes: Sizes) -> Part:
     """Sessions of as many baked variants in one process: do they share the weights?"""
+    with setting.room() as folder:
+        return Part("sharing", shared(folder, sizes))
+
+
+def shared(folder: Path, sizes: Sizes) -> list[Finding]:
+    """Disk and memory, full beside thin, with and without prepacking."""
     model = folder / "base.onnx"
     weights = write_inline(model, 4, sizes.shared_width)
     base = oa.open_model(model)
@@ -114,7 +122,7 @@ def sharing(folder: Path, sizes: Sizes) -> list[Row]:
     name = f"{sizes.variants} variants of {size_text(weights)}"
     ratio = on_disk["full"] / (on_disk["thin"] + model.stat().st_size)
     detail = f"{size_text(on_disk['thin'])} and the base; full {size_text(on_disk['full'])}"
-    rows = [row(f"{name}: disk, full / thin", ratio, "x", detail)]
+    rows = [Finding(f"{name}: disk, full / thin", ratio, "x", detail)]
     for prepacking in ("on", "off"):
         found = {
             kind: sessions(prepacking, paths, sizes.runs) for kind, paths in files.items()
@@ -122,38 +130,29 @@ def sharing(folder: Path, sizes: Sizes) -> list[Row]:
         for kind, (loaded, memory, ran) in found.items():
             what = f"{name}, prepacking {prepacking}: {kind}, memory / weights"
             detail = f"loaded in {loaded:.2f} s; a run {ran * 1e3:.2f} ms"
-            rows.append(row(what, memory / weights, "x", detail))
+            rows.append(Finding(what, memory / weights, "x", detail))
     return rows
 
 
 def sessions(prepacking: str, files: Sequence[Path], runs: int) -> tuple[float, ...]:
-    """Medians of seconds to load all, memory of one's own, and seconds of a run."""
+    """The best of: seconds to load all, memory of one's own, and seconds of a run."""
     command = [sys.executable, "-c", _SESSIONS, prepacking, *map(str, files)]
     found = [
         json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         for _ in range(runs)
     ]
-    return tuple(median(numbers) for numbers in zip(*found, strict=True))
+    return tuple(min(numbers) for numbers in zip(*found, strict=True))
 
 
-def main() -> int:
-    """Measure everything and print it; the exit status is 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="models a tenth of the size")
-    parser.add_argument("--folder", type=Path, help="a place for the models")
-    options = parser.parse_args()
-    sizes = QUICK if options.quick else FULL
-    rows = []
-    for part in (insertion, sharing):
-        say(f"measuring: {part.__name__}")
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            rows += part(Path(folder), sizes)
-    if options.quick:  # the goals are for the full sizes: here the start-up counts for more
-        rows = [(number, what, "", detail) for number, what, _, detail in rows]
-    print_table(("value", "of", "at most", "median (lowest to highest)"), rows)
-    print(f"\n{surroundings()}; {sizes.runs} runs")
-    return int(any("NO" in number + goal for number, _, goal, _ in rows))
+def benchmark(setting: Setting) -> Part:
+    """All of it."""
+    sizes = setting.pick(FULL, QUICK, TINY)
+    whole = Part("thin")
+    for each in (insertion, sharing):
+        say(f"thin: {each.__name__}")
+        whole.add(each(setting, sizes))
+    return whole
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone(benchmark, __doc__))

@@ -10,13 +10,13 @@ from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.fitting import required_manifest
-from onnx_adapt.graph import default_opset, elem_name
-from onnx_adapt.initializers import check_model_weights
+from onnx_adapt.graph import default_opset, elem_name, text
+from onnx_adapt.initializers import check_base_weights, check_weights
 from onnx_adapt.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.norms import own_norm
 from onnx_adapt.parts import bottleneck_axis
-from onnx_adapt.slot import slot_nodes
+from onnx_adapt.slot import check_slot, slot_nodes
 
 
 def damages(model: Model) -> list[str]:
@@ -31,22 +31,59 @@ def damages(model: Model) -> list[str]:
     manifest = required_manifest(model)
     found: list[str] = []
     try:
-        check_model_weights(model.proto, manifest)
+        check_weights(model.proto, manifest.slots)
+        check_base_weights(model.proto, manifest.weights)
     except AdaptError as error:
         found.append(f"{error.message} ({error.hint})")
-    present = {
-        slot_of(node) for scope in walk.scopes(model.proto.graph) for node in scope.graph.node
-    }
-    found += [
-        f"slot {slot.name!r}: its nodes have lost their mark or are gone"
-        for slot in manifest.slots
-        if slot.name not in present
-    ]
+    found += _lost_marks(model.proto, manifest.slots)
+    found += foreign_readers(model.proto, manifest.slots)
     found += _changed_nodes(model.proto, manifest.slots)
     found += _shared_symbols(model.proto, manifest.slots)
     found += _changed_inputs(model.proto, manifest.slots)
     found += _stale_types(model.proto, manifest.slots)
     return found
+
+
+def _lost_marks(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Slots whose nodes are gone, and those that are only known by their weights now."""
+    nodes = [node for scope in walk.scopes(proto.graph) for node in scope.graph.node]
+    present = {slot_of(node) for node in nodes}
+    read = {name for node in nodes for name in node.input}
+    for slot in slots:
+        if slot.name in present:
+            continue
+        if slot.swappable and all(slot.weight(part) in read for part in slot.parts):
+            yield (
+                f"slot {slot.name!r} can still be fed, but its nodes have lost their mark: it "
+                "cannot be proven, filled or removed any more (an optimiser or converter "
+                "rewrote them; keep the model from before for that)"
+            )
+        else:
+            yield f"slot {slot.name!r}: its nodes have lost their mark or are gone"
+
+
+def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
+    """Nodes that read weights or inner tensors of marked slots and are no part of any."""
+    scopes = list(walk.scopes(proto.graph))
+    marks = {slot_of(node) for scope in scopes for node in scope.graph.node}
+    marked = [slot for slot in slots if slot.name in marks]
+    inside = {slot.weight(part): slot.name for slot in marked for part in slot.parts}
+    inside |= {slot.inner: slot.name for slot in marked}
+    last, named = {slot.output for slot in marked}, {slot.name for slot in marked}
+    for scope in scopes:
+        for node in scope.graph.node:
+            if slot_of(node) in named:
+                made = (name for name in node.output if name not in last)
+                inside.update(dict.fromkeys(made, slot_of(node)))
+    return [
+        f"node {text(node.name)!r} ({node.op_type}) reads {name!r} of slot {inside[name]!r}, "
+        "and is no part of it"
+        for scope in scopes
+        for node in scope.graph.node
+        if not slot_of(node)
+        for name in node.input
+        if name in inside
+    ]
 
 
 def _lost_record(model: Model) -> list[str]:
@@ -79,7 +116,8 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                 kind = elem_name(found.elem_type)
                 yield f"input {slot.weight(part)!r} is declared as {kind}"
             axis = bottleneck_axis(slot, part)
-            fixed = axis is not None and found.shape.dim[axis].HasField("dim_value")
+            dims = found.shape.dim
+            fixed = axis is not None and axis < len(dims) and dims[axis].HasField("dim_value")
             if fixed and not slot.bottleneck:
                 yield (
                     f"slot {slot.name!r} is swappable only for one bottleneck: input "
@@ -99,7 +137,11 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
                 present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
-        constants = [node for node in nodes if "/norm_constant_" in node.name]
+        constants = [node for node in nodes if "/norm_constant_" in text(node.name)]
+        try:
+            check_slot(slot, default_opset(proto))
+        except AdaptError:
+            continue  # no slot at all, which the check of its weights has said
         wanted = slot_nodes(slot, default_opset(proto), own_norm(nodes))
         there = [node.op_type for node in nodes if node not in constants]
         if nodes and there != [node.op_type for node in wanted]:

@@ -14,6 +14,7 @@ AdaptError
 ├── CheckpointError       a trained checkpoint that cannot be read, mapped or supported
 ├── ManifestError         the record of slots in a model is unreadable or too new
 ├── RunError              ONNX Runtime, the checker or the inliner refused a model
+├── RequestError          a request that a server refuses, with its HTTP status
 ├── UnprovableError       nothing can be proven: the base does not run here
 └── MismatchError         a verification failed
 """
@@ -30,6 +31,7 @@ __all__ = [
     "ManifestError",
     "MismatchError",
     "ModelFileError",
+    "RequestError",
     "RunError",
     "SaveError",
     "SiteError",
@@ -130,6 +132,20 @@ class ManifestError(AdaptError, ValueError):
 
 class RunError(AdaptError, RuntimeError):
     """A model was refused by ONNX Runtime, the ONNX checker or the inliner."""
+
+
+class RequestError(AdaptError, ValueError):
+    """A server refuses a request.
+
+    Attributes:
+        status: The HTTP status that says so.
+    """
+
+    advice = "docs/serving.md tells what the server takes"
+
+    def __init__(self, message: str, *, hint: str = "", status: int = 400) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
 
 
 class UnprovableError(AdaptError, RuntimeError):

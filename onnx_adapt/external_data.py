@@ -5,7 +5,6 @@ Format: https://onnx.ai/onnx/repo-docs/ExternalData.html
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from onnx_adapt import walk
 from onnx_adapt.errors import ExternalDataError
 from onnx_adapt.payloads import PLAIN_BYTES, Payload, Source
 
+_MOST_BYTES = 2**63
 _WITHOUT_SIZE = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8}
 FIELDS = {
     number: onnx.TensorProto.DESCRIPTOR.fields_by_number[number].name for number in PLAIN_BYTES
@@ -62,7 +62,7 @@ def reference(tensor: onnx.TensorProto) -> Reference:
     # protobuf gives a text that is not UTF-8 as bytes
     if not isinstance(location, str) or not location or "\0" in location:
         wrong = "location"
-    elif offset < 0 or (length or 0) < 0:
+    elif not (0 <= offset < _MOST_BYTES and 0 <= (length or 0) < _MOST_BYTES):
         wrong = "offset or length"
     else:
         return Reference(tensor.name, location, offset, length, _bytes_needed(tensor))
@@ -73,7 +73,11 @@ def reference(tensor: onnx.TensorProto) -> Reference:
 
 
 def _bytes_needed(tensor: onnx.TensorProto) -> int:
-    count: int = math.prod(tensor.dims) if min(tensor.dims, default=0) >= 0 else 0
+    count = 1
+    for dim in tensor.dims:
+        count *= max(dim, 0)
+        if count > _MOST_BYTES:
+            break  # no file has so many; the product of them all could fill the memory
     return (count * _bits(tensor.data_type) + 7) // 8
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_adapt.adapter_files.npz_file import DAMAGE
+from onnx_adapt.adapter_files import npz_file
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.graph import ModelIndex, TensorType, attribute, elem_name
 from onnx_adapt.layers import find_weight
+from onnx_adapt.payloads import Source
 
 Feeds = dict[str, Any]
 
@@ -24,6 +25,9 @@ _LENGTHS = (
     (9, 96, 75, 288, 64, 256, 4800, 2, 8000),
 )
 """Sizes tried for axes that can have any, for the first and the second set of inputs."""
+
+_ALLOWANCE, _EXPANSION = 1 << 30, 16
+"""Unpacked, inputs may have 1 GB more than this many times the size of their file."""
 
 _PASS_ON = {
     "Cast",
@@ -212,15 +216,14 @@ def read_arrays(path: Path) -> Feeds:
         AdaptError: If the file cannot be read.
     """
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise TypeError("it is one array without a name")
-        with stored:
-            return {name: stored[name] for name in stored.files}
-    except DAMAGE as error:
+        size = Source.of(path).size
+        with path.open("rb") as file:
+            stored = npz_file.read_arrays(file, path, _ALLOWANCE + _EXPANSION * size)
+    except (OSError, ValueError) as error:
         raise AdaptError(
             f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
         ) from error
+    return {name: np.array(value) for name, value in stored.items()}  # not read-only
 
 
 def check_feeds(feeds: Mapping[str, Any], proto: onnx.ModelProto, origin: str) -> Feeds:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from onnx_adapt.adapter import Adapter
+from onnx_adapt.base_weights import fill_base_weights
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.fitting import require_fit, required_manifest
 from onnx_adapt.initializers import (
     bake_weights,
     check_model_weights,
-    fill_base_weights,
     fill_weights,
     read_weights,
 )

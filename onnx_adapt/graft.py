@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from onnx_adapt import walk
+from onnx_adapt.damage import foreign_readers
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import SlotError
+from onnx_adapt.errors import ManifestError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graph import ModelIndex, default_opset
 from onnx_adapt.initializers import add_weights, check_model_weights, drop_named
@@ -48,7 +50,9 @@ def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
         check_model_weights(model.proto, known)
         return known
     ir_version = model.proto.ir_version
-    return Manifest(fingerprint(model), ir_version, model.canonical, inlined, ())
+    # A version of 0 that is written out comes back as none at all.
+    canonical = model.canonical and (ir_version or not model.proto.HasField("ir_version"))
+    return Manifest(fingerprint(model), ir_version, bool(canonical), inlined, ())
 
 
 def put_in(
@@ -91,9 +95,17 @@ def _take_inputs(
 
 
 def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
-    """Undo what insertion did to a model of an IR before 4, in place."""
-    for place, text in inputs:
-        proto.graph.input.insert(place, onnx.ValueInfoProto.FromString(bytes.fromhex(text)))
+    """Undo what insertion did to a model of an IR before 4, in place.
+
+    Raises:
+        ManifestError: If what it was is not recorded as it should be.
+    """
+    for place, declared in inputs:
+        try:
+            value = onnx.ValueInfoProto.FromString(bytes.fromhex(declared))
+        except DecodeError as error:
+            raise ManifestError(f"the record of input {place} is damaged: {error}") from error
+        proto.graph.input.insert(place, value)
 
 
 def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
@@ -178,8 +190,12 @@ def take_out(
         The slots that stay.
 
     Raises:
-        SlotError: If another tool moved the nodes.
+        SlotError: If another tool moved the nodes, or put others among them.
     """
+    if foreign := foreign_readers(proto, [slot for slot in slots if slot.name in doomed]):
+        raise SlotError(
+            foreign[0], hint="another tool put it there; start from the base model"
+        )
     current = {slot.name: slot for slot in slots}
     for scope in reversed(list(walk.scopes(proto.graph))):
         recorded = scope.graph.value_info

@@ -95,6 +95,7 @@ class GraphView:
         types: Tensor -> its type.
         outputs: Names of the graph's outputs.
         live: Tensors whose values can reach an output of the model.
+        repeated: Tensors that several nodes make, which no runtime takes.
     """
 
     scope: Scope
@@ -107,6 +108,7 @@ class GraphView:
     types: dict[str, TensorType] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
     live: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
 
     def type_of(self, tensor: str) -> TensorType:
         """The type of a tensor that can be read here."""
@@ -215,7 +217,9 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     for tensor in graph.initializer:
         view.constants[tensor.name] = tensor
     for index, node in enumerate(view.nodes):
-        view.producers.update((name, index) for name in node.output if name)
+        names = [name for name in node.output if name]
+        view.repeated.update(name for name in names if name in view.producers)
+        view.producers.update(dict.fromkeys(names, index))
         for name in filter(None, (*node.input, *captured(node))):
             view.consumers.setdefault(name, []).append(index)
         value = constant_of(node)

@@ -7,7 +7,7 @@ too. This module is the only one that touches either, so the two stay in step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,70 +17,23 @@ from onnx import helper
 from onnx_adapt import walk
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
+from onnx_adapt.fitting import required_manifest
+from onnx_adapt.graph import default_opset
 from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,
     Slot,
-    read_manifest,
     slot_of,
     write_manifest,
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_shape
+from onnx_adapt.slot import check_slot
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """How a weight of the base becomes replaceable.
-
-    Attributes:
-        weight: The record of it.
-        default: The tensor it has while nothing is fed: the base's value.
-        uses: Who reads it: graph, index of the node, position of the input.
-    """
-
-    weight: OpenWeight
-    default: onnx.TensorProto
-    uses: tuple[tuple[str, int, int], ...]
-
-
-def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> None:
-    """Make weights of the base replaceable, in place: each an initializer and an input."""
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
-    for opening in openings:
-        weight = opening.weight
-        if weight.copied:
-            proto.graph.initializer.append(opening.default)
-        else:
-            stored[weight.original].name = weight.name
-        if weight.swappable:
-            declared = helper.make_tensor_value_info(
-                weight.name, opening.default.data_type, list(opening.default.dims)
-            )
-            proto.graph.input.append(declared)
-        for graph, node, position in opening.uses:
-            graphs[graph].node[node].input[position] = weight.name
-
-
-def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
-    """Undo `open_base_weights`, in place."""
-    weights = tuple(weights)
-    drop_named(proto.graph.input, {w.name for w in weights if w.swappable})
-    drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
-    originals = {weight.name: weight.original for weight in weights}
-    for tensor in proto.graph.initializer:
-        tensor.name = originals.get(tensor.name, tensor.name)
-    for scope in walk.scopes(proto.graph) if weights else ():
-        for node in scope.graph.node:
-            for position, name in enumerate(node.input):
-                if name in originals:
-                    node.input[position] = originals[name]
 
 
 def add_weights(proto: onnx.ModelProto, slot: Slot, weights: Weights) -> None:
@@ -140,9 +93,18 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
                 f"slot {slot.name!r} is damaged: its nodes are gone, or have lost their mark",
                 hint="another tool rewrote the graph; insert into the base model again",
             )
+    check_base_weights(proto, manifest.weights)
+
+
+def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
+    """Check that the weights of the base that adapters may replace still can be.
+
+    Raises:
+        SlotError: If another tool took them away.
+    """
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
-    for weight in manifest.weights:
+    for weight in weights:
         if weight.name not in stored or (weight.swappable and weight.name not in inputs):
             raise SlotError(
                 f"weight {weight.name!r} is not replaceable any more: it was stripped from "
@@ -155,11 +117,13 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
     """Check that every weight of every slot is there, as initializer and as input.
 
     Raises:
-        SlotError: If another tool took initializers or inputs away.
+        SlotError: If a slot has no meaning, or another tool took initializers or inputs
+            away.
     """
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     for slot in slots:
+        check_slot(slot, default_opset(proto))
         names = slot.inputs
         if lost := [name for name in names if name not in stored]:
             raise SlotError(
@@ -225,7 +189,7 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
     Raises:
         SlotError: If a slot or part does not exist or a shape does not fit.
     """
-    manifest = _manifest(model)
+    manifest = required_manifest(model)
     slots = {slot.name: slot for slot in manifest.slots}
     result = model.copy()
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
@@ -247,32 +211,6 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
     return result
 
 
-def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
-    """A model whose replaceable weights have these values as their default.
-
-    The base's own value stays in the model, so that `remove` gives it back.
-
-    Raises:
-        SlotError: If the model has no such replaceable weight.
-    """
-    manifest = _manifest(model)
-    known = {weight.name: weight for weight in manifest.weights}
-    result = model.copy()
-    stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
-    for name, value in values.items():
-        if name not in known:
-            raise SlotError(f"the model has no replaceable weight {name!r}")
-        if known[name].copied:
-            stored[name].CopyFrom(tensor_of(name, value))
-            known[name] = replace(known[name], trained=True)
-            continue
-        stored[name].name = known[name].original
-        result.proto.graph.initializer.append(tensor_of(name, value))
-        known[name] = replace(known[name], copied=True, trained=True)
-    write_manifest(result.proto, replace(manifest, weights=tuple(known.values())))
-    return result
-
-
 def bake_weights(model: Model) -> Model:
     """A model whose slots are constants: their inputs are gone, their weights stay."""
     return _with_swappable(model, swappable=False)
@@ -284,7 +222,7 @@ def open_weights(model: Model) -> Model:
 
 
 def _with_swappable(model: Model, *, swappable: bool) -> Model:
-    manifest = _manifest(model)
+    manifest = required_manifest(model)
     stored = read_weights(model, manifest.slots)
     result = model.copy()
     _drop_inputs(result.proto, manifest.slots)
@@ -339,10 +277,3 @@ def drop_named(items: Any, names: set[str]) -> None:
         if doomed[start]:
             del items[start:end]
         end = start
-
-
-def _manifest(model: Model) -> Manifest:
-    manifest = read_manifest(model.proto)
-    if manifest is None:
-        raise SlotError(f"{model.label} has no slots", hint="insert some first")
-    return manifest

@@ -172,6 +172,10 @@ def inherited_type(view: GraphView, node: onnx.NodeProto) -> int:
     return 0
 
 
+_MOST_AXES = 64
+"""More than any runtime takes; a damaged tensor can have millions."""
+
+
 def bias_add(
     view: GraphView, node: onnx.NodeProto, tensor: str, width: int | None
 ) -> str | None:
@@ -188,8 +192,12 @@ def bias_add(
     add = readers[0]
     if add.op_type != "Add" or slot_of(add) or list(add.input).count(tensor) != 1:
         return None
+    if len(add.input) != 2 or not add.output:
+        return None  # no Add that a runtime takes
     other = find_weight(view, add.input[1 - list(add.input).index(tensor)])
-    if other is None or width is None or math.prod(other.dims) != width:
+    if other is None or width is None or len(other.dims) > _MOST_AXES:
+        return None
+    if math.prod(other.dims) != width:
         return None
     dims = other.dims
     if kind.axis == CHANNELS:
@@ -212,7 +220,7 @@ def float_downstream(view: GraphView, tensor: str) -> str | None:
             floats = [name for name in outputs if view.type_of(name).elem_type in FLOATS]
             if floats:
                 after = view.readers(floats[0])
-                scaled = len(after) == 1 and after[0].op_type == "Mul"
+                scaled = len(after) == 1 and after[0].op_type == "Mul" and after[0].output
                 return str(after[0].output[0] if scaled else floats[0])
             waiting.extend(outputs)
     return None

@@ -137,6 +137,8 @@ def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
 
 def _mapped(path: Path) -> Adapter:
     """An adapter as views of its file, which they hold open: to be checked and let go of."""
+    if not path.is_file():  # a pipe would be waited for
+        return load_adapter(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

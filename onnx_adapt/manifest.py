@@ -7,7 +7,7 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from onnx_adapt.activations import ACTIVATIONS
@@ -213,8 +213,15 @@ def _read(data: dict[str, Any]) -> Manifest:
         inlined=_typed(base["inlined"], bool),
         slots=tuple(_read_slot(item) for item in data["slots"]),
         weights=tuple(_read_weight(item) for item in data["weights"]),
-        inputs=tuple((_typed(i, int), _typed(text, str)) for i, text in base["inputs"]),
+        inputs=tuple(_read_input(i, text) for i, text in base["inputs"]),
     )
+
+
+def _read_input(place: Any, declared: Any) -> tuple[int, str]:
+    if not 0 <= _typed(place, int) < 2**31:
+        raise ValueError(f"no input is at {place}")
+    bytes.fromhex(_typed(declared, str))
+    return place, declared
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
@@ -236,8 +243,13 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not {kind.__name__}")
+    if isinstance(value, str):
+        value.encode()  # JSON can spell half a character, which no name can have
     return value
 
+
+_MOST_AXES = 64
+"""More than ONNX Runtime and numpy take; a shape of so many numbers is made from it."""
 
 _KINDS = {"int": int, "str": str, "bool": bool}
 
@@ -251,7 +263,10 @@ def _read_slot(item: dict[str, Any]) -> Slot:
         else:
             values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
     slot = Slot(**values)
-    if slot.dtype not in DTYPES or slot.activation not in ACTIVATIONS or slot.bottleneck < 0:
+    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
+    known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
+    form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
+    if not known or not form or not all(0 <= size < 2**63 for size in sizes):
         raise ValueError(f"slot {slot.name!r} has a value that no slot has")
     return slot
 
@@ -280,8 +295,13 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             "inlined": manifest.inlined,
             "inputs": manifest.inputs,
         },
-        "slots": [asdict(slot) for slot in manifest.slots],
-        "weights": [asdict(weight) for weight in manifest.weights],
+        "slots": [_record(slot) for slot in manifest.slots],
+        "weights": [_record(weight) for weight in manifest.weights],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     proto.metadata_props.add(key=KEY, value=text)
+
+
+def _record(item: Slot | OpenWeight) -> dict[str, object]:
+    """The fields by name; they are flat, and `asdict` copies each of them, which shows."""
+    return {each.name: getattr(item, each.name) for each in fields(item)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -241,8 +242,9 @@ def save_model(
     ]
     segments, size = _encode(proto, model.payloads)
     moved_out = size > PROTOBUF_LIMIT
+    former = _former_data(place) if moved_out else []
     if moved_out:
-        file = _moved_out_data(place, items)
+        file = _moved_out_data(place, items, former)
         small, plan = moved.move_out(proto, model.payloads, file.name)
         segments, size = _encode(small, model.payloads)
         data.append((file, _padded(plan)))
@@ -252,6 +254,9 @@ def save_model(
     if os.path.realpath(place.path) != str(place.file):
         files.append((place.path, Path(os.path.relpath(place.file, place.path.parent))))
     write_files(files, progress)
+    for file in former:
+        with contextlib.suppress(OSError):
+            file.unlink()
     return Saved(place.path, size, tuple(file for file, _ in data), moved_out, weights_in)
 
 
@@ -283,14 +288,25 @@ def _too_large() -> SaveError:
     )
 
 
-def _moved_out_data(place: Destination, items: Sequence[external_data.Reference]) -> Path:
-    """The file for data that moves out: a free name, or that of the replaced result's."""
-    file = place.path.with_name(f"{place.path.name}.data")
+def _data_names(place: Destination) -> list[Path]:
+    return [place.path.with_name(f"{place.path.name}{end}") for end in (".data", ".1.data")]
+
+
+def _former_data(place: Destination) -> list[Path]:
+    """Data that had moved out of the result that is replaced."""
+    return [f for f in _data_names(place) if os.path.lexists(f) and _owns(place, f)]
+
+
+def _moved_out_data(
+    place: Destination, items: Sequence[external_data.Reference], former: Sequence[Path]
+) -> Path:
+    """The file for data that moves out: none that a result to be replaced still needs."""
+    file = next(f for f in (*_data_names(place), place.path) if f not in former)
     same = {
         os.path.realpath(place.path.parent / location)
         for location in external_data.by_location(items)
     }
-    if os.path.realpath(file) in same or (os.path.lexists(file) and not _owns(place, file)):
+    if os.path.realpath(file) in same or os.path.lexists(file):
         raise SaveError(
             f"the result passes protobuf's 2 GB, and {file} for its data exists already",
             hint="choose another path with -o, or move that file away",

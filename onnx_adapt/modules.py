@@ -24,6 +24,8 @@ from onnx_adapt.value_numbers import ValueNumbers
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+_LONGEST, _DEEPEST = 1000, 100
+"""No module is so far inside others; every one of them gets a path of its own."""
 
 
 def module_of(node: onnx.NodeProto) -> str | None:
@@ -39,7 +41,14 @@ def module_of(node: onnx.NodeProto) -> str | None:
     name = text(node.name)
     if path is None and name.startswith("/"):
         path = _from_node_name(name)
-    return None if path is None or _NO_MODULE in path else path
+    if (
+        path is None
+        or _NO_MODULE in path
+        or len(path) > _LONGEST
+        or path.count(".") > _DEEPEST
+    ):
+        return None
+    return path
 
 
 def _from_name_scopes(value: str) -> str | None:

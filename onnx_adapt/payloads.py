@@ -119,9 +119,11 @@ class _Strip:
         if kind == _TENSOR:
             return self.tensor(start, end)
         out, kept = [], start
-        items = list(wire.fields(self.data, start, end))
-        times = Counter(item.number for item in items)
-        for item in items:
+        # Never a list of fields: two bytes of a hostile file would be an object each.
+        times: Counter[int] = Counter()
+        if kind in _SINGLE:
+            times.update(item.number for item in wire.fields(self.data, start, end))
+        for item in wire.fields(self.data, start, end):
             self.canonical = self.canonical and item.canonical
             child = _CHILDREN[kind].get(item.number)
             small = item.end - item.payload < LARGE
@@ -141,15 +143,18 @@ class _Strip:
         return b"".join(out)
 
     def tensor(self, start: int, end: int) -> bytes:
-        parts = list(wire.fields(self.data, start, end))
-        numbers = [part.number for part in parts]
-        in_order = numbers == sorted(numbers)
-        self.canonical = self.canonical and in_order and all(p.canonical for p in parts)
-        stored = [p for p in parts if p.number in PLAIN_BYTES]
+        item, stored, last, in_order, place = None, 0, 0, True, end
+        for part in wire.fields(self.data, start, end):
+            in_order = in_order and last <= part.number
+            last = part.number
+            self.canonical = self.canonical and in_order and part.canonical
+            if part.number in PLAIN_BYTES:
+                item, stored, place = part, stored + 1, end
+            elif place == end and part.number > RAW_DATA:
+                place = part.start
         # Data in two fields, or in one field twice, is protobuf's to merge or override.
-        if len(stored) != 1 or stored[0].kind != wire.BYTES:
+        if item is None or stored != 1 or item.kind != wire.BYTES:
             return bytes(self.data[start:end])
-        (item,) = stored
         length = item.end - item.payload
         if length < LARGE:
             return bytes(self.data[start:end])
@@ -158,15 +163,10 @@ class _Strip:
         mark = token(len(self.payloads))
         self.payloads.append(Payload(self.source, item.payload, length, item.number))
         stand_in = wire.field_head(RAW_DATA, len(mark)) + mark
-        ordered = [
-            (RAW_DATA, stand_in)
-            if p is item
-            else (p.number, bytes(self.data[p.start : p.end]))
-            for p in parts
-        ]
-        if in_order:
-            ordered.sort(key=lambda pair: pair[0])
-        return b"".join(chunk for _, chunk in ordered)
+        if not in_order:
+            place = item.end
+        before = bytes(self.data[start : item.start]) + bytes(self.data[item.end : place])
+        return before + stand_in + bytes(self.data[place:end])
 
 
 def strip(data: wire.Buffer, source: Source) -> tuple[bytes, list[Payload], bool]:

@@ -219,7 +219,7 @@ def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
     for weight in node.input[1:]:
         if weight and here.constant(weight) is None:
             raise SiteError(f"the weights of normalisation {name!r} are not constant here")
-    weight_width = here.constant(node.input[1])
+    weight_width = here.constant(node.input[1]) if len(node.input) > 1 else None
     if weight_width is not None and list(weight_width.dims) != [width]:
         raise SiteError(
             f"normalisation {name!r} is {list(weight_width.dims)} wide, the source {width}",

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnx_adapt.base_weights import close_base_weights
 from onnx_adapt.compare import movement
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.feeds import Feeds
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph import index_model
-from onnx_adapt.initializers import (
-    close_base_weights,
-    fill_weights,
-    open_weights,
-    read_weights,
-)
+from onnx_adapt.initializers import fill_weights, open_weights, read_weights
 from onnx_adapt.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.norms import own_norm

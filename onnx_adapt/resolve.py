@@ -207,7 +207,9 @@ def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> Non
     """TorchScript names a Conv that swallowed its BatchNorm after the Conv alone."""
     for layer in survey.layers_of.get((site.graph, site.core), ()):
         node = view.nodes[site.core]
-        fused = node.op_type == "Conv" and node.input[1].startswith("onnx::Conv_")
+        fused = node.op_type == "Conv" and any(
+            text(name).startswith("onnx::Conv_") for name in node.input[1:2]
+        )
         if fused and layer.module == path and layer.tensor == site.tensor:
             raise SiteRefusedError(
                 f"module {path!r} has no output of its own: the exporter fused the "

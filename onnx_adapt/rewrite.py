@@ -14,18 +14,12 @@ import onnx.inliner
 
 from onnx_adapt import moved
 from onnx_adapt.adapter import Adapter
+from onnx_adapt.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
 from onnx_adapt.graph import ModelIndex, default_opset, index_model
-from onnx_adapt.initializers import (
-    Opening,
-    check_model_weights,
-    close_base_weights,
-    drop_weights,
-    open_base_weights,
-    tensor_of,
-)
+from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights

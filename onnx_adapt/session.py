@@ -49,6 +49,11 @@ class AdapterSession:
         batch_axis: The batch axis of inputs and outputs, or that of each by name; by
             default it is found from the model's symbolic dimensions.
 
+    Attributes:
+        inputs: What must be fed, by name: ONNX Runtime's `name`, `shape` and `type`.
+        outputs: The same of what comes out.
+        batch_axes: Where the batch lies in them.
+
     Raises:
         RunError: If ONNX Runtime refuses the model.
         AdapterError: If an adapter does not fit.
@@ -79,7 +84,9 @@ class AdapterSession:
         batch_axis: BatchAxis = None,
     ) -> None:
         self._engine = Engine(model, providers, session_options)
-        self._axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
+        self.inputs = {item.name: item for item in self._engine.session.get_inputs()}
+        self.outputs = {item.name: item for item in self._engine.session.get_outputs()}
+        self.batch_axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
         self._base_values = base_values(model)
         self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
         for name, source in dict(adapters or {}).items():
@@ -269,7 +276,7 @@ class AdapterSession:
     ) -> dict[str, Any]:
         """One run for all rows if the slots can; else one for the rows of each adapter."""
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
-        count_rows(self._axes, arrays, len(rows))
+        count_rows(self.batch_axes, arrays, len(rows))
         groups: dict[Shares, list[int]] = {}
         for i, shares in enumerate(rows):
             groups.setdefault(shares, []).append(i)
@@ -278,12 +285,12 @@ class AdapterSession:
             return dict(zip(names, values, strict=True))
         results = []
         for shares, members in groups.items():
-            whole = self._axes.fixed or len(groups) == 1
-            part = arrays if whole else take_rows(self._axes, arrays, members)
+            whole = self.batch_axes.fixed or len(groups) == 1
+            part = arrays if whole else take_rows(self.batch_axes, arrays, members)
             results.append((members, self._run_one(names, part, self._cache.blend(shares))))
         if len(groups) == 1:
             return dict(zip(names, results[0][1], strict=True))
-        return join_rows(self._axes, names, results)
+        return join_rows(self.batch_axes, names, results)
 
     def _mixed(
         self, feeds: Mapping[str, Any], rows: list[Shares]

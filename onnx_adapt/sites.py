@@ -238,6 +238,8 @@ def _rank(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | Non
 
 def _refusal(view: GraphView, site: Site, known: TensorType) -> str | None:
     """Why a tensor cannot take an adapter, or None if it can."""
+    if site.tensor in view.repeated:
+        return "it is made twice: the model breaks ONNX's rule of single assignment"
     if known.elem_type and known.elem_type not in FLOATS:
         better = float_downstream(view, site.tensor)
         reason = f"its elements are {site.dtype}, not floats"

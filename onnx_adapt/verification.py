@@ -14,6 +14,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.checker import complaints
 from onnx_adapt.compare import distance, in_words
+from onnx_adapt.damage import foreign_readers
 from onnx_adapt.errors import RunError, SlotError, UnprovableError
 from onnx_adapt.feeds import (
     Feeds,
@@ -160,6 +161,8 @@ def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
     """Without its slots the adapted model is the base, wherever these inputs may lead."""
     if manifest.inlined and base.proto.functions:
         base = inline_model(base)
+    if foreign := foreign_readers(adapted.proto, manifest.slots):
+        return Check("graph", False, foreign[0])
     same = fingerprint(remove(adapted)) == fingerprint(base)
     what = "the base" if same else "another model"
     return Check("graph", same, f"without its slots it is {what}")

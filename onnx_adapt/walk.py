@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import onnx
 
+_LONGEST = 300
+"""Of a node's name so many characters are in the paths of its bodies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scope:
@@ -57,7 +60,8 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
         holders = [(i, n) for i, n in enumerate(scope.graph.node) if any(bodies(n))]
         names = Counter(node.name for _, node in holders)
         for place, (index, node) in enumerate(holders):
-            label = f"{node.name or node.op_type}".replace(":", "_")
+            # Cut, for every body inside repeats it: a long name would fill the memory.
+            label = f"{node.name or node.op_type}".replace(":", "_")[:_LONGEST]
             if not node.name or names[node.name] > 1:
                 label += f"#{place}"
             inner = dict(bodies(node))

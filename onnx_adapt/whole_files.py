@@ -44,6 +44,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
     _refuse_changed(plans)
     ready: list[tuple[Path, Path]] = []
     made: list[Path] = []
+    fresh: list[Path] = []
     file = plans[0][0]
     try:
         for file, content in plans:
@@ -53,7 +54,7 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
             _write(temporary, file, content, advance)
         _refuse_changed(plans)
         for temporary, file in ready:
-            temporary.replace(file)
+            _move(temporary, file, fresh, last=file is ready[-1][1])
     except SaveError:
         raise
     except OSError as error:
@@ -61,12 +62,29 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
             f"cannot write {file}: {error.strerror or error}", hint=_remedy(error)
         ) from error
     finally:
-        for temporary, _ in ready:
+        for left in (*(temporary for temporary, _ in ready), *fresh):
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                left.unlink(missing_ok=True)
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only succeeds where nothing was moved into it
+
+
+def _move(temporary: Path, file: Path, fresh: list[Path], *, last: bool) -> None:
+    """Move a file into place, and note it in `fresh` while nothing there needs it.
+
+    What is moved first is data. The last file needs it, and so may one that is replaced.
+    """
+    unneeded = list(fresh)
+    if last or os.path.lexists(file):
+        fresh.clear()
+    else:
+        fresh.append(file)
+    try:
+        temporary.replace(file)
+    except OSError:
+        fresh[:] = unneeded
+        raise
 
 
 def _segments(plans: Sequence[FilePlan]) -> Iterator[Segment]:

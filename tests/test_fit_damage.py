@@ -239,6 +239,32 @@ def test_a_model_that_a_tool_rewrote_is_told_from_a_whole_one(
     assert "fc1" in said
 
 
+@pytest.mark.parametrize("tool", [_offline, _convert])
+def test_slots_that_still_work_are_told_from_broken_ones(
+    tool: Callable[[Path, Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(adapted(), tmp_path / "adapted.onnx")
+    tool(path, tmp_path / "result.onnx")
+    assert _works(tmp_path / "result.onnx", (3, 5), (7, 2))
+    code, said = _check(capsys, tmp_path / "result.onnx")
+    assert code == 1
+    assert said.count("can still be fed") == 2
+    assert "docs/after-other-tools.md" in said
+
+
+def test_a_node_put_among_the_nodes_of_a_slot_is_named_and_keeps_it_in(tmp_path: Path) -> None:
+    model = adapted()
+    slot = oa.list_slots(model)[0]
+    for place, name in enumerate((slot.weight("up"), "adapter.fc1/down", slot.inner)):
+        changed = model.copy()
+        node = helper.make_node("Neg", [name], [f"extra{place}"], f"reader{place}")
+        changed.proto.graph.node.append(node)
+        (found,) = damages(changed)
+        assert f"'reader{place}' (Neg) reads {name!r}" in found
+        with pytest.raises(SlotError, match=f"reader{place}"):
+            oa.remove(changed)
+
+
 @pytest.mark.parametrize("what", ["folded weight", "input"])
 def test_a_replaceable_weight_that_was_stripped_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,6 @@
 """onnxruntime-genai runs models with slots: its own builder's Llama, its own adapters."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from genai_models import (
     step,
     written,
 )
+from safetensors.numpy import load_file, save_file
+from trained_cases import CASES
 
 import onnx_adapt as oa
+from onnx_adapt.errors import CheckpointError
 
 MODELS = ("tinyllama", "tinyllama_int4")
 NAMES = ("narrow", "mixed")
@@ -161,7 +165,47 @@ def test_an_adapter_can_be_unloaded_only_when_no_generator_has_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_peft_lora_goes_onto_the_packed_projections_of_the_builder(
+    name: str, tmp_path: Path
+) -> None:
+    base = oa.open_model(FOLDER / name / "model.onnx")
+    checkpoint = oa.load_checkpoint(FOLDER / "lora", base)
+    adapted = oa.insert(base, checkpoint=checkpoint)
+    model = og.Model(str(put(adapted, tmp_path / "adapted")))
+    adapters = og.Adapters(model)
+    path = oa.save_adapter(checkpoint.adapter, tmp_path / "lora.onnx_adapter")
+    adapters.load(str(path), "lora")
+    on = generate(model, adapters, "lora")
+    off = generate(model)
+    assert off.tokens == generate(og.Model(str(FOLDER / name))).tokens != on.tokens
+    if name == "tinyllama":
+        _same(on, by_pytorch("lora"))
+    baked = oa.insert(base, checkpoint=checkpoint, baked=True)
+    _same(generate(og.Model(str(put(baked, tmp_path / "baked")))), on)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_insert_proves_a_model_of_the_builder_without_being_given_inputs(name: str) -> None:
     base = oa.open_model(FOLDER / name / "model.onnx")
     report = oa.verify(base, oa.insert(base, after=PLACES))
     assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_an_adapter_with_the_sizes_of_the_wrong_packed_projection_is_refused(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "lora"
+    shutil.copytree(FOLDER / "lora", folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(name for name in weights if name.endswith("k_proj.lora_B.weight"))
+    weights[key] = weights[key.replace("k_proj", "q_proj")]
+    save_file(weights, folder / "adapter_model.safetensors")
+    base = oa.open_model(FOLDER / "tinyllama" / "model.onnx")
+    with pytest.raises(CheckpointError, match=r"k_proj.*do not fit"):
+        oa.load_checkpoint(folder, base)
+
+
+def test_an_adapter_that_needs_the_norms_the_builder_fused_is_refused() -> None:
+    base = oa.open_model(FOLDER / "tinyllama" / "model.onnx")
+    with pytest.raises(CheckpointError, match="stands for several modules"):
+        oa.load_checkpoint(CASES["ah_llama_seq_bn"].adapter, base)

@@ -144,6 +144,12 @@ def test_a_pickle_that_is_no_state_dict_is_refused(what: str) -> None:
 
 
 BOMBS = {
+    "one tensor many times": mapping(
+        text("w")
+        + tensor(size=tup(num(MB)), data=storage(text("big"), count=num(MB)))
+        + b"q\x07",
+        *[text(f"w{i}") + b"h\x07" for i in range(90)],
+    ),
     "memo": one(NONE + b"r" + struct.pack("<I", 20_000_000)),
     "memo in text": one(NONE + b"p20000000\n"),
     "bytes": b"B" + struct.pack("<I", 64 * MB),
@@ -230,6 +236,9 @@ except CheckpointError:
         "a key that doubles": NONE + b"q\x07h\x07\x86" * 100,
         "a deep value": text("w") + b"(" * 300_000,
         "a long stack": NONE * 200_000 + b"(t0" * 200_000,
+        "a name that doubles": NONE + b"q\x07h\x07\x86" * 100 + text("x") + b"\x93",
+        "many tuples above a long stack": NONE * 100_000 + b"(t" * 100_000,
+        "many items above a long stack": NONE * 100_000 + b"}" + b"(u" * 100_000,
     }.items(),
     ids=lambda item: item[0],
 )

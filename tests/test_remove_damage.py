@@ -54,7 +54,20 @@ def test_a_manifest_with_a_wrong_value_is_an_error_of_ours(field: str, value: ob
     data["slots"][0][field] = value
     _manifest(adapted).value = json.dumps(data)
     with pytest.raises(AdaptError):
-        oa.verify(base, adapted, inputs={"x": X})
+        oa.verify(base, adapted, inputs={"x": X}).raise_for_mismatch()
+
+
+@pytest.mark.parametrize(
+    "inputs", [[[0, "zz"]], [[0, "ff"]], [[2**70, ""]], [[-1, ""]], [[0]], ["ab"], 3], ids=str
+)
+def test_inputs_that_are_recorded_wrongly_are_an_error_of_ours(inputs: object) -> None:
+    model = oa.insert(model_of(MLP), after="first")
+    (entry,) = model.proto.metadata_props
+    record = json.loads(entry.value)
+    record["base"]["inputs"] = inputs
+    entry.value = json.dumps(record)
+    with pytest.raises(ManifestError):
+        oa.remove(model)
 
 
 def test_a_manifest_of_a_newer_format_is_refused() -> None:

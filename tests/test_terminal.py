@@ -1,218 +1,110 @@
-"""What a person sees: on wide and narrow terminals, quiet, mistyped, and after TAB."""
+"""Names that would rewrite the terminal: every command prints them escaped."""
 
-import contextlib
-import os
+import json
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
-from disk_models import run
+from adapter_models import bumped, lora, peft_folder, two_layers, weights
+from disk_models import Result, run, write
 
-from onnx_adapt.cli import _COMMANDS, cli
+import onnx_adapt as oa
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = Path(sys.executable).parent / "onnx-adapt"
-NODE = "mos_estimator_small_1/dense_4/MatMul_add"
-ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+WILD = "\n\r\x1b[31m\x9b2J\u202e\x7f"
+HIDDEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
 
 
-@pytest.fixture(autouse=True)
+def _named() -> onnx.ModelProto:
+    """`two_layers` with controls in the name of everything that can have one."""
+    model = two_layers()
+    graph = model.graph
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    for node in graph.node:
+        node.name = f"{node.name}{WILD}"
+        node.input[:] = [name + WILD for name in node.input]
+        node.output[:] = [name + WILD for name in node.output]
+    for item in (*graph.input, *graph.output, *graph.initializer):
+        assert item.name in names
+        item.name += WILD
+    return model
+
+
+def _escaped(result: Result, status: int = 0) -> Result:
+    """The result of a command whose output obeys no name."""
+    assert result.status == status, result
+    for text in (result.out, result.err):
+        assert HIDDEN.findall(text) == []
+        assert not any(line.startswith("\\r") for line in text.splitlines())
+    return result
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder the commands run in, with a model in it."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "models/dnsmos-p808.onnx", "base.onnx")
+    write(tmp_path / "m.onnx", _named())
+    np.savez(tmp_path / "x.npz", **{f"x{WILD}": np.ones((2, 4), np.float32)})
+    model = oa.insert(oa.open_model("m.onnx"), after=[f"a{WILD}", f"y{WILD}"])
+    oa.save_model(model, "s.onnx")
+    adapter = {slot.name: weights(seed=i) for i, slot in enumerate(oa.list_slots(model))}
+    assert len(adapter) == 2
+    oa.save_adapter(oa.Adapter(f"fr{WILD}", adapter), "fr.safetensors")
+    oa.save_model(oa.fill(model, oa.load_adapter("fr.safetensors")), "f.onnx")
+    odd = oa.Adapter(f"odd{WILD}", {f"other{WILD}": weights()})
+    oa.save_adapter(odd, "odd.npz")
     return tmp_path
 
 
-def terminal(*arguments: str, columns: int = 80, term: str = "xterm") -> str:
-    """What a terminal of this width is sent."""
-    import pty
-
-    main, side = pty.openpty()
-    env = {**os.environ, "TERM": term, "COLUMNS": str(columns)}
-    with subprocess.Popen(
-        [PROGRAM, *arguments], stdin=side, stdout=side, stderr=side, env=env
-    ):
-        os.close(side)
-        seen = b""
-        with contextlib.suppress(OSError):  # Linux says EIO when the other side is closed
-            while piece := os.read(main, 65536):
-                seen += piece
-    os.close(main)
-    return seen.decode().replace("\r\n", "\n")
-
-
-@pytest.mark.parametrize("columns", [40, 80, 200])
-def test_a_name_is_never_broken_on_a_terminal(columns: int) -> None:
-    seen = ESCAPE.sub("", terminal("sites", "base.onnx", columns=columns))
-    assert seen.count(NODE) == 1
-    assert seen.count("main:mos_estimator_small_1/dense_4/BiasAdd:0") == 1
-    tabular = [line for line in seen.splitlines() if line.startswith("address")]
-    assert len(tabular) == (columns == 200)
-
-
-def test_a_narrow_terminal_wraps_prose_between_words() -> None:
-    terminal("insert", "base.onnx", "--after", NODE, "--no-verify", "-o", "a.onnx")
-    seen = ESCAPE.sub("", terminal("verify", "base.onnx", "a.onnx", columns=60))
-    table = seen[seen.index("check ") : seen.index("\n\n")].splitlines()
-    assert max(len(line.rstrip()) for line in table) <= 60
-    assert "interface  ok" in seen
-    assert f"{NODE}\n  error " in seen
+COMMANDS: dict[str, tuple[int, list[str]]] = {
+    "sites": (0, ["sites", "m.onnx", "--all"]),
+    "sites of a pattern": (2, ["sites", "m.onnx", f"nowhere{WILD}"]),
+    "insert": (0, ["insert", "m.onnx", "--after", f"a{WILD}"]),
+    "insert nowhere": (2, ["insert", "m.onnx", "--after", f"b{WILD}{WILD}"]),
+    "insert a glob": (0, ["insert", "m.onnx", "--after", "*"]),
+    "slots": (0, ["slots", "s.onnx"]),
+    "verify": (0, ["verify", "m.onnx", "s.onnx"]),
+    "verify itself": (0, ["verify", "s.onnx", "s.onnx"]),
+    "check": (0, ["check", "s.onnx", "fr.safetensors"]),
+    "check another": (1, ["check", "s.onnx", "odd.npz", "fr.safetensors"]),
+    "fill": (0, ["fill", "s.onnx", "fr.safetensors"]),
+    "fill another": (2, ["fill", "s.onnx", "odd.npz"]),
+    "extract nothing": (2, ["extract", "s.onnx", "-o", "out.npz"]),
+    "extract": (0, ["extract", "f.onnx", "-o", "out.npz", "--name", f"n{WILD}"]),
+    "convert": (2, ["convert", "peft", "--for", "s.onnx", "-o", "out.npz"]),
+    "run": (0, ["run", "s.onnx", "--inputs", "x.npz", "--adapter", "fr.safetensors"]),
+    "run another": (2, ["run", "s.onnx", "--inputs", "x.npz", "--adapter", "odd.npz"]),
+    "run nothing": (2, ["run", "s.onnx", "--inputs", "x.npz", "--adapter", f"no{WILD}"]),
+    "run a blend": (2, ["run", "s.onnx", "--inputs", "x.npz", "--blend", f"a{WILD}"]),
+    "remove": (0, ["remove", "s.onnx"]),
+    "remove another": (2, ["remove", "s.onnx", "--slot", f"no{WILD}"]),
+    "build": (0, ["build", "4", "--name", f"n{WILD}", "-o", "built.onnx"]),
+    "build another": (2, ["build", "4", "--activation", f"no{WILD}"]),
+}
 
 
-def test_a_dumb_terminal_gets_no_escape_codes() -> None:
-    seen = terminal("insert", "base.onnx", "--after", NODE, term="dumb")
-    assert NODE in seen
-    assert "\x1b" not in seen
+@pytest.mark.parametrize("what", COMMANDS)
+def test_no_command_prints_a_name_as_it_is(what: str, folder: Path) -> None:
+    status, arguments = COMMANDS[what]
+    peft_folder(folder / "peft", lora(modules=[f"other{WILD}"]))
+    result = _escaped(run(*arguments), status)
+    again = _escaped(run(*arguments, "--json"), status)
+    if status < 2:
+        assert json.loads(again.out)
+        assert result.out or result.err
 
 
-def test_work_of_over_a_second_shows_what_is_going_on() -> None:
-    code = (
-        "import time\n"
-        "from onnx_adapt.cli.progress import patience\n"
-        "with patience('reading [m].onnx') as (progress, _):\n"
-        "    time.sleep(1.5)\n"
-        "    progress(2_500_000, 10_000_000)\n"
-        "    time.sleep(0.3)\n"
-    )
-    import pty
-
-    main, side = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], stderr=side, stdout=subprocess.PIPE, env=env, check=True
-    )
-    os.close(side)
-    seen = b""
-    with contextlib.suppress(OSError):
-        while piece := os.read(main, 65536):
-            seen += piece
-    os.close(main)
-    assert b"reading [m].onnx" in seen
-    assert b"2.5/10.0 MB" in seen
-    assert b"0:00:01" in seen
-    assert done.stdout == b""
+def test_names_in_json_are_the_real_ones(folder: Path) -> None:
+    found = json.loads(_escaped(run("sites", "m.onnx", "--all", "--json")).out)
+    assert {f"a{WILD}", f"y{WILD}"} <= {site["tensor"] for site in found["sites"]}
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_quiet_says_nothing_but_errors(place: str) -> None:
-    arguments = ["insert", "base.onnx", "--after", NODE, "-o", "a.onnx", "--json"]
-    done = run(*(["-q", *arguments] if place == "before" else [*arguments, "--quiet"]))
-    assert done.status == 0
-    assert done.err == ""
-    assert run(*arguments).out.split('"adapter"')[1] == done.out.split('"adapter"')[1]
-    failed = run("--quiet", "slots", "no.onnx")
-    assert [line.split()[0] for line in failed.err.splitlines()] == ["error:", "hint:"]
-    assert "next: " in run("slots", "a.onnx").err, "quiet once is not quiet for ever"
-
-
-CASE = ROOT / "tests/cases/peft_bert_lora_default_ts"
-FILE = "bert.adapted.fr.safetensors"
-WALK = (
-    ["sites", "base.onnx"],
-    ["insert", "base.onnx", "--after", NODE, "--no-verify", "--thin", "-o", "t.onnx"],
-    ["pack", "t.onnx"],
-    ["slots", "base.onnx"],
-    ["insert", "bert.onnx", "--adapter", f"{CASE}/adapter", "--name", "fr"],
-    ["verify", "bert.onnx", "bert.adapted.onnx"],
-    ["slots", "bert.adapted.onnx"],
-    ["convert", f"{CASE}/adapter", "--for", "bert.adapted.onnx", "-o", "de.npz"],
-    ["check", "bert.adapted.onnx", FILE],
-    ["run", "bert.adapted.onnx", "--inputs", "x.npz", "--adapter", FILE],
-    ["fill", "bert.adapted.onnx", FILE],
-    ["extract", "bert.adapted.filled.onnx", "-o", "e.safetensors"],
-    ["check", "bert.adapted.filled.onnx", "e.safetensors"],
-    ["remove", "bert.adapted.onnx"],
-    ["build", "8"],
-)
-
-
-def test_every_command_ends_with_the_next_one_which_works() -> None:
-    shutil.copy(CASE / "base.onnx", "bert.onnx")
-    shutil.copy(CASE / "inputs.npz", "x.npz")
-    for arguments in WALK:
-        done = run(*arguments)
-        assert done.status == 0, done
-        words = shlex.split(done.err.splitlines()[-1])
-        assert words[:2] == ["next:", "onnx-adapt"], done.err
-        if "trained/" not in words:  # a placeholder
-            assert run(*words[2:]).status == 0, words
-
-
-@pytest.mark.parametrize("name", _COMMANDS)
-def test_the_help_of_every_command_has_an_example(name: str) -> None:
-    done = run(name, "--help")
-    assert done.status == 0
-    assert re.search(rf"^ +(eval \"\$\()?onnx-adapt {name} ", done.out, re.MULTILINE)
-    assert "--quiet" in done.out
-
-
-def test_the_list_of_commands_cuts_no_sentence_short() -> None:
-    done = run("--help")
-    commands = done.out[done.out.index("Commands:") :]
-    assert commands.count("\n") >= len(_COMMANDS)
-    assert "..." not in commands
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("isert", "insert"), ("verfy", "verify")])
-def test_a_mistyped_command_is_told_what_was_meant(typed: str, meant: str) -> None:
-    done = run(typed, "base.onnx")
-    assert f"Did you mean '{meant}'?" in done.error
-    assert done.hint == "hint: see `onnx-adapt --help`"
-
-
-def test_a_mistyped_option_is_told_what_was_meant() -> None:
-    assert "--after" in run("insert", "base.onnx", "--aftr", "x").error
-
-
-def completions(*words: str, incomplete: str = "") -> list[str]:
-    """What is offered for the next word."""
-    from click.shell_completion import ShellComplete
-
-    found = ShellComplete(cli, {}, "onnx-adapt", "_X").get_completions(list(words), incomplete)
-    return [item.value if item.type == "plain" else item.type for item in found]
-
-
-def test_completion_offers_commands_files_nodes_slots_adapters_and_activations() -> None:
-    assert completions(incomplete="re") == ["remove"]
-    assert completions("insert") == ["file"]
-    assert completions("insert", "base.onnx", "--after", incomplete="mos") == [
-        f"mos_estimator_small_1/dense_{n}/MatMul_add" for n in (3, 4, 5)
-    ]
-    assert "gelu" in completions("insert", "base.onnx", "--activation")
-    run("insert", "base.onnx", "--after", NODE, "-o", "a.onnx")
-    assert completions("remove", "a.onnx", "--slot") == [NODE]
-    Path("a.fr.onnx_adapter").touch()
-    assert completions("run", "a.onnx", "--adapter", incomplete="f") == ["fr"]
-    assert completions("run", "a.onnx", "--adapter", incomplete="./") == ["file"]
-
-
-def test_completion_after_a_model_that_cannot_be_read_offers_nothing() -> None:
-    Path("bad.onnx").write_bytes(b"no model")
-    assert completions("insert", "bad.onnx", "--after", incomplete="m") == []
-    assert completions("insert", "--after", incomplete="m") == []
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_of_a_shell_asks_the_program(shell: str) -> None:
-    done = run("completion", shell)
-    assert done.status == 0
-    assert f"_ONNX_ADAPT_COMPLETE={shell}_complete" in done.out
-    assert "completion" in done.err
-
-
-def test_bash_completes_a_node_name() -> None:
-    script = (
-        f'eval "$({PROGRAM} completion bash 2>/dev/null)"\n'
-        "COMP_WORDS=(onnx-adapt insert base.onnx --after mos_estimator_small_1/dense_4)\n"
-        "COMP_CWORD=4\n"
-        "_onnx_adapt_completion onnx-adapt\n"
-        'echo "${COMPREPLY[@]}"\n'
-    )
-    env = {**os.environ, "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == NODE, done
+def test_a_model_with_such_names_is_adapted_all_the_same(folder: Path) -> None:
+    adapter = oa.load_adapter("fr.safetensors")
+    x = np.ones((2, 4), np.float32)
+    with oa.AdapterSession("s.onnx", adapters={"fr": adapter}) as session:
+        (found,) = session.run({f"x{WILD}": x}, adapter="fr").values()
+    named = dict(zip(("fc1", "fc2"), adapter.weights.values(), strict=True))
+    np.testing.assert_allclose(found, bumped(x, oa.Adapter("fr", named)), 1e-4, 1e-4)
+    oa.save_model(oa.remove(oa.open_model("s.onnx")), "back.onnx")
+    assert Path("back.onnx").read_bytes() == Path("m.onnx").read_bytes()

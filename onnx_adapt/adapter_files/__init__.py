@@ -12,6 +12,7 @@ import numpy as np
 from onnx_adapt.adapter import Adapter, adapter_from_tensors
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.payloads import Source
 from onnx_adapt.whole_files import write_files
 
 _FORMATS = {
@@ -45,6 +46,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     file = Path(path)
     _format(file)  # an unknown suffix is told before a missing file
     try:
+        Source.of(file)  # of a device there is no end
         data = file.read_bytes()
     except OSError as error:
         raise AdapterError(

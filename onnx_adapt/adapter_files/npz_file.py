@@ -32,14 +32,7 @@ def read(data: bytes, path: Path) -> Adapter:
     Raises:
         AdapterError: If the file is damaged or holds anything but plain arrays.
     """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as members:
-            arrays = _read_members(members, _ALLOWANCE + _EXPANSION * len(data))
-    except DAMAGE as error:
-        raise AdapterError(
-            f"{path.name} is not a whole .npz file of arrays: {error}",
-            hint="numpy.savez writes such a file; arrays of objects are not read",
-        ) from error
+    arrays = read_arrays(io.BytesIO(data), path, _ALLOWANCE + _EXPANSION * len(data))
     record = arrays.pop(KEY, None)
     tensors: dict[str, Array] = {}
     for name, array in arrays.items():
@@ -50,7 +43,28 @@ def read(data: bytes, path: Path) -> Adapter:
     return adapter_from_record(None if record is None else str(record), tensors, path)
 
 
-DAMAGE = (
+def read_arrays(file: IO[bytes], path: Path, limit: int) -> dict[str, Array]:
+    """Every array of a file, by name.
+
+    Args:
+        file: The file, open.
+        path: What it is called.
+        limit: The number of bytes that it may unpack to.
+
+    Raises:
+        AdapterError: If the file is damaged or holds anything but plain arrays.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _read_members(archive, limit)
+    except _DAMAGE as error:
+        raise AdapterError(
+            f"{path.name} is not a whole .npz file of arrays: {error}",
+            hint="numpy.savez writes such a file; arrays of objects are not read",
+        ) from error
+
+
+_DAMAGE = (
     *(ValueError, OSError, KeyError, EOFError, RuntimeError, NotImplementedError),
     *(
         zipfile.BadZipFile,
@@ -72,6 +86,9 @@ def _read_members(archive: zipfile.ZipFile, limit: int) -> dict[str, Array]:
         raise ValueError(f"it unpacks to more than {limit} bytes")
     arrays: dict[str, Array] = {}
     for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # numpy writes no other; LZMA takes as much memory as its header says.
+            raise ValueError(f"member {member.filename!r} is packed in another way")
         name = member.filename.removesuffix(".npy")
         if name in arrays or name == member.filename:
             raise ValueError(f"member {member.filename!r} is given twice or is no array")

@@ -93,9 +93,13 @@ def _parameters(data: bytes, field: int) -> dict[str, Array]:
     start, count = _vector(data, field, 4)
     whole = memoryview(data)
     tensors: dict[str, Array] = {}
+    letters = 0
     for i in range(count):
         label, shape, kind, raw = _table(data, _follow(data, start + 4 * i))
         at, length = _vector(data, label, 1)
+        letters += length
+        if letters > len(data):
+            raise ValueError("names lie inside each other")
         name = bytes(data[at : at + length]).decode()
         if name in tensors:
             raise ValueError(f"two tensors are called {name!r}")

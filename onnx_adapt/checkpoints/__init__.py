@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
+from onnx_adapt.base_weights import Opening
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.by_name import ByName
 from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
@@ -18,6 +19,7 @@ from onnx_adapt.checkpoints.cores import refuse_fused
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
+from onnx_adapt.checkpoints.packed import packed_cores
 from onnx_adapt.checkpoints.peft import peft_edits
 from onnx_adapt.checkpoints.placing import place
 from onnx_adapt.checkpoints.read import Folder, name_damage, read_folder, read_state_dict
@@ -25,7 +27,6 @@ from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.initializers import Opening
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.plan import reserved_names
@@ -80,8 +81,8 @@ def load_checkpoint(
     with name_damage(folder):
         edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
     survey = survey_model(model)
-    refuse_fused(survey)
-    places: ByName | ByValue = ByName(survey)
+    refuse_fused(survey, edits)
+    places: ByName | ByValue = ByName(survey, packed_cores(survey))
     if base_weights is not None:
         file = Path(base_weights)
         places = find_by_value(model, survey, read_state_dict(file), file.name)

@@ -130,11 +130,13 @@ def _without_phm(
         )
         whole = parts.get(f"{layer}.W")
         if whole is None and left is not None and right is not None:
+            _refuse_large(layer, left.shape[-2] * right.shape[-1] * len(left))
             whole = left @ right
         if rule is None or whole is None:
             raise CheckpointError(
                 f"the hypercomplex layer {layer!r} at {location!r} is incomplete"
             )
+        _refuse_large(layer, rule[0].size * whole[0].size)
         matrix = sum(np.kron(rule[i], whole[i]) for i in range(len(rule)))
         plain[f"{layer}.weight"] = np.asarray(matrix).T
         if f"{layer}.b" in parts:
@@ -142,6 +144,13 @@ def _without_phm(
     return plain
 
 
+def _refuse_large(layer: str, size: int) -> None:
+    """Refuse a layer that small factors blow up, before it is made."""
+    if size > _LARGEST:
+        raise CheckpointError(f"the hypercomplex layer {layer!r} would have {size} numbers")
+
+
+_LARGEST = 2**27
 _PHM = re.compile(r"^(.*)\.(W_left|W_right|W|phm_rule|b)$")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -22,13 +23,15 @@ class ByName:
 
     Attributes:
         survey: The survey of the model.
+        packed: The calls of modules that a node computes together with others.
     """
 
     survey: Survey
+    packed: Mapping[str, list[Core]]
 
     def known(self) -> list[str]:
         """The modules that ran."""
-        return list(self.survey.modules.paths)
+        return [*self.survey.modules.paths, *self.packed]
 
     def stored(self) -> list[str]:
         """The modules whose weights have kept their names."""
@@ -43,6 +46,7 @@ class ByName:
                 if scope == module and node.op_type in CORES and is_layer(view, node):
                     found.append(core_at(self.survey, view, node))
                     _refuse_folded(found[-1], module)
+        found = found or self.packed.get(module, [])
         return found or _cores_by_name(self.survey, module, called)
 
     def norm_uses(self, module: str, parameter: str) -> list[Use]:

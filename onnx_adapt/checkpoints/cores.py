@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import GraphView, attribute
@@ -40,11 +41,13 @@ class Core:
         view: The graph it is in.
         node: The MatMul, Gemm, Conv or Gather.
         output: The module's output, with the bias.
+        span: The module's columns, where the node computes several modules side by side.
     """
 
     view: GraphView
     node: onnx.NodeProto
     output: str
+    span: tuple[int, int] | None = None
 
     @property
     def data(self) -> str:
@@ -64,6 +67,19 @@ class Core:
     @property
     def sizes(self) -> tuple[int, int]:
         """The width of its input and output; an embedding reads its vocabulary."""
+        reads, computes = self._node_sizes
+        return reads, computes if self.span is None else self.span[1] - self.span[0]
+
+    def spread(self, array: Array, *, axis: int = 0, fill: float = 0) -> Array:
+        """An array over the module's columns as one over all that the node computes."""
+        if self.span is None:
+            return array
+        pads = [(0, 0)] * array.ndim
+        pads[axis] = self.span[0], self._node_sizes[1] - self.span[1]
+        return np.pad(array, pads, constant_values=fill)
+
+    @property
+    def _node_sizes(self) -> tuple[int, int]:
         weight = find_weight(self.view, self.weight)
         dims = weight.dims if weight else ()
         if self.node.op_type == "MatMulNBits":
@@ -128,20 +144,40 @@ def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
         )
 
 
-def refuse_fused(survey: Survey) -> None:
+def refuse_fused(survey: Survey, edits: Iterable[Edit]) -> None:
     """Refuse graphs in which ONNX Runtime's transformer fusions swallowed modules.
+
+    onnxruntime-genai's builder makes such nodes from the start, so that there is no model
+    to insert into before; it keeps the Linears whole, for edits that need nothing else.
 
     Raises:
         CheckpointError: If there are such nodes.
     """
+    built = survey.index.model.proto.producer_name == "onnxruntime-genai"
+    whole = built and all(map(_needs_linears_alone, edits))
     for view in survey.index.views.values():
         for node in view.nodes:
-            if node.domain == "com.microsoft" and node.op_type in _FUSED:
+            fused = node.domain == "com.microsoft" and node.op_type in _FUSED
+            if fused and not (whole and _keeps_linears(node)):
                 raise CheckpointError(
                     f"the model was optimised for ONNX Runtime: node {node.name!r} "
                     f"({node.op_type}) stands for several modules",
                     hint="insert the adapter into the model as exported, then optimise",
                 )
+
+
+def _needs_linears_alone(edit: Edit) -> bool:
+    """Whether an edit changes a Linear, or an embedding; the builder may change norms."""
+    if isinstance(edit, Replacement):
+        return edit.value.ndim > 1
+    return isinstance(edit, LowRank | Scaling)
+
+
+def _keeps_linears(node: onnx.NodeProto) -> bool:
+    """Whether a fused node has taken in no Linear, nor the bias of one."""
+    if node.op_type == "SkipSimplifiedLayerNormalization":
+        return not any(node.input[3:4])
+    return node.op_type == "GroupQueryAttention"
 
 
 def core_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
@@ -187,7 +223,8 @@ def read_matrix(model: Model, core: Core) -> Array:
     """A core's weight in PyTorch's layout: `(out, in)`, or Conv's own."""
     value = read_weight(model, core.view, core.weight)
     alpha = next((a.f for a in core.node.attribute if a.name == "alpha"), 1.0)
-    return (value.T if core.stored_in_out else value) * alpha
+    matrix = (value.T if core.stored_in_out else value) * alpha
+    return matrix if core.span is None else matrix[slice(*core.span)]
 
 
 def read_bias(model: Model, core: Core) -> Array | None:

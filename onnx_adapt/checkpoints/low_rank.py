@@ -31,12 +31,12 @@ def place_low_rank(shop: Workshop, edit: LowRank, core: Core) -> None:
         parts = {"down": a.T, "up": b.T}
     _check_sizes(edit, core, a, b)
     up_axis = 0 if core.node.op_type == "Conv" else 1
-    parts["up"] = parts["up"] * edit.scale
+    parts["up"] = core.spread(parts["up"], axis=up_axis) * edit.scale
     if edit.bias is not None:
-        parts["up_bias"] = edit.bias.astype(np.float64) * edit.scale
+        parts["up_bias"] = core.spread(edit.bias.astype(np.float64)) * edit.scale
     target = shop.survey.site(core.view, core.output)
     if edit.magnitude is not None:
-        scale = _dora_scale(shop, edit, core, b)
+        scale = core.spread(_dora_scale(shop, edit, core, b), fill=1)
         shape = [1] * parts["up"].ndim
         shape[up_axis] = -1
         parts["up"] = parts["up"] * scale.reshape(shape)
@@ -119,6 +119,11 @@ def _dense(b: Array, groups: int) -> Array:
 
 def _dora_scale(shop: Workshop, edit: LowRank, core: Core, b: Array) -> Array:
     """DoRA: magnitude over the norm of the adapted weight's rows (arXiv 2402.09353)."""
+    if core.node.op_type == "MatMulNBits":
+        raise CheckpointError(
+            f"{edit.module!r}: DoRA needs the values of the weight, and they are quantised",
+            hint="insert the adapter into the model in float32 or float16",
+        )
     weight = read_matrix(shop.model, core)
     if core.node.op_type == "Gather":
         weight = weight.T

@@ -38,6 +38,11 @@ def _older(path: str) -> str:
     return path
 
 
+def _built(path: str) -> str:
+    """What onnxruntime-genai's builder makes of a name."""
+    return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
+
+
 def map_modules(
     wanted: Sequence[str],
     known: Iterable[str],
@@ -66,7 +71,7 @@ def map_modules(
     needed = set(wanted) - set(optional)
     best: dict[str, str] = {}
     likeliest, rival = 0, best
-    for rename in (str, _newer, _older):
+    for rename in (str, _newer, _older, _built):
         names = {module: rename(module) for module in wanted}
         for change in _changes(list(names.values()), there, kind):
             found = change.applied(names, there)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from onnx_adapt.base_weights import Opening
 from onnx_adapt.checkpoints.cores import Use, read_weight
 from onnx_adapt.checkpoints.edits import Replacement
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph import GraphView
-from onnx_adapt.initializers import Opening, tensor_of
+from onnx_adapt.initializers import tensor_of
 from onnx_adapt.layers import KINDS, find_weight
 from onnx_adapt.manifest import OpenWeight
 
@@ -93,6 +94,12 @@ def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
     found: list[Use] = []
     for core in shop.places.cores(module, called=False):
         kind = KINDS[core.node.op_type]
+        if core.span is not None:
+            raise CheckpointError(
+                f"the checkpoint replaces '{module}.{parameter}', which is packed with "
+                f"others in node {core.node.name!r}",
+                hint="build the model with --extra_options fuse_qkv=false",
+            )
         if parameter == "weight":
             found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))
         elif 0 <= kind.bias < len(core.node.input) and core.node.input[kind.bias]:

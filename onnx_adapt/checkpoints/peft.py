@@ -143,6 +143,7 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
             f"alpha_pattern {patterns!r} or use_rslora {rooted!r} is no setting"
         )
     for pattern, value in patterns.items():
+        refuse_slow(pattern, module)
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
@@ -157,6 +158,27 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
             f"module {module!r} has rank {rank}; the configuration says r={config['r']}"
         )
     return number(alpha, "lora_alpha") / (math.sqrt(rank) if rooted else rank)
+
+
+_REPEATS = re.compile(r"(?<!\\)(?:[*+]|\{\d*,)")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+
+
+def refuse_slow(pattern: str, module: str) -> None:
+    """Refuse a pattern that Python's matcher could take for ever on.
+
+    PEFT's own are names with a number or a wildcard in them.
+
+    Raises:
+        CheckpointError: If it repeats what repeats, or too much.
+    """
+    repeats = len(_REPEATS.findall(pattern))
+    nested = repeats and _REPEATED_GROUP.search(pattern)
+    if nested or repeats > 4 or len(module) > 500 or len(pattern) > 500:
+        raise CheckpointError(
+            f"alpha_pattern {pattern[:80]!r} is too involved for module {module[:80]!r}",
+            hint="write out the names of the modules in it",
+        )
 
 
 def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:

@@ -77,6 +77,9 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
             f"{path.name} holds something else than named tensors",
             hint="give the state dict that the training library saved",
         )
+    # One tensor can be given many names, and each is worked on by itself.
+    if sum(value.nbytes for value in found.values()) > _EXPANSION * len(data):
+        raise CheckpointError(f"{path.name}: its tensors are far larger than the file")
     return dict(found)
 
 
@@ -110,9 +113,6 @@ class _Name:
     name: str
 
 
-_MARK = object()
-
-
 @dataclass(slots=True)
 class _Machine:
     """The stack machine of a pickle, without the opcodes that could do harm."""
@@ -121,6 +121,7 @@ class _Machine:
     prefix: str
     budget: int
     stack: list[Any] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
     storages: dict[str, Array] = field(default_factory=dict)
 
@@ -136,6 +137,8 @@ class _Machine:
         """Follow one opcode."""
         if name in _VALUES:
             self.stack.append(argument)
+        elif name == "MARK":
+            self.marks.append(len(self.stack))
         elif name in _FIXED:
             self.stack.append(_FIXED[name]())
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -155,7 +158,9 @@ class _Machine:
             self.stack.append(_known(*str(argument).split(" ", 1)))
         elif name == "STACK_GLOBAL":
             module, attribute = self.stack.pop(-2), self.stack.pop()
-            self.stack.append(_known(str(module), str(attribute)))
+            if type(module) is not str or type(attribute) is not str:
+                raise ValueError("a name is no text")  # as text it could be endless
+            self.stack.append(_known(module, attribute))
         elif name == "BINPERSID":
             self.stack.append(self.storage(self.stack.pop()))
         elif name == "REDUCE":
@@ -173,8 +178,8 @@ class _Machine:
 
     def since_mark(self) -> list[Any]:
         """Take everything above the last mark off the stack, and the mark."""
-        at = max(i for i, item in enumerate(self.stack) if item is _MARK)
-        items = self.stack[at + 1 :]
+        at = self.marks.pop()
+        items = self.stack[at:]
         del self.stack[at:]
         return items
 
@@ -260,7 +265,6 @@ _VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LO
 """Opcodes that push their argument."""
 
 _FIXED: dict[str, Callable[[], Any]] = {
-    "MARK": lambda: _MARK,
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,

@@ -46,16 +46,19 @@ def _place_scaling(shop: Workshop, edit: Scaling, core: Core) -> None:
             hint="is it an adapter for another size of this model?",
         )
     if not edit.on_input:
+        parts["scale"] = core.spread(parts["scale"], fill=1)
         shop.add(shop.survey.site(core.view, core.output), name, parts)
         return
     tensor = shop.survey.settled(core.view.scope.path, core.data)
     readers = core.view.readers(tensor)
     made = core.view.home(tensor)
-    if len(readers) == 1 and made is core.view and tensor in core.view.producers:
+    alone = len(readers) == 1 and core.span is None
+    if alone and made is core.view and tensor in core.view.producers:
         shop.add(shop.survey.site(core.view, tensor), f"{name}.input", parts)
         return
     raise CheckpointError(
-        f"module {edit.module!r}: its input {tensor!r} is read by {len(readers)} nodes and "
+        f"module {edit.module!r}: its input {tensor!r} is read by "
+        f"{f'{len(readers)} nodes' if core.span is None else 'other modules as well'} and "
         "cannot be scaled for one of them alone",
         hint="merge this adapter in PyTorch and export again",
     )

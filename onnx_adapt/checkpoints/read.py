@@ -14,6 +14,7 @@ from onnx_adapt.adapter_files.safetensors_file import read_tensors
 from onnx_adapt.checkpoints.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
+from onnx_adapt.payloads import Source
 
 _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
@@ -101,6 +102,7 @@ def read_state_dict(path: Path) -> dict[str, Array]:
         CheckpointError: If it cannot be read.
     """
     try:
+        Source.of(path)  # of a device there is no end
         data = path.read_bytes()
         if path.suffix == ".safetensors":
             return read_tensors(data, path)

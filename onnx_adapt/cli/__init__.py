@@ -15,7 +15,7 @@ from onnx_adapt.errors import AdaptError, MismatchError
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("convert", "fill", "extract", "run", "build", "pack", "completion"),
+    *("convert", "fill", "extract", "run", "build", "pack", "serve", "completion"),
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"

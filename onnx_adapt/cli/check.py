@@ -47,6 +47,11 @@ def command(
             emit(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
             for text in found:
                 emit(f"  {plain(text)}")
+    if problems[model]:
+        say(
+            "hint: tools that rewrite a graph come before `insert`; docs/after-other-tools.md "
+            "says which keep slots, and the order for each"
+        )
     for text in together[:3] if len(adapters) > 1 else ():
         say(f"note: feed only one at a time: {text}")
     good = [file for file in files if not problems.get(file)]

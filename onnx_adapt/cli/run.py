@@ -74,7 +74,7 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.feeds import read_arrays
 
-    chosen, names = _choice(adapter, blend, rows)
+    chosen, names = read_choice(adapter, blend, rows)
     files = {name: _file(Path(model), name) for name in names}
     _refuse_output(output, model, inputs, *files.values())
     feeds = read_arrays(Path(inputs))
@@ -96,7 +96,7 @@ def command(
         say_next("slots", model)
 
 
-def _choice(
+def read_choice(
     adapter: str | None, blend: str | None, rows: str | None
 ) -> tuple[Choice | Sequence[Choice], list[str]]:
     """What to run with, and the adapters that it names."""

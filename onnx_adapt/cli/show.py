@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from onnx_adapt.model_file import Saved
 
 _QUIET = "onnx_adapt.quiet"
+
+_HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+"""What JSON may hold as it is, and a terminal obeys: controls of ISO 6429, of direction."""
 
 
 def plain(text: str) -> str:
@@ -93,7 +96,7 @@ def print_json(document: dict[str, Any]) -> None:
         text.encode(_encoding())
     except UnicodeEncodeError:
         text = json.dumps(document, indent=2)
-    emit(text)
+    emit(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -102,45 +105,45 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     On a terminal that is too narrow only prose is wrapped. A name that was broken could
     not be copied: if names do not fit, each row becomes a paragraph.
     """
-    body = [list(row) for row in rows]
-    cells = [[plain("" if cell is None else str(cell)) for cell in row] for row in body]
-    right = [
-        bool(body) and all(isinstance(row[i], int | float) for row in body)
+    given = [list(row) for row in rows]
+    numbers = [
+        bool(given) and all(isinstance(row[i], int | float) for row in given)
         for i in range(len(columns))
     ]
-    seen = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if seen else 1_000_000
-    if seen and not _fits(columns, cells, width):
-        emit("\n".join(_paragraphs(columns, cells)))
-        return
-    text = _table(columns, cells, right, width, seen=seen)
-    emit("\n".join(map(str.rstrip, text.splitlines())) if seen else text.rstrip("\n"))
+    body = [[plain("" if cell is None else str(cell)) for cell in row] for row in given]
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty():
+        emit(_piped_table(columns, body, numbers).rstrip("\n"))
+    elif _fits(columns, body, width):
+        emit(_terminal_table(columns, body, numbers, width))
+    else:
+        emit("\n".join(_paragraphs(columns, body)))
 
 
-_GAP = 2
 _SHORT = 16
+"""Columns of a cell that shares its line with others."""
+
 _PROSE = 24
 """Columns that text of several words needs at least."""
 
 
-def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> bool:
+def _fits(columns: Sequence[str], body: Sequence[Sequence[str]], width: int) -> bool:
     """Whether a table is no wider than this when its prose is wrapped."""
-    needed = _GAP * (len(columns) - 1)
+    from rich.cells import cell_len
+
+    needed = 2 * (len(columns) - 1)
     for i, column in enumerate(columns):
-        texts = [column, *(row[i] for row in cells)]
-        widest = max(map(len, texts))
-        words = max(len(word) for text in texts for word in text.split() or [""])
-        needed += min(widest, max(words, _PROSE))
+        texts = [column, *(row[i] for row in body)]
+        words = max(cell_len(word) for text in texts for word in text.split() or [""])
+        needed += min(max(map(cell_len, texts)), max(words, _PROSE))
     return needed <= width
 
 
-def _table(
+def _terminal_table(
     columns: Sequence[str],
-    cells: Sequence[Sequence[str]],
-    right: Sequence[bool],
+    body: Sequence[Sequence[str]],
+    numbers: Sequence[bool],
     width: int,
-    *,
-    seen: bool,
 ) -> str:
     from rich.console import Console
     from rich.table import Table
@@ -148,31 +151,49 @@ def _table(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        prose = any(" " in row[i] and len(row[i]) > _PROSE for row in cells)
-        table.add_column(
-            column,
-            justify="right" if right[i] else "left",
-            no_wrap=not prose,
-            overflow="fold",
-        )
-    for row in cells:
+        prose = any(" " in row[i] and len(row[i]) > _PROSE for row in body)
+        justify: Literal["left", "right"] = "right" if numbers[i] else "left"
+        table.add_column(column, justify=justify, no_wrap=not prose, overflow="fold")
+    for row in body:
         table.add_row(*map(Text, row))
     out = StringIO()
-    Console(file=out, force_terminal=seen, width=width).print(table)
-    return out.getvalue()
+    Console(file=out, force_terminal=True, width=width).print(table)
+    return "\n".join(map(str.rstrip, out.getvalue().splitlines()))
 
 
-def _paragraphs(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def _paragraphs(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """Each row over several lines: the first cell, the long ones, the short ones together."""
     rest = range(1, len(columns))
-    long = [i for i in rest if any(len(row[i]) > _SHORT for row in cells)]
+    long = [i for i in rest if any(len(row[i]) > _SHORT for row in body)]
     lines = []
-    for row in cells:
+    for row in body:
         named = {i: f"{columns[i]} {row[i]}" for i in rest if row[i]}
         short = ", ".join(named[i] for i in named if i not in long)
         lines += [row[0], *(f"  {named[i]}" for i in long if i in named)]
         lines += [f"  {short}"] if short else []
     return lines
+
+
+def _piped_table(
+    columns: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[bool]
+) -> str:
+    """The same without a terminal's width and colours; rich takes seconds for 10,000 lines."""
+    from rich.cells import cell_len
+
+    lines = [columns, *body]
+    sizes = [[cell_len(cell) for cell in line] for line in lines]
+    widths = [max(column) for column in zip(*sizes, strict=True)]
+
+    def placed(cell: str, room: int, number: bool) -> str:
+        return " " * room + cell if number else cell + " " * room
+
+    return "\n".join(
+        "  ".join(
+            placed(cell, width - size, number)
+            for cell, size, width, number in zip(line, taken, widths, numbers, strict=True)
+        )
+        for line, taken in zip(lines, sizes, strict=True)
+    )
 
 
 def size_text(size: int) -> str:

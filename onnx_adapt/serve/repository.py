@@ -1,0 +1,223 @@
+"""The adapters in a folder or object store: checked, and kept for as long as they are served.
+
+A *version* is the content of a file that passed the check, under a name that never means
+anything else: `fr@3f2a9c01b2d4`. A file that is replaced makes a new version; until that has
+passed, the old one is served, from a copy of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter_files import read_adapter
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, SlotError
+from onnx_adapt.fitting import manifest_misfits, refuse_misfits, required_manifest
+from onnx_adapt.model_file import Model, open_model
+from onnx_adapt.serve.choice import is_name
+
+_SUFFIXES = (".safetensors", ".onnx_adapter", ".npz")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the repository has under one name.
+
+    Attributes:
+        name: The adapter's name: its file's, without the suffix.
+        version: The version that is served, or '' if none is.
+        reason: Why the file is not served as it is, or ''.
+    """
+
+    name: str
+    version: str = ""
+    reason: str = ""
+
+
+class Repository:
+    """Adapters by name, out of a folder or object store.
+
+    Args:
+        model: The path of the adapted model, which adapters must fit.
+        location: The folder: a path, or a URL that fsspec opens.
+        copies: A local folder to keep the versions in; nobody else writes there.
+        base: What the base is called: no adapter can be.
+
+    Raises:
+        AdaptError: If the model has no swappable slots, or there is no such folder.
+    """
+
+    def __init__(self, model: str, location: str, copies: Path, base: str) -> None:
+        self._check = checker(open_model(model))
+        self._location = location
+        self._files, self._root = fsspec.core.url_to_fs(location)
+        if not self._files.isdir(self._root):
+            raise RequestError(
+                f"there is no folder {location}", hint="make it; adapters are put there"
+            )
+        self._copies = copies
+        self._base = base
+        self._lock = threading.Lock()
+        self._seen: dict[str, str] = {}
+        self._versions: dict[str, list[Path]] = {}
+        self._off: set[str] = set()
+        self.entries: Mapping[str, Entry] = {}
+
+    def sweep(self) -> None:
+        """Take up what appeared, changed or went since the last time."""
+        with self._lock:
+            try:
+                self._files.invalidate_cache()
+                listed = self._files.ls(self._root, detail=True)
+            except OSError as error:  # a store that is away for a while takes nothing with it
+                _log.warning("cannot list %s: %s", self._location, error)
+                return
+            found: dict[str, list[dict[str, Any]]] = {}
+            for info in listed:
+                path = PurePosixPath(info["name"])
+                if info["type"] == "file" and path.suffix in _SUFFIXES:
+                    found.setdefault(path.stem, []).append(info)
+            for name in self._versions.keys() - found.keys():
+                self._forget(name)
+            self._seen = {name: stamp for name, stamp in self._seen.items() if name in found}
+            entries = {name: self._entry(name, infos) for name, infos in found.items()}
+            self.entries = dict(sorted(entries.items()))
+
+    def load(self, name: str) -> None:
+        """Check an adapter's file again, and serve it.
+
+        Raises:
+            AdapterNotFoundError: If there is no such file.
+            RequestError: If it is refused; an older version is served on.
+        """
+        with self._lock:
+            self._seen.pop(name, None)
+            self._off.discard(name)
+        self.sweep()
+        entry = self._present(name)
+        if entry.reason:
+            raise RequestError(entry.reason, hint="put a file that fits in its place")
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more, until it is loaded.
+
+        Raises:
+            AdapterNotFoundError: If there is none of this name.
+        """
+        with self._lock:
+            entry = self._present(name)
+            self._off.add(name)
+            self.entries = {**self.entries, name: _off(entry)}
+
+    def read(self, version: str) -> tuple[str, bytes]:
+        """The file of a version: what to call it, and its bytes.
+
+        Raises:
+            AdapterNotFoundError: If the version is not kept any more.
+        """
+        for path in self._versions.get(version.rpartition("@")[0], []):
+            if path.stem == version:
+                with contextlib.suppress(FileNotFoundError):  # a sweep is faster
+                    return path.name, path.read_bytes()
+        raise AdapterNotFoundError(
+            f"adapter version {version!r} is gone", hint="ask again for the present one"
+        )
+
+    def _present(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise AdapterNotFoundError(
+                f"there is no adapter {name!r}", hint=f"put its file into {self._location}"
+            )
+        return self.entries[name]
+
+    def _entry(self, name: str, infos: list[dict[str, Any]]) -> Entry:
+        """What is served under a name, after a look at its file if that is new."""
+        stamp = repr(sorted((info["name"], sorted(info.items())) for info in infos))
+        reason = self.entries[name].reason if name in self.entries else ""
+        if self._seen.get(name) != stamp:
+            reason = self._refusal(name, infos)
+            self._seen[name] = stamp
+            if reason:
+                _log.warning("adapter %r is refused: %s", name, reason)
+        kept = self._versions.get(name, [])
+        entry = Entry(name, kept[-1].stem if kept else "", reason)
+        return _off(entry) if name in self._off else replace(entry, reason=reason)
+
+    def _refusal(self, name: str, infos: list[dict[str, Any]]) -> str:
+        """Make a version of a file; or why it cannot be one."""
+        if not is_name(name):
+            return "the file's name: letters, digits, '.', '_' and '-' will do"
+        if name == self._base:
+            return f"the base is called {name!r}"
+        if len(infos) > 1:
+            files = [PurePosixPath(info["name"]).name for info in infos]
+            return f"several files have this name: {', '.join(sorted(files))}"
+        path = PurePosixPath(infos[0]["name"])
+        try:
+            data = self._files.cat_file(infos[0]["name"])
+            adapter = read_adapter(data, Path(path.name))
+            self._check(adapter)
+        except AdaptError as error:
+            return error.message
+        except OSError as error:
+            return f"cannot be read: {error}"
+        self._keep(name, path.suffix, data)
+        return ""
+
+    def _keep(self, name: str, suffix: str, data: bytes) -> None:
+        """Copy a version, and keep the one before: requests for it may be under way."""
+        digest = hashlib.sha256(data).hexdigest()[:12]
+        path = self._copies / f"{name}@{digest}{suffix}"
+        kept = [item for item in self._versions.get(name, []) if item != path]
+        path.write_bytes(data)
+        for old in kept[:-1]:
+            old.unlink()
+        self._versions[name] = [*kept[-1:], path]
+
+    def _forget(self, name: str) -> None:
+        for path in self._versions.pop(name):
+            path.unlink()
+
+
+def _off(entry: Entry) -> Entry:
+    return replace(entry, version="", reason="it was unloaded")
+
+
+def checker(model: Model) -> Callable[[Adapter], None]:
+    """What raises an AdapterError unless an adapter fits the swappable slots of a model.
+
+    Raises:
+        SlotError: If the model has none.
+    """
+    manifest = required_manifest(model)
+    slots = tuple(slot for slot in manifest.slots if slot.swappable)
+    weights = tuple(weight for weight in manifest.weights if weight.swappable)
+    if not slots and not weights:
+        raise SlotError(
+            f"the slots of {model.label} are baked: their weights are constants",
+            hint="insert without --baked to swap adapters",
+        )
+    swappable = replace(manifest, slots=slots, weights=weights)
+    names = {weight.name for weight in weights}
+    replaceable = {
+        tensor.name: (tuple(tensor.dims), FLOATS.get(tensor.data_type, ""))
+        for tensor in model.proto.graph.initializer
+        if tensor.name in names
+    }
+
+    def check(adapter: Adapter) -> None:
+        refuse_misfits(manifest_misfits(swappable, replaceable, adapter), adapter, model.label)
+
+    return check
