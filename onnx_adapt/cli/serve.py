@@ -10,7 +10,7 @@ import click
 from onnx_adapt.cli.show import say
 
 
-@click.command("serve")
+@click.command("serve", short_help="Serve a model and a folder of adapters.")
 @click.argument("model", type=click.Path())
 @click.option("--adapters", required=True, help="The folder of adapters: a path or a URL.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all.")

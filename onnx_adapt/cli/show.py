@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -101,43 +101,44 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     On a terminal that is too narrow only prose is wrapped. A name that was broken could
     not be copied: if names do not fit, each row becomes a paragraph.
     """
-    body = [list(row) for row in rows]
-    cells = [[plain("" if cell is None else str(cell)) for cell in row] for row in body]
-    right = [
-        bool(body) and all(isinstance(row[i], int | float) for row in body)
+    given = [list(row) for row in rows]
+    numbers = [
+        bool(given) and all(isinstance(row[i], int | float) for row in given)
         for i in range(len(columns))
     ]
-    if not sys.stdout.isatty():
-        emit(_piped_table(columns, cells, right).rstrip("\n"))
-        return
+    body = [[plain("" if cell is None else str(cell)) for cell in row] for row in given]
     width = shutil.get_terminal_size().columns
-    if not _fits(columns, cells, width):
-        emit("\n".join(_paragraphs(columns, cells)))
-        return
-    emit("\n".join(map(str.rstrip, _table(columns, cells, right, width).splitlines())))
+    if not sys.stdout.isatty():
+        emit(_piped_table(columns, body, numbers).rstrip("\n"))
+    elif _fits(columns, body, width):
+        emit(_terminal_table(columns, body, numbers, width))
+    else:
+        emit("\n".join(_paragraphs(columns, body)))
 
 
-_GAP = 2
 _SHORT = 16
+"""Columns of a cell that shares its line with others."""
+
 _PROSE = 24
 """Columns that text of several words needs at least."""
 
 
-def _fits(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> bool:
+def _fits(columns: Sequence[str], body: Sequence[Sequence[str]], width: int) -> bool:
     """Whether a table is no wider than this when its prose is wrapped."""
-    needed = _GAP * (len(columns) - 1)
+    from rich.cells import cell_len
+
+    needed = 2 * (len(columns) - 1)
     for i, column in enumerate(columns):
-        texts = [column, *(row[i] for row in cells)]
-        widest = max(map(len, texts))
-        words = max(len(word) for text in texts for word in text.split() or [""])
-        needed += min(widest, max(words, _PROSE))
+        texts = [column, *(row[i] for row in body)]
+        words = max(cell_len(word) for text in texts for word in text.split() or [""])
+        needed += min(max(map(cell_len, texts)), max(words, _PROSE))
     return needed <= width
 
 
-def _table(
+def _terminal_table(
     columns: Sequence[str],
-    cells: Sequence[Sequence[str]],
-    right: Sequence[bool],
+    body: Sequence[Sequence[str]],
+    numbers: Sequence[bool],
     width: int,
 ) -> str:
     from rich.console import Console
@@ -146,18 +147,27 @@ def _table(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        prose = any(" " in row[i] and len(row[i]) > _PROSE for row in cells)
-        table.add_column(
-            column,
-            justify="right" if right[i] else "left",
-            no_wrap=not prose,
-            overflow="fold",
-        )
-    for row in cells:
+        prose = any(" " in row[i] and len(row[i]) > _PROSE for row in body)
+        justify: Literal["left", "right"] = "right" if numbers[i] else "left"
+        table.add_column(column, justify=justify, no_wrap=not prose, overflow="fold")
+    for row in body:
         table.add_row(*map(Text, row))
     out = StringIO()
     Console(file=out, force_terminal=True, width=width).print(table)
-    return out.getvalue()
+    return "\n".join(map(str.rstrip, out.getvalue().splitlines()))
+
+
+def _paragraphs(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Each row over several lines: the first cell, the long ones, the short ones together."""
+    rest = range(1, len(columns))
+    long = [i for i in rest if any(len(row[i]) > _SHORT for row in body)]
+    lines = []
+    for row in body:
+        named = {i: f"{columns[i]} {row[i]}" for i in rest if row[i]}
+        short = ", ".join(named[i] for i in named if i not in long)
+        lines += [row[0], *(f"  {named[i]}" for i in long if i in named)]
+        lines += [f"  {short}"] if short else []
+    return lines
 
 
 def _piped_table(
@@ -180,19 +190,6 @@ def _piped_table(
         )
         for line, taken in zip(lines, sizes, strict=True)
     )
-
-
-def _paragraphs(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Each row over several lines: the first cell, the long ones, the short ones together."""
-    rest = range(1, len(columns))
-    long = [i for i in rest if any(len(row[i]) > _SHORT for row in cells)]
-    lines = []
-    for row in cells:
-        named = {i: f"{columns[i]} {row[i]}" for i in rest if row[i]}
-        short = ", ".join(named[i] for i in named if i not in long)
-        lines += [row[0], *(f"  {named[i]}" for i in long if i in named)]
-        lines += [f"  {short}"] if short else []
-    return lines
 
 
 def size_text(size: int) -> str:

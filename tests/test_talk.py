@@ -178,7 +178,7 @@ def completions(*words: str, incomplete: str = "") -> list[str]:
 
 
 def test_completion_offers_commands_files_nodes_slots_adapters_and_activations() -> None:
-    assert completions(incomplete="re") == ["remove"]
+    assert completions(incomplete="re") == ["remove", "report"]
     assert completions("insert") == ["file"]
     assert completions("insert", "base.onnx", "--after", incomplete="mos") == [
         f"mos_estimator_small_1/dense_{n}/MatMul_add" for n in (3, 4, 5)
