@@ -184,7 +184,7 @@ def _start(
     except failures() as error:
         raise RunError(
             f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
-            hint="does the model run without adapters?",
+            hint="`onnx-adapt check` says whether a file that it needs is missing",
         ) from error
     record = metadata.get(lenders.KEY)
     if record and isinstance(given, str):

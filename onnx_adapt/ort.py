@@ -65,7 +65,8 @@ def without_slot_warnings() -> Iterator[set[str]]:
     comes out when the session stands.
 
     Yields:
-        The names of these weights, to be filled while they become known.
+        The names of these weights, to be filled while they become known. Where that fails
+        for an error, none of these warnings comes through.
     """
     unwanted: set[str] = set()
     with _redirected, contextlib.ExitStack() as stack:
@@ -77,13 +78,17 @@ def without_slot_warnings() -> Iterator[set[str]]:
             return
         _stderr.append(stderr)
         os.dup2(held.fileno(), 2)
+        failed = True
         try:
             yield unwanted
+            failed = False
         finally:
             os.dup2(stderr, 2)
             _stderr.clear()
             held.seek(0)
-            lines = [line for line in held if not _is_about(line, unwanted)]
+            lines = [
+                line for line in held if not _is_about(line, None if failed else unwanted)
+            ]
             with contextlib.suppress(OSError), os.fdopen(stderr, "wb") as out:
                 out.writelines(lines)
 
@@ -95,9 +100,12 @@ def _scratch() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _is_about(line: bytes, names: set[str]) -> bool:
+def _is_about(line: bytes, names: set[str] | None) -> bool:
+    """Whether a line is the warning about one of these weights, or about any."""
     found = _SLOT_WARNING.search(line)
-    return found is not None and found[1].decode(errors="replace") in names
+    if found is None:
+        return False
+    return names is None or found[1].decode(errors="replace") in names
 
 
 def _restore_after_fork() -> None:

@@ -275,7 +275,7 @@ class AdapterSession:
         self, names: list[str], feeds: Mapping[str, Any], rows: list[Shares]
     ) -> dict[str, Any]:
         """One run for all rows if the slots can; else one for the rows of each adapter."""
-        arrays = {name: np.asarray(value) for name, value in feeds.items()}
+        arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
         count_rows(self.batch_axes, arrays, len(rows))
         groups: dict[Shares, list[int]] = {}
         for i, shares in enumerate(rows):

@@ -246,6 +246,7 @@ def test_feeds_in_the_other_byte_order_are_turned(model: Path) -> None:
 MISUSE: dict[str, Callable[[oa.AdapterSession], Any]] = {
     "no feeds": lambda s: s.run(None),  # type: ignore[arg-type]
     "feeds without names": lambda s: s.run([X]),  # type: ignore[arg-type]
+    "no feeds for rows": lambda s: s.run(None, ["fr"] * 6),  # type: ignore[arg-type]
     "no outputs": lambda s: s.run({"x": X}, outputs=[]),
     "a blend by number": lambda s: s.run({"x": X}, adapter={3: 0.5}),  # type: ignore[dict-item]
     "an endless weight": lambda s: s.run({"x": X}, adapter={"fr": 10**400}),
@@ -330,6 +331,20 @@ def test_the_base_s_own_warning_about_an_input_with_a_default_comes_through(
     told = capfd.readouterr().err
     assert f"Initializer {stored.name} appears in graph inputs" in told
     assert "adapter.fc1" not in told
+
+
+def test_a_model_whose_base_is_gone_is_one_error_and_no_warnings(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "models/dnsmos-p808.onnx"
+    (tmp_path / "base.onnx").write_bytes(Path(name).read_bytes())
+    base = oa.open_model(tmp_path / "base.onnx")
+    oa.save_model(oa.insert(base, after="conv2d_5"), tmp_path / "thin.onnx", thin=True)
+    (tmp_path / "base.onnx").unlink()
+    with pytest.raises(RunError, match="cannot load thin") as caught:
+        oa.AdapterSession(tmp_path / "thin.onnx")
+    assert "onnx-adapt check" in caught.value.hint
+    assert "appears in graph inputs" not in capfd.readouterr().err
 
 
 def test_stderr_is_itself_again_also_in_a_child_that_was_forked_meanwhile(model: Path) -> None:
