@@ -8,6 +8,7 @@ recorded types and the order of nodes all stay right.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -70,6 +71,8 @@ def put_in(
     opset = default_opset(model.proto)
     for slot in slots:
         check_slot(slot, opset)
+    for twice in _given_twice(index):
+        _log.warning("initializer %r is there more than once; the last one counts", twice)
     placed = _put_nodes(index, slots, known.slots, opset)
     if model.proto.ir_version < _OLDEST_IR:
         known = replace(known, inputs=_take_inputs(model.proto, known.weights))
@@ -78,6 +81,15 @@ def put_in(
         add_weights(model.proto, slot, weights[slot.name])
     write_manifest(model.proto, replace(known, slots=placed))
     return model
+
+
+def _given_twice(index: ModelIndex) -> list[str]:
+    """Initializers that ONNX's rule of single assignment forbids; ONNX Runtime takes them."""
+    found: list[str] = []
+    for view in index.views.values():
+        names = Counter(tensor.name for tensor in view.scope.graph.initializer)
+        found += [name for name, count in names.items() if count > 1]
+    return found
 
 
 def _take_inputs(
@@ -119,15 +131,33 @@ def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProt
     made = {node.output[0] for node in nodes[:-1]}
     terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
     there = {value.name for value in (*graph.value_info, *graph.output)}
+    for name in sorted({slot.output, *terms} - there):
+        _record(index, slot, name)
+
+
+def _record(index: ModelIndex, slot: Slot, name: str) -> None:
+    """Write down that a tensor of a slot is as the slot's target."""
+    view = index.views[slot.graph]
     known = view.type_of(slot.tensor)
     inputs = index.main.scope.graph.input
     symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
     dims = known.shape or ()
     shape = [dim if isinstance(dim, int) or dim in symbols else None for dim in dims]
-    for name in sorted({slot.output, *terms} - there):
-        declared = onnx.helper.make_tensor_value_info(name, known.elem_type, shape)
-        declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
-        graph.value_info.append(declared)
+    declared = onnx.helper.make_tensor_value_info(name, known.elem_type, shape)
+    declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
+    view.scope.graph.value_info.append(declared)
+
+
+def _is_inferred(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether ONNX infers types through an operator, or only its function body can tell.
+
+    Of such a body ONNX does not see the defaults of attributes, and gives up.
+    """
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return True  # strict inference asks nothing behind an operator it does not know
+    return bool(schema.has_type_and_shape_inference_function)
 
 
 def _put_nodes(
@@ -150,6 +180,8 @@ def _put_nodes(
             position = view.producers[slot.tensor]
             producer = maker.get(slot.tensor, view.nodes[position])
             rename_output(producer, slot.tensor, slot.inner)
+            if not _is_inferred(producer, opset):
+                _record(index, slot, slot.inner)
             below = outputs.pop((path, slot.tensor), None)
             if below is not None:
                 _log.warning("slot %r is stacked on slot %r", slot.name, below.name)
