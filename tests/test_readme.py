@@ -11,7 +11,7 @@ import onnx_adapt
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
-PAGES = ["README.md", *DOCS]
+PAGES = ["README.md", "SECURITY.md", *DOCS]
 
 
 @pytest.fixture
@@ -52,6 +52,15 @@ def test_every_picture_and_page_that_is_linked_is_there() -> None:
         for target in re.findall(r"\]\(([^)#:]+)\)", _read(page)):
             there = (ROOT / page).parent / target
             assert there.exists() or there.name in made, (page, target)
+
+
+def test_the_site_has_what_its_pages_link_to() -> None:
+    hooks = (ROOT / "tools/site_hooks.py").read_text(encoding="utf-8")
+    for page in DOCS:
+        for target in re.findall(r"\]\(((?:\.\./)+[^)#:]+)\)", _read(page)):
+            path = (ROOT / page).parent.joinpath(target).resolve()
+            if not path.is_relative_to(ROOT / "docs"):
+                assert f'"{path.relative_to(ROOT).as_posix()}"' in hooks, (page, target)
 
 
 def test_the_python_reference_has_every_public_name() -> None:

@@ -1,4 +1,4 @@
-"""What mkdocs is told beside mkdocs.yml: the page of commands, and pages nobody listed."""
+"""What mkdocs is told beside mkdocs.yml: pages from elsewhere, and pages nobody listed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from onnx_adapt.cli import cli
 
 COMMANDS = "reference/commands.md"
+ELSEWHERE = {
+    "SECURITY.md": "security.md",
+    "benchmarks/results/README.md": "results/index.md",
+    "benchmarks/results/results.svg": "results/results.svg",
+}
+"""Files of the repository, outside docs/, that are on the site, and where."""
 INTRODUCTION = """# Commands
 
 Data goes to stdout, talk to stderr; `--quiet` leaves only errors. `--json` is one document
@@ -62,6 +69,17 @@ def _title(path: Path) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page of commands, which is nowhere but in the code."""
+    """Add the page of commands, which is nowhere but in the code, and what is elsewhere."""
     files.append(File.generated(config, COMMANDS, content=commands_page()))
+    for path, place in ELSEWHERE.items():
+        there = Path(config.config_file_path).parent / path
+        files.append(File.generated(config, place, abs_src_path=str(there)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let links that leave docs/ stay on the site."""
+    up = "../" * (page.file.src_uri.count("/") + 1)
+    for path, place in ELSEWHERE.items():
+        markdown = markdown.replace(f"]({up}{path})", f"]({up.removeprefix('../')}{place})")
+    return markdown
