@@ -19,6 +19,9 @@ LAW = settings(max_examples=60, deadline=None, database=None)
 X = np.random.default_rng(0).standard_normal((3, 4))
 WEIGHTS = {f"w{i}": np.random.default_rng(i).standard_normal((4, 4)) / 2 for i in (1, 2)}
 
+ROUNDS = 2
+"""How often each Loop goes round."""
+
 COMPUTE: dict[str, Callable[..., np.ndarray]] = {
     "MatMul": np.matmul,
     "Add": np.add,
@@ -30,7 +33,7 @@ COMPUTE: dict[str, Callable[..., np.ndarray]] = {
 
 @dataclass
 class Step:
-    """One node: what it computes, or the two bodies of an If."""
+    """One node: what it computes, or the two bodies of an If, or the one of a Loop."""
 
     op: str
     name: str
@@ -39,6 +42,23 @@ class Step:
     bodies: tuple[list[Step], ...] = ()
 
     def node(self) -> onnx.NodeProto:
+        if self.op == "Loop":
+            again = helper.make_node("Identity", [f"{self.out}_go"], [f"{self.out}_again"])
+            body = helper.make_graph(
+                [again, *(step.node() for step in self.bodies[0])],
+                "body",
+                [
+                    helper.make_tensor_value_info(f"{self.out}_i", onnx.TensorProto.INT64, []),
+                    helper.make_tensor_value_info(f"{self.out}_go", onnx.TensorProto.BOOL, []),
+                    _value(f"{self.out}_carried"),
+                ],
+                [
+                    helper.make_tensor_value_info(again.output[0], onnx.TensorProto.BOOL, []),
+                    _value(self.bodies[0][-1].out),
+                ],
+            )
+            reads = ["rounds", "", *self.reads]
+            return helper.make_node("Loop", reads, [self.out], self.name, body=body)
         graphs = {
             key: helper.make_graph([s.node() for s in body], key, [], [_value(body[-1].out)])
             for key, body in zip(("then_branch", "else_branch"), self.bodies, strict=False)
@@ -64,7 +84,10 @@ class Program:
             "g",
             [_value("x"), choice],
             [_value(name) for name in self.outputs],
-            [numpy_helper.from_array(value, name) for name, value in WEIGHTS.items()],
+            [
+                *(numpy_helper.from_array(value, name) for name, value in WEIGHTS.items()),
+                numpy_helper.from_array(np.array(ROUNDS), "rounds"),
+            ],
         )
         opsets = [helper.make_opsetid("", 17)]
         model = oa.Model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
@@ -90,6 +113,12 @@ def _compute(
             inner = dict(found)
             _compute(body, taken, slots, inner)
             value = inner[body[-1].out]
+        elif step.op == "Loop":
+            value = found[step.reads[0]]
+            for _ in range(ROUNDS):
+                inner = found | {f"{step.out}_carried": value}
+                _compute(step.bodies[0], taken, slots, inner)
+                value = inner[step.bodies[0][-1].out]
         else:
             value = COMPUTE[step.op](*(found[name] for name in step.reads))
         for down, up in slots.get(step.out, ()):
@@ -102,19 +131,20 @@ def _steps(
 ) -> list[Step]:
     known, steps, used = list(known), [], {""}
     for _ in range(draw(st.integers(1, 4))):
-        ops = ["MatMul", "MatMul", *COMPUTE, *(["If"] * 3 if depth < 2 else [])]
+        ops = ["MatMul", "MatMul", *COMPUTE, *(["If", "If", "Loop"] if depth < 2 else [])]
         op = draw(st.sampled_from(ops))
+        out = f"t{next(numbers)}"
+        reads = ["c"] if op == "If" else [draw(st.sampled_from(known))]
         bodies = ()
         if op == "If":
-            reads = ["c"]
             bodies = tuple(_steps(draw, known, numbers, depth + 1, wild) for _ in range(2))
-        else:
-            reads = [draw(st.sampled_from(known))]
-            if op == "MatMul":
-                reads.append(draw(st.sampled_from(sorted(WEIGHTS))))
-            if op == "Add":
-                reads.append(draw(st.sampled_from(known)))
-        out = f"t{next(numbers)}"
+        elif op == "Loop":
+            seen = [*known, f"{out}_carried"]
+            bodies = (_steps(draw, seen, numbers, depth + 1, wild),)
+        elif op == "MatMul":
+            reads.append(draw(st.sampled_from(sorted(WEIGHTS))))
+        elif op == "Add":
+            reads.append(draw(st.sampled_from(known)))
         name = draw(st.sampled_from(["", "layer", "block", f"{out}_node"]))
         if not wild and name in used:  # ONNX Runtime wants them unique in each graph
             name = ""
