@@ -316,8 +316,15 @@ def _not_found(survey: Survey, name: str) -> SiteNotFoundError:
             f"{name!r} is {kind} of the model; an adapter goes after a node",
             hint="name the node that reads it, or see `onnx-adapt sites`",
         )
+    called = "matches" if _GLOB.search(name) else "is called"
+    wide = re.sub(r"\*+", "**", name)
+    if wide != name and (hits := _glob(survey, wide)):
+        return SiteNotFoundError(
+            f"no node, tensor or module {called} {name!r}",
+            hint=f"`*` stays within one part of a path; {wide!r} matches {len(hits)} places",
+        )
     first = 0 if ":" in name else 1  # an address is only like an address
     others = (label for site in survey.sites for label in _labels(site)[first:])
     near = nearest(name, (*survey.modules.paths, *others))
     hint = f"nearest: {', '.join(near)}" if near else "see `onnx-adapt sites` for all names"
-    return SiteNotFoundError(f"no node, tensor or module is called {name!r}", hint=hint)
+    return SiteNotFoundError(f"no node, tensor or module {called} {name!r}", hint=hint)

@@ -1,5 +1,6 @@
 """From what a user writes to sites."""
 
+import re
 import time
 from pathlib import Path
 
@@ -222,9 +223,17 @@ def test_one_star_stays_within_a_part_of_a_path_and_two_do_not(
 
 @pytest.mark.parametrize("pattern", ["/enc/*", "[ab]*", "dense?", "*.foo"])
 def test_a_glob_that_matches_no_whole_name_is_not_found(pattern: str) -> None:
-    with pytest.raises(SiteNotFoundError, match="called") as caught:
+    with pytest.raises(SiteNotFoundError, match="matches") as caught:
         chosen(model(TREE, "w 4 4"), pattern)
     assert pattern in caught.value.message
+
+
+def test_a_glob_that_is_too_narrow_names_the_wider_one() -> None:
+    with pytest.raises(SiteNotFoundError) as caught:
+        chosen(model(TREE, "w 4 4"), "/enc/*")
+    wider = re.search(r"'(\S+)' matches (\d) places", caught.value.hint or "")
+    assert wider is not None
+    assert len(meant(model(TREE, "w 4 4"), wider[1])) == int(wider[2])
 
 
 def test_a_glob_matches_the_node_of_the_bias_as_its_name_does() -> None:
