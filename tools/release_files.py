@@ -35,7 +35,14 @@ def look_at_sdist(sdist: Path) -> list[str]:
     """What is wrong with an sdist: it can be built, and is the source only."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO"}
+    wanted = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "PKG-INFO",
+    }
     wrong = [f"sdist without {name}" for name in sorted(wanted - names)]
     tops = {name.partition("/")[0] for name in names}
     extra = tops - wanted - {"onnx_adapt", "docs", ".gitignore", ""}
