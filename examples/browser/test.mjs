@@ -78,6 +78,13 @@ const tests = {
     assert.match(complaints.pop(), /404/); // the browser's own
   },
 
+  async "a page without its packages says how to install them"(page, complaints) {
+    await page.route("**/node_modules/**", (route) => route.fulfill({ status: 404 }));
+    await page.reload();
+    assert.match(await page.getByRole("alert").textContent(), /run npm ci/);
+    assert.match(complaints.pop(), /404/);
+  },
+
   async "a LoRA and a classifier that PEFT trained move a transformer as in Python"(page) {
     const found = await transformer(page, "wasm");
     for (const [name, output] of found) close(output, expected.trained[name]);
@@ -236,7 +243,7 @@ async function main() {
         console.log(`ok      ${name}`);
       } catch (error) {
         failed += 1;
-        console.log(`FAILED  ${name}\n${error.message}`);
+        console.log(["FAILED  " + name, error.message, ...complaints].join("\n        "));
       }
       await page.close();
     }
