@@ -92,9 +92,23 @@ def test_a_target_inside_a_function_is_refused_with_the_way_out() -> None:
     assert "--inline-functions" in caught.value.hint
 
 
-def test_the_way_out_of_a_function_works_with_the_same_name() -> None:
-    adapted = oa.insert(model_of(FUNCTION), after="inner", inline_functions=True)
-    assert [slot.width for slot in oa.list_slots(adapted)] == [4]
+@pytest.mark.parametrize("name", ["inner", "h"])
+def test_the_way_out_of_a_function_works_with_the_same_name(name: str) -> None:
+    adapted = oa.insert(model_of(FUNCTION), after=name, inline_functions=True)
+    (slot,) = oa.list_slots(adapted)
+    assert (slot.node, slot.width) == ("inner__1", 4)
+
+
+@pytest.mark.parametrize("name", ["inner", "h"])
+def test_a_name_in_a_function_that_is_called_twice_is_several_places(name: str) -> None:
+    calls = "{ a = local.block(x, w1)  y = local.block(a, w1) }"
+    base = model_of(FUNCTION.replace("{ [call] y = local.block(x, w1) }", calls))
+    with pytest.raises(AmbiguousSiteError, match="2 times") as caught:
+        oa.insert(base, after=name, inline_functions=True)
+    assert "name each of them" in caught.value.hint
+    each = [f"{name}__1", f"{name}__2"]
+    adapted = oa.insert(base, after=each, inline_functions=True)
+    assert [slot.node for slot in oa.list_slots(adapted)] == ["inner__1", "inner__2"]
 
 
 def test_inlining_reaches_inside_a_function() -> None:
