@@ -362,6 +362,7 @@ def test_a_slot_of_ids_can_have_rows_whatever_its_rank() -> None:
             rank=rank,
             activation="identity",
         )
+        check_slot(slot, 17)
         rng = np.random.default_rng(1)
         feeds = {
             "t": rng.standard_normal((*shape, WIDTH)).astype(np.float32),
