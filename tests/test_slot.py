@@ -176,6 +176,36 @@ def test_an_absent_part_emits_no_node(case: str, ops: str) -> None:
     assert [node.op_type for node in slot_nodes(slot_of_case(case), 17)] == ops.split()
 
 
+TERM = "down down_biased act up up_biased gained gate gated after sum"
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "opset", "steps"),
+    [
+        ("everything", {}, 17, f"scaled read norm norm_own {TERM}"),
+        ("everything", {}, 14, f"scaled read norm norm_own {TERM}"),
+        ("after_sum_bias", {}, 17, "scaled down act up sum after switched"),
+        ("biases", {"axis": 1, "rank": 4}, 17, "down act up sum"),
+        (
+            "biases",
+            {"batched": True, "rank": 2},
+            17,
+            "by_row down down_biased act masked up up_biased sum reshaped",
+        ),
+    ],
+)
+def test_steps_are_named_for_what_they_compute(
+    case: str, changes: dict[str, Any], opset: int, steps: str
+) -> None:
+    """Profiles show the names; what else a step needs is named by operator and place."""
+    slot = slot_of_case(case, **changes)
+    norm, _ = base_norm(np.float32, np.random.default_rng(0))
+    nodes = slot_nodes(slot, opset, norm if slot.norm else None)
+    assert len({node.name for node in nodes}) == len(nodes)
+    names = [node.name.removeprefix("adapter.s/") for node in nodes]
+    assert " ".join(name for name in names if not name[-1].isdigit()) == steps
+
+
 def test_the_base_normalisation_is_copied_with_its_attributes_and_first_output_only() -> None:
     node, _ = base_norm(np.float32, np.random.default_rng(0))
     before = node.SerializeToString()
