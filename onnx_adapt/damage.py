@@ -180,7 +180,7 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
             dim = dims[1 if slot.axis == 1 else len(dims) - 1]
             # Halves are of a coupling; means and variances are 1 wide.
             known = {slot.width, slot.source_width, slot.width // 2, 1}
-            if label.endswith(("down", "down_biased")):
+            if label.endswith("down"):
                 known = set()  # its size is the bottleneck, whatever it is
             if dim.HasField("dim_value") and dim.dim_value not in known:
                 yield (
