@@ -29,7 +29,7 @@ from onnx_adapt.errors import AdapterError, MismatchError, SlotError
 from onnx_adapt.manifest import ROW_PARTS, Slot
 from onnx_adapt.oracle import Norm, slot_value
 from onnx_adapt.parts import neutral_rows, part_shape, row_shape
-from onnx_adapt.slot import check_slot
+from onnx_adapt.slot import check_slot, slot_nodes
 
 ROWS = 3
 SHAPES = {2: (ROWS * 4,), 3: (ROWS, 4), 4: (ROWS, 2, 2)}
@@ -149,6 +149,16 @@ def test_what_rows_have_by_default_changes_nothing(case: str, axis: int, rank: i
     plain = run_nodes(replace(slot, batched=False), 17, feeds)
     rows = {slot.weight(part): value for part, value in neutral_rows(slot).items()}
     np.testing.assert_array_equal(run_nodes(slot, 17, feeds | rows), plain)
+
+
+@pytest.mark.parametrize(
+    ("case", "rank", "count"),
+    [("plain", 3, 0), ("plain", 2, 2), ("parallel", 2, 3), ("skip", 4, 2), ("ia3", 2, 2)],
+)
+def test_no_tensor_is_reshaped_twice(case: str, rank: int, count: int) -> None:
+    """What goes in once each, and what comes out; not even that where the rank is 3."""
+    nodes = slot_nodes(slot_of_case(case, batched=True, rank=rank), 17)
+    assert [node.op_type for node in nodes].count("Reshape") == count
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - set(SHARED)))

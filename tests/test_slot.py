@@ -331,6 +331,7 @@ def test_rows_of_a_table_take_the_place_of_a_projection() -> None:
     ids = rng.integers(0, 9, (2, 4))
     t = rng.standard_normal((2, 4, WIDTH)).astype(np.float32)
     feeds = {"t": t, "ids": ids, slot.weight("table"): table, slot.weight("up"): up}
+    assert slot_nodes(slot, 17)[0].name == "adapter.s/down"
     wanted = t + np.maximum(table[ids], 0) @ up
     np.testing.assert_allclose(run_nodes(slot, 17, feeds), wanted, 1e-5, 1e-5)
 
