@@ -134,8 +134,7 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
     present: dict[str, list[onnx.NodeProto]] = {}
     for scope in walk.scopes(proto.graph):
         for node in scope.graph.node:
-            if slot_of(node):
-                present.setdefault(slot_of(node), []).append(node)
+            present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
         constants = [node for node in nodes if "/norm_constant_" in text(node.name)]

@@ -343,6 +343,13 @@ def test_nothing_is_filled_into_or_taken_out_of_damaged_slots(what: str) -> None
             action()
 
 
+def test_a_node_of_the_bases_that_is_called_adapter_is_no_lost_slot() -> None:
+    base = two_layers()
+    base.graph.node[1].name = "adapter.act"
+    with pytest.raises(SlotError, match="no slots"):
+        damages(oa.Model(base))
+
+
 def test_a_model_without_slots_cannot_be_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

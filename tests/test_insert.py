@@ -1,11 +1,13 @@
 """Insertion: what goes into a graph, what stays as it was, what the model computes then."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from adapter_models import trained
 from slot_models import (
     MLP,
     MODELS,
@@ -248,6 +250,7 @@ def test_a_glob_takes_what_can_take_a_slot_and_names_the_rest(
         ({"bottleneck": -3}, SlotError, "bottleneck of -3", "1 or more"),
         ({"activation": "rleu"}, SlotError, "'rleu'", "relu"),
         ({"parts": ("down",)}, SlotError, "needs 'up'", ""),
+        ({"seed": -1}, SlotError, "seed of -1", "0 or more"),
         ({"parts": ()}, SlotError, "no parts", ""),
         ({"parts": ("down", "up", "middle")}, SlotError, "'middle'", "down_bias"),
         ({"parts": ("scale",), "bias": True}, SlotError, "needs 'down'", ""),
@@ -265,6 +268,21 @@ def test_a_slot_that_makes_no_sense_is_refused(
     with pytest.raises(error, match=message) as caught:
         oa.insert(model_of(MLP), **{"after": "first", **options})
     assert hint in caught.value.hint
+
+
+def test_a_checkpoint_goes_where_it_was_trained_in_the_model_it_was_loaded_for(
+    tmp_path: Path,
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    with pytest.raises(SiteError, match="its own places") as caught:
+        oa.insert(base, after="fc1", checkpoint=checkpoint)
+    assert "leave out" in caught.value.hint
+    other = base.copy()
+    other.proto.graph.initializer[0].name = "renamed"
+    other.proto.graph.node[0].input[1] = "renamed"
+    with pytest.raises(SlotError, match="another model") as caught:
+        oa.insert(other, checkpoint=checkpoint)
+    assert "load it for this one" in caught.value.hint
 
 
 def test_a_part_given_alone_is_ia3() -> None:

@@ -2,6 +2,7 @@
 
 import onnx
 import pytest
+from adapter_models import adapted
 from onnx import helper, shape_inference
 from slot_models import dense, model_of
 from trained_cases import CASES
@@ -30,6 +31,23 @@ def test_shapes_that_onnx_infers_are_not_stale_whatever_the_form_of_the_slot(
     model = oa.insert(base, checkpoint=checkpoint)
     model.proto.graph.CopyFrom(shape_inference.infer_shapes(model.proto).graph)
     assert damages(model) == []
+
+
+@pytest.mark.parametrize("baked", [True, False])
+def test_a_bottleneck_that_is_fixed_may_be_recorded(baked: bool) -> None:
+    model = adapted(bottleneck=3, baked=baked)
+    inferred = shape_inference.infer_shapes(model.proto)
+    assert "adapter.fc1/down" in {value.name for value in inferred.graph.value_info}
+    assert damages(oa.Model(inferred)) == []
+
+
+def test_a_source_of_another_width_is_no_bottleneck() -> None:
+    base = model_of(f"""<ir_version: 8, opset_import: ["" : 14]>
+    g (float[n,4] x) => (float[n,6] y)
+    <{dense("w")}, float[4,6] v = {{{", ".join(["1", "-1", "2"] * 8)}}}>
+    {{ [one] a = MatMul(x, w)  [two] y = MatMul(a, v) }}""")
+    model = oa.insert(base, after="two", source="one", parts=("down", "up", "norm_weight"))
+    assert damages(oa.Model(shape_inference.infer_shapes(model.proto))) == []
 
 
 def test_shapes_inside_a_slot_on_channels_can_be_stale() -> None:

@@ -207,8 +207,10 @@ def test_notes_say_why_the_result_is_not_the_base(inline: bool) -> None:
 
 
 def test_there_is_nothing_to_note_while_slots_are_left() -> None:
-    adapted = oa.insert(model_of(MLP), after=["first", "act"])
+    base = model_of(MLP)
+    adapted = oa.insert(base, after=["first", "act"])
     assert base_notes(adapted, oa.remove(adapted, slots=["act"])) == []
+    assert base_notes(base, base) == []
 
 
 def test_a_base_weight_that_was_changed_is_noted_on_removal() -> None:
