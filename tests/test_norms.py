@@ -1,5 +1,7 @@
 """Normalisations that older exports spell out, against what ONNX Runtime computes."""
 
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -86,17 +88,19 @@ def test_arithmetic_that_only_looks_like_a_normalisation_is_none(form: str) -> N
 
 
 @pytest.mark.parametrize("opset", [11, 14, 17])
-def test_a_normalisation_without_bias_or_epsilon_means_the_same_in_every_opset(
-    opset: int,
+@pytest.mark.parametrize("attributes", [{}, {"axis": -1, "epsilon": 1e-4}])
+def test_a_normalisation_without_a_bias_means_the_same_in_every_opset(
+    attributes: dict[str, Any], opset: int
 ) -> None:
     """Optimised models have the operator in opsets before its first."""
     rng = np.random.default_rng(7)
     shapes = {"t": (2, 4, WIDTH), "g": (WIDTH,), "down": (WIDTH, 3), "up": (3, WIDTH)}
     t, g, down, up = (rng.standard_normal(s).astype(np.float32) for s in shapes.values())
     t *= np.float32(0.003)  # a variance of about epsilon
-    node = helper.make_node("LayerNormalization", ["s", "g"], ["n"], "ln")
+    node = helper.make_node("LayerNormalization", ["s", "g"], ["n"], "ln", **attributes)
     feeds = {"t": t, "g": g, "adapter.s.down": down, "adapter.s.up": up}
     centred = t.astype(np.float64) - t.mean(-1, keepdims=True)
-    read = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * g
+    variance = (centred**2).mean(-1, keepdims=True)
+    read = centred / np.sqrt(variance + attributes.get("epsilon", 1e-5)) * g
     got = run_nodes(slot_of_case("base_norm"), opset, feeds, node)
     np.testing.assert_allclose(got, t + np.maximum(read @ down, 0) @ up, 1e-4, 1e-5)
