@@ -108,7 +108,7 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
     """Inputs of slots that are declared otherwise than they were inserted."""
     declared = {value.name: value.type.tensor_type for value in proto.graph.input}
     for slot in slots:
-        for part in slot.parts if slot.swappable else ():
+        for part in slot.parts:
             found = declared.get(slot.weight(part))
             if found is None:
                 continue
@@ -124,7 +124,8 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
                     f"{slot.weight(part)!r} was given a fixed size"
                 )
         for name in map(slot.weight, slot.row_parts):
-            if name in declared and declared[name].shape.dim[0].HasField("dim_value"):
+            rows = declared[name].shape.dim[:1] if name in declared else ()
+            if any(dim.HasField("dim_value") for dim in rows):
                 yield f"input {name!r}, which has a value for each row, was given a fixed size"
 
 
@@ -133,8 +134,7 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
     present: dict[str, list[onnx.NodeProto]] = {}
     for scope in walk.scopes(proto.graph):
         for node in scope.graph.node:
-            if slot_of(node):
-                present.setdefault(slot_of(node), []).append(node)
+            present.setdefault(slot_of(node), []).append(node)
     for slot in slots:
         nodes = present.get(slot.name, [])
         constants = [node for node in nodes if "/norm_constant_" in text(node.name)]
@@ -171,14 +171,16 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
     free = {f"adapter.{slot.name}": slot for slot in slots if not slot.bottleneck}
     for scope in walk.scopes(proto.graph):
         for value in scope.graph.value_info:
-            slot = free.get(value.name.rpartition("/")[0])
+            prefix, _, label = value.name.rpartition("/")
+            slot = free.get(prefix)
             dims = value.type.tensor_type.shape.dim
             if slot is None or len(dims) < 2:
                 continue
             dim = dims[1 if slot.axis == 1 else len(dims) - 1]
-            known = {slot.width, slot.source_width}
-            if "/down" not in value.name:
-                known.add(1)  # means and variances, which are no wider
+            # Halves are of a coupling; means and variances are 1 wide.
+            known = {slot.width, slot.source_width, slot.width // 2, 1}
+            if label.endswith("down"):
+                known = set()  # its size is the bottleneck, whatever it is
             if dim.HasField("dim_value") and dim.dim_value not in known:
                 yield (
                     f"the recorded shape of {value.name!r} has the bottleneck {dim.dim_value} "

@@ -18,7 +18,7 @@ from onnx_adapt.base_weights import Opening, close_base_weights, open_base_weigh
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
-from onnx_adapt.graph import ModelIndex, default_opset, index_model
+from onnx_adapt.graph import ModelIndex, index_model
 from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
@@ -26,7 +26,6 @@ from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weight
 from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
 from onnx_adapt.sites import Survey, survey_model
-from onnx_adapt.slot import check_slot
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -136,15 +135,12 @@ def _insert(
     resolution = resolve(survey, names)
     for site in resolution.skipped:
         _log.warning("left out %s: %s", site.address, site.refused)
-    taken = reserved_names(survey.index) | {slot.name for slot in known.slots}
+    taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
-    opset = default_opset(result.proto)
-    for slot in slots:
-        check_slot(slot, opset)
     rng = np.random.default_rng(recipe.seed)
     weights = {
         slot.name: fresh_weights(slot, slot.bottleneck, rng)
@@ -221,7 +217,7 @@ def inline_model(model: Model) -> Model:
     """
     try:
         proto = onnx.inliner.inline_local_functions(model.proto)
-    except (RuntimeError, ValueError) as error:
+    except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
         raise RunError(f"the functions of {model.label} cannot be inlined: {error}") from error
     return replace(model, proto=proto)
 

@@ -29,7 +29,7 @@ from onnx_adapt.errors import AdapterError, MismatchError, SlotError
 from onnx_adapt.manifest import ROW_PARTS, Slot
 from onnx_adapt.oracle import Norm, slot_value
 from onnx_adapt.parts import neutral_rows, part_shape, row_shape
-from onnx_adapt.slot import check_slot
+from onnx_adapt.slot import check_slot, slot_nodes
 
 ROWS = 3
 SHAPES = {2: (ROWS * 4,), 3: (ROWS, 4), 4: (ROWS, 2, 2)}
@@ -151,6 +151,16 @@ def test_what_rows_have_by_default_changes_nothing(case: str, axis: int, rank: i
     np.testing.assert_array_equal(run_nodes(slot, 17, feeds | rows), plain)
 
 
+@pytest.mark.parametrize(
+    ("case", "rank", "count"),
+    [("plain", 3, 0), ("plain", 2, 2), ("parallel", 2, 3), ("skip", 4, 2), ("ia3", 2, 2)],
+)
+def test_no_tensor_is_reshaped_twice(case: str, rank: int, count: int) -> None:
+    """What goes in once each, and what comes out; not even that where the rank is 3."""
+    nodes = slot_nodes(slot_of_case(case, batched=True, rank=rank), 17)
+    assert [node.op_type for node in nodes].count("Reshape") == count
+
+
 @pytest.mark.parametrize("case", sorted(set(CASES) - set(SHARED)))
 def test_what_is_no_sum_over_the_bottleneck_is_refused(case: str) -> None:
     with pytest.raises(SlotError, match="cannot give each row an adapter") as caught:
@@ -159,10 +169,16 @@ def test_what_is_no_sum_over_the_bottleneck_is_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"rank": 0}, {"rank": 1}, {"bottleneck": 4}, {"swappable": False}]
+    ("change", "why"),
+    [
+        ({"rank": 0}, "rank of tensor 'y' is unknown"),
+        ({"rank": 1}, "rank of tensor 'y' is 1"),
+        ({"bottleneck": 4}, "bottleneck is fixed"),
+        ({"swappable": False}, "bottleneck is fixed"),
+    ],
 )
-def test_a_slot_that_cannot_have_rows_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(SlotError, match="cannot give each row an adapter"):
+def test_a_slot_that_cannot_have_rows_is_refused(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(SlotError, match=f"cannot give each row an adapter: .*{why}"):
         check_slot(replace(PLAIN, **{"batched": True, "rank": 3, **change}), 17)
 
 
@@ -362,6 +378,7 @@ def test_a_slot_of_ids_can_have_rows_whatever_its_rank() -> None:
             rank=rank,
             activation="identity",
         )
+        check_slot(slot, 17)
         rng = np.random.default_rng(1)
         feeds = {
             "t": rng.standard_normal((*shape, WIDTH)).astype(np.float32),

@@ -204,3 +204,9 @@ def test_a_channel_slot_without_an_adapter_is_one_channel_of_zeros_and_empty() -
         oa.extract(model)
     with pytest.raises(AdapterError, match="is empty"):
         oa.bake(model)
+
+
+def test_a_baked_checkpoint_has_the_bottleneck_it_was_trained_with(tmp_path: Path) -> None:
+    base, checkpoint = trained(tmp_path)
+    (slot,) = oa.list_slots(oa.insert(base, checkpoint=checkpoint, baked=True))
+    assert (slot.swappable, slot.bottleneck) == (False, 2)

@@ -57,9 +57,10 @@ def _strip_one_default(proto: Proto) -> None:
     _drop(proto.graph.initializer, {"adapter.fc2.up"})
 
 
-def _strip_marks(proto: Proto) -> None:
+def _strip_marks(proto: Proto, slots: str = "fc1 fc2") -> None:
     for node in proto.graph.node:
-        del node.metadata_props[:]
+        if node.metadata_props and node.metadata_props[0].value in slots.split():
+            del node.metadata_props[:]
 
 
 def _fold(proto: Proto) -> None:
@@ -99,6 +100,7 @@ def _fix_symbols(proto: Proto, size: int = 0) -> None:
 
 def _record(proto: Proto, size: int) -> None:
     """As symbolic_shape_infer of ONNX Runtime: the default's size is recorded inside."""
+    proto.graph.value_info.append(helper.make_tensor_value_info("b", 1, ["n", 4]))
     for name in ("fc1/down", "fc1/act", "fc2/down", "fc2/act"):
         kind = helper.make_tensor_value_info(f"adapter.{name}", 1, ["n", size])
         proto.graph.value_info.append(kind)
@@ -127,7 +129,9 @@ DAMAGES: dict[str, tuple[Callable[[Proto], None], list[str]]] = {
     "symbols fixed at 0": (_fix_symbols, ["'fc1'", "'fc2'", "swappable"]),
     "symbols fixed at 8": (lambda p: _fix_symbols(p, 8), ["'fc1'", "'fc2'"]),
     "empty shapes recorded": (lambda p: _record(p, 0), ["fc1/down", "fc2/act", "value_info"]),
-    "another type declared": (_other_type, ["adapter.fc1.up"]),
+    "shapes of one unit recorded": (lambda p: _record(p, 1), ["fc1/down", "fc2/down"]),
+    "as many units as the slot is wide": (lambda p: _record(p, 4), ["fc1/down", "fc2/down"]),
+    "another type declared": (_other_type, ["adapter.fc1.up", "float16"]),
     "another shape stored": (_other_default, ["adapter.fc1.up", "[0, 7]"]),
 }
 
@@ -144,6 +148,56 @@ def test_damage_is_named_with_exit_1(
     code, said = _check(capsys, tmp_path / "m.onnx")
     assert code == 1
     assert [word for word in words if word not in said] == []
+
+
+def test_a_slot_is_told_from_a_whole_one_before_it() -> None:
+    model = adapted()
+    _strip_marks(model.proto, "fc2")
+    (said,) = damages(model)
+    assert said.startswith("slot 'fc2' can still be fed")
+
+
+@pytest.mark.parametrize("what", ["folded", "baked"])
+def test_only_a_slot_whose_inputs_are_read_can_still_be_fed(what: str) -> None:
+    model = adapted(baked=what == "baked", bottleneck=2)
+    DAMAGES["folded" if what == "folded" else "marks stripped"][0](model.proto)
+    said = damages(model)
+    assert [text.split(": ")[0] for text in said] == ["slot 'fc1'", "slot 'fc2'"]
+    assert not [text for text in said if "can still be fed" in text]
+
+
+def test_slots_whose_record_is_gone_are_told_from_the_names_of_their_nodes() -> None:
+    base = two_layers()
+    base.graph.node[1].name = "block/act/Relu"
+    model = oa.insert(oa.Model(base), after=["fc2", "block/act/Relu"])
+    del model.proto.metadata_props[:]
+    (said,) = damages(model)
+    assert "with it 'block/act/Relu', 'fc2' (" in said
+
+
+def test_one_damage_does_not_hide_another() -> None:
+    model = adapted()
+    _drop(model.proto.graph.input, {"adapter.fc1.down"})
+    _other_type(model.proto)
+    said = " ".join(damages(model))
+    assert "'adapter.fc1.down' was stripped" in said
+    assert "'adapter.fc1.up' is declared as float16" in said
+
+    model = adapted()
+    (record,) = model.proto.metadata_props
+    record.value = record.value.replace('["down","up"]', '["down"]', 1)
+    next(n for n in model.proto.graph.node if n.name == "adapter.fc2/act").op_type = "Tanh"
+    said = " ".join(damages(model))
+    assert "part 'down' of a slot needs 'up'" in said
+    assert "slot 'fc2' has other operators" in said
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_inputs_without_a_shape_take_any_size(batched: bool) -> None:
+    model = adapted(batched=batched)
+    for value in model.proto.graph.input:
+        value.type.tensor_type.ClearField("shape")
+    assert damages(model) == []
 
 
 def test_a_whole_model_passes_with_exit_0(
@@ -260,7 +314,7 @@ def test_a_node_put_among_the_nodes_of_a_slot_is_named_and_keeps_it_in(tmp_path:
         node = helper.make_node("Neg", [name], [f"extra{place}"], f"reader{place}")
         changed.proto.graph.node.append(node)
         (found,) = damages(changed)
-        assert f"'reader{place}' (Neg) reads {name!r}" in found
+        assert f"'reader{place}' (Neg) reads {name!r} of slot 'fc1'" in found
         with pytest.raises(SlotError, match=f"reader{place}"):
             oa.remove(changed)
 
@@ -287,6 +341,13 @@ def test_nothing_is_filled_into_or_taken_out_of_damaged_slots(what: str) -> None
     for action in (lambda: oa.fill(model, adapter), lambda: oa.extract(model)):
         with pytest.raises(SlotError):
             action()
+
+
+def test_a_node_of_the_bases_that_is_called_adapter_is_no_lost_slot() -> None:
+    base = two_layers()
+    base.graph.node[1].name = "adapter.act"
+    with pytest.raises(SlotError, match="no slots"):
+        damages(oa.Model(base))
 
 
 def test_a_model_without_slots_cannot_be_checked(

@@ -1,11 +1,13 @@
 """Insertion: what goes into a graph, what stays as it was, what the model computes then."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from adapter_models import trained
 from slot_models import (
     MLP,
     MODELS,
@@ -163,15 +165,16 @@ def test_a_slots_symbol_is_none_that_the_model_uses() -> None:
     assert down.type.tensor_type.shape.dim[1].dim_param not in ("", "r_first")
 
 
+@pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("baked", [True, False])
-def test_a_fixed_bottleneck_starts_as_the_identity(baked: bool) -> None:
+def test_a_fixed_bottleneck_starts_as_the_identity(baked: bool, size: int) -> None:
     base = model_of(MLP)
-    adapted = oa.insert(base, after=["first", "second"], bottleneck=5, baked=baked)
-    assert weight(adapted, "adapter.first.down").shape == (4, 5)
+    adapted = oa.insert(base, after=["first", "second"], bottleneck=size, baked=baked)
+    assert weight(adapted, "adapter.first.down").shape == (4, size)
     assert 0 < np.abs(weight(adapted, "adapter.first.down")).max() <= 0.5
     assert not weight(adapted, "adapter.first.up").any()
     assert run(adapted, {"x": X})[0].tobytes() == run(base, {"x": X})[0].tobytes()
-    assert {slot.bottleneck for slot in oa.list_slots(adapted)} == {5}
+    assert {slot.bottleneck for slot in oa.list_slots(adapted)} == {size}
 
 
 def test_a_fixed_swappable_bottleneck_is_a_fixed_dimension() -> None:
@@ -199,6 +202,15 @@ def test_the_seed_decides_the_fresh_weights() -> None:
 
     assert down(1, "first") == down(1, "first")
     assert len({down(1, "first"), down(2, "first"), down(1, "second")}) == 3
+    unsaid = oa.insert(base, after=["first", "second"], bottleneck=5)
+    assert weight(unsaid, "adapter.first.down").tobytes() == down(0, "first")
+
+
+def test_parts_are_in_the_order_of_the_formula_however_they_are_given() -> None:
+    parts = ("down", "up", "down_bias", "up_bias", "scale", "gain")
+    for given in (parts, parts[::-1], sorted(parts)):
+        (slot,) = oa.list_slots(oa.insert(model_of(MLP), after="first", parts=given))
+        assert slot.parts == parts
 
 
 @pytest.mark.parametrize("ir_version", [3, 4, 7, 8, 10, 11])
@@ -238,7 +250,9 @@ def test_a_glob_takes_what_can_take_a_slot_and_names_the_rest(
         ({"bottleneck": -3}, SlotError, "bottleneck of -3", "1 or more"),
         ({"activation": "rleu"}, SlotError, "'rleu'", "relu"),
         ({"parts": ("down",)}, SlotError, "needs 'up'", ""),
+        ({"seed": -1}, SlotError, "seed of -1", "0 or more"),
         ({"parts": ()}, SlotError, "no parts", ""),
+        ({"parts": ("down", "up", "middle")}, SlotError, "'middle'", "down_bias"),
         ({"parts": ("scale",), "bias": True}, SlotError, "needs 'down'", ""),
         ({"norm_after": "nowhere"}, SlotError, "norm|fit", ""),
         ({"after": []}, SiteError, "no place", "sites"),
@@ -254,6 +268,21 @@ def test_a_slot_that_makes_no_sense_is_refused(
     with pytest.raises(error, match=message) as caught:
         oa.insert(model_of(MLP), **{"after": "first", **options})
     assert hint in caught.value.hint
+
+
+def test_a_checkpoint_goes_where_it_was_trained_in_the_model_it_was_loaded_for(
+    tmp_path: Path,
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    with pytest.raises(SiteError, match="its own places") as caught:
+        oa.insert(base, after="fc1", checkpoint=checkpoint)
+    assert "leave out" in caught.value.hint
+    other = base.copy()
+    other.proto.graph.initializer[0].name = "renamed"
+    other.proto.graph.node[0].input[1] = "renamed"
+    with pytest.raises(SlotError, match="another model") as caught:
+        oa.insert(other, checkpoint=checkpoint)
+    assert "load it for this one" in caught.value.hint
 
 
 def test_a_part_given_alone_is_ia3() -> None:

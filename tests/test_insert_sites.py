@@ -20,7 +20,13 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
-from onnx_adapt.errors import AmbiguousSiteError, SiteRefusedError
+from onnx_adapt.errors import (
+    AmbiguousSiteError,
+    RunError,
+    SiteNotFoundError,
+    SiteRefusedError,
+)
+from onnx_adapt.rewrite import base_notes
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 
@@ -92,9 +98,51 @@ def test_a_target_inside_a_function_is_refused_with_the_way_out() -> None:
     assert "--inline-functions" in caught.value.hint
 
 
-def test_the_way_out_of_a_function_works_with_the_same_name() -> None:
-    adapted = oa.insert(model_of(FUNCTION), after="inner", inline_functions=True)
-    assert [slot.width for slot in oa.list_slots(adapted)] == [4]
+@pytest.mark.parametrize("name", ["inner", "h"])
+def test_the_way_out_of_a_function_works_with_the_same_name(name: str) -> None:
+    adapted = oa.insert(model_of(FUNCTION), after=name, inline_functions=True)
+    (slot,) = oa.list_slots(adapted)
+    assert (slot.node, slot.width) == ("inner__1", 4)
+
+
+@pytest.mark.parametrize("name", ["inner", "h"])
+def test_a_name_in_a_function_that_is_called_twice_is_several_places(name: str) -> None:
+    calls = "{ a = local.block(x, w1)  y = local.block(a, w1) }"
+    base = model_of(FUNCTION.replace("{ [call] y = local.block(x, w1) }", calls))
+    with pytest.raises(AmbiguousSiteError, match="2 times") as caught:
+        oa.insert(base, after=name, inline_functions=True)
+    assert "name each of them" in caught.value.hint
+    each = [f"{name}__1", f"{name}__2"]
+    adapted = oa.insert(base, after=each, inline_functions=True)
+    assert [slot.node for slot in oa.list_slots(adapted)] == ["inner__1", "inner__2"]
+
+
+def test_a_node_of_the_model_goes_before_one_of_its_name_in_a_function() -> None:
+    both = "{ [inner] a = Neg(x)  [call] y = local.block(a, w1) }"
+    base = model_of(FUNCTION.replace("{ [call] y = local.block(x, w1) }", both))
+    adapted = oa.insert(base, after="inner", inline_functions=True)
+    assert [slot.tensor for slot in oa.list_slots(adapted)] == ["a"]
+
+
+def test_without_functions_there_is_nothing_to_inline() -> None:
+    base = model_of(MLP)
+    base.proto.graph.node[0].name = "first__1"
+    with pytest.raises(SiteNotFoundError, match="'first'"):
+        oa.insert(base, after="first", inline_functions=True)
+    adapted = oa.insert(base, after="first__1", inline_functions=True)
+    removed = oa.remove(adapted)
+    assert removed.proto == base.proto
+    assert base_notes(adapted, removed) == []
+
+
+def test_functions_that_cannot_be_inlined_are_an_error_with_the_reason() -> None:
+    imports = 'opset_import: ["" : 17'
+    text = FUNCTION.replace(f"{imports}]>\nblock", f'{imports}, "local" : 1]>\nblock')
+    recursive = onnx.parser.parse_model(text.replace("Relu(h)", "local.block(h, w)"))
+    too_many = onnx.parser.parse_model(FUNCTION.replace("(x, w1) }", "(x, w1, w1) }"))
+    for proto, reason in ((recursive, "recursive|Cycle"), (too_many, "parameters")):
+        with pytest.raises(RunError, match=f"cannot be inlined: .*({reason})"):
+            oa.insert(oa.Model(proto), after="inner", inline_functions=True)
 
 
 def test_inlining_reaches_inside_a_function() -> None:

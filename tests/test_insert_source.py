@@ -16,6 +16,7 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
+from onnx_adapt.damage import damages
 from onnx_adapt.errors import SiteError, SiteNotFoundError
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
@@ -202,7 +203,9 @@ def test_the_weights_of_a_normalisation_may_be_constant_nodes_after_the_target()
     text = POST_NORM.replace("float[4] b1 = {0.5, 0, 1, -1}", "float[1] unused = {0}")
     constant = "b1 = Constant<value = float[4] {0.5, 0, 1, -1}>()"
     base = model_of(text.replace("s = Add(x, a)", f"s = Add(x, a) {constant}"))
-    assert oa.remove(_check_normed(base)).proto == base.proto
+    adapted = _check_normed(base)
+    assert damages(adapted) == []
+    assert oa.remove(adapted).proto == base.proto
 
 
 def test_a_slot_put_on_the_normalisation_later_leaves_the_one_that_reapplies_it() -> None:

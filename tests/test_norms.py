@@ -1,9 +1,13 @@
 """Normalisations that older exports spell out, against what ONNX Runtime computes."""
 
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import helper
 from sites_models import model
+from slot_formula import WIDTH, run_nodes, slot_of_case
 
 import onnx_adapt as oa
 from onnx_adapt.graph import index_model
@@ -81,3 +85,22 @@ def test_a_normalisation_is_found_however_it_is_written(form: str) -> None:
 @pytest.mark.parametrize("form", OTHERS)
 def test_arithmetic_that_only_looks_like_a_normalisation_is_none(form: str) -> None:
     assert _norms(OTHERS[form]) == []
+
+
+@pytest.mark.parametrize("opset", [11, 14, 17])
+@pytest.mark.parametrize("attributes", [{}, {"axis": -1, "epsilon": 1e-4}])
+def test_a_normalisation_without_a_bias_means_the_same_in_every_opset(
+    attributes: dict[str, Any], opset: int
+) -> None:
+    """Optimised models have the operator in opsets before its first."""
+    rng = np.random.default_rng(7)
+    shapes = {"t": (2, 4, WIDTH), "g": (WIDTH,), "down": (WIDTH, 3), "up": (3, WIDTH)}
+    t, g, down, up = (rng.standard_normal(s).astype(np.float32) for s in shapes.values())
+    t *= np.float32(0.003)  # a variance of about epsilon
+    node = helper.make_node("LayerNormalization", ["s", "g"], ["n"], "ln", **attributes)
+    feeds = {"t": t, "g": g, "adapter.s.down": down, "adapter.s.up": up}
+    centred = t.astype(np.float64) - t.mean(-1, keepdims=True)
+    variance = (centred**2).mean(-1, keepdims=True)
+    read = centred / np.sqrt(variance + attributes.get("epsilon", 1e-5)) * g
+    got = run_nodes(slot_of_case("base_norm"), opset, feeds, node)
+    np.testing.assert_allclose(got, t + np.maximum(read @ down, 0) @ up, 1e-4, 1e-5)

@@ -206,6 +206,13 @@ def test_notes_say_why_the_result_is_not_the_base(inline: bool) -> None:
     assert [("inlined" in note) for note in notes] == ([True] if inline else [])
 
 
+def test_there_is_nothing_to_note_while_slots_are_left() -> None:
+    base = model_of(MLP)
+    adapted = oa.insert(base, after=["first", "act"])
+    assert base_notes(adapted, oa.remove(adapted, slots=["act"])) == []
+    assert base_notes(base, base) == []
+
+
 def test_a_base_weight_that_was_changed_is_noted_on_removal() -> None:
     adapted = oa.insert(model_of(MLP), after="first")
     adapted.proto.graph.initializer[0].float_data[0] += 1
@@ -227,6 +234,14 @@ def test_a_file_with_another_encoding_comes_back_as_the_same_model(tmp_path: Pat
     assert result.proto == proto
     (note,) = base_notes(adapted, result)
     assert "not encoded" in note
+    again = oa.insert(result, after="act")
+    assert base_notes(again, oa.remove(again)) == [note]
+
+
+def test_a_base_that_came_back_can_come_back_once_more() -> None:
+    base = oa.remove(oa.insert(model_of(MLP), after="first"))
+    adapted = oa.insert(base, after="act")
+    assert base_notes(adapted, oa.remove(adapted)) == []
 
 
 def test_there_is_nothing_to_remove_from_a_base() -> None:

@@ -176,6 +176,36 @@ def test_an_absent_part_emits_no_node(case: str, ops: str) -> None:
     assert [node.op_type for node in slot_nodes(slot_of_case(case), 17)] == ops.split()
 
 
+TERM = "down down_biased act up up_biased gained gate gated after sum"
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "opset", "steps"),
+    [
+        ("everything", {}, 17, f"scaled read norm norm_own {TERM}"),
+        ("everything", {}, 14, f"scaled read norm norm_own {TERM}"),
+        ("after_sum_bias", {}, 17, "scaled down act up sum after switched"),
+        ("biases", {"axis": 1, "rank": 4}, 17, "down act up sum"),
+        (
+            "biases",
+            {"batched": True, "rank": 2},
+            17,
+            "by_row down down_biased act masked up up_biased sum reshaped",
+        ),
+    ],
+)
+def test_steps_are_named_for_what_they_compute(
+    case: str, changes: dict[str, Any], opset: int, steps: str
+) -> None:
+    """Profiles show the names; what else a step needs is named by operator and place."""
+    slot = slot_of_case(case, **changes)
+    norm, _ = base_norm(np.float32, np.random.default_rng(0))
+    nodes = slot_nodes(slot, opset, norm if slot.norm else None)
+    assert len({node.name for node in nodes}) == len(nodes)
+    names = [node.name.removeprefix("adapter.s/") for node in nodes]
+    assert " ".join(name for name in names if not name[-1].isdigit()) == steps
+
+
 def test_the_base_normalisation_is_copied_with_its_attributes_and_first_output_only() -> None:
     node, _ = base_norm(np.float32, np.random.default_rng(0))
     before = node.SerializeToString()
@@ -244,9 +274,21 @@ def test_the_bottleneck_axis_is_where_the_shapes_of_two_bottlenecks_differ() -> 
         ({"parts": ("scale", "gain")}, 17, "'gain' of a slot needs 'up'", ""),
         ({"parts": ("scale", "gate")}, 17, "'gate' of a slot needs", ""),
         ({"parts": ("scale", "skip")}, 17, "skip", ""),
+        ({"parts": ("scale", "norm_weight")}, 17, "'norm_weight' of a slot needs 'down'", ""),
+        ({"parts": ("table",)}, 17, "'table' of a slot needs 'up'", ""),
+        ({"parts": ("table", "up", "down_bias")}, 17, "needs 'down'", ""),
+        ({"parts": ("table", "up", "down")}, 17, "both 'table' and 'down'", ""),
+        (
+            {"parts": ("scale", "after_weight", "switch"), "norm_after": "sum"},
+            17,
+            "'after_weight' of a slot needs 'up'",
+            "",
+        ),
         ({"parts": ("down", "up", "residual")}, 17, "fit", ""),
         ({"parts": ("f_down", "f_up")}, 17, "coupling", ""),
-        ({"parts": PARTS[-8:], "width": 5}, 17, "even", ""),
+        ({"parts": PARTS[-8:], "width": 9}, 17, "even", ""),
+        ({"parts": PARTS[-8:]}, 10, "needs opset 11", ""),
+        ({"parts": PARTS[-8:], "axis": 1, "rank": 4}, 17, "on the last axis", ""),
         ({"parts": ("down", "up", "gate_bias")}, 17, "needs 'gate'", ""),
         ({"parts": ("down", "up", "norm_bias")}, 17, "needs 'norm_weight'", ""),
         (
@@ -279,6 +321,19 @@ def test_a_slot_without_meaning_is_refused(
     with pytest.raises(SlotError, match=message) as caught:
         check_slot(replace(PLAIN, **changes), opset)
     assert hint in caught.value.hint
+
+
+def test_rows_of_a_table_take_the_place_of_a_projection() -> None:
+    slot = replace(PLAIN, parts=("table", "up"), source="ids", source_width=9)
+    check_slot(slot, 17)
+    rng = np.random.default_rng(2)
+    table, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((9, 3), (3, 6)))
+    ids = rng.integers(0, 9, (2, 4))
+    t = rng.standard_normal((2, 4, WIDTH)).astype(np.float32)
+    feeds = {"t": t, "ids": ids, slot.weight("table"): table, slot.weight("up"): up}
+    assert slot_nodes(slot, 17)[0].name == "adapter.s/down"
+    wanted = t + np.maximum(table[ids], 0) @ up
+    np.testing.assert_allclose(run_nodes(slot, 17, feeds), wanted, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("case", ["own_norm", "after_term"])
