@@ -11,6 +11,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.constants import Weight, constant_of, derived, stored
 from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import ModelFileError
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.walk import Scope
@@ -182,7 +183,11 @@ def index_model(model: Model) -> ModelIndex:
     """Index a model; types come from its own records and from ONNX shape inference.
 
     Inference runs on the graph without weights, so its cost does not grow with them.
+
+    Raises:
+        ModelFileError: If its functions call each other without end.
     """
+    require_finite(model)
     inferred = {scope.path: scope.graph for scope in walk.scopes(_infer(model.proto).graph)}
     views: dict[str, GraphView] = {}
     for scope in walk.scopes(model.proto.graph):
@@ -193,6 +198,24 @@ def index_model(model: Model) -> ModelIndex:
         views[scope.path] = view
     _mark_live(views)
     return ModelIndex(model, views)
+
+
+_MOST_NODES = 1 << 23
+
+
+def require_finite(model: Model) -> None:
+    """Refuse functions that call themselves, or each other too often to be written out.
+
+    ONNX and ONNX Runtime go into each call, and run for ever or crash.
+
+    Raises:
+        ModelFileError: If there are any.
+    """
+    if model.proto.functions and walk.inlines_to_more_than(model.proto, _MOST_NODES):
+        raise ModelFileError(
+            f"the functions of {model.label} call themselves, or each other without end",
+            hint=f"no runtime takes that; inlined they may have {_MOST_NODES} nodes",
+        )
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:

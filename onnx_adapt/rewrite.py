@@ -18,7 +18,7 @@ from onnx_adapt.base_weights import Opening, close_base_weights, open_base_weigh
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
-from onnx_adapt.graph import ModelIndex, index_model
+from onnx_adapt.graph import ModelIndex, index_model, require_finite
 from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
@@ -214,7 +214,9 @@ def inline_model(model: Model) -> Model:
 
     Raises:
         RunError: If ONNX cannot inline them.
+        ModelFileError: If there would be no end of nodes.
     """
+    require_finite(model)
     try:
         proto = onnx.inliner.inline_local_functions(model.proto)
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:

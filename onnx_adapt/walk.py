@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
 import onnx
 
@@ -131,3 +132,41 @@ def tensors(proto: onnx.ModelProto, *, sparse: bool = True) -> Iterator[onnx.Ten
     for training in proto.training_info:
         yield from graph_tensors(training.initialization, sparse=sparse)
         yield from graph_tensors(training.algorithm, sparse=sparse)
+
+
+def inlines_to_more_than(proto: onnx.ModelProto, most: int) -> bool:
+    """Whether a model has more nodes with its functions inlined, or a function calls itself.
+
+    Functions that call each other twice, sixty deep, are a small file.
+    """
+    nodes = {_key(f.domain, f.name, f): f.node for f in proto.functions}
+    calls = {key: _calls(body, nodes) for key, body in nodes.items()}
+    sizes: dict[tuple[str, ...], int] = {}
+    try:
+        for key in TopologicalSorter(calls).static_order():
+            size = len(nodes[key]) + sum(sizes[called] for called in calls[key])
+            sizes[key] = min(size, most + 1)
+    except CycleError:
+        return True
+    called = _calls(proto.graph.node, nodes)
+    return len(proto.graph.node) + sum(sizes[key] for key in called) > most
+
+
+def _calls(
+    nodes: Iterable[onnx.NodeProto], functions: Container[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The functions that nodes and the bodies in them call, once for each call."""
+    found = []
+    for node in nodes:
+        key = _key(node.domain, node.op_type, node)
+        if key in functions:
+            found.append(key)
+        for _, body in bodies(node):
+            found += _calls(body.node, functions)
+    return found
+
+
+def _key(
+    domain: str, name: str, overloaded: onnx.NodeProto | onnx.FunctionProto
+) -> tuple[str, ...]:
+    return domain, name, overloaded.overload

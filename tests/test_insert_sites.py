@@ -22,6 +22,7 @@ from slot_models import (
 import onnx_adapt as oa
 from onnx_adapt.errors import (
     AmbiguousSiteError,
+    ModelFileError,
     RunError,
     SiteNotFoundError,
     SiteRefusedError,
@@ -136,13 +137,44 @@ def test_without_functions_there_is_nothing_to_inline() -> None:
 
 
 def test_functions_that_cannot_be_inlined_are_an_error_with_the_reason() -> None:
-    imports = 'opset_import: ["" : 17'
-    text = FUNCTION.replace(f"{imports}]>\nblock", f'{imports}, "local" : 1]>\nblock')
-    recursive = onnx.parser.parse_model(text.replace("Relu(h)", "local.block(h, w)"))
-    too_many = onnx.parser.parse_model(FUNCTION.replace("(x, w1) }", "(x, w1, w1) }"))
-    for proto, reason in ((recursive, "recursive|Cycle"), (too_many, "parameters")):
-        with pytest.raises(RunError, match=f"cannot be inlined: .*({reason})"):
-            oa.insert(oa.Model(proto), after="inner", inline_functions=True)
+    proto = onnx.parser.parse_model(FUNCTION.replace("(x, w1) }", "(x, w1, w1) }"))
+    with pytest.raises(RunError, match=r"cannot be inlined: .*parameters"):
+        oa.insert(oa.Model(proto), after="inner", inline_functions=True)
+
+
+def _calling(body: str, count: int) -> oa.Model:
+    """A model of functions that each have this body, with `BEFORE` for the one before."""
+    functions = ""
+    for i in range(count):
+        before = f"local.f{i - 1}" if i else "Neg"
+        text = body.replace("SELF", f"local.f{i}").replace("BEFORE", before)
+        imports = 'domain: "local", opset_import: ["" : 17, "local" : 1]'
+        functions += f"<{imports}> f{i} (x) => (y) {{ {text} }}"
+    return oa.Model(
+        onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+            g (float[2,4] x) => (float[2,4] y) {{ y = local.f{count - 1}(x) }} {functions}"""
+        )
+    )
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    "base",
+    [_calling("a = BEFORE(x) y = BEFORE(a)", 2000), _calling("y = SELF(x)", 1)],
+    ids=["doubling", "recursive"],
+)
+def test_functions_without_end_are_refused_before_anything_goes_into_them(
+    base: oa.Model, inline: bool
+) -> None:
+    with pytest.raises(ModelFileError, match="call themselves, or each other without end"):
+        oa.insert(base, after="y", inline_functions=inline)
+
+
+def test_functions_that_call_each_other_a_little_are_inlined() -> None:
+    base = _calling("a = BEFORE(x) y = BEFORE(a)", 6)
+    adapted = oa.insert(base, after="y", inline_functions=True)
+    assert [n.op_type for n in adapted.proto.graph.node].count("Neg") == 64
 
 
 def test_inlining_reaches_inside_a_function() -> None:
