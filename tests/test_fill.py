@@ -21,7 +21,7 @@ from adapter_models import (
     two_layers,
     weights,
 )
-from slot_models import run, session
+from slot_models import passes, run, session
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
@@ -114,6 +114,22 @@ def test_trained_weights_of_the_base_are_on_once_filled_and_off_before(
         np.testing.assert_allclose(run(result, {"x": X})[0], wanted, 1e-4, 1e-4)
 
 
+@pytest.mark.parametrize("how", ["at once", "over another"])
+def test_the_last_filling_is_the_one_that_is_on(how: str, tmp_path: Path) -> None:
+    base, checkpoint = trained(tmp_path)
+    model, first = oa.insert(base, checkpoint=checkpoint), checkpoint.adapter
+    last = replace(first, replaced={k: 3 * v for k, v in first.replaced.items()})
+    once = oa.fill(model, first) if how == "over another" else model
+    filled = oa.fill(once, last)
+    tensors = lora(modules=["fc1"])
+    wanted = lora_on(X, tensors, w2=-6 * W2) - B2 + 3 * (B2 + 1)
+    np.testing.assert_allclose(run(filled, {"x": X})[0], wanted, 1e-4, 1e-4)
+    assert oa.extract(filled, name="last").replaced.keys() == last.replaced.keys()
+    for name, value in oa.extract(filled, name="last").replaced.items():
+        np.testing.assert_array_equal(value, last.replaced[name])
+    passes(base, filled, inputs={"x": X})
+
+
 CHANGES: dict[str, Callable[[oa.Model, oa.Adapter], oa.Model]] = {
     "filled": oa.fill,
     "filled twice": lambda m, a: oa.fill(oa.fill(m, a), replace(a, name="again")),
@@ -157,6 +173,7 @@ def test_a_weight_that_two_layers_share_is_replaced_for_one_alone(tmp_path: Path
     fed = run(model, {"x": X, **only})[0]
     np.testing.assert_allclose(fed, h @ (-3 * W1).T + B2, 1e-4, 1e-4)
     filled = oa.fill(model, checkpoint.adapter)
+    passes(base, filled, inputs={"x": X})
     removed = _bytes(oa.remove(filled), tmp_path / "removed.onnx")
     assert removed == (tmp_path / "base.onnx").read_bytes()
 
