@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from adapter_models import trained
 from onnx import numpy_helper
 from slot_models import BRANCHES, MLP, MODELS, bump, model_of, run, saved, weight
 
@@ -205,6 +206,20 @@ def test_opening_is_the_reverse_of_baking() -> None:
     opened = open_weights(bake_weights(adapted))
     _in_step(opened)
     assert opened.proto == adapted.proto
+
+
+def test_opening_is_the_reverse_of_baking_for_trained_weights_of_the_base_too(
+    tmp_path: Path,
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    baked = bake_weights(filled)
+    _in_step(baked)
+    assert baked.proto.graph.input == base.proto.graph.input
+    opened = open_weights(baked)
+    for model in (opened, filled):  # inputs go by name
+        model.proto.graph.input.sort(key=lambda value: value.name)
+    assert opened.proto == filled.proto
 
 
 def test_opened_slots_take_any_bottleneck_and_keep_their_default() -> None:

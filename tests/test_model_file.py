@@ -137,6 +137,28 @@ def test_a_model_without_ir_version_comes_back_byte_for_byte(tmp_path: Path) -> 
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("gone", ["node", "output"])
+def test_a_graph_of_outputs_or_of_nodes_alone_is_a_graph(gone: str, tmp_path: Path) -> None:
+    model = dense()
+    model.graph.ClearField(gone)
+    path = write(tmp_path / "m.onnx", model)
+    oa.save_model(oa.open_model(path), tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == path.read_bytes()
+
+
+def test_only_from_ir_3_on_is_a_model_without_opsets_cut_off(tmp_path: Path) -> None:
+    model = dense()
+    model.ClearField("opset_import")
+    model.ir_version = 2
+    path = write(tmp_path / "m.onnx", model)
+    oa.save_model(oa.open_model(path), tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == path.read_bytes()
+    model.ir_version = 3
+    with pytest.raises(ModelFileError, match="ends before its opset") as caught:
+        oa.open_model(write(path, model))
+    assert "cut off" in caught.value.hint
+
+
 PEAK = """
 import re, sys, tracemalloc
 from pathlib import Path
