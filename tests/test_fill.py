@@ -202,6 +202,18 @@ def test_empty_slots_are_neither_baked_nor_extracted(action: Callable[..., objec
         action(half)
 
 
+def test_a_slot_that_has_its_size_without_an_adapter_is_never_empty() -> None:
+    scales = oa.insert(oa.Model(two_layers()), after="fc1", parts="scale")
+    np.testing.assert_array_equal(oa.extract(scales).weights["fc1"]["scale"], np.ones(4))
+    np.testing.assert_array_equal(run(oa.bake(scales), {"x": X})[0], run(scales, {"x": X})[0])
+    base = oa.open_model("models/dnsmos-p808.onnx")
+    fixed = oa.insert(base, after="conv2d_5", bottleneck=1)
+    shapes = {"down": (1, 32, 1, 1), "up": (32, 1, 1, 1)}
+    zeros = {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
+    found = oa.extract(oa.fill(fixed, oa.Adapter("zeros", {"conv2d_5": zeros})))
+    assert not any(value.any() for value in found.weights["conv2d_5"].values())
+
+
 def test_a_lora_that_was_filled_computes_what_peft_computes(tmp_path: Path) -> None:
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "fr", lora()), base)
@@ -221,3 +233,19 @@ def test_a_channel_slot_without_an_adapter_is_one_channel_of_zeros_and_empty() -
         oa.extract(model)
     with pytest.raises(AdapterError, match="is empty"):
         oa.bake(model)
+
+
+def test_an_adapter_of_scales_is_put_in_for_good_without_a_bottleneck(tmp_path: Path) -> None:
+    base = oa.open_model(saved_model(tmp_path / "base.onnx"))
+    scale = np.array([[2], [-1], [0.5], [3]], np.float32)
+    folder = peft_folder(
+        tmp_path / "fr",
+        {"base_model.model.fc1.ia3_l": scale},
+        peft_type="IA3",
+        target_modules=["fc1"],
+        feedforward_modules=[],
+    )
+    model = oa.insert(base, checkpoint=oa.load_checkpoint(folder, base), baked=True)
+    assert [slot.bottleneck for slot in oa.list_slots(model)] == [0]
+    wanted = np.maximum(X @ W1.T * scale.T, 0) @ W2.T + B2
+    np.testing.assert_allclose(run(model, {"x": X})[0], wanted, 1e-5, 1e-5)

@@ -213,6 +213,23 @@ def test_fresh_weights_start_as_the_identity(case: str) -> None:
     assert run_nodes(slot, 17, feeds).tobytes() == t.tobytes()
 
 
+UP = {name for name in CASES if {"up", "f_up"} & set(slot_of_case(name).parts)}
+
+
+@pytest.mark.parametrize("case", sorted(UP - {n for n in CASES if "switch" in str(CASES[n])}))
+def test_fresh_weights_move_the_output_as_soon_as_up_does(case: str) -> None:
+    slot = slot_of_case(case)
+    ups = [part for part in slot.parts if part == "up" or part.endswith("_up")]
+    weights = fresh_weights(slot, 8, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    t, x, z = (rng.standard_normal((2, 4, n)) for n in (WIDTH, slot.source_width, WIDTH))
+    norm = Norm(np.ones(slot.source_width)) if slot.norm else None
+    for up in ups:
+        learned = {**weights, up: rng.standard_normal(weights[up].shape)}
+        read = (x if slot.source == "x" else t), learned, norm, (z if slot.plus else None)
+        assert np.abs(slot_value(slot, t, *read) - t).max() > 1e-3
+
+
 def test_fresh_down_is_kaiming_uniform_as_in_torch() -> None:
     slot = replace(PLAIN, width=400, source_width=400)
     down = fresh_weights(slot, 300, np.random.default_rng(0))["down"]
@@ -230,6 +247,15 @@ def test_the_bottleneck_axis_is_where_the_shapes_of_two_bottlenecks_differ() -> 
             three, seven = part_shape(slot, part, 3), part_shape(slot, part, 7)
             differ = [i for i, (a, b) in enumerate(zip(three, seven, strict=True)) if a != b]
             assert differ == [a for a in [bottleneck_axis(slot, part)] if a is not None]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_weight_of_more_than_2_gb_is_refused_before_it_is_made(dtype: str) -> None:
+    slot = slot_of_case("plain", dtype=dtype, width=4, source_width=4)
+    most = 2**31 // (4 * np.dtype(dtype).itemsize)
+    with pytest.raises(SlotError, match=rf"shape \[4, {most + 1}\]") as caught:
+        neutral_weights(slot, most + 1)
+    assert "2 GB" in caught.value.hint
 
 
 @pytest.mark.parametrize(
