@@ -27,7 +27,14 @@ from slot_formula import (
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import Slot
 from onnx_adapt.oracle import Norm, slot_value
-from onnx_adapt.parts import PARTS, bottleneck_axis, fresh_weights, neutral_weights, part_shape
+from onnx_adapt.parts import (
+    COUPLING,
+    PARTS,
+    bottleneck_axis,
+    fresh_weights,
+    neutral_weights,
+    part_shape,
+)
 from onnx_adapt.slot import check_slot, slot_nodes
 
 
@@ -230,11 +237,22 @@ def test_fresh_weights_move_the_output_as_soon_as_up_does(case: str) -> None:
         assert np.abs(slot_value(slot, t, *read) - t).max() > 1e-3
 
 
-def test_fresh_down_is_kaiming_uniform_as_in_torch() -> None:
-    slot = replace(PLAIN, width=400, source_width=400)
-    down = fresh_weights(slot, 300, np.random.default_rng(0))["down"]
+@pytest.mark.parametrize(
+    ("parts", "part", "summed"),
+    [
+        (("down", "up"), "down", 400),
+        (("table", "up"), "table", 1),
+        (COUPLING, "f_down", 200),
+        (COUPLING, "g_down", 200),
+    ],
+)
+def test_a_fresh_projection_is_kaiming_uniform_as_in_torch(
+    parts: tuple[str, ...], part: str, summed: int
+) -> None:
+    slot = replace(PLAIN, width=400, source_width=400, parts=parts)
+    down = fresh_weights(slot, 300, np.random.default_rng(0))[part]
     # torch: kaiming_uniform_(a=sqrt(5)) has bound sqrt(6 / ((1 + 5) * fan_in)).
-    bound = np.sqrt(6 / ((1 + 5) * 400))
+    bound = np.sqrt(6 / ((1 + 5) * summed))
     assert 0.999 * bound < np.abs(down).max() <= bound * (1 + 1e-6)
     assert down.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)
     assert abs(down.mean()) < bound / 100
