@@ -223,6 +223,16 @@ def test_saving_does_not_read_the_weights_into_memory(tmp_path: Path) -> None:
     assert allocated < 3_000_000
 
 
+def test_a_result_of_2_gib_is_more_than_protobuf_can_read(tmp_path: Path) -> None:
+    path = big(tmp_path / "m.onnx", 2**31 - 4096)
+    with path.open("ab") as file:
+        file.write(chunk(6, b"d" * (2**31 - path.stat().st_size - 3)))
+    assert path.stat().st_size == 2**31
+    write(tmp_path / "copy.onnx.data", b"in the way of what moves out")
+    with pytest.raises(SaveError, match=r"passes protobuf's 2 GB.*copy\.onnx\.data"):
+        oa.save_model(oa.open_model(path), tmp_path / "copy.onnx")
+
+
 def test_saving_works_where_the_system_cannot_copy_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,3 +356,13 @@ def test_a_tensor_whose_data_does_not_fit_its_shape_is_damaged(tmp_path: Path) -
     model = oa.open_model(write(tmp_path / "m.onnx", whole))
     with pytest.raises(ModelFileError, match="'W' is damaged"):
         read_tensor(model, model.proto.graph.initializer[0])
+
+
+@pytest.mark.parametrize("data_type", [TensorProto.UNDEFINED, 99, -1])
+def test_a_tensor_of_no_known_type_is_damaged(data_type: int, tmp_path: Path) -> None:
+    whole = dense()
+    whole.graph.initializer[0].data_type = data_type
+    model = oa.open_model(write(tmp_path / "m.onnx", whole))
+    with pytest.raises(ModelFileError, match="'W' is damaged") as caught:
+        read_tensor(model, model.proto.graph.initializer[0])
+    assert "export" in caught.value.hint
