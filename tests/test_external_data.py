@@ -7,7 +7,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from disk_models import dense, external, files, raw, refer, run, sparse, typed, weight, write
+from disk_models import (
+    chunk,
+    dense,
+    external,
+    files,
+    raw,
+    refer,
+    run,
+    sparse,
+    typed,
+    weight,
+    write,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_adapt as oa
@@ -358,16 +370,63 @@ def test_the_command_says_that_data_moved_out_and_brings_it_back(
     assert (tmp_path / "m.adapted.removed.onnx").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "old",
+    [None, b"no model", chunk(7, chunk(1, b"\xff")), dense().SerializeToString()],
+    ids=["new", "no protobuf", "a broken node", "a model"],
+)
 def test_moved_out_data_does_not_overwrite_a_file_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "m.onnx", dense())
     write(tmp_path / "ad.onnx.data", b"precious")
+    if old is not None:
+        write(tmp_path / "ad.onnx", old)
     before = files(tmp_path)
     limit(monkeypatch, 9000)
     with pytest.raises(SaveError, match=r"ad\.onnx\.data") as caught:
         oa.save_model(adapted(path), tmp_path / "ad.onnx")
     assert caught.value.hint
+    assert files(tmp_path) == before
+
+
+def test_a_result_that_holds_both_names_for_its_data_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = oa.open_model(write(tmp_path / "m.onnx", dense(raw("V", 4))))
+    limit(monkeypatch, 9000)
+    file = oa.save_model(model, tmp_path / "big.onnx").path
+    proto = onnx.load(file, load_external_data=False)
+    proto.graph.initializer[1].external_data[0].value = "big.onnx.1.data"
+    write(file, proto)
+    write(tmp_path / "big.onnx.1.data", (tmp_path / "big.onnx.data").read_bytes())
+    before = files(tmp_path)
+    with pytest.raises(SaveError, match=r"big\.onnx for its data exists") as caught:
+        oa.save_model(model, file)
+    assert "another path" in caught.value.hint
+    assert files(tmp_path) == before
+
+
+def test_data_that_was_lost_is_written_again_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = oa.open_model(write(tmp_path / "m.onnx", dense()))
+    limit(monkeypatch, 9000)
+    (data,) = oa.save_model(model, tmp_path / "big.onnx").data
+    data.unlink()
+    assert oa.save_model(model, tmp_path / "big.onnx").data == (data,)
+    np.testing.assert_array_equal(output(tmp_path / "big.onnx"), output(tmp_path / "m.onnx"))
+
+
+def test_a_graph_that_is_too_large_without_its_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "m.onnx", dense())
+    before = files(tmp_path)
+    limit(monkeypatch, 200)
+    with pytest.raises(SaveError, match="even without the weights") as caught:
+        oa.save_model(adapted(path), tmp_path / "ad.onnx")
+    assert "fewer slots" in caught.value.hint
     assert files(tmp_path) == before
 
 
