@@ -273,6 +273,17 @@ def test_different_bottlenecks_inside_one_slot_fail_the_check() -> None:
         check_weights(adapted.proto, oa.list_slots(adapted))
 
 
+def test_weights_that_another_tool_took_are_not_read() -> None:
+    adapted = oa.insert(model_of(MLP), after=["first", "act"])
+    stored = adapted.proto.graph.initializer
+    del stored[[tensor.name for tensor in stored].index("adapter.act.up")]
+    assert list(read_weights(adapted, oa.list_slots(adapted)[:1])) == ["first"]
+    with pytest.raises(SlotError, match=r"slot 'act' is damaged: .*adapter\.act\.up"):
+        read_weights(adapted, oa.list_slots(adapted))
+    with pytest.raises(SlotError, match=r"slot 'act' is damaged: .*adapter\.act\.up"):
+        bake_weights(adapted)
+
+
 def test_weights_of_another_element_type_fail_the_check() -> None:
     adapted = oa.insert(model_of(MLP), after="first")
     up = _stored(adapted)["adapter.first.up"]
