@@ -337,7 +337,9 @@ def test_a_replaced_file_keeps_its_permissions_and_a_link_stays_a_link(tmp_path:
 
 
 def test_a_model_made_in_memory_can_be_saved(tmp_path: Path) -> None:
-    saved = oa.save_model(Model(with_data_everywhere()), tmp_path / "m.onnx")
+    model = Model(with_data_everywhere())
+    saved = oa.save_model(model, tmp_path / "m.onnx")
+    assert model.weights_in == saved.weights_in == saved.data == ()
     assert saved.size == (tmp_path / "m.onnx").stat().st_size
     assert onnx.load(tmp_path / "m.onnx") == with_data_everywhere()
 
