@@ -10,7 +10,6 @@ from onnx import helper
 
 from onnx_adapt import walk
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import SlotError
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.initializers import drop_named, tensor_of
 from onnx_adapt.manifest import OpenWeight, write_manifest
@@ -54,9 +53,9 @@ def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> No
 def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
     """Undo `open_base_weights`, in place."""
     weights = tuple(weights)
-    drop_named(proto.graph.input, {w.name for w in weights if w.swappable})
-    drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
     originals = {weight.name: weight.original for weight in weights}
+    drop_named(proto.graph.input, set(originals))
+    drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
     for tensor in proto.graph.initializer:
         if tensor.name in originals:  # no other may be touched: a name can be absent
             tensor.name = originals[tensor.name]
@@ -72,16 +71,15 @@ def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
 
     The base's own value stays in the model, so that `remove` gives it back.
 
-    Raises:
-        SlotError: If the model has no such replaceable weight.
+    Args:
+        model: A model with slots.
+        values: Values by name; each must fit, as `require_fit` has it.
     """
     manifest = required_manifest(model)
     known = {weight.name: weight for weight in manifest.weights}
     result = model.copy()
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     for name, value in values.items():
-        if name not in known:
-            raise SlotError(f"the model has no replaceable weight {name!r}")
         if known[name].copied:
             stored[name].CopyFrom(tensor_of(name, value))
             known[name] = replace(known[name], trained=True)

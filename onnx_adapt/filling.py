@@ -56,6 +56,7 @@ def bake(model: Model) -> Model:
         >>> [value.name for value in oa.bake(model).proto.graph.input]
         ['input_1']
     """
+    check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
     _refuse_empty(model)
     return bake_weights(model)

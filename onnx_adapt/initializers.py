@@ -27,7 +27,7 @@ from onnx_adapt.manifest import (
     write_manifest,
 )
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_shape
+from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_rank
 from onnx_adapt.slot import check_slot
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
@@ -74,7 +74,7 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
 def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
     """An input with symbols of its own, for rows and for size: the default has 1 of each."""
     name = slot.weight(part)
-    shape: list[int | str] = [1] * len(row_shape(slot, part, 1, 1))
+    shape: list[int | str] = [1] * row_rank(slot)
     shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
     return helper.make_tensor_value_info(name, _ELEM_TYPES[slot.dtype], shape)
 

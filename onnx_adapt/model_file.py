@@ -72,9 +72,9 @@ class Saved:
 
     path: Path
     size: int
-    data: tuple[Path, ...] = ()
-    moved_out: bool = False
-    weights_in: tuple[Path, ...] = ()
+    data: tuple[Path, ...]
+    moved_out: bool
+    weights_in: tuple[Path, ...]
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
@@ -109,7 +109,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
             f"{file.name} is not a whole ONNX model: {error}",
             hint="the file is cut off, damaged or of another format; export or copy it again",
         ) from error
-    if not proto.HasField("graph") or (not proto.graph.node and not proto.graph.output):
+    if not proto.graph.node and not proto.graph.output:
         raise ModelFileError(
             f"{file.name} holds no ONNX graph", hint="is it another kind of protobuf file?"
         )

@@ -67,11 +67,16 @@ def row_shape(slot: Slot, part: str, rows: int, bottleneck: int) -> tuple[int, .
     return (rows, size, *(1,) * (slot.rank - 2)) if slot.axis == 1 else (rows, 1, size)
 
 
+def row_rank(slot: Slot) -> int:
+    """Number of axes of what a batched slot has for each row."""
+    return slot.rank if slot.axis == 1 else 3
+
+
 def neutral_rows(slot: Slot) -> dict[str, Array]:
     """What a batched slot has for each row while nothing is fed: one value for all."""
     ones = ("mask", ROW_PARTS["scale"])
     return {
-        part: np.full([1] * len(row_shape(slot, part, 1, 1)), part in ones, DTYPES[slot.dtype])
+        part: np.full([1] * row_rank(slot), part in ones, DTYPES[slot.dtype])
         for part in slot.row_parts
     }
 

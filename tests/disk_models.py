@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnx_adapt as oa
 from onnx_adapt.cli import main
 
 
@@ -155,6 +157,20 @@ def external(path: Path, location: str, *extra: onnx.TensorProto) -> Path:
     (path.parent / location).parent.mkdir(parents=True, exist_ok=True)
     (path.parent / location).write_bytes(data)
     return path
+
+
+X = weight(2, 64, seed=9)
+"""An input of the dense model."""
+
+
+def output(path: Path) -> np.ndarray:
+    """What ONNX Runtime says; bad references stop it."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(["y"], {"x": X})[0]
+
+
+def adapted(path: Path) -> oa.Model:
+    return oa.insert(oa.open_model(path), after="dense", baked=True, bottleneck=2)
 
 
 def files(folder: Path) -> dict[str, object]:

@@ -15,6 +15,7 @@ import onnx.parser
 import pytest
 from disk_models import (
     GRAPH,
+    chunk,
     dense,
     external,
     files,
@@ -58,6 +59,7 @@ NO_MODELS = {
     "LFS": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "Git LFS pointer"),
     "safetensors": (b"\x20" + bytes(7) + b'{"__metadata__":{"format":"pt"}}', "not a whole"),
     "a tensor": (numpy_helper.from_array(weight(64, 64)).SerializeToString(), "m.onnx"),
+    "broken in a node": (b"\x08\x08" + chunk(7, chunk(1, b"\xff")), "not a whole ONNX model"),
     "no graph": (helper.make_model(onnx.GraphProto()).SerializeToString(), "no ONNX graph"),
     "first half": (several().SerializeToString()[:300], "not a whole ONNX model"),
     "all but a byte": (several().SerializeToString()[:-1], "not a whole ONNX model"),

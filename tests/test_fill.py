@@ -21,7 +21,7 @@ from adapter_models import (
     two_layers,
     weights,
 )
-from slot_models import run, session
+from slot_models import passes, run, session
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
@@ -114,6 +114,22 @@ def test_trained_weights_of_the_base_are_on_once_filled_and_off_before(
         np.testing.assert_allclose(run(result, {"x": X})[0], wanted, 1e-4, 1e-4)
 
 
+@pytest.mark.parametrize("how", ["at once", "over another"])
+def test_the_last_filling_is_the_one_that_is_on(how: str, tmp_path: Path) -> None:
+    base, checkpoint = trained(tmp_path)
+    model, first = oa.insert(base, checkpoint=checkpoint), checkpoint.adapter
+    last = replace(first, replaced={k: 3 * v for k, v in first.replaced.items()})
+    once = oa.fill(model, first) if how == "over another" else model
+    filled = oa.fill(once, last)
+    tensors = lora(modules=["fc1"])
+    wanted = lora_on(X, tensors, w2=-6 * W2) - B2 + 3 * (B2 + 1)
+    np.testing.assert_allclose(run(filled, {"x": X})[0], wanted, 1e-4, 1e-4)
+    assert oa.extract(filled, name="last").replaced.keys() == last.replaced.keys()
+    for name, value in oa.extract(filled, name="last").replaced.items():
+        np.testing.assert_array_equal(value, last.replaced[name])
+    passes(base, filled, inputs={"x": X})
+
+
 CHANGES: dict[str, Callable[[oa.Model, oa.Adapter], oa.Model]] = {
     "filled": oa.fill,
     "filled twice": lambda m, a: oa.fill(oa.fill(m, a), replace(a, name="again")),
@@ -157,6 +173,7 @@ def test_a_weight_that_two_layers_share_is_replaced_for_one_alone(tmp_path: Path
     fed = run(model, {"x": X, **only})[0]
     np.testing.assert_allclose(fed, h @ (-3 * W1).T + B2, 1e-4, 1e-4)
     filled = oa.fill(model, checkpoint.adapter)
+    passes(base, filled, inputs={"x": X})
     removed = _bytes(oa.remove(filled), tmp_path / "removed.onnx")
     assert removed == (tmp_path / "base.onnx").read_bytes()
 
@@ -185,6 +202,18 @@ def test_empty_slots_are_neither_baked_nor_extracted(action: Callable[..., objec
         action(half)
 
 
+def test_a_slot_that_has_its_size_without_an_adapter_is_never_empty() -> None:
+    scales = oa.insert(oa.Model(two_layers()), after="fc1", parts="scale")
+    np.testing.assert_array_equal(oa.extract(scales).weights["fc1"]["scale"], np.ones(4))
+    np.testing.assert_array_equal(run(oa.bake(scales), {"x": X})[0], run(scales, {"x": X})[0])
+    base = oa.open_model("models/dnsmos-p808.onnx")
+    fixed = oa.insert(base, after="conv2d_5", bottleneck=1)
+    shapes = {"down": (1, 32, 1, 1), "up": (32, 1, 1, 1)}
+    zeros = {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
+    found = oa.extract(oa.fill(fixed, oa.Adapter("zeros", {"conv2d_5": zeros})))
+    assert not any(value.any() for value in found.weights["conv2d_5"].values())
+
+
 def test_a_lora_that_was_filled_computes_what_peft_computes(tmp_path: Path) -> None:
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "fr", lora()), base)
@@ -210,3 +239,19 @@ def test_a_baked_checkpoint_has_the_bottleneck_it_was_trained_with(tmp_path: Pat
     base, checkpoint = trained(tmp_path)
     (slot,) = oa.list_slots(oa.insert(base, checkpoint=checkpoint, baked=True))
     assert (slot.swappable, slot.bottleneck) == (False, 2)
+
+
+def test_an_adapter_of_scales_is_put_in_for_good_without_a_bottleneck(tmp_path: Path) -> None:
+    base = oa.open_model(saved_model(tmp_path / "base.onnx"))
+    scale = np.array([[2], [-1], [0.5], [3]], np.float32)
+    folder = peft_folder(
+        tmp_path / "fr",
+        {"base_model.model.fc1.ia3_l": scale},
+        peft_type="IA3",
+        target_modules=["fc1"],
+        feedforward_modules=[],
+    )
+    model = oa.insert(base, checkpoint=oa.load_checkpoint(folder, base), baked=True)
+    assert [slot.bottleneck for slot in oa.list_slots(model)] == [0]
+    wanted = np.maximum(X @ W1.T * scale.T, 0) @ W2.T + B2
+    np.testing.assert_allclose(run(model, {"x": X})[0], wanted, 1e-5, 1e-5)

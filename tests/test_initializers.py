@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from adapter_models import trained
 from onnx import numpy_helper
 from slot_models import BRANCHES, MLP, MODELS, bump, model_of, run, saved, weight
 
@@ -207,6 +208,20 @@ def test_opening_is_the_reverse_of_baking() -> None:
     assert opened.proto == adapted.proto
 
 
+def test_opening_is_the_reverse_of_baking_for_trained_weights_of_the_base_too(
+    tmp_path: Path,
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    baked = bake_weights(filled)
+    _in_step(baked)
+    assert baked.proto.graph.input == base.proto.graph.input
+    opened = open_weights(baked)
+    for model in (opened, filled):  # inputs go by name
+        model.proto.graph.input.sort(key=lambda value: value.name)
+    assert opened.proto == filled.proto
+
+
 def test_opened_slots_take_any_bottleneck_and_keep_their_default() -> None:
     base = model_of(MLP)
     baked = oa.insert(base, after="first", baked=True, bottleneck=5)
@@ -256,6 +271,17 @@ def test_different_bottlenecks_inside_one_slot_fail_the_check() -> None:
     up.CopyFrom(numpy_helper.from_array(np.zeros((3, 4), np.float32), up.name))
     with pytest.raises(SlotError, match=r"adapter\.first|bottleneck"):
         check_weights(adapted.proto, oa.list_slots(adapted))
+
+
+def test_weights_that_another_tool_took_are_not_read() -> None:
+    adapted = oa.insert(model_of(MLP), after=["first", "act"])
+    stored = adapted.proto.graph.initializer
+    del stored[[tensor.name for tensor in stored].index("adapter.act.up")]
+    assert list(read_weights(adapted, oa.list_slots(adapted)[:1])) == ["first"]
+    with pytest.raises(SlotError, match=r"slot 'act' is damaged: .*adapter\.act\.up"):
+        read_weights(adapted, oa.list_slots(adapted))
+    with pytest.raises(SlotError, match=r"slot 'act' is damaged: .*adapter\.act\.up"):
+        bake_weights(adapted)
 
 
 def test_weights_of_another_element_type_fail_the_check() -> None:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from adapter_models import trained
 from slot_models import BRANCHES, MLP, model_of
 
 import onnx_adapt as oa
@@ -89,12 +91,14 @@ def test_two_slots_of_one_name_are_refused() -> None:
         oa.remove(adapted)
 
 
-def _uses(adapted: oa.Model) -> list[Callable[[], object]]:
-    base = model_of(MLP)
+def _uses(adapted: oa.Model, base: oa.Model | None = None) -> list[Callable[[], object]]:
     return [
         lambda: oa.remove(adapted),
-        lambda: oa.insert(adapted, after="act"),
-        lambda: oa.verify(base, adapted, inputs={"x": X}),
+        lambda: oa.insert(adapted, after="main:b"),
+        lambda: oa.verify(base or model_of(MLP), adapted, inputs={"x": X}),
+        lambda: oa.fill(adapted, oa.Adapter("a", {}), allow_partial=True),
+        lambda: oa.bake(adapted),
+        lambda: oa.extract(adapted),
     ]
 
 
@@ -123,6 +127,29 @@ def test_weights_of_another_shape_are_an_error_everywhere() -> None:
     for use in _uses(adapted):
         with pytest.raises(SlotError, match=r"\[0, 5\]"):
             use()
+
+
+def test_weights_of_another_type_are_an_error_everywhere() -> None:
+    adapted = oa.insert(model_of(MLP), after="first")
+    tensor = next(t for t in adapted.proto.graph.initializer if t.name.endswith(".up"))
+    tensor.data_type = onnx.TensorProto.FLOAT16
+    for use in _uses(adapted):
+        with pytest.raises(SlotError, match=r"adapter\.first\.up.* is not float32"):
+            use()
+
+
+@pytest.mark.parametrize("taken", ["input", "initializer"])
+def test_a_replaceable_weight_that_another_tool_took_is_an_error_everywhere(
+    taken: str, tmp_path: Path
+) -> None:
+    base, checkpoint = trained(tmp_path)
+    adapted = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    items = getattr(adapted.proto.graph, taken)
+    del items[[item.name for item in items].index("base.fc2.bias")]
+    for use in (*_uses(adapted, base), lambda: oa.fill(adapted, checkpoint.adapter)):
+        with pytest.raises(SlotError, match=r"'base\.fc2\.bias' is not replaceable") as caught:
+            use()
+        assert "simplifiers" in caught.value.hint
 
 
 def test_slots_whose_nodes_are_gone_are_damaged() -> None:

@@ -27,7 +27,14 @@ from slot_formula import (
 from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import Slot
 from onnx_adapt.oracle import Norm, slot_value
-from onnx_adapt.parts import PARTS, bottleneck_axis, fresh_weights, neutral_weights, part_shape
+from onnx_adapt.parts import (
+    COUPLING,
+    PARTS,
+    bottleneck_axis,
+    fresh_weights,
+    neutral_weights,
+    part_shape,
+)
 from onnx_adapt.slot import check_slot, slot_nodes
 
 
@@ -243,11 +250,39 @@ def test_fresh_weights_start_as_the_identity(case: str) -> None:
     assert run_nodes(slot, 17, feeds).tobytes() == t.tobytes()
 
 
-def test_fresh_down_is_kaiming_uniform_as_in_torch() -> None:
-    slot = replace(PLAIN, width=400, source_width=400)
-    down = fresh_weights(slot, 300, np.random.default_rng(0))["down"]
+UP = {name for name in CASES if {"up", "f_up"} & set(slot_of_case(name).parts)}
+
+
+@pytest.mark.parametrize("case", sorted(UP - {n for n in CASES if "switch" in str(CASES[n])}))
+def test_fresh_weights_move_the_output_as_soon_as_up_does(case: str) -> None:
+    slot = slot_of_case(case)
+    ups = [part for part in slot.parts if part == "up" or part.endswith("_up")]
+    weights = fresh_weights(slot, 8, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    t, x, z = (rng.standard_normal((2, 4, n)) for n in (WIDTH, slot.source_width, WIDTH))
+    norm = Norm(np.ones(slot.source_width)) if slot.norm else None
+    for up in ups:
+        learned = {**weights, up: rng.standard_normal(weights[up].shape)}
+        read = (x if slot.source == "x" else t), learned, norm, (z if slot.plus else None)
+        assert np.abs(slot_value(slot, t, *read) - t).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("parts", "part", "summed"),
+    [
+        (("down", "up"), "down", 400),
+        (("table", "up"), "table", 1),
+        (COUPLING, "f_down", 200),
+        (COUPLING, "g_down", 200),
+    ],
+)
+def test_a_fresh_projection_is_kaiming_uniform_as_in_torch(
+    parts: tuple[str, ...], part: str, summed: int
+) -> None:
+    slot = replace(PLAIN, width=400, source_width=400, parts=parts)
+    down = fresh_weights(slot, 300, np.random.default_rng(0))[part]
     # torch: kaiming_uniform_(a=sqrt(5)) has bound sqrt(6 / ((1 + 5) * fan_in)).
-    bound = np.sqrt(6 / ((1 + 5) * 400))
+    bound = np.sqrt(6 / ((1 + 5) * summed))
     assert 0.999 * bound < np.abs(down).max() <= bound * (1 + 1e-6)
     assert down.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)
     assert abs(down.mean()) < bound / 100
@@ -260,6 +295,15 @@ def test_the_bottleneck_axis_is_where_the_shapes_of_two_bottlenecks_differ() -> 
             three, seven = part_shape(slot, part, 3), part_shape(slot, part, 7)
             differ = [i for i, (a, b) in enumerate(zip(three, seven, strict=True)) if a != b]
             assert differ == [a for a in [bottleneck_axis(slot, part)] if a is not None]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_weight_of_more_than_2_gb_is_refused_before_it_is_made(dtype: str) -> None:
+    slot = slot_of_case("plain", dtype=dtype, width=4, source_width=4)
+    most = 2**31 // (4 * np.dtype(dtype).itemsize)
+    with pytest.raises(SlotError, match=rf"shape \[4, {most + 1}\]") as caught:
+        neutral_weights(slot, most + 1)
+    assert "2 GB" in caught.value.hint
 
 
 @pytest.mark.parametrize(
