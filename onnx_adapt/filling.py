@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.base_weights import fill_base_weights
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.fitting import require_fit, required_manifest
 from onnx_adapt.initializers import (
@@ -14,6 +13,7 @@ from onnx_adapt.initializers import (
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.parts import is_empty
+from onnx_adapt.rewriting.base_weights import fill_base_weights
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:

@@ -11,9 +11,9 @@ import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.errors import ModelFileError
+from onnx_adapt.files.payloads import Payload, Source
+from onnx_adapt.files.samples import sample_bytes, sample_file
 from onnx_adapt.model_file import Model, payload_of
-from onnx_adapt.payloads import Payload, Source
-from onnx_adapt.samples import sample_bytes, sample_file
 
 
 def fingerprint(model: Model) -> str:

@@ -16,7 +16,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnx_adapt import rewrite, walk
 from onnx_adapt.errors import SlotError
-from onnx_adapt.graph import Shape, read_type
+from onnx_adapt.graph.index import Shape, read_type
 from onnx_adapt.initializers import drop_named
 from onnx_adapt.manifest import SLOT_KEY, Manifest, read_manifest, slot_of, write_manifest
 from onnx_adapt.model_file import Model

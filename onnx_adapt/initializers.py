@@ -18,7 +18,7 @@ from onnx_adapt import walk
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fitting import required_manifest
-from onnx_adapt.graph import default_opset
+from onnx_adapt.graph.index import default_opset
 from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,

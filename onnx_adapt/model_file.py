@@ -13,12 +13,12 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
-from onnx_adapt import destination, external_data, moved
-from onnx_adapt.destination import Destination
 from onnx_adapt.errors import ExternalDataError, ModelFileError, SaveError
-from onnx_adapt.payloads import Payload, Segment, Source, scan, splice, token_index
-from onnx_adapt.thin import borrow, give_back
-from onnx_adapt.whole_files import FilePlan, Progress, write_files
+from onnx_adapt.files import destination, external_data, moved
+from onnx_adapt.files.destination import Destination
+from onnx_adapt.files.payloads import Payload, Segment, Source, scan, splice, token_index
+from onnx_adapt.files.thin import borrow, give_back
+from onnx_adapt.files.whole_files import FilePlan, Progress, write_files
 
 PROTOBUF_LIMIT = 2**31 - 1
 """The largest file protobuf can read, in bytes."""

@@ -6,17 +6,17 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from onnx_adapt.calls import module_calls
 from onnx_adapt.errors import (
     AmbiguousSiteError,
     SiteError,
     SiteNotFoundError,
     SiteRefusedError,
 )
-from onnx_adapt.graph import GraphView, text
+from onnx_adapt.graph.calls import module_calls
+from onnx_adapt.graph.index import GraphView, text
+from onnx_adapt.graph.modules import match_path
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
-from onnx_adapt.modules import match_path
 from onnx_adapt.sites import Site, Survey, survey_model
 from onnx_adapt.suggest import nearest
 

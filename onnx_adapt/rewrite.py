@@ -12,19 +12,19 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from onnx_adapt import moved
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
+from onnx_adapt.files import moved
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graft import manifest_of, put_in, restore_inputs, take_out
-from onnx_adapt.graph import ModelIndex, index_model, require_finite
+from onnx_adapt.graph.index import ModelIndex, index_model, require_finite
 from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights
-from onnx_adapt.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.resolve import resolve
+from onnx_adapt.rewriting.base_weights import Opening, close_base_weights, open_base_weights
+from onnx_adapt.rewriting.graft import manifest_of, put_in, restore_inputs, take_out
+from onnx_adapt.rewriting.plan import Recipe, free_name, plan_slot, reserved_names
 from onnx_adapt.sites import Survey, survey_model
 
 BAKED_BOTTLENECK = 64

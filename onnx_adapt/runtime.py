@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt import external_data, walk
+from onnx_adapt import walk
 from onnx_adapt.errors import RunError, UnprovableError
+from onnx_adapt.files import external_data
+from onnx_adapt.files.payloads import Source, token_index
 from onnx_adapt.model_file import Model, payload_of, read_payload
 from onnx_adapt.ort import failures, onnxruntime, shortened
-from onnx_adapt.payloads import Source, token_index
 
 _NO_PREPACKING = "session.disable_prepacking"
 _MAPPED = 1 << 28

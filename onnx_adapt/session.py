@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.adapter_cache import AdapterCache, LoadedAdapter, Shares, Source
-from onnx_adapt.batches import (
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.fitting import manifest_misfits, refuse_misfits
+from onnx_adapt.parts import neutral_weights
+from onnx_adapt.swapping.adapter_cache import AdapterCache, LoadedAdapter, Shares, Source
+from onnx_adapt.swapping.batches import (
     BatchAxis,
     count_rows,
     find_batch,
     join_rows,
     take_rows,
 )
-from onnx_adapt.binding import AdapterBinding
-from onnx_adapt.engine import Engine, base_values, native
-from onnx_adapt.errors import AdapterError
-from onnx_adapt.fitting import manifest_misfits, refuse_misfits
-from onnx_adapt.loaded import Loaded, as_ort_value, read
-from onnx_adapt.parts import neutral_weights
+from onnx_adapt.swapping.binding import AdapterBinding
+from onnx_adapt.swapping.engine import Engine, base_values, native
+from onnx_adapt.swapping.loaded import Loaded, as_ort_value, read
 
 if TYPE_CHECKING:
     from onnx_adapt.model_file import Model

@@ -9,8 +9,15 @@ import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
-from onnx_adapt.graph import GraphView, ModelIndex, TensorType, elem_name, index_model, text
-from onnx_adapt.layers import (
+from onnx_adapt.graph.index import (
+    GraphView,
+    ModelIndex,
+    TensorType,
+    elem_name,
+    index_model,
+    text,
+)
+from onnx_adapt.graph.layers import (
     CHANNELS,
     KINDS,
     LAST,
@@ -22,10 +29,10 @@ from onnx_adapt.layers import (
     layer_weight,
     weight_width,
 )
-from onnx_adapt.layout import channel_tensors
+from onnx_adapt.graph.layout import channel_tensors
+from onnx_adapt.graph.modules import ModuleIndex, index_modules
 from onnx_adapt.manifest import read_manifest, slot_of
 from onnx_adapt.model_file import Model
-from onnx_adapt.modules import ModuleIndex, index_modules
 
 
 @dataclass(frozen=True, slots=True)

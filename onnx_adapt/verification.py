@@ -10,22 +10,22 @@ import numpy as np
 import onnx
 
 from onnx_adapt import walk
-from onnx_adapt.checker import complaints
-from onnx_adapt.compare import distance, in_words
-from onnx_adapt.damage import foreign_readers
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.feeds import Feeds
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graph import read_type
+from onnx_adapt.graph.index import read_type
 from onnx_adapt.initializers import check_model_weights
-from onnx_adapt.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
-from onnx_adapt.probe import Probe, neutral_model
+from onnx_adapt.proof.checker import complaints
+from onnx_adapt.proof.compare import distance, in_words
+from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
+from onnx_adapt.proof.probe import Probe, neutral_model
+from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.report import Check, Report, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
-from onnx_adapt.row_proof import check_rows
+from onnx_adapt.rewriting.damage import foreign_readers
 from onnx_adapt.runtime import Runner, Values
 
 Stage = Callable[[str], None]

@@ -22,7 +22,8 @@ import numpy as np
 from disk_models import dense, external, raw, write
 
 import onnx_adapt as oa
-from onnx_adapt import model_file, whole_files
+from onnx_adapt import model_file
+from onnx_adapt.files import whole_files
 
 
 def replaced(folder: Path) -> Callable[[], object]:

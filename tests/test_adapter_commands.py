@@ -24,7 +24,7 @@ from slot_models import cli
 from trained_cases import CASES, run, session_of
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
+from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 Capture = pytest.CaptureFixture[str]

@@ -23,12 +23,12 @@ from slot_models import BRANCHES, MLP, assert_sound, cli, dense, model_of, saved
 from trained_cases import CASES as TRAINED
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import AdapterError, MismatchError, SlotError
 from onnx_adapt.manifest import ROW_PARTS, Slot
 from onnx_adapt.oracle import Norm, slot_value
 from onnx_adapt.parts import neutral_rows, part_shape, row_shape
+from onnx_adapt.rewriting.damage import damages
 from onnx_adapt.slot import check_slot, slot_nodes
 
 ROWS = 3

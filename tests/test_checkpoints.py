@@ -13,8 +13,8 @@ import pytest
 from trained_cases import CASES, REFUSED, SUPPORTED, Case, run
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.rewriting.damage import damages
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

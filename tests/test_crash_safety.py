@@ -89,7 +89,7 @@ def test_data_that_moved_out_twice_is_there_once(
 SIGNALLED = """
 import sys, onnx_adapt as oa
 from onnx_adapt.cli import main
-from onnx_adapt import whole_files
+from onnx_adapt.files import whole_files
 real = whole_files._write_segment
 def slow(*args):
     real(*args)

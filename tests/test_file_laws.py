@@ -15,7 +15,7 @@ from test_insert_laws import _places, programs
 from test_wire import tensor_protos
 
 import onnx_adapt as oa
-from onnx_adapt import payloads
+from onnx_adapt.files import payloads
 
 LAW = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 

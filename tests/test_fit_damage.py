@@ -16,8 +16,8 @@ from onnxruntime.quantization import quantize_dynamic
 from slot_models import cli, saved, session
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
 from onnx_adapt.errors import SlotError
+from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 Proto = onnx.ModelProto

@@ -22,7 +22,7 @@ from onnx import helper
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError, AdaptError, CheckpointError, ModelFileError
-from onnx_adapt.feeds import read_arrays
+from onnx_adapt.proof.feeds import read_arrays
 
 MB = 1 << 20
 
@@ -284,8 +284,8 @@ ENDLESS = """
 import sys, onnx_adapt as oa
 from pathlib import Path
 from onnx_adapt.checkpoints.read import read_state_dict
-from onnx_adapt.feeds import read_arrays
-from onnx_adapt.loaded import read
+from onnx_adapt.proof.feeds import read_arrays
+from onnx_adapt.swapping.loaded import read
 path = Path(sys.argv[1])
 readers = {".npz": [read_arrays, oa.load_adapter], ".bin": [read_state_dict]}
 for reader in readers.get(path.suffix, [oa.load_adapter, read, read_state_dict]):

@@ -16,8 +16,8 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
 from onnx_adapt.errors import SiteError, SiteNotFoundError
+from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 

@@ -19,8 +19,8 @@ from disk_models import (
 from onnx import TensorProto, numpy_helper
 
 import onnx_adapt as oa
-from onnx_adapt import payloads
 from onnx_adapt.errors import ModelFileError, SaveError
+from onnx_adapt.files import payloads
 from onnx_adapt.model_file import Model, read_tensor
 
 TESTS = Path(__file__).parent

@@ -10,8 +10,8 @@ from sites_models import model
 from slot_formula import WIDTH, run_nodes, slot_of_case
 
 import onnx_adapt as oa
-from onnx_adapt.graph import index_model
-from onnx_adapt.norms import BaseNorm, find_norms
+from onnx_adapt.graph.index import index_model
+from onnx_adapt.graph.norms import BaseNorm, find_norms
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8)).astype(np.float32) * 3 + 1
 CONSTANTS = """

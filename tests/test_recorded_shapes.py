@@ -8,7 +8,7 @@ from slot_models import dense, model_of
 from trained_cases import CASES
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
+from onnx_adapt.rewriting.damage import damages
 
 
 def _record(proto: onnx.ModelProto, name: str, shape: list[int | str]) -> None:

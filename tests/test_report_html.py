@@ -16,8 +16,8 @@ import pytest
 from slot_models import BRANCHES, MLP, MODELS, cli, dense, model_of, node_of, run, saved
 
 import onnx_adapt as oa
-from onnx_adapt.flops import trace
 from onnx_adapt.overview import Overview, overview
+from onnx_adapt.overview.flops import trace
 from onnx_adapt.page import render
 
 Capture = pytest.CaptureFixture[str]

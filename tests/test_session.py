@@ -17,7 +17,7 @@ from trained_cases import CASES, SUPPORTED
 import onnx_adapt as oa
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError, SlotError
-from onnx_adapt.loaded import as_ort_value
+from onnx_adapt.swapping.loaded import as_ort_value
 
 FORMATS = ["safetensors", "onnx_adapter", "npz"]
 

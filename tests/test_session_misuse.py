@@ -15,8 +15,8 @@ from adapter_models import adapted, bumped, trained, weights
 from session_adapters import BASE, DE, FR, X, adapted_file, adapter, close
 
 import onnx_adapt as oa
-from onnx_adapt import adapter_cache
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError, SlotError
+from onnx_adapt.swapping import adapter_cache
 
 
 @pytest.fixture

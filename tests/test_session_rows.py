@@ -11,8 +11,8 @@ from session_adapters import BASE, DE, FR, X, close
 from trained_cases import CASES
 
 import onnx_adapt as oa
-from onnx_adapt.batches import count_rows, find_batch
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError
+from onnx_adapt.swapping.batches import count_rows, find_batch
 
 ADAPTERS = {"fr": FR, "de": DE}
 

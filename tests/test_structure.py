@@ -14,30 +14,15 @@ PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
     ("errors", "dtypes", "walk", "suggest", "printable"),
-    ("activations", "constants", "ort", "batches"),
-    ("manifest", "wire", "taps", "report"),
-    ("payloads", "adapter", "parts", "coupling"),
-    ("external_data", "whole_files", "samples", "blending"),
-    ("destination", "adapter_files", "moved", "lenders", "mixing"),
-    ("thin",),
-    ("model_file", "loaded"),
-    (
-        "graph",
-        "runtime",
-        "fingerprint",
-        "value_numbers",
-        "fitting",
-        "adapter_cache",
-        "binding",
-    ),
-    ("slot", "layers", "engine", "flops"),
-    ("modules", "layout", "norms", "surroundings"),
-    ("sites", "calls", "initializers", "feeds", "standalone", "checker", "compare", "oracle"),
-    ("resolve", "damage", "base_weights", "inputs"),
-    ("plan", "probe", "filling", "row_proof"),
-    ("checkpoints", "graft", "session", "costs"),
+    ("activations", "files", "ort", "report"),
+    ("manifest", "model_file"),
+    ("adapter", "coupling", "fingerprint", "graph", "parts", "runtime"),
+    ("adapter_files", "blending", "fitting", "sites", "slot"),
+    ("initializers", "oracle", "resolve", "standalone", "swapping"),
+    ("rewriting", "session"),
+    ("checkpoints", "filling", "proof"),
     ("rewrite",),
-    ("verification", "graphsurgeon", "conversion"),
+    ("conversion", "graphsurgeon", "verification"),
     ("overview",),
     ("page",),
     ("__init__",),
@@ -102,6 +87,32 @@ def test_imports_point_down() -> None:
         if module != "__init__"
     ]
     assert upward == []
+
+
+def _inside(folder: Path) -> dict[str, set[str]]:
+    """For each module of a folder the modules beside it that it imports at its top."""
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    prefix = f"onnx_adapt.{folder.name}."
+    return {
+        name: {
+            imported.removeprefix(prefix).split(".")[0]
+            for imported in _imports(ast.parse((folder / f"{name}.py").read_text("utf-8")))
+            if imported.startswith(prefix)
+        }
+        & names
+        for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+)
+def test_no_two_modules_of_a_folder_import_each_other(folder: str) -> None:
+    beside = _inside(PACKAGE / folder)
+    while beside:
+        done = {name for name, needed in beside.items() if not needed & beside.keys()}
+        assert done, f"{sorted(beside)} import each other"
+        beside = {name: needed for name, needed in beside.items() if name not in done}
 
 
 @pytest.mark.parametrize("library", DOORS)

@@ -29,8 +29,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_model_file import CORPUS
 
 import onnx_adapt as oa
-from onnx_adapt import model_file, payloads
+from onnx_adapt import model_file
 from onnx_adapt.errors import ExternalDataError, ManifestError, RunError, SaveError
+from onnx_adapt.files import payloads
 
 X = weight(2, 64, seed=9)
 MODELS = Path(__file__).parent.parent / "models"
@@ -437,7 +438,7 @@ def test_the_record_says_what_the_base_was(tmp_path: Path) -> None:
     base = write(tmp_path / "base.onnx", dense())
     thin, _ = thin_and_full(slotted(base), tmp_path)
     session = onnxruntime.InferenceSession(thin)
-    record = json.loads(session.get_modelmeta().custom_metadata_map["onnx_adapt.thin"])
+    record = json.loads(session.get_modelmeta().custom_metadata_map["onnx_adapt.files.thin"])
     (file,) = record["files"]
     assert file["name"] == "base.onnx"
     assert file["size"] == base.stat().st_size

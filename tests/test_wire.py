@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 import onnx_adapt as oa
-from onnx_adapt import payloads, wire
 from onnx_adapt.errors import ModelFileError
+from onnx_adapt.files import payloads, wire
 from onnx_adapt.model_file import Model
 
 MODELS = Path(__file__).parent.parent / "models"

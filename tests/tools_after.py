@@ -20,8 +20,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from slot_models import saved, session
 
 import onnx_adapt as oa
-from onnx_adapt.damage import damages
 from onnx_adapt.ort import failures
+from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 _WARNINGS = 2

@@ -12,8 +12,8 @@ import numpy as np
 from onnx_adapt.adapter import Adapter, adapter_from_tensors
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.payloads import Source
-from onnx_adapt.whole_files import write_files
+from onnx_adapt.files.payloads import Source
+from onnx_adapt.files.whole_files import write_files
 
 _FORMATS = {
     ".safetensors": "safetensors_file",

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from onnx_adapt.adapter import Adapter
-from onnx_adapt.base_weights import Opening
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.by_name import ByName
 from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
@@ -29,7 +28,8 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model
-from onnx_adapt.plan import reserved_names
+from onnx_adapt.rewriting.base_weights import Opening
+from onnx_adapt.rewriting.plan import reserved_names
 from onnx_adapt.sites import survey_model
 
 _log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import onnx
 
 from onnx_adapt.checkpoints.cores import CORES, Core, Use, core_at, refuse_uncalled
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView
-from onnx_adapt.layers import KINDS, find_weight, is_layer
-from onnx_adapt.modules import module_output
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.graph.modules import module_output
 from onnx_adapt.sites import Survey
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

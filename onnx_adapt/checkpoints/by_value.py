@@ -21,10 +21,10 @@ from onnx_adapt.checkpoints.cores import (
 from onnx_adapt.checkpoints.norms_by_value import digest, norms_by_value
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView
-from onnx_adapt.layers import find_weight, is_layer
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.norms import BaseNorm
 from onnx_adapt.model_file import Model
-from onnx_adapt.norms import BaseNorm
 from onnx_adapt.sites import Survey
 
 

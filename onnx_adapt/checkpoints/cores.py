@@ -11,16 +11,16 @@ import onnx
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView, attribute
-from onnx_adapt.layers import (
+from onnx_adapt.graph.index import GraphView, attribute
+from onnx_adapt.graph.layers import (
     KINDS,
     bias_add,
     find_weight,
     weight_width,
 )
+from onnx_adapt.graph.modules import module_output
+from onnx_adapt.graph.norms import find_norms
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.modules import module_output
-from onnx_adapt.norms import find_norms
 from onnx_adapt.sites import Survey
 
 CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}

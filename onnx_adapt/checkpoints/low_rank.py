@@ -9,8 +9,8 @@ from onnx_adapt.checkpoints.edits import LowRank
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import attribute
-from onnx_adapt.layers import find_weight
+from onnx_adapt.graph.index import attribute
+from onnx_adapt.graph.layers import find_weight
 
 
 def place_low_rank(shop: Workshop, edit: LowRank, core: Core) -> None:

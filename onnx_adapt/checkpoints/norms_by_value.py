@@ -12,10 +12,10 @@ import onnx
 
 from onnx_adapt.checkpoints.cores import CORES, Core, read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
-from onnx_adapt.graph import VALUE_FREE, GraphView
-from onnx_adapt.layers import find_weight, is_layer
+from onnx_adapt.graph.index import VALUE_FREE, GraphView
+from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.norms import BaseNorm, find_norms
 from onnx_adapt.model_file import Model
-from onnx_adapt.norms import BaseNorm, find_norms
 from onnx_adapt.sites import Survey
 
 

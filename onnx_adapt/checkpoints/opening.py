@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnx_adapt.base_weights import Opening
 from onnx_adapt.checkpoints.cores import Use, read_weight
 from onnx_adapt.checkpoints.edits import Replacement
 from onnx_adapt.checkpoints.workshop import Workshop
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layers import KINDS, find_weight
 from onnx_adapt.initializers import tensor_of
-from onnx_adapt.layers import KINDS, find_weight
 from onnx_adapt.manifest import OpenWeight
+from onnx_adapt.rewriting.base_weights import Opening
 
 
 def open_weight(shop: Workshop, edit: Replacement) -> tuple[Opening, Array]:

@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 import onnx
 
 from onnx_adapt.checkpoints.cores import CORES, Core, core_at
-from onnx_adapt.graph import attribute
-from onnx_adapt.layers import is_layer, weight_width
+from onnx_adapt.graph.index import attribute
+from onnx_adapt.graph.layers import is_layer, weight_width
 from onnx_adapt.sites import Survey
 
 _PACKED = "qkv_proj"

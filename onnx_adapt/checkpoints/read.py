@@ -14,7 +14,7 @@ from onnx_adapt.adapter_files.safetensors_file import read_tensors
 from onnx_adapt.checkpoints.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
-from onnx_adapt.payloads import Source
+from onnx_adapt.files.payloads import Source
 
 _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")

@@ -11,11 +11,11 @@ import numpy as np
 from onnx_adapt.checkpoints.cores import Core, Use
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph import GraphView
+from onnx_adapt.graph.index import GraphView
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, part_shape
-from onnx_adapt.plan import free_name
+from onnx_adapt.rewriting.plan import free_name
 from onnx_adapt.sites import Site, Survey
 
 

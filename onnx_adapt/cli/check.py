@@ -69,9 +69,9 @@ def _problems(
 ) -> dict[str, list[str]]:
     """What is wrong with each file."""
     import onnx_adapt as oa
-    from onnx_adapt.damage import damages
     from onnx_adapt.errors import ExternalDataError
     from onnx_adapt.fitting import misfits
+    from onnx_adapt.rewriting.damage import damages
 
     try:
         opened = oa.open_model(model)

@@ -94,7 +94,7 @@ def check_page(path: Path, *given: str) -> None:
     Raises:
         AdaptError: If libraries are missing, or it would replace what it is about.
     """
-    from onnx_adapt.destination import settle
+    from onnx_adapt.files.destination import settle
     from onnx_adapt.page import require_libraries
 
     require_libraries()
@@ -106,8 +106,8 @@ def check_page(path: Path, *given: str) -> None:
 
 def write_page(found: Overview, path: Path) -> None:
     """Write the page and say so."""
+    from onnx_adapt.files.whole_files import write_files
     from onnx_adapt.page import render
-    from onnx_adapt.whole_files import write_files
 
     data = render(found).encode()
     write_files([(path.absolute(), [data])])

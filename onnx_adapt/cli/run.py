@@ -72,7 +72,7 @@ def command(
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
     import onnx_adapt as oa
-    from onnx_adapt.feeds import read_arrays
+    from onnx_adapt.proof.feeds import read_arrays
 
     chosen, names = read_choice(adapter, blend, rows)
     files = {name: _file(Path(model), name) for name in names}
@@ -164,7 +164,7 @@ def _timed(
 def _describe(name: str, value: Any, base: dict[str, Any] | None) -> dict[str, Any]:
     import numpy as np
 
-    from onnx_adapt.compare import movement
+    from onnx_adapt.proof.compare import movement
 
     shape, dtype = None, type(value).__name__
     if isinstance(value, np.ndarray):
@@ -203,8 +203,8 @@ def _write(path: Path, outputs: dict[str, Any]) -> None:
     import numpy as np
 
     from onnx_adapt.adapter_files.npz_file import archive
+    from onnx_adapt.files.whole_files import write_files
     from onnx_adapt.runtime import as_arrays
-    from onnx_adapt.whole_files import write_files
 
     arrays: dict[str, Any] = {}
     for name, value in outputs.items():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnx_adapt.manifest import Slot
+from onnx_adapt.overview.surroundings import BASE, Box, Surroundings
 from onnx_adapt.printable import plain
-from onnx_adapt.surroundings import BASE, Box, Surroundings
 
 _LETTER, _LINE = 6.7, 15
 """Size of a letter and a line of the page's monospaced font at 11 pixels."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.batches import BatchAxis
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdaptError, RequestError, RunError
-from onnx_adapt.loaded import as_ort_value
 from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.session import AdapterSession
+from onnx_adapt.swapping.batches import BatchAxis
+from onnx_adapt.swapping.loaded import as_ort_value
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",

@@ -24,18 +24,18 @@ import onnx
 from google.protobuf.message import DecodeError
 
 import onnx_adapt as oa
-from onnx_adapt import payloads
 from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.peft import peft_edits
 from onnx_adapt.checkpoints.pickles import read_pickled_tensors
 from onnx_adapt.checkpoints.read import name_damage, read_folder
 from onnx_adapt.cli.run import read_choice
-from onnx_adapt.damage import damages
 from onnx_adapt.errors import AdaptError, ModelFileError
-from onnx_adapt.feeds import read_arrays
+from onnx_adapt.files import payloads
 from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.manifest import KEY, manifest_from_text, read_manifest
 from onnx_adapt.model_file import payload_of, read_tensor
+from onnx_adapt.proof.feeds import read_arrays
+from onnx_adapt.rewriting.damage import damages
 from onnx_adapt.walk import tensors
 
 CASES = Path(__file__).parent.parent / "cases"

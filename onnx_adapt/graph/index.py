@@ -1,0 +1,322 @@
+"""A read-only index of a model: who makes a tensor, who reads it, its type, is it used."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import ModelFileError
+from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
+from onnx_adapt.manifest import slot_of
+from onnx_adapt.model_file import Model
+from onnx_adapt.walk import Scope
+
+Shape = tuple[int | str | None, ...]
+
+VALUE_FREE = {"Shape", "Size"}
+"""Operators that read a tensor's shape but not its values."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """What is known of a tensor.
+
+    Attributes:
+        elem_type: ONNX element type, or 0 if it is not known or not a tensor.
+        shape: One entry per axis (a number, a symbol or None), or None if unknown.
+    """
+
+    elem_type: int = 0
+    shape: Shape | None = None
+
+
+UNKNOWN = TensorType()
+
+
+def elem_name(elem_type: int) -> str:
+    """The name of an element type: `float32`, `int64`, ...; '' if unknown."""
+    if elem_type in FLOATS:
+        return FLOATS[elem_type]
+    known = onnx.TensorProto.DataType.values()
+    if elem_type and elem_type not in known:
+        return f"type {elem_type}"  # of a newer ONNX than the one installed
+    return str(onnx.TensorProto.DataType.Name(elem_type)).lower() if elem_type else ""
+
+
+def read_type(value: onnx.ValueInfoProto) -> TensorType:
+    """Read the type of a declared tensor; sequences, maps and optionals are unknown."""
+    if not value.type.HasField("tensor_type"):
+        return UNKNOWN
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return TensorType(tensor.elem_type)
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+        for dim in tensor.shape.dim
+    )
+    return TensorType(tensor.elem_type, shape)
+
+
+def text(value: str | bytes) -> str:
+    """A string of a model: protobuf gives one that is not UTF-8 as bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def default_opset(proto: onnx.ModelProto) -> int:
+    """The version of the default operator set that a model imports; 0 if none."""
+    versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    return versions[0] if versions else 0
+
+
+def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    """The integer attribute `name` of a node."""
+    for item in node.attribute:
+        if item.name == name:
+            return int(item.i)
+    return default
+
+
+@dataclass(slots=True, eq=False)
+class GraphView:
+    """The index of one graph; names not found here are looked up in the graph around it.
+
+    Attributes:
+        scope: The graph and the way to it.
+        nodes: Its nodes in order.
+        parent: The view of the graph around it, or None for the main graph.
+        producers: Tensor -> index of the node that makes it.
+        consumers: Tensor -> indices of the nodes that read it, also from their bodies.
+        constants: Tensor -> its value, for initializers and Constant nodes.
+        weights: Tensor -> how it is read, for constants and what is made of them alone.
+        types: Tensor -> its type.
+        outputs: Names of the graph's outputs.
+        live: Tensors whose values can reach an output of the model.
+        repeated: Tensors that several nodes make, which no runtime takes.
+    """
+
+    scope: Scope
+    nodes: list[onnx.NodeProto]
+    parent: GraphView | None
+    producers: dict[str, int] = field(default_factory=dict)
+    consumers: dict[str, list[int]] = field(default_factory=dict)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    types: dict[str, TensorType] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+    live: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
+
+    def type_of(self, tensor: str) -> TensorType:
+        """The type of a tensor that can be read here."""
+        view: GraphView | None = self
+        while view is not None:
+            if tensor in view.types:
+                return view.types[tensor]
+            if tensor in view.producers:
+                return UNKNOWN
+            view = view.parent
+        return UNKNOWN
+
+    def constant(self, tensor: str) -> onnx.TensorProto | None:
+        """The stored value of a tensor that can be read here, if it has one."""
+        view = self.home(tensor)
+        return view.constants.get(tensor) if view else None
+
+    def weight(self, tensor: str) -> Weight | None:
+        """The constant that a tensor readable here is, through Cast, Transpose, ..."""
+        view = self.home(tensor)
+        return view.weights.get(tensor) if view else None
+
+    def home(self, tensor: str) -> GraphView | None:
+        """The view of the graph that declares or produces a tensor readable here."""
+        view: GraphView | None = self
+        while view is not None:
+            known = (view.producers, view.constants, view.types)
+            if any(tensor in names for names in known):
+                return view
+            view = view.parent
+        return None
+
+    def producer(self, tensor: str) -> tuple[GraphView, onnx.NodeProto] | None:
+        """The node that makes a tensor readable here, and the graph it is in."""
+        view = self.home(tensor)
+        if view is None or tensor not in view.producers:
+            return None
+        return view, view.nodes[view.producers[tensor]]
+
+    def readers(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes of this graph that read a tensor, in order."""
+        return [self.nodes[i] for i in self.consumers.get(tensor, ())]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelIndex:
+    """The views of all graphs of a model, the main graph first.
+
+    Attributes:
+        model: The model that is indexed.
+        views: One view per graph, by path.
+    """
+
+    model: Model
+    views: dict[str, GraphView]
+
+    @property
+    def main(self) -> GraphView:
+        """The view of the main graph."""
+        return self.views["main"]
+
+    def names(self) -> set[str]:
+        """Every tensor name used anywhere, functions left out."""
+        found: set[str] = set()
+        for view in self.views.values():
+            found.update(view.producers, view.constants, view.types, view.consumers)
+        return set(map(text, found))
+
+
+def index_model(model: Model) -> ModelIndex:
+    """Index a model; types come from its own records and from ONNX shape inference.
+
+    Inference runs on the graph without weights, so its cost does not grow with them.
+
+    Raises:
+        ModelFileError: If its functions call each other without end.
+    """
+    require_finite(model)
+    inferred = {scope.path: scope.graph for scope in walk.scopes(_infer(model.proto).graph)}
+    views: dict[str, GraphView] = {}
+    for scope in walk.scopes(model.proto.graph):
+        parent = views[scope.parent.path] if scope.parent else None
+        view = _view(scope, parent)
+        _declare(view, inferred[scope.path].value_info)
+        _declare(view, inferred[scope.path].output)
+        views[scope.path] = view
+    _mark_live(views)
+    return ModelIndex(model, views)
+
+
+_MOST_NODES = 1 << 23
+
+
+def require_finite(model: Model) -> None:
+    """Refuse functions that call themselves, or each other too often to be written out.
+
+    ONNX and ONNX Runtime go into each call, and run for ever or crash.
+
+    Raises:
+        ModelFileError: If there are any.
+    """
+    if model.proto.functions and walk.inlines_to_more_than(model.proto, _MOST_NODES):
+        raise ModelFileError(
+            f"the functions of {model.label} call themselves, or each other without end",
+            hint=f"no runtime takes that; inlined they may have {_MOST_NODES} nodes",
+        )
+
+
+def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
+        try:
+            return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
+        except (
+            onnx.shape_inference.InferenceError,
+            onnx.checker.ValidationError,
+            RuntimeError,
+            ValueError,
+        ):
+            continue
+    # What the model itself records is used then; a site without a type says so.
+    return proto
+
+
+def _view(scope: Scope, parent: GraphView | None) -> GraphView:
+    graph = scope.graph
+    view = GraphView(scope, list(graph.node), parent)
+    view.outputs = frozenset(value.name for value in graph.output)
+    for tensor in graph.initializer:
+        view.constants[tensor.name] = tensor
+    for index, node in enumerate(view.nodes):
+        names = [name for name in node.output if name]
+        view.repeated.update(name for name in names if name in view.producers)
+        view.producers.update(dict.fromkeys(names, index))
+        for name in filter(None, (*node.input, *captured(node))):
+            view.consumers.setdefault(name, []).append(index)
+        value = constant_of(node)
+        if value is not None:
+            view.constants.update((name, value) for name in node.output[:1])
+    inputs = {value.name for value in graph.input}
+    _declare(view, (*graph.input, *graph.value_info, *graph.output), inputs)
+    for name, value in view.constants.items():
+        known = TensorType(value.data_type, tuple(value.dims))
+        view.types[name] = _merged(view.types.get(name, UNKNOWN), known)
+        view.weights[name] = stored(value)
+    for node in view.nodes:
+        made = None if slot_of(node) else derived(node, view.weight)
+        if made is not None:
+            view.weights.update((name, made) for name in node.output[:1])
+    return view
+
+
+def _declare(
+    view: GraphView, values: Iterable[onnx.ValueInfoProto], inputs: Collection[str] = ()
+) -> None:
+    """Note the types of tensors of this graph; a body may record captured ones too."""
+    for value in values:
+        name = value.name
+        if name in inputs or name in view.producers or name in view.constants:
+            view.types[name] = _merged(view.types.get(name, UNKNOWN), read_type(value))
+
+
+def _merged(first: TensorType, second: TensorType) -> TensorType:
+    """What two records of a tensor tell together; the first is believed."""
+    elem_type = first.elem_type or second.elem_type
+    if first.shape is None or second.shape is None:
+        return TensorType(elem_type, second.shape if first.shape is None else first.shape)
+    if len(first.shape) != len(second.shape):
+        return TensorType(elem_type, first.shape)
+    pairs = zip(first.shape, second.shape, strict=True)
+    shape = (next((d for d in (a, b) if isinstance(d, int)), a or b) for a, b in pairs)
+    return TensorType(elem_type, tuple(shape))
+
+
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the bodies of a node read from the graphs around them."""
+    for _, body in walk.bodies(node):
+        own = {value.name for value in body.input} | {t.name for t in body.initializer}
+        for inner in body.node:
+            for name in (*inner.input, *captured(inner)):
+                if name and name not in own:
+                    yield name
+            own.update(inner.output)
+        for value in body.output:
+            if value.name not in own:
+                yield value.name
+
+
+def _mark_live(views: dict[str, GraphView]) -> None:
+    """Find the tensors whose values can reach an output of the model."""
+    waiting = deque((views["main"], name) for name in views["main"].outputs)
+    children: dict[tuple[int, int], list[GraphView]] = {}
+    for view in views.values():
+        if view.parent is not None:
+            children.setdefault((id(view.parent), view.scope.owner), []).append(view)
+    seen: set[tuple[int, int]] = set()
+    while waiting:
+        view, tensor = waiting.popleft()
+        home = view.home(tensor)
+        if home is None or tensor in home.live:
+            continue
+        home.live.add(tensor)
+        index = home.producers.get(tensor)
+        if index is None or (id(home), index) in seen:
+            continue
+        seen.add((id(home), index))
+        node = home.nodes[index]
+        if node.op_type not in VALUE_FREE:
+            waiting.extend((home, name) for name in node.input if name)
+        for body in children.get((id(home), index), ()):
+            waiting.extend((body, name) for name in body.outputs)

@@ -1,0 +1,54 @@
+"""Which stored tensors are equal, as simplifiers copy a weight for each of its readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt.errors import ModelFileError
+from onnx_adapt.files.payloads import LARGE
+from onnx_adapt.model_file import Model, payload_of, read_payload, read_tensor
+
+
+@dataclass(slots=True)
+class ValueNumbers:
+    """Numbers for the stored tensors of a model: equal ones have the same.
+
+    A tensor is read whole only where another of its shape begins with the same bytes.
+
+    Attributes:
+        model: The model.
+    """
+
+    model: Model
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _alike: dict[object, list[onnx.TensorProto]] = field(default_factory=dict)
+
+    def of(self, tensor: onnx.TensorProto) -> int:
+        """The number of a tensor's value."""
+        number = self._numbers.get(id(tensor))
+        if number is None:
+            alike = self._alike.setdefault(self._beginning(tensor), [])
+            twin = next((other for other in alike if self._equal(tensor, other)), None)
+            number = len(self._numbers) if twin is None else self._numbers[id(twin)]
+            self._numbers[id(tensor)] = number
+            alike.append(tensor)
+        return number
+
+    def _beginning(self, tensor: onnx.TensorProto) -> object:
+        """What equal tensors have in common at least, and is cheap to read."""
+        head = b""
+        try:
+            place = payload_of(self.model, tensor)
+            head = b"" if place is None else read_payload(place, LARGE)
+        except ModelFileError:
+            pass  # a graph may be looked at without its data
+        return tensor.data_type, tuple(tensor.dims), head
+
+    def _equal(self, one: onnx.TensorProto, other: onnx.TensorProto) -> bool:
+        try:
+            first, second = (read_tensor(self.model, tensor) for tensor in (one, other))
+        except ModelFileError:
+            return False  # what cannot be read is not known to be the same
+        return first.tobytes() == second.tobytes()

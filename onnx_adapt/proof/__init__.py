@@ -1,0 +1,1 @@
+"""The parts of a verification: inputs, taps, probes, comparisons."""

@@ -1,0 +1,271 @@
+"""Run a model's slots with weights of our choice, and read what happens inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.errors import SlotError
+from onnx_adapt.fitting import required_manifest
+from onnx_adapt.graph.index import index_model
+from onnx_adapt.graph.norms import own_norm
+from onnx_adapt.initializers import fill_weights, open_weights, read_weights
+from onnx_adapt.manifest import Slot, slot_of, write_manifest
+from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.oracle import Norm, slot_value
+from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape, row_shape
+from onnx_adapt.proof.compare import movement
+from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.taps import Tap, Tapper
+from onnx_adapt.rewriting.base_weights import close_base_weights
+from onnx_adapt.runtime import Runner, Values
+
+_SIZES = (1, 8, 64)
+_STRENGTHS = (1.0, 10.0, 100.0)
+"""Quantised models swallow small changes: a slot gets three chances to move an output."""
+
+_TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
+"""For a slot's output against the oracle, relative to its largest value. The arithmetic
+is in the slot's type: a few roundings for each of up to some thousand summands."""
+
+_NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
+
+_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
+
+
+def neutral_model(model: Model) -> Model:
+    """The model with every slot off; the model itself if its slots are off already."""
+    manifest = required_manifest(model)
+    slots = manifest.slots
+    stored = read_weights(model, slots)
+    changed: dict[str, Mapping[str, Array]] = {}
+    for slot in slots:
+        weights = stored[slot.name]
+        if not _is_neutral(weights):
+            size = slot.bottleneck or 0
+            changed[slot.name] = neutral_weights(slot, size)
+    result = fill_weights(model, changed) if changed else model
+    trained = [weight for weight in manifest.weights if weight.trained]
+    if trained:
+        result = result.copy() if result is model else result
+        close_base_weights(result.proto, trained)
+        rest = tuple(weight for weight in manifest.weights if not weight.trained)
+        write_manifest(result.proto, replace(manifest, weights=rest))
+    return result
+
+
+def _is_neutral(weights: Mapping[str, Array]) -> bool:
+    """Whether a slot with these weights gives its target."""
+    ones = [weights[part] for part in ("scale",) if part in weights]
+    silent = (
+        *("up", "up_bias", "after_bias", "residual", "skip", "switch"),
+        *("f_up", "f_up_bias", "g_up", "g_up_bias"),
+    )
+    zeros = [weights[part] for part in silent if part in weights]
+    return all(np.all(w == 1) for w in ones) and all(not np.any(w) for w in zeros)
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What was seen at one slot so far."""
+
+    error: float | None = None
+    bottlenecks: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotTaps:
+    target: Tap
+    source: Tap
+    output: Tap
+    plus: Tap
+
+
+class Probe:
+    """The adapted model with its slots swappable and its sites readable.
+
+    Args:
+        model: The adapted model.
+        slots: Its slots.
+        outputs: The model's own outputs.
+        seed: Of the random weights.
+    """
+
+    def __init__(
+        self, model: Model, slots: Sequence[Slot], outputs: Sequence[str], seed: int
+    ) -> None:
+        self._slots = slots
+        self._outputs = list(outputs)
+        self._rng = np.random.default_rng(seed)
+        self._own = read_weights(model, slots)
+        self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
+        opened = open_weights(model)
+        index = index_model(opened)
+        neutral = {slot.name: neutral_weights(slot) for slot in slots}
+        opened = fill_weights(opened, neutral)
+        tapper = Tapper(opened.proto)
+        self._taps: dict[str, _SlotTaps] = {}
+        for slot in slots:
+            view = index.views[slot.graph]
+            names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
+            elem_types = [
+                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+            ]
+            taps = [
+                tapper.tap(slot.graph, name, elem_type)
+                for name, elem_type in zip(names, elem_types, strict=True)
+            ]
+            if not all(taps):
+                raise SlotError(
+                    f"slot {slot.name!r} is inside an operator that hides its tensors",
+                    hint="only If, Loop and Scan can be looked into",
+                )
+            self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
+        self._runner = Runner(replace(opened, path=model.path), optimised=True)
+        self._still: list[Values] = []
+        self._typical: dict[str, list[tuple[float, float]]] = {}
+        self._rows: dict[str, list[int]] = {}
+
+    def tolerance(self, slot: Slot) -> float:
+        """How far a slot's output may be from the oracle."""
+        return _TOLERANCE[slot.dtype]
+
+    def measure(self, feeds: Sequence[Feeds]) -> dict[str, Measurement]:
+        """Run with random weights of several bottlenecks and compare with the oracle."""
+        found = {slot.name: Measurement() for slot in self._slots}
+        for item in feeds:
+            quiet = self._runner.run(item)
+            self._still.append({name: quiet[name] for name in self._outputs})
+            for slot in self._slots:
+                taps = self._taps[slot.name]
+                source, target = quiet[taps.source.values], quiet[taps.target.values]
+                self._typical.setdefault(slot.name, []).append(
+                    (_typical(source), _typical(target))
+                )
+                sizes = {len(value) for value in taps.target.read(quiet) if value.ndim}
+                rows = sizes.pop() if len(sizes) == 1 else 1
+                self._rows.setdefault(slot.name, []).append(rows)
+        for shift in range(len(_SIZES)):
+            for number, item in enumerate(feeds):
+                weights = {
+                    slot.name: self._random(slot, self._size(slot, i + shift), number)
+                    for i, slot in enumerate(self._slots)
+                }
+                self._compare(item, weights, found)
+        if any(not _is_neutral(weights) for weights in self._own.values()):
+            for item in feeds:
+                self._compare(item, self._own, found)
+        return found
+
+    def _size(self, slot: Slot, turn: int) -> int:
+        return slot.bottleneck or _SIZES[turn % len(_SIZES)]
+
+    def effect(self, slot: Slot, feeds: Sequence[Feeds]) -> float:
+        """How far the outputs move when one slot alone is on; 0 if nothing moves."""
+        moved = 0.0
+        for strength in _STRENGTHS:
+            for number, item in enumerate(feeds):
+                weights = self._random(slot, slot.bottleneck or _SIZES[1], number, strength)
+                fed = {**item, **_as_feeds(slot, weights)}
+                got = self._runner.run(fed, self._outputs)
+                moved = max(moved, movement(self._still[number], got))
+            if moved:
+                break
+        return moved
+
+    def _compare(
+        self,
+        item: Feeds,
+        weights: Mapping[str, Mapping[str, Array]],
+        found: Mapping[str, Measurement],
+    ) -> None:
+        fed = dict(item)
+        for slot in self._slots:
+            fed.update(_as_feeds(slot, weights[slot.name]))
+        got = self._runner.run(fed)
+        for slot in self._slots:
+            error = self._error(slot, got, weights[slot.name])
+            if error is not None:
+                seen = found[slot.name]
+                seen.error = error if seen.error is None else _worse(seen.error, error)
+                for part, value in weights[slot.name].items():
+                    axis = bottleneck_axis(slot, part)
+                    seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
+
+    def _error(self, slot: Slot, got: Values, weights: Mapping[str, Array]) -> float | None:
+        taps = self._taps[slot.name]
+        runs = zip(
+            *(tap.read(got) for tap in (taps.target, taps.source, taps.output, taps.plus)),
+            strict=True,
+        )
+        worst: float | None = None
+        for target, source, output, plus in runs:
+            if target.size:
+                norm = self._norms.get(slot.name)
+                added = plus if slot.plus else None
+                with np.errstate(all="ignore"):
+                    oracle = slot_value(slot, target, source, weights, norm, added)
+                    error = _relative_error(output, oracle)
+                worst = error if worst is None else _worse(worst, error)
+        return worst
+
+    def _random(
+        self, slot: Slot, size: int, number: int, strength: float = 1.0
+    ) -> dict[str, Array]:
+        """Random weights whose effect has the size of the target itself."""
+        source, target = self._typical[slot.name][number]
+        rows = self._rows[slot.name][number]
+        shapes = {part: part_shape(slot, part, size) for part in slot.parts}
+        shapes |= {part: row_shape(slot, part, rows, size) for part in slot.row_parts}
+        weights = {}
+        for part, shape in shapes.items():
+            draw = self._rng.standard_normal(shape)
+            if part in ("down", "f_down", "g_down"):
+                draw *= 1 / (source * np.sqrt(fan_in(slot, part)))
+            elif part.endswith(("up", "up_bias")):
+                draw *= 0.5 * strength * target / np.sqrt(max(size, 1))
+            elif part in _NEAR_ONE:
+                draw = 1 + 0.3 * draw
+            weights[part] = draw.astype(DTYPES[slot.dtype])
+        return weights
+
+
+def read_norm(model: Model, slot: Slot) -> Norm:
+    """The normalisation that a slot re-applies, with its weights, as the slot has it."""
+    view = index_model(model).views[slot.graph]
+    node = own_norm([node for node in view.nodes if slot_of(node) == slot.name])
+    if node is None:
+        raise SlotError(f"slot {slot.name!r} is damaged: its normalisation is gone")
+    tensors = [view.constant(name) for name in node.input[1:] if name]
+    values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    centred = node.op_type == "LayerNormalization"
+    return Norm(values[0], values[1] if len(values) > 1 else None, epsilon, centred)
+
+
+def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {slot.weight(part): value for part, value in weights.items()}
+
+
+def _relative_error(output: Array, oracle: Array) -> float:
+    """The largest difference relative to the largest finite value of the oracle."""
+    if output.shape != oracle.shape:
+        return float("inf")
+    finite = np.abs(oracle[np.isfinite(oracle)])
+    off = np.abs(np.where(output == oracle, 0, output.astype(np.float64) - oracle))
+    return float(off.max(initial=0.0)) / max(float(finite.max(initial=0.0)), 1e-30)
+
+
+def _typical(value: Array) -> float:
+    """The root mean square of a tensor; 1 if it is empty or all zero."""
+    wide = value.astype(np.float64)
+    wide = wide[np.isfinite(wide)]
+    return float(np.sqrt(np.mean(wide * wide))) or 1.0 if wide.size else 1.0
+
+
+def _worse(a: float, b: float) -> float:
+    """The larger error; NaN is the largest."""
+    return b if not b <= a else a

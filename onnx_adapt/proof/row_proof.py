@@ -1,0 +1,174 @@
+"""Whether the rows of a batch get the adapters that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import RunError
+from onnx_adapt.graph.index import read_type
+from onnx_adapt.manifest import Slot
+from onnx_adapt.model_file import Model
+from onnx_adapt.parts import fan_in, neutral_weights, part_shape
+from onnx_adapt.proof.compare import distance, movement
+from onnx_adapt.proof.feeds import Feeds, required_inputs
+from onnx_adapt.report import Check
+from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.swapping.batches import BatchAxes, find_batch, take_rows
+from onnx_adapt.swapping.mixing import pack, row_feeds
+
+_ADAPTERS = 3
+_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+_CLEAR = 10
+"""How many times what is tolerated the outputs must move for a mix-up to show."""
+
+
+def check_rows(
+    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], limit: float, seed: int
+) -> Check:
+    """Rows with another adapter each, in one run, are as in runs with one adapter for all.
+
+    A tensor whose first axis is not the batch, or that has the rows in another order,
+    would give a row the adapter of another.
+
+    Args:
+        model: A model with batched slots, all off.
+        slots: The batched slots.
+        feeds: Inputs that the model runs with.
+        limit: How far outputs may be apart, relative to their largest value.
+        seed: Of the random adapters.
+    """
+    proof = _RowProof(model, slots, limit, seed)
+    try:
+        found = [proof.measure(item, _ADAPTERS + i) for i, item in enumerate(feeds)]
+    except RunError as error:
+        return Check("rows", False, proof.blamed(error.message))
+    if None in found:
+        return Check("rows", False, "no batch of several rows can be made of these inputs")
+    wrong = next((item for item in found if item and not item[1] <= limit), None)
+    if wrong is not None:
+        return Check("rows", False, proof.blamed(f"rows are {wrong[1]:.1e} away"))
+    moved = min(item[0] for item in found if item)
+    warning = "random adapters move the outputs too little to tell rows apart"
+    worst = max(item[1] for item in found if item)
+    detail = f"{_ADAPTERS} adapters in one run, at worst {worst:.1e} away from one at a time"
+    return Check("rows", True, detail, () if moved > _CLEAR * limit else (warning,))
+
+
+class _RowProof:
+    """The runs behind the check."""
+
+    def __init__(self, model: Model, slots: Sequence[Slot], limit: float, seed: int) -> None:
+        self._runner = Runner(model, optimised=True)
+        self._slots = slots
+        self._limit = limit
+        self._rng = np.random.default_rng(seed)
+        self._axes = _batch_axes(model)
+        self._last: tuple[Feeds, int, float] | None = None
+
+    def measure(self, feeds: Feeds, rows: int) -> tuple[float, float] | None:
+        """How far random adapters move the outputs, and how far rows are from what they are.
+
+        Returns:
+            Both relative to the outputs' largest values; None if there is but one row.
+        """
+        batch, count = _widened(self._axes, feeds, rows)
+        names = [name for name, axis in self._axes.outputs.items() if axis is not None]
+        if count < 2 or not names:
+            return None
+        still = self._runner.run(batch, names)
+        for strength in _STRENGTHS:
+            self._last = (batch, count, strength)
+            wanted, got = self._runs(batch, count, strength, self._slots, names)
+            moved, error = movement(still, wanted), distance([wanted], [got])
+            if moved > _CLEAR * self._limit:
+                break
+        return moved, error
+
+    def blamed(self, message: str) -> str:
+        """A message with the first slot that fails by itself."""
+        names = [name for name, axis in self._axes.outputs.items() if axis is not None]
+        for slot in self._slots if self._last else ():
+            assert self._last is not None
+            try:
+                wanted, got = self._runs(*self._last, [slot], names)
+            except RunError as error:
+                return f"slot {slot.name!r}: {error.message}"
+            if not distance([wanted], [got]) <= self._limit:
+                return (
+                    f"slot {slot.name!r} gives rows the wrong adapter; is the first axis of "
+                    f"{slot.tensor!r} the batch?"
+                )
+        return message
+
+    def _runs(
+        self,
+        batch: Feeds,
+        count: int,
+        strength: float,
+        slots: Sequence[Slot],
+        names: list[str],
+    ) -> tuple[Values, Values]:
+        """The outputs of rows that ran with all of their adapter, and of one mixed run."""
+        adapters = [
+            Adapter(str(i), {s.name: _random(s, i + 1, strength, self._rng) for s in slots})
+            for i in range(_ADAPTERS)
+        ]
+        number = np.arange(count) % _ADAPTERS
+        alone = [self._runner.run({**batch, **a.feeds()}, names) for a in adapters]
+        wanted = {
+            name: np.stack(
+                [
+                    np.take(alone[which][name], row, self._axes.outputs[name])
+                    for row, which in enumerate(number)
+                ],
+                self._axes.outputs[name] or 0,
+            )
+            for name in names
+        }
+        packed = pack(slots, adapters)
+        shares = np.eye(_ADAPTERS)[number]
+        fed = {**batch, **packed.adapter.feeds(), **row_feeds(packed, shares)}
+        return wanted, self._runner.run(fed, names)
+
+
+def _batch_axes(model: Model) -> BatchAxes:
+    inputs, outputs = (
+        {value.name: read_type(value).shape or () for value in values}
+        for values in (required_inputs(model.proto), model.proto.graph.output)
+    )
+    return find_batch(inputs, outputs, None)
+
+
+def _widened(axes: BatchAxes, feeds: Feeds, rows: int) -> tuple[Feeds, int]:
+    """The feeds with at least so many rows, and how many they have."""
+    sizes = {
+        np.shape(feeds[name])[axis]
+        for name, axis in axes.inputs.items()
+        if axis is not None and name in feeds
+    }
+    if len(sizes) != 1:
+        return feeds, 0
+    (count,) = sizes
+    if axes.fixed or not count or count >= rows:
+        return feeds, count
+    return take_rows(axes, feeds, [i % count for i in range(rows)]), rows
+
+
+def _random(
+    slot: Slot, size: int, strength: float, rng: np.random.Generator
+) -> Mapping[str, Array]:
+    weights = neutral_weights(slot, size)  # a norm of its own all adapters have in common
+    for part in (part for part in slot.parts if not part.startswith("norm")):
+        draw = rng.standard_normal(part_shape(slot, part, size))
+        if part == "down":
+            draw /= np.sqrt(fan_in(slot, part))
+        elif part in ("up", "up_bias"):
+            draw *= strength / np.sqrt(size)
+        elif part in ("scale", "gain"):
+            draw = 1 + 0.3 * draw
+        weights[part] = draw.astype(DTYPES[slot.dtype])
+    return weights

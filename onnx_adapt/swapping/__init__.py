@@ -1,0 +1,1 @@
+"""The parts of a session: adapters loaded, blended, mixed, bound and run."""
