@@ -41,5 +41,10 @@ def test_only_an_adapt_error_comes_out_of_a_reader(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(readers.READERS))
 def test_the_corpus_holds_files_that_are_read(name: str) -> None:
-    taken = [readers.read(name, data) for data in readers.corpus(name)]
-    assert sum(taken) * 2 >= len(taken)
+    """What is refused at once leads a fuzzer nowhere: when a format grows, so do they."""
+    refused = [
+        path.name
+        for path in sorted((readers.CORPUS / name).iterdir())
+        if not readers.read(name, path.read_bytes())
+    ]
+    assert refused == {"npz": ["member-text"]}.get(name, [])

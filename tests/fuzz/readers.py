@@ -94,8 +94,6 @@ def manifest(data: bytes) -> None:
     """The record of slots in a model."""
     opened = oa.Model(onnx.ModelProto.FromString(_with_slots()))
     (entry,) = [entry for entry in opened.proto.metadata_props if entry.key == KEY]
-    with contextlib.suppress(AdaptError):
-        manifest_from_text(_text(data))
     entry.ClearField("value")
     try:
         entry.MergeFromString(b"\x12" + _varint(len(data)) + data)
@@ -112,6 +110,7 @@ def manifest(data: bytes) -> None:
     for action in actions:
         with contextlib.suppress(AdaptError):
             action()
+    manifest_from_text(_text(data))
 
 
 def _varint(value: int) -> bytes:
@@ -188,33 +187,38 @@ def _archive(members: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+_STORAGES = (256, 8, 256, 32, 256, 8, 256, 32, 4)
+"""How many numbers there are for each storage that a pickle of the corpus names."""
+
+
 def pickle(data: bytes) -> None:
     """A `.bin` of PyTorch, or after an even byte the pickle in it."""
     odd, data = _told(data)
     if not odd:
-        floats = struct.pack("<4f", 1, 2, 3, 4)
-        data = _archive({"archive/data.pkl": data, "archive/data/0": floats})
+        stored = {f"archive/data/{i}": bytes(4 * size) for i, size in enumerate(_STORAGES)}
+        data = _archive({"archive/data.pkl": data} | stored)
     for value in read_pickled_tensors(data, Path("a.bin")).values():
         value.tobytes()
 
 
-_LIBRARIES = {
-    "peft": ("peft_bert_lora_patterns", peft_edits),
-    "adapterhub": ("ah_bert_seq_bn", adapterhub_edits),
-}
+_TRAINED = (
+    *("peft_bert_lora_patterns", "peft_bert_lora_rslora_patterns", "peft_bert_ia3"),
+    *("ah_bert_seq_bn", "ah_bert_par_bn", "ah_bert_compacter", "ah_bert_adapterplus"),
+    "ah_bert_lora",
+)
 
 
 def config(data: bytes) -> None:
-    """The configuration of a trained checkpoint."""
-    for library, (case, edits) in _LIBRARIES.items():
-        place = FOLDER / library
-        if not place.exists():
-            shutil.copytree(CASES / case / "adapter", place)
-        (place / "adapter_config.json").write_bytes(data)
-        with contextlib.suppress(AdaptError):
-            folder = read_folder(place)
-            with name_damage(folder):
-                edits(folder)
+    """The configuration of a trained checkpoint: spaces before it count the checkpoints."""
+    number = len(data) - len(data.lstrip(b" "))
+    case = _TRAINED[number % len(_TRAINED)]
+    place = FOLDER / case
+    if not place.exists():
+        shutil.copytree(CASES / case / "adapter", place)
+    (place / "adapter_config.json").write_bytes(data)
+    folder = read_folder(place)
+    with name_damage(folder):
+        (peft_edits if case.startswith("peft") else adapterhub_edits)(folder)
 
 
 def choice(data: bytes) -> None:

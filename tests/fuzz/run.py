@@ -25,10 +25,9 @@ with atheris.instrument_imports(include=["onnx_adapt", "safetensors", "zipfile"]
 
     import onnx_adapt
 
+    # Also those that are imported where they are used.
     for module in pkgutil.walk_packages(onnx_adapt.__path__, "onnx_adapt."):
-        importlib.import_module(
-            module.name
-        )  # also those that are imported where they are used
+        importlib.import_module(module.name)
 
 
 def main() -> None:
