@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from slot_models import (
     BRANCHES,
@@ -16,7 +17,7 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
-from onnx_adapt.errors import SiteError, SiteNotFoundError
+from onnx_adapt.errors import AdaptError, SiteError, SiteNotFoundError
 from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
@@ -269,3 +270,19 @@ def test_a_norm_of_the_slot_around_its_term_or_sum_is_proven(
     adapted = oa.insert(base, after="dense", parts=parts, norm_after=norm_after, baked=baked)
     assert run(adapted, {"x": X})[0].tobytes() == run(base, {"x": X})[0].tobytes()
     assert oa.verify(base, adapted, inputs={"x": X}).passed
+
+
+@pytest.mark.parametrize("damage", ["no product", "no name"])
+def test_a_normalisation_that_was_rewritten_gives_no_traceback(damage: str) -> None:
+    adapted = oa.insert(model_of(POST_NORM), after="dense", norm="ln")
+    (norm,) = (node for node in adapted.proto.graph.node if node.name.endswith("/norm"))
+    if damage == "no product":
+        norm.op_type = "Mul"
+        data = adapted.proto.SerializeToString()
+    else:
+        name = norm.name.encode()
+        data = adapted.proto.SerializeToString().replace(name, b"\xff" * len(name))
+    model = oa.Model(onnx.ModelProto.FromString(data))
+    assert len(damages(model)) == 1
+    with pytest.raises(AdaptError):
+        oa.verify(model_of(POST_NORM), model)
