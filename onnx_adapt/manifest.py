@@ -243,6 +243,8 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r} is not {kind.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"no field of ONNX holds {value}")
     if isinstance(value, str):
         value.encode()  # JSON can spell half a character, which no name can have
     return value
@@ -266,7 +268,7 @@ def _read_slot(item: dict[str, Any]) -> Slot:
     sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
-    if not known or not form or not all(0 <= size < 2**63 for size in sizes):
+    if not known or not form or min(sizes) < 0:
         raise ValueError(f"slot {slot.name!r} has a value that no slot has")
     return slot
 

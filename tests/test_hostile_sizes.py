@@ -191,6 +191,15 @@ def test_a_record_of_a_slot_that_cannot_be_is_refused(change: dict[str, object])
     _refused_soon(lambda: oa.verify(model, model))
 
 
+def test_a_record_of_a_base_that_cannot_be_is_refused() -> None:
+    from adapter_models import adapted
+
+    model = adapted()
+    (entry,) = model.proto.metadata_props
+    entry.value = entry.value.replace('"ir_version":8', f'"ir_version":{10**30}')
+    _refused_soon(lambda: oa.remove(model))
+
+
 # Adapters and inputs.
 
 
