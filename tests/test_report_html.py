@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from slot_models import BRANCHES, MLP, MODELS, cli, dense, model_of, node_of, run, saved
 
@@ -345,9 +346,20 @@ def test_a_failed_verification_has_a_page_that_says_so(
     code, out, err = cli(capsys, "report", *map(str, files))
     assert (code, out) == (1, "")
     assert "adapted.onnx is NOT base.onnx plus its slots" in err
+    assert "on FAILED: slot 'first' is" in err
     text = Page((tmp_path / "adapted.report.html").read_text(encoding="utf-8")).text
     assert "✗ Failed" in text
     assert "on ✗ failed slot 'first' is" in text
+
+
+def test_where_nothing_was_run_no_inputs_are_named(tmp_path: Path, capsys: Capture) -> None:
+    adapted, page = saved(_mlp()[1], tmp_path / "adapted.onnx"), tmp_path / "page.html"
+    files = str(MODELS / "dnsmos-p808.onnx"), str(adapted)
+    code, _, err = cli(capsys, "verify", *files, "--html", str(page))
+    assert code == 1
+    ran = [line for line in err.splitlines() if line.startswith("ONNX Runtime")]
+    assert ran == [f"ONNX Runtime {onnxruntime.__version__}"]
+    assert "inputs" not in Page(page.read_text(encoding="utf-8")).text.split("Checks")[0]
 
 
 def test_slots_that_cannot_be_run_still_have_a_page() -> None:
