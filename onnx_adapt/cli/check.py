@@ -9,7 +9,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import emit, print_json, say, say_next
-from onnx_adapt.printable import plain
+from onnx_adapt.printable import count, plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter
@@ -45,7 +45,7 @@ def command(
         print_json({"passed": not wrong, "problems": problems, "overlaps": together})
     else:
         for place, found in problems.items():
-            emit(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
+            emit(f"{plain(place)}: {'ok' if not found else count(len(found), 'problem')}")
             for text in found:
                 emit(f"  {plain(text)}")
     if problems[model]:
