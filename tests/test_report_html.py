@@ -208,10 +208,13 @@ def test_after_has_exactly_the_slots_nodes_as_new_and_before_none(bert: Overview
         assert kept <= {box.name for box in view.after.boxes}
 
 
-def test_constants_of_a_slot_are_shown_in_the_nodes_that_read_them() -> None:
+def test_weights_and_constants_of_a_slot_are_shown_in_the_nodes_that_read_them() -> None:
     base = model_of(MLP)
     (view,) = overview(base, oa.insert(base, after="first", activation="gelu")).slots
     assert "Constant" not in [box.label for box in view.after.boxes]
+    shapes = {w.name: w.type for box in view.after.boxes for w in box.weights}
+    assert shapes[view.slot.weight("down")] == "float32[4, r]"
+    assert shapes[view.slot.weight("up")] == "float32[r, 4]"
     ends = {end for edge in view.after.edges for end in edge}
     assert ends == set(range(len(view.after.boxes)))
 
