@@ -57,7 +57,11 @@ def command(
         say(f"note: feed only one at a time: {text}")
     good = [file for file in files if not problems.get(file)]
     if good and not problems[model]:
-        say_next("run", model, "--inputs", "x.npz", "--adapter", good[0], "--compare", "base")
+        if all(slot.swappable for slot in oa.list_slots(oa.open_model(model))):
+            again = "--adapter", good[0], "--compare", "base"
+            say_next("run", model, "--inputs", "x.npz", *again)
+        else:
+            say_next("fill", model, good[0])
     else:
         say_next("slots", model)
     if wrong:
