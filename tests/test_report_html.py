@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import onnx_adapt as oa
 from onnx_adapt.overview import Overview, overview
 from onnx_adapt.overview.flops import trace
 from onnx_adapt.page import render
+from onnx_adapt.page.plots import effect_plot, error_plot, map_plot
 
 Capture = pytest.CaptureFixture[str]
 
@@ -462,6 +464,30 @@ def test_nothing_written_whole_replaces_a_pipe(tmp_path: Path) -> None:
     with pytest.raises(oa.errors.SaveError, match="not a regular file"):
         oa.save_adapter(oa.Adapter("fr", weights), pipe)
     assert pipe.is_fifo()
+
+
+def _dots_lie_inside(svg: str) -> bool:
+    page = Page(svg)
+    inner = [float(r["height"]) for r in page.all("rect") if r.get("class") == "background"]
+    return all(0 <= float(dot["cy"]) <= inner[1] for dot in page.all("circle"))
+
+
+def test_the_map_holds_every_width() -> None:
+    base = oa.open_model(MODELS / "silero-vad-ifless.onnx")  # 1 to 512 units
+    svg = map_plot(overview(base, oa.insert(base, after="*")))
+    assert svg.count("#slot-") == 16
+    assert _dots_lie_inside(svg)
+
+
+@pytest.mark.parametrize("exponent", range(-12, 3))
+def test_the_plots_hold_every_value_however_far_apart(exponent: int, mlp: Overview) -> None:
+    views = [
+        replace(view, result=replace(view.result, error=value, effect=value))
+        for view, value in zip(mlp.slots, (3e-13, 9 * 10.0**exponent), strict=True)
+    ]
+    spread = replace(mlp, slots=tuple(views))
+    assert _dots_lie_inside(error_plot(spread))
+    assert _dots_lie_inside(effect_plot(spread))
 
 
 def test_two_hundred_slots_are_shown() -> None:
