@@ -17,6 +17,7 @@ from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
+from onnx_adapt.printable import count
 from onnx_adapt.proof.checker import complaints
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
@@ -134,10 +135,8 @@ def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manife
             for name in theirs
             if name in ours and theirs[name][1] != ours[name][1]
         ]
-    count = (
-        f"{len(sides[0]['input'])} inputs and {len(sides[0]['output'])} outputs are the same"
-    )
-    return Check("interface", not wrong, "; ".join(wrong) or count)
+    both = " and ".join(count(len(sides[0][kind]), kind) for kind in sides[0])
+    return Check("interface", not wrong, "; ".join(wrong) or f"the same: {both}")
 
 
 def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
@@ -276,7 +275,7 @@ def _on_check(results: Sequence[SlotResult]) -> Check:
     elif reached:
         worst = max(reached, key=lambda r: r.error or 0.0)
         sizes = sorted({size for r in reached for size in r.bottlenecks})
-        detail = f"{len(reached)} slots equal the formula, at worst {worst.error:.1e} away"
+        detail = f"{count(len(reached), 'slot')} within {worst.error:.1e} of the formula"
         detail += f"; bottlenecks {', '.join(map(str, sizes))}" if sizes else ""
     else:
         detail = "no slot is reached with these inputs"

@@ -1,6 +1,7 @@
 """Trained adapters from the command line: what is written, said, refused and returned."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,24 @@ def test_check_answers_with_its_exit_status(work: Path, model: Path, capsys: Cap
     assert "'fr'" in found["overlaps"][0]
     assert cli(capsys, "check", str(model), str(bad), "--allow-partial")[0] == 0
     assert "missing.npz" in _refused(capsys, "check", model, work / "missing.npz")
+
+
+def test_what_check_says_to_do_next_works_on_a_baked_model(
+    work: Path, model: Path, capsys: Capture
+) -> None:
+    path, weights = work / "baked.onnx", work / "a.fr.safetensors"
+    cli(capsys, "fill", str(model), str(weights), "--baked", "-o", str(path))
+    _, _, err = cli(capsys, "check", str(path), str(weights))
+    words = shlex.split(err.splitlines()[-1])
+    assert words[:3] == ["next:", "onnx-adapt", "fill"]
+    assert cli(capsys, *words[2:])[0] == 0
+
+
+def test_a_trained_adapter_s_folder_is_not_a_file_but_can_be_made_one(
+    work: Path, model: Path, capsys: Capture
+) -> None:
+    (work / "trained").mkdir()
+    assert "onnx-adapt convert" in _refused(capsys, "check", model, work / "trained")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "onnx_adapter", "npz"])

@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from slot_models import BRANCHES, MLP, MODELS, cli, dense, model_of, node_of, run, saved
 
@@ -19,6 +21,7 @@ import onnx_adapt as oa
 from onnx_adapt.overview import Overview, overview
 from onnx_adapt.overview.flops import trace
 from onnx_adapt.page import render
+from onnx_adapt.page.plots import effect_plot, error_plot, map_plot
 
 Capture = pytest.CaptureFixture[str]
 
@@ -207,10 +210,13 @@ def test_after_has_exactly_the_slots_nodes_as_new_and_before_none(bert: Overview
         assert kept <= {box.name for box in view.after.boxes}
 
 
-def test_constants_of_a_slot_are_shown_in_the_nodes_that_read_them() -> None:
+def test_weights_and_constants_of_a_slot_are_shown_in_the_nodes_that_read_them() -> None:
     base = model_of(MLP)
     (view,) = overview(base, oa.insert(base, after="first", activation="gelu")).slots
     assert "Constant" not in [box.label for box in view.after.boxes]
+    shapes = {w.name: w.type for box in view.after.boxes for w in box.weights}
+    assert shapes[view.slot.weight("down")] == "float32[4, r]"
+    assert shapes[view.slot.weight("up")] == "float32[r, 4]"
     ends = {end for edge in view.after.edges for end in edge}
     assert ends == set(range(len(view.after.boxes)))
 
@@ -345,9 +351,20 @@ def test_a_failed_verification_has_a_page_that_says_so(
     code, out, err = cli(capsys, "report", *map(str, files))
     assert (code, out) == (1, "")
     assert "adapted.onnx is NOT base.onnx plus its slots" in err
+    assert "on FAILED: slot 'first' is" in err
     text = Page((tmp_path / "adapted.report.html").read_text(encoding="utf-8")).text
     assert "✗ Failed" in text
     assert "on ✗ failed slot 'first' is" in text
+
+
+def test_where_nothing_was_run_no_inputs_are_named(tmp_path: Path, capsys: Capture) -> None:
+    adapted, page = saved(_mlp()[1], tmp_path / "adapted.onnx"), tmp_path / "page.html"
+    files = str(MODELS / "dnsmos-p808.onnx"), str(adapted)
+    code, _, err = cli(capsys, "verify", *files, "--html", str(page))
+    assert code == 1
+    ran = [line for line in err.splitlines() if line.startswith("ONNX Runtime")]
+    assert ran == [f"ONNX Runtime {onnxruntime.__version__}"]
+    assert "inputs" not in Page(page.read_text(encoding="utf-8")).text.split("Checks")[0]
 
 
 def test_slots_that_cannot_be_run_still_have_a_page() -> None:
@@ -447,6 +464,30 @@ def test_nothing_written_whole_replaces_a_pipe(tmp_path: Path) -> None:
     with pytest.raises(oa.errors.SaveError, match="not a regular file"):
         oa.save_adapter(oa.Adapter("fr", weights), pipe)
     assert pipe.is_fifo()
+
+
+def _dots_lie_inside(svg: str) -> bool:
+    page = Page(svg)
+    inner = [float(r["height"]) for r in page.all("rect") if r.get("class") == "background"]
+    return all(0 <= float(dot["cy"]) <= inner[1] for dot in page.all("circle"))
+
+
+def test_the_map_holds_every_width() -> None:
+    base = oa.open_model(MODELS / "silero-vad-ifless.onnx")  # 1 to 512 units
+    svg = map_plot(overview(base, oa.insert(base, after="*")))
+    assert svg.count("#slot-") == 16
+    assert _dots_lie_inside(svg)
+
+
+@pytest.mark.parametrize("exponent", range(-12, 3))
+def test_the_plots_hold_every_value_however_far_apart(exponent: int, mlp: Overview) -> None:
+    views = [
+        replace(view, result=replace(view.result, error=value, effect=value))
+        for view, value in zip(mlp.slots, (3e-13, 9 * 10.0**exponent), strict=True)
+    ]
+    spread = replace(mlp, slots=tuple(views))
+    assert _dots_lie_inside(error_plot(spread))
+    assert _dots_lie_inside(effect_plot(spread))
 
 
 def test_two_hundred_slots_are_shown() -> None:

@@ -311,7 +311,7 @@ def test_a_base_that_is_gone_or_another_one_is_an_error_everywhere(
         assert message in done.error
     checked = run("check", "thin.onnx")
     assert checked.status == 1
-    assert "thin.onnx: 1 problems" in checked.out
+    assert "thin.onnx: 1 problem\n" in checked.out
     assert message in checked.out
     document = json.loads(run("check", "thin.onnx", "--json").out)
     assert not document["passed"]

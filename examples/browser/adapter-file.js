@@ -34,7 +34,7 @@ export function readAdapter(buffer, name) {
     const isFlatbuffer = text(bytes.subarray(4, 8)) === "TORT";
     return { name, ...(isFlatbuffer ? readOnnxAdapter(bytes) : readSafetensors(bytes)) };
   } catch (error) {
-    const why = error instanceof AdaptError ? error.message : "it is damaged or no such file";
+    const why = error instanceof AdaptError ? error.message : "it is damaged, or another kind of file";
     throw new AdaptError(`${name} cannot be read as .safetensors or .onnx_adapter: ${why}.`);
   }
 }

@@ -24,10 +24,10 @@ _FORMATS = {
 
 def _format(path: Path) -> ModuleType:
     if path.suffix not in _FORMATS:
-        raise AdapterError(
-            f"{path.name} is of no known adapter format",
-            hint=f"adapter files end in {', '.join(_FORMATS)}",
-        )
+        hint = f"adapter files end in {', '.join(_FORMATS)}"
+        if path.is_dir():
+            hint += "; `onnx-adapt convert` makes one of a trained adapter's folder"
+        raise AdapterError(f"{path.name} is of no known adapter format", hint=hint)
     return import_module(f"onnx_adapt.adapter_files.{_FORMATS[path.suffix]}")
 
 

@@ -9,7 +9,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import emit, print_json, say, say_next
-from onnx_adapt.printable import plain
+from onnx_adapt.printable import count, plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter
@@ -45,7 +45,7 @@ def command(
         print_json({"passed": not wrong, "problems": problems, "overlaps": together})
     else:
         for place, found in problems.items():
-            emit(f"{plain(place)}: {'ok' if not found else f'{len(found)} problems'}")
+            emit(f"{plain(place)}: {'ok' if not found else count(len(found), 'problem')}")
             for text in found:
                 emit(f"  {plain(text)}")
     if problems[model]:
@@ -57,7 +57,11 @@ def command(
         say(f"note: feed only one at a time: {text}")
     good = [file for file in files if not problems.get(file)]
     if good and not problems[model]:
-        say_next("run", model, "--inputs", "x.npz", "--adapter", good[0], "--compare", "base")
+        if all(slot.swappable for slot in oa.list_slots(oa.open_model(model))):
+            again = "--adapter", good[0], "--compare", "base"
+            say_next("run", model, "--inputs", "x.npz", *again)
+        else:
+            say_next("fill", model, good[0])
     else:
         say_next("slots", model)
     if wrong:

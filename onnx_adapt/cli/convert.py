@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import count, print_json, say, say_next, size_text
+from onnx_adapt.cli.show import print_json, say, say_next, size_text
+from onnx_adapt.printable import count
 
 
 @click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")

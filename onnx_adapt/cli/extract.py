@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import count, print_json, say, say_next, size_text
+from onnx_adapt.cli.show import print_json, say, say_next, size_text
+from onnx_adapt.printable import count
 
 
 @click.command("extract", short_help="Write what a model is filled with to a file.")

@@ -8,7 +8,8 @@ import click
 
 from onnx_adapt.cli.complete import slot_names
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import count, print_json, say, say_next, tell_saved
+from onnx_adapt.cli.show import print_json, say, say_next, tell_saved
+from onnx_adapt.printable import count
 
 
 @click.command("remove", short_help="Take slots out again; the base comes back.")

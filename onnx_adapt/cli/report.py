@@ -82,6 +82,9 @@ def command(
         print_json(found.as_dict())
     else:
         write_page(found, path)
+    for check in found.report.checks:
+        if not check.passed:
+            say(f"{check.name} FAILED: {check.detail}")
     verdict = "is" if found.report.passed else "is NOT"
     say(f"{found.report.adapted} {verdict} {found.report.base} plus its slots")
     if not found.report.passed:

@@ -52,11 +52,6 @@ def say_next(*words: str | Path) -> None:
     say(f"next: onnx-adapt {shlex.join(map(str, words))}")
 
 
-def count(number: int, thing: str) -> str:
-    """A number of things: `1 slot`, `2 slots`."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def emit(text: str = "") -> None:
     """Print a result on stdout; what its encoding lacks is escaped.
 

@@ -98,7 +98,8 @@ def _show(report: Report) -> None:
     shapes = "; ".join(
         ", ".join(f"{name} {list(shape)}" for name, shape in item.items())
         for item in report.shapes
+        if item
     )
-    say(f"ONNX Runtime {report.runtime}, inputs {shapes}")
+    say(f"ONNX Runtime {report.runtime}" + (f", inputs {shapes}" if shapes else ""))
     verdict = "is" if report.passed else "is NOT"
     say(f"{report.adapted} {verdict} {report.base} plus its slots")

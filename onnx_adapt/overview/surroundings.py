@@ -151,12 +151,16 @@ class _Sketch:
         return NEW if owner == self.slot.name else OTHER if owner else BASE
 
     def _type(self, name: str) -> str:
-        return type_text(self.view.type_of(name), self.slot)
+        return type_text(self.view.type_of(name), self.slot, empty=name in self.slot.inputs)
 
 
-def type_text(known: TensorType, slot: Slot) -> str:
-    """An element type and shape: `float32[n, 64]`; the slot's own bottleneck is `r`."""
+def type_text(known: TensorType, slot: Slot, *, empty: bool = False) -> str:
+    """An element type and shape: `float32[n, 64]`; the slot's own bottleneck is `r`.
+
+    A weight that may be `empty` has a bottleneck of 0 by default: that is `r` as well.
+    """
     if known.shape is None:
         return elem_name(known.elem_type) or "?"
-    dims = ("r" if dim == slot.symbol else "?" if dim is None else dim for dim in known.shape)
+    free = {slot.symbol, 0} if empty else {slot.symbol}
+    dims = ("r" if dim in free else "?" if dim is None else dim for dim in known.shape)
     return f"{elem_name(known.elem_type)}[{', '.join(map(str, dims))}]"

@@ -207,13 +207,14 @@ def _clipped(value: float, low: int, high: int) -> float:
 
 def _powers(low: int, high: int, *, zero: bool) -> list[tuple[float, str]]:
     step = max(1, math.ceil((high - low) / _TICKS))
-    labels: list[tuple[float, str]] = [(e, f"1e{e}") for e in range(low, high + 1, step)]
+    labels: list[tuple[float, str]] = [(e, f"1e{e}") for e in range(low, high + step, step)]
     return [(low - 1, "0"), *labels] if zero else labels
 
 
 def _whole(low: float, high: float) -> list[int]:
     first, last = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-    return list(range(first, last + 1, max(1, math.ceil((last - first) / _TICKS))))
+    step = max(1, math.ceil((last - first) / _TICKS))
+    return list(range(first, last + step, step))  # the last is at or above all
 
 
 def _round_steps(first: int, last: int) -> list[int]:
