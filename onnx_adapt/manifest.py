@@ -206,9 +206,11 @@ def _read(data: dict[str, Any]) -> Manifest:
             hint="upgrade: pip install -U onnx-adapt",
         )
     base = data["base"]
+    if not -(2**63) <= _typed(base["ir_version"], int) < 2**63:
+        raise ValueError("an IR version that no model has")
     return Manifest(
         fingerprint=_typed(base["fingerprint"], str),
-        ir_version=_typed(base["ir_version"], int),
+        ir_version=base["ir_version"],
         canonical=_typed(base["canonical"], bool),
         inlined=_typed(base["inlined"], bool),
         slots=tuple(_read_slot(item) for item in data["slots"]),
@@ -266,6 +268,7 @@ def _read_slot(item: dict[str, Any]) -> Slot:
     sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
+    form = form and len(slot.window) in (0, 5 * (slot.rank - 2))
     if not known or not form or not all(0 <= size < 2**63 for size in sizes):
         raise ValueError(f"slot {slot.name!r} has a value that no slot has")
     return slot

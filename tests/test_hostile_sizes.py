@@ -130,6 +130,13 @@ def test_a_name_of_many_modules_is_not_taken_apart(tmp_path: Path) -> None:
     assert peak(lambda: oa.find_sites(opened)) < 8 * MB
 
 
+def test_a_tensor_s_name_of_many_dots_is_not_taken_apart_for_slots(tmp_path: Path) -> None:
+    model = dense(width=2)
+    model.graph.node.add(op_type="Relu", input=["x"], output=["adapter." + "." * 100_000])
+    base = oa.open_model(write(tmp_path / "m.onnx", model))
+    assert peak(lambda: oa.insert(base, after="dense")) < 16 * MB
+
+
 def test_a_graph_of_many_nodes_takes_time_in_proportion(tmp_path: Path) -> None:
     model = dense(width=2)
     for i in range(10_000):
@@ -177,6 +184,7 @@ def _with_record(change: dict[str, object]) -> oa.Model:
         {"source_width": 10**30},
         {"bottleneck": 2**64},
         {"window": [2**63]},
+        {"window": [1, 2, 3, 4], "axis": 1, "rank": 3},
         {"name": "half \ud800 a character"},
         {"parts": []},
         {"parts": ["up"]},
@@ -189,6 +197,42 @@ def test_a_record_of_a_slot_that_cannot_be_is_refused(change: dict[str, object])
     model = _with_record(change)
     _refused_soon(lambda: oa.remove(model))
     _refused_soon(lambda: oa.verify(model, model))
+
+
+def _stacked(names: list[tuple[str, str]]) -> oa.Model:
+    """A model whose record has a slot from each tensor to the one beside it."""
+    model = _with_record({})
+    (entry,) = model.proto.metadata_props
+    record = json.loads(entry.value)
+    whole = record["slots"][0]
+    for i, (inner, output) in enumerate(names):
+        record["slots"].append(whole | {"name": f"s{i}", "inner": inner, "output": output})
+        model.proto.graph.node.add(op_type="Relu", input=["x"], output=[output])
+    entry.value = json.dumps(record)
+    return model
+
+
+def test_slots_that_are_stacked_in_a_circle_are_refused() -> None:
+    model = _stacked([("t0", "t1"), ("t1", "t2"), ("t2", "t0")])
+    error = _refused_soon(lambda: oa.find_sites(model))
+    assert "stacked in a circle" in error.message
+
+
+def test_a_high_stack_of_slots_takes_time_in_proportion() -> None:
+    model = _stacked([(f"t{i}", f"t{i + 1}") for i in range(5000)])
+    started = time.process_time()
+    oa.find_sites(model, all_tensors=True)
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize("version", [2**63, -(10**30)])
+def test_a_base_of_an_ir_version_that_cannot_be_is_refused(version: int) -> None:
+    model = _with_record({})
+    (entry,) = model.proto.metadata_props
+    record = json.loads(entry.value)
+    record["base"]["ir_version"] = version
+    entry.value = json.dumps(record)
+    _refused_soon(lambda: oa.remove(model))
 
 
 # Adapters and inputs.

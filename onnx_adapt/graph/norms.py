@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model, read_tensor
@@ -103,13 +103,19 @@ def decomposed_norm(model: Model, view: GraphView, node: onnx.NodeProto) -> Base
 
 
 def own_norm(nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto | None:
-    """The base's normalisation that a slot re-applies, as one node, from the slot's nodes."""
-    last = next((node for node in nodes if node.name.endswith("/norm")), None)
+    """The base's normalisation that a slot re-applies, as one node, from the slot's nodes.
+
+    None too where another tool left no whole one.
+    """
+    last = next((node for node in nodes if text(node.name).endswith("/norm")), None)
     if last is None or last.op_type != "Mul":
         return last
-    made = {node.output[0]: node for node in nodes}
-    added = made[made[made[last.input[0]].input[1]].input[0]]  # Add under Sqrt under Div
-    (value,) = onnx.numpy_helper.to_array(made[added.input[1]].attribute[0].t).reshape(-1)
+    made = {name: node for node in nodes for name in node.output[:1]}
+    try:
+        added = made[made[made[last.input[0]].input[1]].input[0]]  # Add under Sqrt under Div
+        (value,) = onnx.numpy_helper.to_array(made[added.input[1]].attribute[0].t).reshape(-1)
+    except (LookupError, ValueError, TypeError):
+        return None
     biases = [n.input[1] for n in nodes if n.op_type == "Add" and n.input[0] == last.output[0]]
     return one_node("", [str(last.input[1]), *map(str, biases)], str(last.name), float(value))
 
