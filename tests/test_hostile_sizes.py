@@ -21,6 +21,7 @@ from disk_models import chunk, dense, refer, varint, write
 from onnx import helper
 
 import onnx_adapt as oa
+from onnx_adapt.checkpoints.peft import refuse_slow
 from onnx_adapt.errors import AdapterError, AdaptError, CheckpointError, ModelFileError
 from onnx_adapt.proof.feeds import read_arrays
 
@@ -382,7 +383,11 @@ def test_factors_that_make_a_huge_matrix_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|a)*b", "(a{1,9}){2,99}b", ".*" * 5, "a" * 501]
+    "pattern",
+    [
+        *("(a+)+b", "(a|a)*b", "(a{1,9}){2,99}b", ".*" * 5, "a" * 501),
+        *("(a|a)" * 50 + "b", "(a|a){50}b", "(a?){50}b", "a?" * 60 + "b"),
+    ],
 )
 def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, tmp_path: Path) -> None:
     from adapter_models import lora, peft_folder, saved_model
@@ -392,3 +397,39 @@ def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, tmp_path: P
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     error = _refused_soon(lambda: oa.load_checkpoint(folder, base))
     assert "too involved" in error.message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+b", "too involved"),
+        ("(a|a)" * 50 + "b", "too involved"),
+        ("(", "is no pattern"),
+        ("a{99999999999999999999}", "is no pattern"),
+    ],
+)
+def test_a_pattern_of_ia3_that_would_take_for_ever_or_is_none_is_refused(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    from adapter_models import peft_folder, saved_model
+
+    tensors = {f"base_model.model.{'a' * 60}.ia3_l": np.ones((1, 1), np.float32)}
+    folder = peft_folder(
+        tmp_path / "fr", tensors, peft_type="IA3", feedforward_modules=pattern
+    )
+    base = oa.open_model(saved_model(tmp_path / "base.onnx"))
+    error = _refused_soon(lambda: oa.load_checkpoint(folder, base))
+    assert "feedforward_modules" in error.message
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"model\.layers\.(1|2)\.self_attn\.(q|k|v|o)_proj",
+        r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        r"(?:model\.)?layers\.[0-9]+\.mlp(?:\.(?:up|down|gate)_proj)?",
+    ],
+)
+def test_the_patterns_that_people_write_are_taken(pattern: str) -> None:
+    refuse_slow(pattern, "model.layers.1.self_attn.q_proj")
