@@ -21,6 +21,7 @@ from disk_models import chunk, dense, refer, varint, write
 from onnx import helper
 
 import onnx_adapt as oa
+from onnx_adapt import walk
 from onnx_adapt.checkpoints.peft import refuse_slow
 from onnx_adapt.errors import AdapterError, AdaptError, CheckpointError, ModelFileError
 from onnx_adapt.proof.feeds import read_arrays
@@ -122,6 +123,99 @@ def test_a_long_name_around_many_bodies_is_not_repeated_in_full(tmp_path: Path) 
     opened = oa.open_model(write(tmp_path / "m.onnx", model))
     assert peak(lambda: oa.list_slots(opened)) < 4 * MB
     assert peak(lambda: oa.find_sites(opened)) < 16 * MB
+
+
+def test_a_long_name_of_an_attribute_with_bodies_is_not_repeated(
+    tmp_path: Path,
+) -> None:
+    inner = helper.make_graph([], "b", [], [helper.make_tensor_value_info("x", 1, None)])
+    nodes = [helper.make_node("If", ["c"], [f"t{i}"], then_branch=inner) for i in range(300)]
+    body = helper.make_graph(nodes, "b", [], [helper.make_tensor_value_info("t0", 1, None)])
+    model = dense(width=2)
+    owner = model.graph.node.add(op_type="If", input=["c"], output=["z"])
+    for end in "ab":
+        held = owner.attribute.add(name="n" * MB + end, type=onnx.AttributeProto.GRAPH)
+        held.g.CopyFrom(body)
+    opened = oa.open_model(write(tmp_path / "m.onnx", model))
+    assert peak(lambda: oa.find_sites(opened)) < 32 * MB
+    assert len(list(walk.scopes(opened.proto.graph))) == 1 + 2 + 2 * 300
+
+
+def _doubling(how: str) -> onnx.ModelProto:
+    """A model of some kilobytes, whose tensors have 2**40 axes."""
+    model = dense(width=2)
+    model.graph.input.append(helper.make_tensor_value_info("t0", 7, [1, 1]))
+    if how == "numbers":
+        model.graph.node.add(op_type="Shape", input=["x"], output=["t0"])
+        del model.graph.input[-1]
+    for i in range(40):
+        twice, made = [f"t{i}", f"t{i}"], [f"t{i + 1}"]
+        node = helper.make_node("Gather", twice, made)
+        if how == "numbers":
+            node = helper.make_node("Concat", twice, made, axis=0)
+        if how == "bodies":
+            graph = helper.make_graph(
+                [helper.make_node("Gather", twice, ["g"])],
+                "b",
+                [],
+                [onnx.ValueInfoProto(name="g")],
+            )
+            node = helper.make_node("If", ["c"], made, then_branch=graph, else_branch=graph)
+        if how == "functions":
+            node = helper.make_node("F", twice[:1], made, domain="d")
+        model.graph.node.append(node)
+    if how == "functions":
+        body = [helper.make_node("Gather", ["a", "a"], ["b"])]
+        opset = helper.make_opsetid("", 17)
+        model.functions.append(helper.make_function("d", "F", ["a"], ["b"], body, [opset]))
+        model.opset_import.append(helper.make_opsetid("d", 1))
+    return model
+
+
+def _listed(model: onnx.ModelProto, folder: Path) -> None:
+    """List the sites in a process that has not much memory, or time."""
+    code = (
+        "import resource, sys, onnx_adapt as oa\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({2048 * MB}, {2048 * MB}))\n"
+        "print(*(site.address for site in oa.find_sites(oa.open_model(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write(folder / "m.onnx", model))],
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stdout.split()[0] == "main:y"
+
+
+@pytest.mark.parametrize("how", ["axes", "numbers", "bodies", "functions"])
+def test_shapes_that_double_at_each_node_do_not_fill_the_memory(
+    how: str, tmp_path: Path
+) -> None:
+    _listed(_doubling(how), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_a_shape_of_many_axes_is_not_copied_for_each_node(what: str, tmp_path: Path) -> None:
+    model = dense(width=2)
+    if what == "input":
+        model.graph.input.append(helper.make_tensor_value_info("t0", 1, [1] * 50_000))
+    else:
+        model.graph.initializer.add(name="t0", data_type=1, dims=[1] * 50_000)
+    for i in range(5000):
+        model.graph.node.add(op_type="Transpose", input=[f"t{i}"], output=[f"t{i + 1}"])
+    _listed(model, tmp_path)
+
+
+def test_functions_far_inside_each_other_are_no_traceback(tmp_path: Path) -> None:
+    model = dense(width=2)
+    model.opset_import.append(helper.make_opsetid("d", 1))
+    opsets = list(model.opset_import)
+    for i in range(5000):
+        body = [helper.make_node(f"F{i - 1}", ["a"], ["b"], domain="d")]
+        if not i:
+            body = [helper.make_node("Relu", ["a"], ["b"])]
+        model.functions.append(helper.make_function("d", f"F{i}", ["a"], ["b"], body, opsets))
+    model.graph.node.add(op_type="F4999", domain="d", input=["x"], output=["z"])
+    _listed(model, tmp_path)
 
 
 def test_a_name_of_many_modules_is_not_taken_apart(tmp_path: Path) -> None:
