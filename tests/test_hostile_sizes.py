@@ -232,6 +232,15 @@ def test_a_tensor_s_name_of_many_dots_is_not_taken_apart_for_slots(tmp_path: Pat
     assert peak(lambda: oa.insert(base, after="dense")) < 16 * MB
 
 
+def test_a_name_that_is_not_there_is_not_compared_with_endless_ones(tmp_path: Path) -> None:
+    model = dense(width=2)
+    for i in range(200):
+        model.graph.node.add(op_type="Relu", input=["x"], output=[f"t{i}"], name="o" * 20_000)
+    base = oa.open_model(write(tmp_path / "m.onnx", model))
+    error = _refused_soon(lambda: oa.insert(base, after="o" * 60 + "z"), memory=64 * MB)
+    assert len(error.hint) < 10_000
+
+
 def test_a_graph_of_many_nodes_takes_time_in_proportion(tmp_path: Path) -> None:
     model = dense(width=2)
     for i in range(10_000):
