@@ -268,6 +268,7 @@ def _read_slot(item: dict[str, Any]) -> Slot:
     sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
+    form = form and len(slot.window) in (0, 5 * (slot.rank - 2))
     if not known or not form or min(sizes) < 0:
         raise ValueError(f"slot {slot.name!r} has a value that no slot has")
     return slot

@@ -234,6 +234,8 @@ def save_model(
         lenders = {payload.source.path for payload in model.payloads} - {model.path}
         destination.refuse_replacing(model.path, place, items, lenders, overwrite)
         copies = destination.data_to_copy(model.path, place, items, keep_external)
+        keep_files(model, *(file for file, _ in beside))
+        destination.refuse_held([file for file, _ in beside], copies, model.label)
         place = destination.reach_data(model.path, place, items)
     elif items:
         raise _in_memory(items[0].tensor)
@@ -258,6 +260,20 @@ def save_model(
         with contextlib.suppress(OSError):
             file.unlink()
     return Saved(place.path, size, tuple(file for file, _ in data), moved_out, weights_in)
+
+
+def keep_files(model: Model, *outputs: str | os.PathLike[str]) -> None:
+    """Keep the files that a model is in from being replaced by something else.
+
+    Raises:
+        SaveError: If an output is one of them.
+    """
+    held = {payload.source.path for payload in model.payloads}
+    items = external_data.by_location(external_data.references(model.proto))
+    if model.path is not None:
+        held |= {external_data.locate(model.path, item) for item in items.values()}
+        held.add(model.path)
+    destination.refuse_held(outputs, held, model.label)
 
 
 def _borrowed(model: Model, place: Destination) -> tuple[onnx.ModelProto, tuple[Path, ...]]:

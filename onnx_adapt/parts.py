@@ -115,7 +115,9 @@ def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
     weights = {}
     for part in slot.parts:
         shape = part_shape(slot, part, bottleneck)
-        if math.prod(shape) * dtype.itemsize > _LARGEST:
+        # numpy counts an axis of 0 as 1, and does not make what would pass 2**63 then.
+        counted = math.prod(filter(None, shape)) * dtype.itemsize >= 2**63
+        if counted or math.prod(shape) * dtype.itemsize > _LARGEST:
             raise SlotError(
                 f"weight {part!r} of slot {slot.name!r} would have the shape {list(shape)} "
                 f"with a bottleneck of {bottleneck}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import ManifestError
 from onnx_adapt.graph.index import (
     GraphView,
     ModelIndex,
@@ -104,7 +105,7 @@ class Survey:
         index: Tensors and nodes.
         modules: PyTorch modules.
         channels: For each graph, the tensors with their features on axis 1.
-        outer: For each graph, the tensor a slot made of a site's tensor: inner -> outer.
+        outer: For each graph, what all slots on a site's tensor made of it: inner -> outer.
         sites: All sites: layers and every other float tensor, in graph order.
         by_address: The sites by their address.
         by_node: The nodes that make something, by name: graph and index.
@@ -131,10 +132,7 @@ class Survey:
 
     def settled(self, graph: str, tensor: str) -> str:
         """The tensor's value after all slots on it."""
-        names = self.outer.get(graph, {})
-        while tensor in names:
-            tensor = names[tensor]
-        return tensor
+        return self.outer.get(graph, {}).get(tensor, tensor)
 
 
 def survey_model(model: Model) -> Survey:
@@ -143,7 +141,9 @@ def survey_model(model: Model) -> Survey:
     outer: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
-        outer.setdefault(slot.graph, {})[slot.inner] = slot.output
+        if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
+            outer.setdefault(slot.graph, {})[slot.inner] = slot.output
+    outer = {path: _outermost(names) for path, names in outer.items()}
     survey = Survey(index, index_modules(index), channel_tensors(index), outer)
     for view in index.views.values():
         survey.sites.extend(_graph_sites(survey, view))
@@ -159,6 +159,24 @@ def survey_model(model: Model) -> Survey:
             survey.hidden.setdefault(name, []).append(site)
     survey.by_address.update((site.address, site) for site in survey.sites)
     return survey
+
+
+def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
+    """Where each chain of slots that are stacked on each other ends.
+
+    Raises:
+        ManifestError: If one comes back to where it was.
+    """
+    ends: dict[str, str] = {}
+    for tensor in outer:
+        chain = []
+        while tensor in outer and tensor not in ends:
+            chain.append(tensor)
+            tensor = outer[tensor]
+            if len(chain) > len(outer):
+                raise ManifestError(f"the slots on {tensor!r} are stacked in a circle")
+        ends.update(dict.fromkeys(chain, ends.get(tensor, tensor)))
+    return ends
 
 
 _MANY_OUTPUTS = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 
 _SHORTLIST = 100
+_LONGEST = 500
+"""Nobody mistyped a longer name, and to compare two takes the square of it."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
@@ -18,11 +20,11 @@ def nearest(name: str, known: Iterable[str], count: int = 5) -> list[str]:
         known: The names that are there; of those that are equally like it the first count.
         count: How many to give.
     """
-    wanted = re.sub(r"[*?]+", "", name).strip("./: ")
+    wanted = re.sub(r"[*?]+", "", name).strip("./: ")[:_LONGEST]
     if not wanted:
         return []
     pairs = _pairs(wanted)
-    labels = dict.fromkeys(filter(None, known))
+    labels = dict.fromkeys(label for label in known if 0 < len(label) <= _LONGEST)
     likely = heapq.nlargest(
         _SHORTLIST, labels, key=lambda label: (len(pairs & _pairs(label)), -len(label))
     )

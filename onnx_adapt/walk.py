@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 import onnx
 
 _LONGEST = 300
-"""Of a node's name so many characters are in the paths of its bodies."""
+"""Of a node's name so many characters are in the paths of its bodies, and of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
             label = f"{node.name or node.op_type}".replace(":", "_")[:_LONGEST]
             if not node.name or names[node.name] > 1:
                 label += f"#{place}"
-            inner = dict(bodies(node))
+            inner = {_cut(name, i): body for i, (name, body) in enumerate(bodies(node))}
             while any(f"{scope.path}/{label}.{attribute}" in taken for attribute in inner):
                 label += f"#{place}"
             for attribute, body in inner.items():
@@ -74,6 +74,12 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
                 )
                 taken.add(inside.path)
                 waiting.append(inside)
+
+
+def _cut(attribute: str, place: int) -> str:
+    """An attribute's name as a part of a path; one that is cut is told apart by its place."""
+    whole = len(attribute) <= _LONGEST
+    return attribute if whole else f"{attribute[:_LONGEST]}#{place}"
 
 
 def _node_tensors(

@@ -15,6 +15,7 @@ import onnx.parser
 import pytest
 from disk_models import (
     GRAPH,
+    adapted,
     chunk,
     dense,
     external,
@@ -30,6 +31,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_adapt as oa
 from onnx_adapt.manifest import KEY
+
+CASES = Path(__file__).parent / "cases"
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +197,43 @@ def test_the_data_of_the_input_is_not_replaced_even_by_force(name: str) -> None:
     result = refused("insert", "e.onnx", "--after", "dense", "-o", name, "--force")
     assert "would replace 'sub/w.bin', which holds weights of e.onnx" in result.error
     assert "-o" in result.hint
+
+
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize(
+    ("data", "command"),
+    [
+        ("w.bin", "report lender.onnx a.onnx -o"),
+        ("w.bin", "verify a.onnx a.onnx --html"),
+        ("w.safetensors", "extract a.onnx -o"),
+        ("w.npz", "run a.onnx --inputs x.npz -o"),
+    ],
+    ids=["report", "verify", "extract", "run"],
+)
+def test_no_command_writes_over_the_weights_of_its_models(
+    data: str, command: str, thin: bool
+) -> None:
+    """A thin model's weights are in its base's file, another's in whatever it names."""
+    if thin:
+        write(Path(data), dense())
+        oa.save_model(adapted(Path(data)), "a.onnx", thin=True)
+        write(Path("lender.onnx"), dense())
+    else:
+        oa.save_model(adapted(external(Path("lender.onnx"), data)), "a.onnx")
+    np.savez("x.npz", x=np.ones((1, 64), "f4"))
+    result = refused(*command.split(), data)
+    assert f"the output would replace {data!r}, which" in result.error
+
+
+@pytest.mark.parametrize("output", ["a.onnx", "sub/a.onnx"])
+def test_an_adapter_is_not_written_over_the_data_of_the_base(output: str) -> None:
+    Path("sub").mkdir()
+    case = CASES / "peft_bert_lora_default_ts"
+    proto = onnx.load(case / "base.onnx")
+    onnx.save(proto, "b.onnx", save_as_external_data=True, location="a.fr.safetensors")
+    options = ["--adapter", case / "adapter", "--name", "fr", "--no-verify"]
+    result = refused("insert", "b.onnx", *options, "-o", output)
+    assert "would replace 'a.fr.safetensors', which b.onnx needs" in result.error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from slot_models import cli, saved, session
 
 import onnx_adapt as oa
 from onnx_adapt.errors import SlotError
+from onnx_adapt.manifest import SLOT_KEY
 from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
@@ -173,6 +174,14 @@ def test_slots_whose_record_is_gone_are_told_from_the_names_of_their_nodes() -> 
     del model.proto.metadata_props[:]
     (said,) = damages(model)
     assert "with it 'block/act/Relu', 'fc2' (" in said
+
+
+@pytest.mark.parametrize("inputs", [[], ["gone", "gone"]])
+def test_a_normalisation_of_a_slot_that_is_not_whole_is_named(inputs: list[str]) -> None:
+    model = adapted()
+    node = model.proto.graph.node.add(op_type="Mul", input=inputs, name="adapter.fc1/norm")
+    node.metadata_props.add(key=SLOT_KEY, value="fc1")
+    assert "slot 'fc1' has other operators than were inserted" in " ".join(damages(model))
 
 
 def test_one_damage_does_not_hide_another() -> None:

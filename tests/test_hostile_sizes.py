@@ -21,6 +21,8 @@ from disk_models import chunk, dense, refer, varint, write
 from onnx import helper
 
 import onnx_adapt as oa
+from onnx_adapt import walk
+from onnx_adapt.checkpoints.peft import refuse_slow
 from onnx_adapt.errors import AdapterError, AdaptError, CheckpointError, ModelFileError
 from onnx_adapt.proof.feeds import read_arrays
 
@@ -123,11 +125,120 @@ def test_a_long_name_around_many_bodies_is_not_repeated_in_full(tmp_path: Path) 
     assert peak(lambda: oa.find_sites(opened)) < 16 * MB
 
 
+def test_a_long_name_of_an_attribute_with_bodies_is_not_repeated(
+    tmp_path: Path,
+) -> None:
+    inner = helper.make_graph([], "b", [], [helper.make_tensor_value_info("x", 1, None)])
+    nodes = [helper.make_node("If", ["c"], [f"t{i}"], then_branch=inner) for i in range(300)]
+    body = helper.make_graph(nodes, "b", [], [helper.make_tensor_value_info("t0", 1, None)])
+    model = dense(width=2)
+    owner = model.graph.node.add(op_type="If", input=["c"], output=["z"])
+    for end in "ab":
+        held = owner.attribute.add(name="n" * MB + end, type=onnx.AttributeProto.GRAPH)
+        held.g.CopyFrom(body)
+    opened = oa.open_model(write(tmp_path / "m.onnx", model))
+    assert peak(lambda: oa.find_sites(opened)) < 32 * MB
+    assert len(list(walk.scopes(opened.proto.graph))) == 1 + 2 + 2 * 300
+
+
+def _doubling(how: str) -> onnx.ModelProto:
+    """A model of some kilobytes, whose tensors have 2**40 axes."""
+    model = dense(width=2)
+    model.graph.input.append(helper.make_tensor_value_info("t0", 7, [1, 1]))
+    if how == "numbers":
+        model.graph.node.add(op_type="Shape", input=["x"], output=["t0"])
+        del model.graph.input[-1]
+    for i in range(40):
+        twice, made = [f"t{i}", f"t{i}"], [f"t{i + 1}"]
+        node = helper.make_node("Gather", twice, made)
+        if how == "numbers":
+            node = helper.make_node("Concat", twice, made, axis=0)
+        if how == "bodies":
+            graph = helper.make_graph(
+                [helper.make_node("Gather", twice, ["g"])],
+                "b",
+                [],
+                [onnx.ValueInfoProto(name="g")],
+            )
+            node = helper.make_node("If", ["c"], made, then_branch=graph, else_branch=graph)
+        if how == "functions":
+            node = helper.make_node("F", twice[:1], made, domain="d")
+        model.graph.node.append(node)
+    if how == "functions":
+        body = [helper.make_node("Gather", ["a", "a"], ["b"])]
+        opset = helper.make_opsetid("", 17)
+        model.functions.append(helper.make_function("d", "F", ["a"], ["b"], body, [opset]))
+        model.opset_import.append(helper.make_opsetid("d", 1))
+    return model
+
+
+def _listed(model: onnx.ModelProto, folder: Path) -> None:
+    """List the sites in a process that has not much memory, or time."""
+    code = (
+        "import resource, sys, onnx_adapt as oa\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({2048 * MB}, {2048 * MB}))\n"
+        "print(*(site.address for site in oa.find_sites(oa.open_model(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write(folder / "m.onnx", model))],
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stdout.split()[0] == "main:y"
+
+
+@pytest.mark.parametrize("how", ["axes", "numbers", "bodies", "functions"])
+def test_shapes_that_double_at_each_node_do_not_fill_the_memory(
+    how: str, tmp_path: Path
+) -> None:
+    _listed(_doubling(how), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_a_shape_of_many_axes_is_not_copied_for_each_node(what: str, tmp_path: Path) -> None:
+    model = dense(width=2)
+    if what == "input":
+        model.graph.input.append(helper.make_tensor_value_info("t0", 1, [1] * 50_000))
+    else:
+        model.graph.initializer.add(name="t0", data_type=1, dims=[1] * 50_000)
+    for i in range(5000):
+        model.graph.node.add(op_type="Transpose", input=[f"t{i}"], output=[f"t{i + 1}"])
+    _listed(model, tmp_path)
+
+
+def test_functions_far_inside_each_other_are_no_traceback(tmp_path: Path) -> None:
+    model = dense(width=2)
+    model.opset_import.append(helper.make_opsetid("d", 1))
+    opsets = list(model.opset_import)
+    for i in range(5000):
+        body = [helper.make_node(f"F{i - 1}", ["a"], ["b"], domain="d")]
+        if not i:
+            body = [helper.make_node("Relu", ["a"], ["b"])]
+        model.functions.append(helper.make_function("d", f"F{i}", ["a"], ["b"], body, opsets))
+    model.graph.node.add(op_type="F4999", domain="d", input=["x"], output=["z"])
+    _listed(model, tmp_path)
+
+
 def test_a_name_of_many_modules_is_not_taken_apart(tmp_path: Path) -> None:
     model = dense(width=2)
     model.graph.node[0].name = "/a" * 20_000 + "/MatMul"
     opened = oa.open_model(write(tmp_path / "m.onnx", model))
     assert peak(lambda: oa.find_sites(opened)) < 8 * MB
+
+
+def test_a_tensor_s_name_of_many_dots_is_not_taken_apart_for_slots(tmp_path: Path) -> None:
+    model = dense(width=2)
+    model.graph.node.add(op_type="Relu", input=["x"], output=["adapter." + "." * 100_000])
+    base = oa.open_model(write(tmp_path / "m.onnx", model))
+    assert peak(lambda: oa.insert(base, after="dense")) < 16 * MB
+
+
+def test_a_name_that_is_not_there_is_not_compared_with_endless_ones(tmp_path: Path) -> None:
+    model = dense(width=2)
+    for i in range(200):
+        model.graph.node.add(op_type="Relu", input=["x"], output=[f"t{i}"], name="o" * 20_000)
+    base = oa.open_model(write(tmp_path / "m.onnx", model))
+    error = _refused_soon(lambda: oa.insert(base, after="o" * 60 + "z"), memory=64 * MB)
+    assert len(error.hint) < 10_000
 
 
 def test_a_graph_of_many_nodes_takes_time_in_proportion(tmp_path: Path) -> None:
@@ -177,6 +288,7 @@ def _with_record(change: dict[str, object]) -> oa.Model:
         {"source_width": 10**30},
         {"bottleneck": 2**64},
         {"window": [2**63]},
+        {"window": [1, 2, 3, 4], "axis": 1, "rank": 3},
         {"name": "half \ud800 a character"},
         {"parts": []},
         {"parts": ["up"]},
@@ -191,12 +303,39 @@ def test_a_record_of_a_slot_that_cannot_be_is_refused(change: dict[str, object])
     _refused_soon(lambda: oa.verify(model, model))
 
 
-def test_a_record_of_a_base_that_cannot_be_is_refused() -> None:
-    from adapter_models import adapted
-
-    model = adapted()
+def _stacked(names: list[tuple[str, str]]) -> oa.Model:
+    """A model whose record has a slot from each tensor to the one beside it."""
+    model = _with_record({})
     (entry,) = model.proto.metadata_props
-    entry.value = entry.value.replace('"ir_version":8', f'"ir_version":{10**30}')
+    record = json.loads(entry.value)
+    whole = record["slots"][0]
+    for i, (inner, output) in enumerate(names):
+        record["slots"].append(whole | {"name": f"s{i}", "inner": inner, "output": output})
+        model.proto.graph.node.add(op_type="Relu", input=["x"], output=[output])
+    entry.value = json.dumps(record)
+    return model
+
+
+def test_slots_that_are_stacked_in_a_circle_are_refused() -> None:
+    model = _stacked([("t0", "t1"), ("t1", "t2"), ("t2", "t0")])
+    error = _refused_soon(lambda: oa.find_sites(model))
+    assert "stacked in a circle" in error.message
+
+
+def test_a_high_stack_of_slots_takes_time_in_proportion() -> None:
+    model = _stacked([(f"t{i}", f"t{i + 1}") for i in range(5000)])
+    started = time.process_time()
+    oa.find_sites(model, all_tensors=True)
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize("version", [2**63, -(10**30)])
+def test_a_base_of_an_ir_version_that_cannot_be_is_refused(version: int) -> None:
+    model = _with_record({})
+    (entry,) = model.proto.metadata_props
+    record = json.loads(entry.value)
+    record["base"]["ir_version"] = version
+    entry.value = json.dumps(record)
     _refused_soon(lambda: oa.remove(model))
 
 
@@ -347,7 +486,11 @@ def test_factors_that_make_a_huge_matrix_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|a)*b", "(a{1,9}){2,99}b", ".*" * 5, "a" * 501]
+    "pattern",
+    [
+        *("(a+)+b", "(a|a)*b", "(a{1,9}){2,99}b", ".*" * 5, "a" * 501),
+        *("(a|a)" * 50 + "b", "(a|a){50}b", "(a?){50}b", "a?" * 60 + "b"),
+    ],
 )
 def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, tmp_path: Path) -> None:
     from adapter_models import lora, peft_folder, saved_model
@@ -357,3 +500,39 @@ def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, tmp_path: P
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     error = _refused_soon(lambda: oa.load_checkpoint(folder, base))
     assert "too involved" in error.message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+b", "too involved"),
+        ("(a|a)" * 50 + "b", "too involved"),
+        ("(", "is no pattern"),
+        ("a{99999999999999999999}", "is no pattern"),
+    ],
+)
+def test_a_pattern_of_ia3_that_would_take_for_ever_or_is_none_is_refused(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    from adapter_models import peft_folder, saved_model
+
+    tensors = {f"base_model.model.{'a' * 60}.ia3_l": np.ones((1, 1), np.float32)}
+    folder = peft_folder(
+        tmp_path / "fr", tensors, peft_type="IA3", feedforward_modules=pattern
+    )
+    base = oa.open_model(saved_model(tmp_path / "base.onnx"))
+    error = _refused_soon(lambda: oa.load_checkpoint(folder, base))
+    assert "feedforward_modules" in error.message
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"model\.layers\.(1|2)\.self_attn\.(q|k|v|o)_proj",
+        r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        r"(?:model\.)?layers\.[0-9]+\.mlp(?:\.(?:up|down|gate)_proj)?",
+    ],
+)
+def test_the_patterns_that_people_write_are_taken(pattern: str) -> None:
+    refuse_slow(pattern, "model.layers.1.self_attn.q_proj")

@@ -429,6 +429,36 @@ def test_a_tensor_of_no_rows_takes_a_slot() -> None:
     assert oa.remove(adapted).proto == proto
 
 
+@pytest.mark.parametrize("name", ["value_int", "value_ints", "value_float", "value_floats"])
+@pytest.mark.parametrize("kind", onnx.AttributeProto.AttributeType.values())
+def test_a_constant_whose_value_is_of_another_type_is_no_obstacle(
+    name: str, kind: int
+) -> None:
+    proto = _of_version(17, 8)
+    node = proto.graph.node.add(op_type="Constant", output=["c"])
+    node.attribute.add(
+        name=name, type=kind, s=b"x", strings=[b"y"], f=float("nan"), floats=[float("inf")]
+    )
+    base = oa.Model(proto)
+    assert oa.remove(oa.insert(base, after="main:y")).proto == proto
+
+
+def test_an_opset_that_onnx_cannot_count_to_is_no_traceback() -> None:
+    proto = _of_version(17, 8)
+    proto.opset_import[0].version = 2**40
+    assert oa.remove(oa.insert(oa.Model(proto), after="main:y")).proto == proto
+
+
+@pytest.mark.parametrize("width", [2**61, 2**62, 2**63 - 1])
+def test_a_width_that_no_array_has_is_refused(width: int) -> None:
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,{width}] x) => (float[1,{width}] y) {{ y = Relu(x) }}"""
+    )
+    with pytest.raises(AdaptError, match=str(width)):
+        oa.insert(oa.Model(proto), after="main:y")
+
+
 MALFORMED = {
     "Add with one input": ("Add", ["h"], ["z"]),
     "Add without output": ("Add", ["h", "w2"], []),

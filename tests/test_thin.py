@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +410,12 @@ DAMAGED = [
     '{"format": 1, "files": [{"name": "b", "size": -1, "ranges": [], "sha256": ""}]}',
     '{"format": 1, "files": [{"name": "b", "size": 1, "ranges": [[1]], "sha256": ""}]}',
     f'{{"format":1,"files":[{{"name":"b","size":1,"ranges":[[{2**70},1]],"sha256":""}}]}}',
+    *(
+        json.dumps(
+            {"format": 1, "files": [{"name": n, "size": 1, "ranges": [], "sha256": ""}]}
+        )
+        for n in ("../b", "a/../../b", "/dev/zero", "..\\b", "a\0b")
+    ),
 ]
 
 
@@ -421,6 +429,39 @@ def test_a_damaged_record_is_an_error_with_a_hint(text: str, tmp_path: Path) -> 
     with pytest.raises(ManifestError, match="damaged") as caught:
         oa.open_model(thin)
     assert caught.value.hint
+
+
+def test_a_session_does_not_wait_for_a_pipe_that_a_record_names(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.onnx", dense())
+    thin, _ = thin_and_full(slotted(base), tmp_path)
+    proto = onnx.load(thin, load_external_data=False)
+    record = json.loads(proto.metadata_props[-1].value)
+    record["files"].append(record["files"][0] | {"name": "pipe"})
+    proto.metadata_props[-1].value = json.dumps(record)
+    write(thin, proto)
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import sys, onnx_adapt as oa\n"
+        "try:\n    oa.AdapterSession(sys.argv[1])\nexcept oa.AdaptError:\n    print('refused')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(thin)],
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stdout == "refused\n"
+
+
+def test_a_weight_that_is_lent_many_times_does_not_fill_the_disk(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.onnx", dense())
+    thin, _ = thin_and_full(slotted(base), tmp_path)
+    proto = onnx.load(thin, load_external_data=False)
+    for i in range(1000):
+        tensor = proto.graph.initializer.add()
+        tensor.CopyFrom(proto.graph.initializer[0])
+        tensor.name = f"w{i}"
+    write(thin, proto)
+    with pytest.raises(ExternalDataError, match="more than it has"):
+        oa.open_model(thin)
 
 
 def test_a_record_of_a_later_format_is_not_read(tmp_path: Path) -> None:

@@ -143,14 +143,7 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
             f"alpha_pattern {patterns!r} or use_rslora {rooted!r} is no setting"
         )
     for pattern, value in patterns.items():
-        refuse_slow(pattern, module)
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise CheckpointError(
-                f"alpha_pattern {pattern!r} is no pattern: {error}"
-            ) from error
-        if found:
+        if _is_match(rf"(.*\.)?({pattern})", pattern, module, "alpha_pattern"):
             alpha = value
             break
     if not config.get("rank_pattern") and config.get("r", rank) != rank:
@@ -160,11 +153,26 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     return number(alpha, "lora_alpha") / (math.sqrt(rank) if rooted else rank)
 
 
+def _is_match(whole: str, pattern: str, module: str, setting: str) -> bool:
+    """Whether a pattern of a setting, which may be a part of the whole, matches a module.
+
+    Raises:
+        CheckpointError: If it is none, or could take for ever.
+    """
+    refuse_slow(pattern, module, setting)
+    try:
+        return re.fullmatch(whole, module) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{setting} {pattern!r} is no pattern: {error}") from error
+
+
 _REPEATS = re.compile(r"(?<!\\)(?:[*+]|\{\d*,)")
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+_OPTIONAL = re.compile(r"(?<![\\(*+?}])\?")
+_MOST_WAYS = 10**11
 
 
-def refuse_slow(pattern: str, module: str) -> None:
+def refuse_slow(pattern: str, module: str, setting: str = "alpha_pattern") -> None:
     """Refuse a pattern that Python's matcher could take for ever on.
 
     PEFT's own are names with a number or a wildcard in them.
@@ -173,10 +181,16 @@ def refuse_slow(pattern: str, module: str) -> None:
         CheckpointError: If it repeats what repeats, or too much.
     """
     repeats = len(_REPEATS.findall(pattern))
-    nested = repeats and _REPEATED_GROUP.search(pattern)
-    if nested or repeats > 4 or len(module) > 500 or len(pattern) > 500:
+    optional, bars = len(_OPTIONAL.findall(pattern)), pattern.count("|")
+    nested = (repeats or optional or bars) and _REPEATED_GROUP.search(pattern)
+    long = len(module) > 500 or len(pattern) > 500
+    # Every group of alternatives multiplies the ways to try; at most as if all were alike.
+    groups = pattern.count("(") + 1
+    if not long:
+        ways = (bars / groups + 1) ** groups * 2.0**optional * len(module) ** min(repeats, 4)
+    if nested or repeats > 4 or long or ways > _MOST_WAYS:
         raise CheckpointError(
-            f"alpha_pattern {pattern[:80]!r} is too involved for module {module[:80]!r}",
+            f"{setting} {pattern[:80]!r} is too involved for module {module[:80]!r}",
             hint="write out the names of the modules in it",
         )
 
@@ -197,5 +211,5 @@ def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Ite
 def _is_feedforward(module: str, named: Any) -> bool:
     """Whether PEFT scales a module's input; it compares the ends of names, or a pattern."""
     if isinstance(named, str):
-        return re.fullmatch(named, module) is not None
+        return _is_match(named, named, module, "feedforward_modules")
     return any(module.endswith(name) for name in named)

@@ -37,14 +37,18 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.errors import SaveError
+    from onnx_adapt.model_file import keep_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
+    read += [Path(base_weights)] if base_weights else []
     if Path(output).exists() and any(file.samefile(output) for file in read if file.exists()):
         raise SaveError(f"the output {output} would replace a file that is read")
     with patience(f"reading {checkpoint}"):
+        opened = oa.open_model(model)
+        keep_files(opened, output)
         adapter = oa.convert(
             checkpoint,
-            oa.open_model(model),
+            opened,
             name=name,
             base_weights=base_weights,
             allow_partial=allow_partial,

@@ -21,9 +21,12 @@ def command(model: str, output: str, name: str, as_json: bool) -> None:
       onnx-adapt extract french.onnx -o fr.safetensors
     """
     import onnx_adapt as oa
+    from onnx_adapt.model_file import keep_files
 
     with patience(f"reading {model}"):
-        adapter = oa.extract(oa.open_model(model), name=name)
+        opened = oa.open_model(model)
+        keep_files(opened, output)
+        adapter = oa.extract(opened, name=name)
     path = oa.save_adapter(adapter, output)
     if as_json:
         filled = sorted(adapter.weights)

@@ -60,6 +60,7 @@ def command(
       onnx-adapt report model.onnx model.adapted.onnx -o report.html
     """
     import onnx_adapt as oa
+    from onnx_adapt.model_file import keep_files
     from onnx_adapt.overview import overview
 
     path = Path(output or f"{Path(adapted).with_suffix('')}.report.html")
@@ -68,9 +69,11 @@ def command(
     if not as_json:
         check_page(path, base, adapted, *inputs, *((adapter,) if adapter else ()))
     with patience() as (_, stage):
+        models = oa.open_model(base), oa.open_model(adapted)
+        for model in () if as_json else models:
+            keep_files(model, path)
         found = overview(
-            oa.open_model(base),
-            oa.open_model(adapted),
+            *models,
             adapter=oa.load_adapter(adapter) if adapter else None,
             inputs=inputs or None,
             bottleneck=bottleneck,

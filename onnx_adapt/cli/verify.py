@@ -49,6 +49,7 @@ def command(
       onnx-adapt verify model.onnx model.adapted.onnx
     """
     import onnx_adapt as oa
+    from onnx_adapt.model_file import keep_files
     from onnx_adapt.overview import overview
 
     if html:
@@ -56,7 +57,10 @@ def command(
     with patience(f"reading {adapted}") as (_, stage):
         given: dict[str, Any] = {"inputs": inputs or None, "strict": strict, "seed": seed}
         if html:
-            found = overview(oa.open_model(base), oa.open_model(adapted), **given, stage=stage)
+            models = oa.open_model(base), oa.open_model(adapted)
+            for model in models:
+                keep_files(model, html)
+            found = overview(*models, **given, stage=stage)
             report = found.report
         else:
             report = oa.verify(base, adapted, **given, stage=stage)

@@ -93,6 +93,23 @@ def refuse_replacing(
         )
 
 
+def refuse_held(
+    outputs: Iterable[str | os.PathLike[str]], held: Iterable[Path], label: str
+) -> None:
+    """Keep files that a model needs from being replaced by something else.
+
+    Raises:
+        SaveError: If an output is one of them, under whatever name.
+    """
+    held = list(held)
+    for path in map(Path, outputs):
+        if any(path == file or _same(path, file) for file in held):
+            raise SaveError(
+                f"the output would replace {path.name!r}, which {label} needs",
+                hint=_ELSEWHERE,
+            )
+
+
 def refuse_elsewhere(base: Path, place: Destination) -> None:
     """Keep a model that refers to its base beside it.
 

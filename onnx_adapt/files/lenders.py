@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from onnx_adapt.errors import ExternalDataError, ManifestError
+from onnx_adapt.files.payloads import Source
 from onnx_adapt.files.samples import sample_file
 
 KEY = "onnx_adapt.files.thin"
@@ -46,6 +48,7 @@ def look_at(folder: Path, name: str, ranges: Iterable[tuple[int, int]]) -> Lende
     places = tuple(sorted(set(ranges)))
     digest = hashlib.sha256()
     try:
+        Source.of(folder / name)  # to open a pipe is to wait
         with (folder / name).open("rb") as file:
             for offset, length in places:
                 digest.update(sample_file(file, offset, length))
@@ -129,4 +132,6 @@ def _read_lender(item: dict[str, Any]) -> Lender:
         raise ValueError("a size that no file has")
     if not isinstance(name, str) or not isinstance(sha256, str):
         raise TypeError("a name that no file has")
+    if "\0" in name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+        raise ValueError("a name that leaves the model's folder")
     return Lender(name, size, ranges, sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx_adapt import walk
 from onnx_adapt.errors import ExternalDataError
 from onnx_adapt.files.external_data import FIELDS, is_external, payload, refer, reference
-from onnx_adapt.files.payloads import Payload, token, token_index
+from onnx_adapt.files.payloads import Payload, Source, token, token_index
 
 MOVED_OUT = "pkg.onnx_adapt.inline"
 """Marks a tensor whose data moved into a file of its own, past protobuf's 2 GB."""
@@ -71,9 +72,11 @@ def move_in(
         The payloads, with those of the tensors that came back in appended.
 
     Raises:
-        ExternalDataError: If the data is not there any more, or a mark is damaged.
+        ExternalDataError: If the data is not there any more, a mark is damaged, or tensors
+            share data, which those that were taken out never do.
     """
     result = list(payloads)
+    lent: Counter[Source] = Counter()
     for tensor in walk.tensors(proto):
         mark = _mark(tensor, key)
         if mark is None or model is None:
@@ -85,6 +88,12 @@ def move_in(
         tensor.ClearField("external_data")
         tensor.MergeFrom(header)
         if place is not None:
+            lent[place.source] += place.length
+            if lent[place.source] > place.source.size:  # whole, they would fill the disk
+                raise ExternalDataError(
+                    f"the tensors that {place.source.path.name} lends are more than it has",
+                    hint="another tool changed the model; insert the slots anew",
+                )
             tensor.raw_data = token(len(result))
             result.append(replace(place, number=number))
     return tuple(result)

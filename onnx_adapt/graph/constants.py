@@ -27,11 +27,12 @@ class Weight:
 
 
 _NUMBERS = {
-    "value_float": onnx.TensorProto.FLOAT,
-    "value_floats": onnx.TensorProto.FLOAT,
-    "value_int": onnx.TensorProto.INT64,
-    "value_ints": onnx.TensorProto.INT64,
+    "value_float": (onnx.TensorProto.FLOAT, onnx.AttributeProto.FLOAT),
+    "value_floats": (onnx.TensorProto.FLOAT, onnx.AttributeProto.FLOATS),
+    "value_int": (onnx.TensorProto.INT64, onnx.AttributeProto.INT),
+    "value_ints": (onnx.TensorProto.INT64, onnx.AttributeProto.INTS),
 }
+"""The attributes of a Constant that are numbers: element type, and type of the attribute."""
 
 
 def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
@@ -42,11 +43,12 @@ def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
         if item.name == "value" and item.HasField("t"):
             value: onnx.TensorProto = item.t
             return value
-        if item.name in _NUMBERS:
+        elem_type, kind = _NUMBERS.get(item.name, (0, None))
+        if item.type == kind:
             value = onnx.helper.get_attribute_value(item)
             dims = [len(value)] if item.name.endswith("s") else []
             values = value if dims else [value]
-            return onnx.helper.make_tensor("", _NUMBERS[item.name], dims, values)
+            return onnx.helper.make_tensor("", elem_type, dims, values)
     return None
 
 

@@ -11,6 +11,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ModelFileError
+from onnx_adapt.graph.axes import MOST_AXES, has_endless_shapes
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
@@ -219,6 +220,8 @@ def require_finite(model: Model) -> None:
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    if has_endless_shapes(proto):
+        return proto
     for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
         try:
             return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
@@ -256,6 +259,8 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
         view.weights[name] = stored(value)
     for node in view.nodes:
         made = None if slot_of(node) else derived(node, view.weight)
+        if made is not None and len(made.dims) > MOST_AXES:
+            continue  # a shape for each node that keeps it could fill the memory
         if made is not None:
             view.weights.update((name, made) for name in node.output[:1])
     return view

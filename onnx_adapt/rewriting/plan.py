@@ -44,12 +44,12 @@ class Recipe:
 
 def reserved_names(index: ModelIndex) -> set[str]:
     """The slot names that a model's tensors and symbols leave no room for."""
+    # Nothing that a slot names has a dot or slash behind the name of the slot and its own.
     tensors = {
-        tensor[len(_PREFIX) : end]
+        tensor[len(_PREFIX) :].rpartition(mark)[0]
         for tensor in map(text, index.names())
         if tensor.startswith(_PREFIX)
-        for end in range(len(_PREFIX), len(tensor))
-        if tensor[end] in "./"
+        for mark in "./"
     }
     nodes = {
         name[len(_PREFIX) :].rpartition("/")[0]
