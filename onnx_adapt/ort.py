@@ -50,6 +50,7 @@ def shortened(error: object) -> str:
 
 _SLOT_WARNING = re.compile(
     rb"Initializer (.*) appears in graph inputs and will not be treated as constant"
+    rb"|Removing initializer '(.*)'\. It is not used by any node"
 )
 _redirected = threading.Lock()
 _stderr: list[int] = []
@@ -58,7 +59,9 @@ _stderr: list[int] = []
 
 @contextlib.contextmanager
 def without_slot_warnings() -> Iterator[set[str]]:
-    """Let everything on stderr through but the warning ONNX Runtime has for some weights.
+    """Let everything on stderr through but the warnings ONNX Runtime has for some weights.
+
+    These are inputs with a default, and what a filled or baked adapter replaces.
 
     It writes to the file descriptor and has no filter, only a severity, which would
     silence every other warning about the model as well. What others write meanwhile
@@ -105,7 +108,7 @@ def _is_about(line: bytes, names: set[str] | None) -> bool:
     found = _SLOT_WARNING.search(line)
     if found is None:
         return False
-    return names is None or found[1].decode(errors="replace") in names
+    return names is None or (found[1] or found[2]).decode(errors="replace") in names
 
 
 def _restore_after_fork() -> None:

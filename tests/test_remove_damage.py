@@ -12,6 +12,7 @@ from slot_models import BRANCHES, MLP, model_of
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdaptError, ManifestError, SlotError
+from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 
@@ -176,3 +177,14 @@ def test_renamed_nodes_do_not_hide_slots() -> None:
     assert not oa.list_slots(removed)
     names = [n.name for n in removed.proto.graph.node]
     assert names == ["renamed_0", "renamed_1"]
+
+
+def test_a_slot_that_is_said_to_make_what_the_base_has_is_kept_in() -> None:
+    adapted = oa.insert(model_of(MLP), after="main:y")
+    entry = _manifest(adapted)
+    record = json.loads(entry.value)
+    record["slots"][0]["output"] = "x"  # the model's input
+    entry.value = json.dumps(record)
+    assert any("does not make its output 'x'" in said for said in damages(adapted))
+    with pytest.raises(SlotError, match="damaged"):
+        oa.remove(adapted)

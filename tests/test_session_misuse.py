@@ -347,6 +347,20 @@ def test_a_model_whose_base_is_gone_is_one_error_and_no_warnings(
     assert "appears in graph inputs" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["filled", "baked"])
+def test_what_a_trained_head_replaces_is_no_warning(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Path("tests/cases/peft_bert_lora_default_ts")
+    base = oa.open_model(case / "base.onnx")
+    head = oa.load_checkpoint(case / "adapter", base)
+    adapted = oa.insert(base, checkpoint=head, baked=how == "baked")
+    model = oa.fill(adapted, head.adapter) if how == "filled" else adapted
+    oa.save_model(model, tmp_path / "m.onnx")
+    oa.AdapterSession(tmp_path / "m.onnx").run(dict(np.load(case / "inputs.npz")))
+    assert capfd.readouterr().err == ""
+
+
 def test_stderr_is_itself_again_also_in_a_child_that_was_forked_meanwhile(model: Path) -> None:
     code = (
         "import os, sys\n"

@@ -201,7 +201,7 @@ def index_model(model: Model) -> ModelIndex:
     return ModelIndex(model, views)
 
 
-_MOST_NODES = 1 << 23
+_MOST_NODES = 1 << 20
 
 
 def require_finite(model: Model) -> None:

@@ -143,6 +143,9 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
         except AdaptError:
             continue  # no slot at all, which the check of its weights has said
         wanted = slot_nodes(slot, default_opset(proto), own_norm(nodes))
+        made = {name for node in nodes for name in node.output}
+        if nodes and slot.output not in made:
+            yield f"slot {slot.name!r} does not make its output {slot.output!r}"
         there = [node.op_type for node in nodes if node not in constants]
         if nodes and there != [node.op_type for node in wanted]:
             yield f"slot {slot.name!r} has other operators than were inserted: {there}"

@@ -239,6 +239,10 @@ def take_out(
             continue
         # In order of insertion, so that of stacked slots the innermost goes first.
         here = [slot.name for slot in slots if slot.name in present]
+        made = {(slot_of(node), name) for node in scope.graph.node for name in node.output}
+        for name in here:
+            if (name, current[name].output) not in made:
+                raise _damaged(current[name])
         nodes = [node for node in scope.graph.node if slot_of(node) not in here]
         makers = {name: node for node in nodes for name in node.output}
         for name in here:

@@ -208,12 +208,12 @@ def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
 
 
 def _weight_names(record: str | None) -> set[str]:
-    """The names of the inputs that are weights of slots, or replace the base's."""
+    """The weights of slots, those that replace the base's, and those that are replaced."""
     if not record:
         return set()
     manifest = manifest_from_text(record)
     names = {name for slot in manifest.slots for name in slot.inputs}
-    return names | {weight.name for weight in manifest.weights}
+    return names | {name for w in manifest.weights for name in (w.name, w.original)}
 
 
 def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str, Array]]:
