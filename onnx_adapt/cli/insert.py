@@ -128,7 +128,9 @@ def command(
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
     before = {slot.name for slot in oa.list_slots(base)}
     if bool(after) == bool(adapter):
-        raise click.UsageError("give either --after or --adapter")
+        raise click.UsageError(
+            "give either --after, a place that `onnx-adapt sites` lists, or --adapter"
+        )
     _refuse_idle(
         "--adapter" if adapter else "--after",
         {"bias": bias, "activation": activation != "relu", "bottleneck": bottleneck}
