@@ -1,6 +1,7 @@
 """docs/serving.md: what a newcomer types works, and the configurations are what Ray takes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -67,11 +68,15 @@ def test_build_app_takes_what_serve_run_gives(tmp_path: Path) -> None:
     assert build_app(given | {"replicas": "2"})
 
 
-def test_the_benchmark_of_serving_finds_no_wrong_answer() -> None:
+def test_the_benchmark_of_serving_finds_no_wrong_answer_and_leaves_no_file(
+    tmp_path: Path,
+) -> None:
     program = Path(__file__).parent.parent / "benchmarks/serving.py"
     done = subprocess.run(
-        [sys.executable, program, "--quick"], check=True, capture_output=True, timeout=120
-    )
+        [sys.executable, program, "--quick"], check=True, capture_output=True, timeout=120,
+        env=os.environ | {"TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"},
+    )  # fmt: skip
+    assert list(tmp_path.glob("onnx-adapt-*")) == []
     table = done.stdout.decode()
     print(table)
     assert len(table.splitlines()) == 5

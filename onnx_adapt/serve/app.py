@@ -73,12 +73,18 @@ class RepositoryActor:
     """The repository, looked at every while."""
 
     def __init__(self, settings: Settings) -> None:
-        self._copies = tempfile.TemporaryDirectory(prefix="onnx-adapt-")
+        self._copies = tempfile.TemporaryDirectory(
+            prefix="onnx-adapt-", ignore_cleanup_errors=True
+        )
         self._repository = Repository(
             settings.model, settings.adapters, Path(self._copies.name), settings.base
         )
         self._repository.sweep()
         threading.Thread(target=self._watch, args=(settings.poll_s,), daemon=True).start()
+
+    def __del__(self) -> None:
+        """Serve calls this when a replica ends, and kills the process without another word."""
+        self._copies.cleanup()
 
     def _watch(self, poll_s: float) -> None:
         while True:
@@ -134,7 +140,9 @@ class Model:
             1
         )  # one run at a time: no more CPUs than it asked for
         self._repository = repository
-        self._files = tempfile.TemporaryDirectory(prefix="onnx-adapt-")
+        self._files = tempfile.TemporaryDirectory(
+            prefix="onnx-adapt-", ignore_cleanup_errors=True
+        )
         self._loads = itertools.count()
         self._swaps = metrics.Counter(
             "onnx_adapt_swaps", "Adapters loaded into a replica.", tag_keys=("adapter",)
@@ -160,6 +168,10 @@ class Model:
                 batch_wait_timeout_s=settings.batch_wait_ms / 1e3,
                 batch_size_fn=self._count,
             )(run_all)
+
+    def __del__(self) -> None:
+        """Serve calls this when a replica ends, and kills the process without another word."""
+        self._files.cleanup()
 
     async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
         """The inputs and outputs of the model."""
