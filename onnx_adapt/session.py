@@ -184,12 +184,12 @@ class AdapterSession:
         listed = isinstance(adapter, Sequence) or (
             isinstance(adapter, np.ndarray) and adapter.ndim
         )
-        rows = list(adapter) if listed and not isinstance(adapter, bytes) else []
-        if not rows:
+        if not listed or isinstance(adapter, bytes):
             raise AdapterError(
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
+        rows = list(adapter)
         once = {id(row): self._shares(row) for row in rows}
         return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
@@ -277,7 +277,7 @@ class AdapterSession:
         """One run for all rows if the slots can; else one for the rows of each adapter."""
         arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
         count_rows(self.batch_axes, arrays, len(rows))
-        groups: dict[Shares, list[int]] = {}
+        groups: dict[Shares, list[int]] = {} if rows else {(): []}
         for i, shares in enumerate(rows):
             groups.setdefault(shares, []).append(i)
         if len(groups) > 1 and (mixed := self._mixed(arrays, rows)) is not None:

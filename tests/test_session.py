@@ -379,7 +379,10 @@ def test_feeds_that_do_not_fit_are_a_run_error_with_what_is_wanted(model: Path) 
                 assert "x ['n', 4]" in caught.value.hint
 
 
-@pytest.mark.parametrize("odd", [3, b"fr", {}, [], True, {"fr": "much"}, {"fr": True}])
+NO_ADAPTER = [3, b"fr", {}, True, np.array("fr"), {"fr": "much"}, {"fr": True}]
+
+
+@pytest.mark.parametrize("odd", NO_ADAPTER)
 def test_what_is_no_adapter_is_refused(odd: object, model: Path) -> None:
     with oa.AdapterSession(model, {"fr": FR}) as session, pytest.raises(AdapterError):
         session.run({"x": X}, adapter=odd)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_rows_may_be_blends_adapters_in_memory_and_an_array_of_names() -> None:
         assert close(session.run({"x": X}, names)["y"][1::2], bumped(X, DE)[1::2])
 
 
-@pytest.mark.parametrize("count", [1, 5, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_another_number_of_rows_than_adapters_is_refused(count: int) -> None:
     session = oa.AdapterSession(adapted(), ADAPTERS)
     with pytest.raises(RunError, match=f"adapters given is {count}") as caught:
