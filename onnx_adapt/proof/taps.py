@@ -7,7 +7,7 @@ another shape each time if need be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,31 @@ class Tapper:
                 )
         return self._taps[key]
 
+    def tap_sizes(self, path: str, tensors: Sequence[str]) -> str | None:
+        """Make the sizes of tensors readable, as the graph at `path` sees them.
+
+        Args:
+            path: The graph.
+            tensors: Tensors that can be read there.
+
+        Returns:
+            An output with, for each time the graph runs, the number of axes and the sizes
+            of one tensor after the other; None if a body of an operator other than If,
+            Loop and Scan holds them.
+        """
+        scope = self._scopes[path]
+        if any(_owner(s).op_type not in _LIFTS for s in _ancestry(scope)):
+            return None
+        name = f"tap/sizes/{len(self._taps)}"
+        self._taps[(path, name)] = None
+        parts = [
+            part
+            for i, tensor in enumerate(tensors)
+            for part in _measure(scope.graph, tensor, f"{name}/{i}")
+        ]
+        scope.graph.node.append(helper.make_node("Concat", parts, [name], name, axis=0))
+        return self._lift(scope, name, _INT64)
+
     def _lift(self, scope: Scope, name: str, elem_type: int) -> str:
         """Hand a flat tensor out of every body around it."""
         for inner in _ancestry(scope):
@@ -148,18 +173,24 @@ def _owner(scope: Scope) -> onnx.NodeProto:
 
 def _flatten(graph: onnx.GraphProto, tensor: str, name: str) -> tuple[str, str]:
     """The values of a tensor as a vector, and its number of axes and sizes as another."""
-    values, shapes, sizes, rank = (f"{name}/{part}" for part in ("v", "s", "sizes", "rank"))
-    flat = f"{name}/flat"
+    values, shapes, flat = (f"{name}/{part}" for part in ("v", "s", "flat"))
     graph.node.extend(
         [
             _constant(flat, [-1]),
             helper.make_node("Reshape", [tensor, flat], [values], values),
-            helper.make_node("Shape", [tensor], [sizes], sizes),
-            helper.make_node("Shape", [sizes], [rank], rank),
-            helper.make_node("Concat", [rank, sizes], [shapes], shapes, axis=0),
         ]
     )
+    parts = _measure(graph, tensor, name)
+    graph.node.append(helper.make_node("Concat", parts, [shapes], shapes, axis=0))
     return values, shapes
+
+
+def _measure(graph: onnx.GraphProto, tensor: str, name: str) -> list[str]:
+    """The number of axes of a tensor, and their sizes."""
+    sizes, rank = f"{name}/sizes", f"{name}/rank"
+    graph.node.append(helper.make_node("Shape", [tensor], [sizes], sizes))
+    graph.node.append(helper.make_node("Shape", [sizes], [rank], rank))
+    return [rank, sizes]
 
 
 def _lift_from_branch(
