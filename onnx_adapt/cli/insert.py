@@ -123,6 +123,7 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.adapter_files import encode_adapter
+    from onnx_adapt.files.destination import settle
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -164,6 +165,7 @@ def command(
             inline_functions=inline_functions,
         )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+    settle(path)  # before a proof that may take long
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
         weights = None

@@ -113,7 +113,10 @@ def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
             finally:
                 path = Path(session.end_profiling())
         except known as error:
-            raise RunError(f"{model.label} does not run: {shortened(error)}") from error
+            raise RunError(
+                f"{model.label} does not run: {shortened(error)}",
+                hint="give inputs that it runs with: --inputs FILE.npz",
+            ) from error
         events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     return tuple(
         Ran(

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from onnx_adapt.proof.made_up import Recipe, read_recipe
 from onnx_adapt.proof.sizes import Sizes, first_sizes, second_sizes
 from onnx_adapt.runtime import Runner, as_arrays
 
-_SECONDS, _TRIES = 60.0, 100
+_SECONDS, _TRIES = 60.0, 400
 """When made-up inputs are given up: after this long in runs, or this many."""
 
 _UNQUESTIONED = 1 << 14
 _LARGEST = 1 << 26
-"""Elements of all inputs up to which nothing can grow much, and of one tensor at most."""
+"""Elements of all inputs up to which nothing can grow much, and of any tensor at most."""
 
 Inputs = str | os.PathLike[str] | Mapping[str, Any]
 """An `.npz` file, or arrays by name."""
@@ -81,15 +81,16 @@ def _made_up(base: Model, runner: Runner, seed: int) -> list[Feeds]:
     """One set of inputs that the base runs with; two where they can differ."""
     recipe = read_recipe(index_model(base), seed)
     trial = _Trial(base, runner, recipe)
-    for default in (1, 0) if recipe.has_free_integers else (1,):
-        for sizes in first_sizes(set(recipe.kinds.values())):
-            feeds = trial.run(sizes, 0, default)
+    for sizes in first_sizes(set(recipe.kinds.values())):
+        # Random ids may be special ones, such as an image's that is not there.
+        for constant in (None, 1, 0) if recipe.has_integers else (None,):
+            feeds = trial.run(sizes, 0, constant)
             if feeds is None:
                 continue
             for other in second_sizes(sizes):
                 same = recipe.shapes(other) == recipe.shapes(sizes)
                 if recipe.steered or not same:
-                    more = trial.run(other, 1, default)
+                    more = trial.run(other, 1, constant)
                     if more is not None:
                         return [feeds, more]
             return [feeds]
@@ -117,17 +118,22 @@ class _Trial:
     empty: Feeds | None = None
     _spent: float = 0.0
     _tries: int = 0
+    _seen: set[object] = field(default_factory=set)
 
-    def run(self, sizes: Sizes, variant: int, default: int) -> Feeds | None:
+    def run(self, sizes: Sizes, variant: int, constant: int | None) -> Feeds | None:
         """Inputs of these sizes if the base runs with them, and can be asked to."""
+        key = (*self.recipe.shapes(sizes).items(), variant, constant)
+        if key in self._seen:
+            return None
+        self._seen.add(key)
         if self._spent > _SECONDS or self._tries >= _TRIES or not self._is_small(sizes):
             return None
         self._tries += 1
         started = time.monotonic()
         try:
-            feeds = self.recipe.feeds(sizes, variant, default)
+            feeds = self.recipe.feeds(sizes, variant, constant)
             found = self.runner.run(feeds)
-        except (RunError, UnprovableError) as error:  # these sizes do not suit it: try others
+        except RunError as error:  # these sizes do not suit it: try others
             self.last = str(error)  # an exception would keep this frame, and so the session
             return None
         finally:
@@ -144,7 +150,11 @@ class _Trial:
         The smallest inputs are not looked at: it takes as long as opening the model.
         """
         shapes = self.recipe.shapes(sizes)
-        if sum(map(math.prod, shapes.values())) <= _UNQUESTIONED or not self.recipe.kinds:
+        elements = sum(map(math.prod, shapes.values()))
+        if elements > _LARGEST:
+            self.last = self.last or f"inputs of {elements} elements are not made up"
+            return False
+        if elements <= _UNQUESTIONED or not self.recipe.kinds:
             return True
         proto = onnx.ModelProto()
         proto.CopyFrom(self.base.proto)

@@ -14,11 +14,8 @@ from onnx import helper, numpy_helper
 from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import GraphView, ModelIndex, TensorType, attribute, elem_name
 from onnx_adapt.graph.layers import find_weight
-from onnx_adapt.proof.feeds import Feeds, inputs_hint, no_npz_hint, required_inputs
+from onnx_adapt.proof.feeds import Feeds, no_npz_hint, required_inputs
 from onnx_adapt.proof.sizes import BATCH, Axis, Sizes, axis_kinds, shape_of
-
-_MOST_ELEMENTS = 1 << 26
-"""Of all made-up inputs together: 256 MB in float32."""
 
 _PASS_ON = {
     "Cast",
@@ -66,12 +63,10 @@ class Recipe:
         return any(self._steers(name) for name in self.inputs)
 
     @property
-    def has_free_integers(self) -> bool:
-        """Whether there are integers of which nothing tells what they may be."""
+    def has_integers(self) -> bool:
+        """Whether there are integers, which may have to be others than those tried first."""
         return any(
-            elem_name(known.elem_type) in ("int64", "int32")
-            and not (self._uses[name].bound or self._uses[name].compared)
-            for name, known in self.inputs.items()
+            elem_name(known.elem_type) in ("int64", "int32") for known in self.inputs.values()
         )
 
     def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -81,31 +76,24 @@ class Recipe:
             for name, known in self.inputs.items()
         }
 
-    def feeds(self, sizes: Sizes, variant: int = 0, default: int = 1) -> Feeds:
+    def feeds(self, sizes: Sizes, variant: int = 0, constant: int | None = None) -> Feeds:
         """One set of inputs; variant 1 has other numbers than 0 and takes other branches.
 
         Ids stay inside the table they index, masks are ones, integers that the graph
-        compares with a constant take that value, others are `default`.
-
-        Raises:
-            UnprovableError: If they would be larger than made-up inputs may be.
+        compares with a constant take that value. With a `constant` other integers are it.
         """
         shapes = self.shapes(sizes)
-        elements = sum(map(math.prod, shapes.values()))
-        if elements > _MOST_ELEMENTS:
-            raise UnprovableError(
-                f"the inputs have {elements} elements, more than are made up",
-                hint=inputs_hint(self.inputs),
-            )
         rng = np.random.default_rng(self.seed + variant)
-        return {name: self._value(name, shapes, variant, default, rng) for name in self.inputs}
+        return {
+            name: self._value(name, shapes, variant, constant, rng) for name in self.inputs
+        }
 
     def _value(
         self,
         name: str,
         shapes: Mapping[str, tuple[int, ...]],
         variant: int,
-        default: int,
+        constant: int | None,
         rng: np.random.Generator,
     ) -> Any:
         shape, use = shapes[name], self._uses[name]
@@ -113,11 +101,13 @@ class Recipe:
             return np.full(shape, "a", dtype=object)
         dtype = helper.tensor_dtype_to_np_dtype(self.inputs[name].elem_type)
         if dtype.kind not in "iub":
-            return _noise(rng, shape, dtype)
+            # A single number is a threshold or a rate more often than not.
+            drawn = rng.standard_normal(shape) if math.prod(shape) > 1 else rng.random(shape)
+            return np.asarray(drawn).astype(dtype)
         label = name.lower()
         if dtype.kind == "b" or "mask" in label:
             return np.full(shape, not (variant and self._steers(name)), dtype)
-        if use.compared:
+        if use.compared and (self._steers(name) or (constant is None and not use.bound)):
             # The second set takes another value, so that another branch runs.
             value = (
                 use.compared[0] if not variant else [*use.compared, use.compared[0] // 2][1]
@@ -126,12 +116,16 @@ class Recipe:
         if "position" in label and shape:
             ids = np.broadcast_to(np.arange(shape[-1]), shape)
             return (ids % (use.bound or ids.size + 1)).astype(dtype)
+        if use.bound and constant is not None:
+            return np.full(shape, min(constant, use.bound - 1), dtype)
         if use.bound:
             return rng.integers(0, use.bound, shape).astype(dtype)
         if dtype.itemsize == 1:
             limits = np.iinfo(dtype)
             return rng.integers(limits.min, limits.max, shape, endpoint=True).astype(dtype)
-        return np.full(shape, self._length(shapes) if "len" in label else default, dtype)
+        if "len" in label:
+            return np.full(shape, self._length(shapes), dtype)
+        return np.full(shape, 1 if constant is None else constant, dtype)
 
     def _steers(self, name: str) -> bool:
         """Whether an input is one truth value, on which a branch may depend."""
@@ -171,10 +165,6 @@ def read_recipe(index: ModelIndex, seed: int) -> Recipe:
             inputs[name] = replace(inputs[name], shape=(*shape[:-1], size))
     uses = {name: _trace(index, name) for name in inputs}
     return Recipe(inputs, axis_kinds(inputs), seed, uses)
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return np.asarray(rng.standard_normal(shape)).astype(dtype)
 
 
 def _head_sizes(index: ModelIndex) -> dict[str, int]:

@@ -12,14 +12,14 @@ from onnx_adapt.graph.index import TensorType, elem_name
 BATCH, PAST, TOTAL, CHANNEL = "batch", "past", "total", "channel"
 PICTURE, SEQUENCE, AUDIO = "picture", "sequence", "audio"
 
-_TEXT = ((12, 9), (64, 96), (120, 75), (32, 64), (1, 2), (576, 288), (224, 256))
+_SHORT = ((12, 9), (64, 96), (120, 75), (32, 64), (576, 288), (224, 256))
 _LADDERS: dict[str, tuple[tuple[int, int], ...]] = {
     PICTURE: (
         *((32, 64), (64, 96), (224, 256), (96, 128), (28, 28), (30, 30), (128, 160)),
         *((256, 288), (336, 336), (384, 384), (448, 448), (512, 512)),
     ),
-    SEQUENCE: _TEXT,
-    AUDIO: (*_TEXT, (3200, 4800), (16000, 8000), (32000, 48000)),
+    SEQUENCE: (*_SHORT, (3000, 3000), (1, 2)),
+    AUDIO: (*_SHORT, (3200, 4800), (16000, 8000), (32000, 48000), (1, 2)),
     CHANNEL: ((3, 3), (1, 1)),
     PAST: ((0, 0), (8, 5)),
 }
@@ -73,11 +73,15 @@ class Sizes:
 
 
 def first_sizes(kinds: set[str]) -> Iterator[Sizes]:
-    """Every combination of the kinds' sizes, those that are high on no ladder first."""
+    """Every combination of the kinds' sizes, those that are high on no ladder first.
+
+    A model that was exported with fixed parts may run with no batch but one of two.
+    """
     ladders = sorted(kinds & _LADDERS.keys())
     ranges = (range(len(_LADDERS[kind])) for kind in ladders)
     for steps in sorted(itertools.product(*ranges), key=lambda item: (sum(item), item)):
-        yield Sizes(1, dict(zip(ladders, steps, strict=True)), second=False)
+        for batch, second in ((1, False), (2, False), (2, True)):
+            yield Sizes(batch, dict(zip(ladders, steps, strict=True)), second)
 
 
 def second_sizes(worked: Sizes) -> Iterator[Sizes]:
