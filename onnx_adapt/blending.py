@@ -132,7 +132,8 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
         if set(parts) != set(first):
             raise AdapterError(
                 f"slot {slot!r} has the parts {', '.join(first)} in one adapter and "
-                f"{', '.join(parts)} in another"
+                f"{', '.join(parts)} in another",
+                hint="run one at a time, or convert both for a model with the slots of both",
             )
     if closed := [part for part in first if part in _CLOSED]:
         raise AdapterError(

@@ -220,7 +220,10 @@ def inline_model(model: Model) -> Model:
     try:
         proto = onnx.inliner.inline_local_functions(model.proto)
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
-        raise RunError(f"the functions of {model.label} cannot be inlined: {error}") from error
+        raise RunError(
+            f"the functions of {model.label} cannot be inlined: {error}",
+            hint="export it without functions: torch.onnx.export(..., dynamo=False)",
+        ) from error
     return replace(model, proto=proto)
 
 

@@ -66,7 +66,8 @@ class Runner:
             raise RunError(
                 f"ONNX Runtime {ort.__version__} cannot load {model.label}: "
                 f"{shortened(error)}",
-                hint="does the model run on the CPU without adapters?",
+                hint="`onnx-adapt check` says whether its slots are whole; without slots it may "
+                "ask for an operator or a provider that is not here",
             ) from error
         self.outputs = [item.name for item in self._session.get_outputs()]
 

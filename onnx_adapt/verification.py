@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Probe, neutral_model
+from onnx_adapt.proof.reach import unreached_slots
 from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.report import Check, Report, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
@@ -70,6 +72,8 @@ def verify(
 
     Raises:
         AdaptError: If a model or input cannot be used at all; a mismatch is no error.
+        UnprovableError: If the base does not run here, or without `weights` no slot is
+            reached: then nothing is proven.
 
     Example:
         >>> import onnx_adapt as oa
@@ -98,8 +102,12 @@ def verify(
         opened = any(weight.swappable for weight in manifest.weights)
         proof = _Proof(before, after, manifest.slots, inputs, seed, tell, opened)
         proof.run_base()
-        shapes = tuple({k: np.shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
+        shapes = tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
+        if not weights:
+            left = unreached_slots(after, manifest.slots, proof.feeds)
+            unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
+            checks[-1] = replace(checks[-1], warnings=unseen)
         if any(slot.batched for slot in manifest.slots):
             checks.append(proof.rows())
         if weights and manifest.slots:
@@ -111,6 +119,11 @@ def verify(
     return Report(
         before.label, label, tuple(checks), results, shapes, runtime_version(), strict
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of an input; of a sequence or map how many items it has."""
+    return (len(value),) if isinstance(value, list | dict) else np.shape(value)
 
 
 def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:

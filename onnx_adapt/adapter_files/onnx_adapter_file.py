@@ -38,12 +38,18 @@ def read(data: bytes, path: Path) -> Adapter:
         AdapterError: If the file is damaged or of another format version.
     """
     if len(data) < 8 or data[4:8] != _IDENTIFIER:
-        raise AdapterError(f"{path.name} is not an .onnx_adapter file")
+        raise AdapterError(
+            f"{path.name} is not an .onnx_adapter file",
+            hint="`onnx-adapt convert` and `extract` write such files",
+        )
     try:
         version, _, base, parameters = _table(data, _follow(data, 0))
         number = _INT.unpack_from(data, version)[0] if version else 0
         if number != 1:
-            raise AdapterError(f"{path.name} has format version {number}; only 1 is known")
+            raise AdapterError(
+                f"{path.name} has format version {number}; only 1 is known",
+                hint="upgrade: pip install -U onnx-adapt",
+            )
         identity = abbreviated(_INT.unpack_from(data, base)[0]) if base else ""
         tensors = _parameters(data, parameters)
         return adapter_from_tensors(path.stem, tensors, fingerprint=identity)

@@ -123,6 +123,7 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.adapter_files import encode_adapter
+    from onnx_adapt.files.destination import settle
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -164,6 +165,7 @@ def command(
             inline_functions=inline_functions,
         )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+    settle(path)  # before a proof that may take long
     with patience() as (progress, stage):
         proof = None if no_verify else _prove(base, adapted, inputs, stage)
         weights = None
@@ -201,10 +203,7 @@ def command(
         tell_thin(base, saved)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
-    if proof is not None or no_verify:
-        say_next("verify", model, path)
-    else:
-        say_next("slots", path)
+    say_next("verify", model, path, *(word for file in inputs for word in ("--inputs", file)))
 
 
 def _refuse_idle(given: str, options: dict[str, object]) -> None:
@@ -216,17 +215,13 @@ def _refuse_idle(given: str, options: dict[str, object]) -> None:
 
 def _prove(
     base: Model, adapted: Model, inputs: tuple[str, ...], stage: Callable[[str], None]
-) -> Report | None:
-    """Check the result before anything is written; None if it cannot be checked here."""
+) -> Report:
+    """Check the result before anything is written; what cannot be proven is not written."""
     import onnx_adapt as oa
-    from onnx_adapt.errors import UnprovableError
 
-    try:
-        report = oa.verify(base, adapted, inputs=inputs or None, weights=False, stage=stage)
-    except UnprovableError as error:
-        say(f"warning: not verified: {error.message}")
-        say(f"hint: {error.hint}")
-        return None
+    report = oa.verify(base, adapted, inputs=inputs or None, weights=False, stage=stage)
+    for text in report.warnings:
+        say(f"warning: {text}")
     return report.raise_for_mismatch()
 
 

@@ -160,7 +160,10 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
     view = survey.index.views[site.graph]
     home = view.home(read.tensor)
     if home is None or home.scope.path != read.graph:
-        raise SiteError(f"{what} cannot be read where target {site.tensor!r} is computed")
+        raise SiteError(
+            f"{what} cannot be read where target {site.tensor!r} is computed",
+            hint=f"name a tensor of graph {site.graph} or of one around it",
+        )
     if not _comes_before(view, home, read.tensor, site.tensor):
         raise SiteError(
             f"{what} is computed after target {site.tensor!r}",
