@@ -23,6 +23,7 @@ from onnx_adapt.graph.layers import (
     KINDS,
     LAST,
     bias_add,
+    feature_width,
     find_weight,
     float_downstream,
     inherited_type,
@@ -226,12 +227,7 @@ def _site(
     if layer:
         channels = KINDS[node.op_type].axis == CHANNELS and rank != 2
     axis = CHANNELS if channels else LAST
-    width = None
-    if known.shape and axis < len(known.shape):
-        size = known.shape[axis]
-        width = size if isinstance(size, int) else None
-    if width is None and layer:
-        width = weight_width(view, node)
+    width = feature_width(view, node if layer else None, tensor, axis)
     adding = view.producer(bias) if bias else None
     site = Site(
         address=f"{path}:{tensor}",
