@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import onnx
@@ -179,6 +179,18 @@ class ModelIndex:
         """The view of the main graph."""
         return self.views["main"]
 
+    def stale_records(self) -> dict[str, tuple[TensorType, TensorType]]:
+        """The tensors that the model records otherwise than inferred: record, inferred."""
+        inputs = self.main.scope.graph.input
+        symbols = {dim for value in inputs for dim in read_type(value).shape or ()}
+        return {
+            f"{path}:{name}": (record, view.inferred[name])
+            for path, view in self.views.items()
+            for name, record in view.records.items()
+            if name in view.inferred and name not in view.constants
+            if _contradict(record, view.inferred[name], symbols)
+        }
+
     def names(self) -> set[str]:
         """Every tensor name used anywhere, functions left out."""
         found: set[str] = set()
@@ -272,6 +284,19 @@ def _note_types(view: GraphView, inferred: Iterable[onnx.ValueInfoProto]) -> Non
             known.elem_type or record.elem_type,
             record.shape if known.shape is None else known.shape,
         )
+
+
+def _contradict(record: TensorType, known: TensorType, symbols: Container[object]) -> bool:
+    """Whether a record cannot be true for all inputs that the model declares."""
+    if record.elem_type and known.elem_type and record.elem_type != known.elem_type:
+        return True
+    if record.shape is None or known.shape is None:
+        return False
+    return len(record.shape) != len(known.shape) or any(
+        isinstance(a, int) and a != b and (isinstance(b, int) or b in symbols)
+        for a, b in zip(record.shape, known.shape, strict=True)
+        if b is not None
+    )
 
 
 def _merged(first: TensorType, second: TensorType) -> TensorType:

@@ -7,6 +7,7 @@ them. Only what an operator makes that nobody knows keeps its record, for the no
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -52,10 +53,13 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    plain = _Cleaning(copy, look).clean()
+    names = _tell_apart(copy.graph)
+    plain = _Cleaning(copy, lambda path, name: look(path, names.get(name, name))).clean()
     result = _run(copy)
     graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
     values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
+    for value in (value for here in values.values() for value in here):
+        value.name = names.get(value.name, value.name)
     return Inferred(values, plain and result is not None)
 
 
@@ -88,6 +92,49 @@ def _run(proto: onnx.ModelProto) -> onnx.ModelProto | None:
             continue
     # What the model itself records is used then; a site without a type says so.
     return None
+
+
+def _tell_apart(main: onnx.GraphProto) -> dict[str, str]:
+    """Give each tensor of a body a name that no other graph has, in place.
+
+    ONNX follows the numbers in shapes by the names of tensors alone, and takes those of one
+    branch for those of the other.
+
+    Returns:
+        What the renamed tensors were called.
+    """
+    if not any(True for node in main.node for _ in walk.bodies(node)):
+        return {}
+    taken, before = set(_declared(main)), {}
+    waiting = [(node, ChainMap[str, str]()) for node in main.node]
+    while waiting:
+        node, around = waiting.pop()
+        for _, body in walk.bodies(node):
+            own: dict[str, str] = {}
+            for name in _declared(body):
+                new = name
+                while new in taken:
+                    new += f"/{len(taken)}"
+                taken.add(new)
+                if new != name:
+                    own[name], before[new] = new, name
+                elif name in around:
+                    own[name] = name
+            names = around.new_child(own)
+            for value in (*body.input, *body.output, *body.value_info, *body.initializer):
+                value.name = names.get(value.name, value.name)
+            for inner in body.node:
+                inner.input[:] = [names.get(name, name) for name in inner.input]
+                inner.output[:] = [names.get(name, name) for name in inner.output]
+            waiting += [(inner, names) for inner in body.node]
+    return before
+
+
+def _declared(graph: onnx.GraphProto) -> dict[str, None]:
+    """The tensors of a graph that are not of a graph around it."""
+    values = (*graph.input, *graph.initializer)
+    made = (name for node in graph.node for name in node.output if name)
+    return dict.fromkeys((*(value.name for value in values), *made))
 
 
 @dataclass(slots=True)
