@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from onnx_adapt import walk
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph.index import default_opset
@@ -29,8 +29,6 @@ from onnx_adapt.manifest import (
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_rank
 from onnx_adapt.slot import check_slot
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
@@ -56,7 +54,7 @@ def tensor_of(name: str, value: Array) -> onnx.TensorProto:
     """A float array as a stored tensor."""
     return onnx.TensorProto(
         name=name,
-        data_type=_ELEM_TYPES[str(value.dtype)],
+        data_type=ELEM_TYPES[str(value.dtype)],
         dims=value.shape,
         raw_data=value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes(),
     )
@@ -67,7 +65,7 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
     axis = bottleneck_axis(slot, part)
     if axis is not None and not slot.bottleneck:
         shape[axis] = slot.symbol
-    elem_type = _ELEM_TYPES[slot.dtype]
+    elem_type = ELEM_TYPES[slot.dtype]
     return helper.make_tensor_value_info(slot.weight(part), elem_type, shape)
 
 
@@ -76,7 +74,7 @@ def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
     name = slot.weight(part)
     shape: list[int | str] = [1] * row_rank(slot)
     shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
-    return helper.make_tensor_value_info(name, _ELEM_TYPES[slot.dtype], shape)
+    return helper.make_tensor_value_info(name, ELEM_TYPES[slot.dtype], shape)
 
 
 def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
@@ -141,7 +139,7 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
         for part in slot.parts:
             tensor = stored[slot.weight(part)]
             sizes.add(_check_shape(slot, part, tensor.dims))
-            if tensor.data_type != _ELEM_TYPES[slot.dtype]:
+            if tensor.data_type != ELEM_TYPES[slot.dtype]:
                 raise SlotError(f"weight {tensor.name!r} is not {slot.dtype}, as its slot is")
         if len(sizes - {-1}) > 1:
             raise SlotError(f"the weights of slot {slot.name!r} have different bottlenecks")

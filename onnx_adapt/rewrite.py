@@ -134,7 +134,7 @@ def _insert(
         names = [_inlined_name(survey, name) for name in names]
     resolution = resolve(survey, names)
     for site in resolution.skipped:
-        _log.warning("left out %s: %s", site.address, site.refused)
+        _log.warning("left out %s: %s", site.address, site.reason)
     taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ManifestError
+from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import (
     GraphView,
     ModelIndex,
@@ -23,6 +25,7 @@ from onnx_adapt.graph.layers import (
     KINDS,
     LAST,
     bias_add,
+    feature_width,
     find_weight,
     float_downstream,
     inherited_type,
@@ -34,6 +37,8 @@ from onnx_adapt.graph.layout import channel_tensors
 from onnx_adapt.graph.modules import ModuleIndex, index_modules
 from onnx_adapt.manifest import read_manifest, slot_of
 from onnx_adapt.model_file import Model
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class Site:
         layer: Whether the site is the output of a layer.
         core: Index of the node in its graph.
         also: Names of other nodes that stand for it: that of the bias Add.
+        before_bias: Where the layer's bias is added, if that is behind the tensor. An
+            adapter after the layer cannot go here, one after the tensor can.
     """
 
     address: str
@@ -71,10 +78,16 @@ class Site:
     layer: bool
     core: int
     also: tuple[str, ...] = ()
+    before_bias: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why no adapter can go after the layer or module that this is, or None."""
+        return self.refused or self.before_bias
 
     def as_dict(self) -> dict[str, object]:
         """What `onnx-adapt sites --json` prints of a site."""
-        return {name: getattr(self, name) for name in _PRINTED}
+        return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
 
 
 _PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")
@@ -138,6 +151,7 @@ class Survey:
 def survey_model(model: Model) -> Survey:
     """Index a model and find all its sites."""
     index = index_model(model)
+    _tell_stale(index)
     outer: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
@@ -159,6 +173,23 @@ def survey_model(model: Model) -> Survey:
             survey.hidden.setdefault(name, []).append(site)
     survey.by_address.update((site.address, site) for site in survey.sites)
     return survey
+
+
+def _tell_stale(index: ModelIndex) -> None:
+    """Say once that a model records what cannot be; nothing else depends on it."""
+    stale = index.stale_records()
+    for address, (record, known) in list(stale.items())[:1]:
+        _log.warning(
+            "the model records %s for %r, but %s follows from its inputs and weights%s; "
+            "its records are not used",
+            *(_in_words(record), address, _in_words(known)),
+            f" (and so for {len(stale) - 1} more)" if len(stale) > 1 else "",
+        )
+
+
+def _in_words(known: TensorType) -> str:
+    sizes = ", ".join("?" if dim is None else str(dim) for dim in known.shape or ())
+    return f"{elem_name(known.elem_type)}[{sizes if known.shape is not None else '...'}]"
 
 
 def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
@@ -226,12 +257,7 @@ def _site(
     if layer:
         channels = KINDS[node.op_type].axis == CHANNELS and rank != 2
     axis = CHANNELS if channels else LAST
-    width = None
-    if known.shape and axis < len(known.shape):
-        size = known.shape[axis]
-        width = size if isinstance(size, int) else None
-    if width is None and layer:
-        width = weight_width(view, node)
+    width = feature_width(view, node if layer else None, tensor, axis)
     adding = view.producer(bias) if bias else None
     site = Site(
         address=f"{path}:{tensor}",
@@ -249,7 +275,8 @@ def _site(
         core=core,
         also=(text(adding[1].name),) if adding else (),
     )
-    return replace(site, refused=_refusal(view, site, known))
+    behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
+    return replace(site, refused=_refusal(view, site, known), before_bias=behind)
 
 
 def _rank(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | None:

@@ -19,7 +19,7 @@ from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
 from onnx_adapt.printable import count
-from onnx_adapt.proof.checker import complaints
+from onnx_adapt.proof.checker import new_complaints
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
@@ -114,7 +114,7 @@ def verify(
             on, effect, results = proof.on()
             checks += [on, effect]
     tell("asking the ONNX checker")
-    checks.append(_checker(before, after))
+    checks.append(_checker(before, after, manifest))
     label = "the result" if after.path == before.path else after.label
     return Report(
         before.label, label, tuple(checks), results, shapes, runtime_version(), strict
@@ -303,8 +303,9 @@ def _effect_check(results: Sequence[SlotResult]) -> Check:
     return Check("effect", bool(moving), detail, warnings)
 
 
-def _checker(base: Model, adapted: Model) -> Check:
+def _checker(base: Model, adapted: Model, manifest: Manifest) -> Check:
     """The checker and strict shape inference say nothing new."""
-    known = complaints(base)
-    new = [line for line in complaints(adapted) if line not in known]
+    if manifest.inlined and base.proto.functions:
+        base = inline_model(base)
+    new = new_complaints(base, adapted, manifest.slots)
     return Check("checker", not new, "; ".join(new[:4]) or "nothing new to report")

@@ -48,7 +48,7 @@ class Tap:
 
 
 class Tapper:
-    """Adds outputs to a model, in place.
+    """Adds outputs to a model, in place, and takes out the shapes it records.
 
     Args:
         proto: The model; it is changed.
@@ -57,6 +57,8 @@ class Tapper:
     def __init__(self, proto: onnx.ModelProto) -> None:
         self._proto = proto
         self._scopes = {scope.path: scope for scope in walk.scopes(proto.graph)}
+        for scope in self._scopes.values():
+            _forget(scope.graph)
         self._taps: dict[tuple[str, str], Tap | None] = {}
         self._empty: dict[int, str] = {}
 
@@ -151,6 +153,17 @@ class Tapper:
             self._proto.graph.initializer.append(empty)
             self._empty[elem_type] = name
         return self._empty[elem_type]
+
+
+def _forget(graph: onnx.GraphProto) -> None:
+    """Drop the shapes that a graph records, in place: ONNX Runtime plans memory by them.
+
+    Where they are wrong, a tensor that is kept for a tap is overwritten before it is read.
+    """
+    del graph.value_info[:]
+    for value in graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
 
 
 _LIFTS = ("If", "Loop", "Scan")
