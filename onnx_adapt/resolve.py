@@ -59,32 +59,38 @@ class Resolution:
     skipped: tuple[Site, ...]
 
 
-def resolve(survey: Survey, names: Sequence[str]) -> Resolution:
+def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) -> Resolution:
     """Find the sites that names mean.
 
     A name is tried as a site's address, a node's name, a tensor's name, a PyTorch module
     path, and a glob over these: `*` stays within one part of a path, `**` does not. A
     site named twice is chosen twice; a glob adds only what is not chosen yet, and takes
-    every call of a module that runs several times.
+    every call of a module that runs several times. An `axis` that the user names is the
+    feature axis of each site.
 
     Raises:
         SiteNotFoundError: If nothing has the name; the hint lists the nearest.
         AmbiguousSiteError: If a name that is no glob means several places.
         SiteRefusedError: If the place cannot take an adapter.
     """
+
+    def laid(choice: Choice) -> Choice:
+        site = choice.site if axis is None else survey.on_axis(choice.site, axis)
+        return replace(choice, site=site)
+
     choices: list[Choice] = []
     skipped: dict[str, Site] = {}
     globs: list[str] = []
     for name in names:
         choice = _exact(survey, name)
         if choice is not None:
-            choices.append(_usable(survey, choice))
+            choices.append(_usable(survey, laid(choice)))
         elif _GLOB.search(name):
             globs.append(name)
         else:
             raise _not_found(survey, name)
     for pattern in globs:
-        hits = _glob(survey, pattern)
+        hits = [laid(hit) for hit in _glob(survey, pattern)]
         usable = [hit for hit in hits if hit.refused is None]
         if not usable:
             raise _none_usable(survey, pattern, hits)
@@ -288,7 +294,7 @@ def _usable(survey: Survey, choice: Choice) -> Choice:
     elif other := _other_output(survey, site):
         hint = f"another output of the node can: --after '{other.address}'"
     else:
-        hint = _SITES_HINT
+        hint = _axis_hint(survey, site) or _SITES_HINT
     raise SiteRefusedError(
         f"{site.node or site.op} ({site.op}), tensor {site.tensor!r}, cannot take an "
         f"adapter: {choice.refused}",
@@ -296,11 +302,23 @@ def _usable(survey: Survey, choice: Choice) -> Choice:
     )
 
 
+def _axis_hint(survey: Survey, site: Site) -> str:
+    """How to name the feature axis of a site, or not to; '' if that is no help."""
+    told = survey.site(survey.index.views[site.graph], site.tensor)
+    if told.refused is None:
+        return f"leave out the axis: the operators around it say {told.axis}"
+    if site.axis is not None:
+        return ""
+    laid = [survey.on_axis(site, axis) for axis in (-1, 1)]
+    good = [f"--axis {at.axis} ({at.width} wide)" for at in laid if at.refused is None]
+    return f"if you know it, say so: {' or '.join(dict.fromkeys(good))}" if good else ""
+
+
 def _other_output(survey: Survey, site: Site) -> Site | None:
     """Another output of a site's node, one that can take an adapter."""
     view = survey.index.views[site.graph]
     names = [survey.settled(site.graph, name) for name in view.nodes[site.core].output if name]
-    others = (survey.site(view, name) for name in names)
+    others = (survey.site(view, name) for name in names if name != site.tensor)
     return next((other for other in others if other.refused is None), None)
 
 

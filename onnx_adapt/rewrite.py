@@ -25,7 +25,7 @@ from onnx_adapt.resolve import resolve
 from onnx_adapt.rewriting.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.rewriting.graft import manifest_of, put_in, restore_inputs, take_out
 from onnx_adapt.rewriting.plan import Recipe, free_name, plan_slot, reserved_names
-from onnx_adapt.sites import Survey, survey_model
+from onnx_adapt.sites import Site, Survey, survey_model
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -45,6 +45,7 @@ def insert(
     bias: bool = False,
     parts: Sequence[str] = ("down", "up"),
     source: str = "",
+    axis: int | None = None,
     norm: str = "",
     norm_after: str = "",
     bottleneck: int | None = None,
@@ -69,6 +70,8 @@ def insert(
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.PARTS`.
         source: A tensor for the adapter to read in place of the target.
+        axis: The feature axis of every place, and of the source: -1 for the last one, or
+            1 for channels. By default the one that the operators around a place tell.
         norm: A normalisation of the base, by name, re-applied to the source.
         norm_after: Let the slot's own normalisation wrap the `term` or the `sum`.
         bottleneck: Inner size; by default each adapter brings its own, and a baked slot
@@ -107,6 +110,7 @@ def insert(
         activation=activation,
         parts=tuple(sorted({*parts, *extra}, key=_part_order)),
         source=source,
+        axis=axis,
         norm=norm,
         norm_after=norm_after,
         swappable=not baked,
@@ -132,12 +136,13 @@ def _insert(
     survey = survey_model(result)
     if known.inlined:
         names = [_inlined_name(survey, name) for name in names]
-    resolution = resolve(survey, names)
+    resolution = resolve(survey, names, axis=recipe.axis)
     for site in resolution.skipped:
         _log.warning("left out %s: %s", site.address, site.reason)
     taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:
+        _tell_axis(survey, choice.site)
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
@@ -149,6 +154,16 @@ def _insert(
         for slot in slots
     }
     return put_in(result, survey.index, known, slots, weights)
+
+
+def _tell_axis(survey: Survey, site: Site) -> None:
+    """Warn of an axis that the user named and the operators around it do not."""
+    told = survey.by_address.get(site.address, site)
+    if told.axis not in (None, site.axis):
+        _log.warning(
+            "%s: the slot is on axis %s as you say; the operators around it say %s",
+            *(site.address, site.axis, told.axis),
+        )
 
 
 def _inlined_name(survey: Survey, name: str) -> str:

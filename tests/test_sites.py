@@ -211,11 +211,12 @@ def test_the_width_and_dtype_of_a_fused_layer_are_its_weights(
     assert site.refused is None
 
 
-def test_a_width_that_the_weight_does_not_tell_is_unknown() -> None:
-    text = "g (float[B,S,4] x) => (float[B,S] y) {y = MatMul(x, w)}"
+@pytest.mark.parametrize("sizes", ["B,S", "2,10"])
+def test_the_product_with_a_vector_has_no_features(sizes: str) -> None:
+    text = f"g (float[{sizes},4] x) => (float[{sizes}] y) {{[dot] y = MatMul(x, w)}}"
     site = layers(model(text, "w 4"))["y"]
-    assert site.width is None
-    assert "unknown width" in str(site.refused)
+    assert (site.width, site.axis) == (None, None)
+    assert site.refused == "MatMul 'dot' sums over the axis of its features"
 
 
 def test_channels_of_a_tensor_with_unknown_axes_are_refused() -> None:

@@ -29,6 +29,14 @@ MAX_BOTTLENECK = 1 << 16
 """No adapter is as wide; its weights would not fit into memory."""
 
 
+def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """An axis as a number; `last` is -1."""
+    try:
+        return None if value is None else -1 if value == "last" else int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no axis; give -1, last or 1") from None
+
+
 @click.command("insert", short_help="Insert adapter slots into a model.")
 @click.argument("model", type=click.Path())
 @click.option(
@@ -68,6 +76,12 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("--bias", is_flag=True, help="Give both projections a bias.")
 @click.option("--source", default="", help="A tensor for the adapter to read instead.")
 @click.option(
+    "--axis",
+    metavar="[-1|last|1]",
+    callback=_axis,
+    help="The feature axis, where you know it: the last one, or 1 for channels.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=0,
@@ -99,6 +113,7 @@ def command(
     activation: str,
     bias: bool,
     source: str,
+    axis: int | None,
     seed: int,
     inline_functions: bool,
     inputs: tuple[str, ...],
@@ -135,7 +150,12 @@ def command(
     _refuse_idle(
         "--adapter" if adapter else "--after",
         {"bias": bias, "activation": activation != "relu", "bottleneck": bottleneck}
-        | {"source": source, "seed": seed, "inline-functions": inline_functions}
+        | {
+            "source": source,
+            "axis": axis is not None,
+            "seed": seed,
+            "inline-functions": inline_functions,
+        }
         if adapter
         else {
             "name": name,
@@ -158,6 +178,7 @@ def command(
             activation=activation,
             bias=bias,
             source=source,
+            axis=axis,
             bottleneck=bottleneck,
             baked=not swappable,
             batched=batched,
