@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 
 from onnx_adapt import walk
+from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fingerprint import fingerprint
+from onnx_adapt.fitting import require_fit
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
@@ -24,7 +26,8 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Probe, neutral_model
 from onnx_adapt.proof.row_proof import check_rows
-from onnx_adapt.report import Check, Report, SlotResult
+from onnx_adapt.proof.saturation import check_saturation, widening
+from onnx_adapt.report import Check, Report, Saturation, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
 from onnx_adapt.rewriting.damage import foreign_readers
 from onnx_adapt.runtime import Runner, Values
@@ -49,6 +52,7 @@ def verify(
     strict: bool = False,
     seed: int = 0,
     weights: bool = True,
+    adapter: Adapter | None = None,
     stage: Stage | None = None,
 ) -> Report:
     """Prove that an adapted model is its base plus exactly its slots.
@@ -66,9 +70,12 @@ def verify(
         seed: Of the made-up inputs and weights.
         weights: Run the checks that turn slots on; without them only interface, graph, off
             and checker are checked.
+        adapter: Check as well that this adapter's values fit the ranges that a quantised
+            base was calibrated for. Without one, that of a filled or baked model is.
         stage: Told what is being done.
 
     Raises:
+        AdapterError: If the adapter does not fit.
         AdaptError: If a model or input cannot be used at all; a mismatch is no error.
 
     Example:
@@ -93,6 +100,9 @@ def verify(
     checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
     shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
     results: tuple[SlotResult, ...] = ()
+    saturation: tuple[Saturation, ...] = ()
+    if adapter is not None:
+        require_fit(after, adapter)
     if checks[0].passed:
         tell("running the base")
         opened = any(weight.swappable for weight in manifest.weights)
@@ -105,11 +115,22 @@ def verify(
         if weights and manifest.slots:
             on, effect, results = proof.on()
             checks += [on, effect]
+        if weights or adapter is not None:
+            tell("counting what saturates with the adapter on")
+            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.feeds)
+            checks += [fits] if fits else []
     tell("asking the ONNX checker")
     checks.append(_checker(before, after))
     label = "the result" if after.path == before.path else after.label
     return Report(
-        before.label, label, tuple(checks), results, shapes, runtime_version(), strict
+        before.label,
+        label,
+        tuple(checks),
+        results,
+        shapes,
+        runtime_version(),
+        strict,
+        saturation,
     )
 
 
@@ -191,7 +212,7 @@ class _Proof:
             worst[optimised] = distance(self.expected[optimised], got)
             seen[optimised] = in_words(self.expected[optimised], got)
             del runner  # before the next one, so that the weights are in memory once
-        limit = self._limit()
+        limit = self._limit() + widening(model, self.slots, self.feeds)
         # A weight that became an input is no constant to ONNX Runtime: other kernels run.
         exact = kind in ("float32", "float64") and not self.opened
         passed = worst[False] == 0 if exact else worst[False] <= limit

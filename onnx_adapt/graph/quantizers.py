@@ -20,7 +20,7 @@ from onnx_adapt.manifest import Slot, slot_of
 from onnx_adapt.model_file import read_tensor
 
 _KINDS = onnx.TensorProto
-_LIMITS = {
+_LIMITS: dict[int, tuple[int, int]] = {
     _KINDS.UINT8: (0, 255),
     _KINDS.INT8: (-128, 127),
     _KINDS.UINT16: (0, 65535),
