@@ -92,6 +92,10 @@ def own_ends(quantizer: Quantizer, off: Seen) -> Ends:
     return Ends(relu, relu and off.above > 0 and bool(six))
 
 
+Bounds = tuple[Array | None, Array | None]
+"""The least and the largest value that may pass, `()` or `(channels,)`; None for any."""
+
+
 def observe(
     model: Model, quantizers: Sequence[Quantizer], feeds: Iterable[Feeds]
 ) -> tuple[list[Seen], list[Values]]:
@@ -129,17 +133,17 @@ OFFSET = "clipping/offset"
 def endless(
     model: Model,
     quantizers: Sequence[Quantizer],
-    ends: Sequence[Ends],
+    bounds: Sequence[Bounds],
     ranks: Sequence[int],
     *,
     rounded: bool,
 ) -> Model:
-    """A model whose quantizers saturate nothing.
+    """A model whose quantizers saturate nothing but what is out of other bounds.
 
     Args:
         model: The model.
         quantizers: Its quantizers; those that cannot be followed are left as they are.
-        ends: The ends of their ranges that stay.
+        bounds: What holds in place of the ends of their ranges.
         ranks: The numbers of axes of what they are given.
         rounded: Whether values are rounded as before, or left as they are.
     """
@@ -152,7 +156,7 @@ def endless(
         if quantizer.refused or not ranks[number]:
             continue
         nodes, constants = _endless_nodes(
-            quantizer, ends[number], ranks[number], f"clipping/{number}", rounded=rounded
+            quantizer, bounds[number], ranks[number], f"clipping/{number}", rounded=rounded
         )
         result.proto.graph.initializer.extend(constants)
         swapped[quantizer.graph][quantizer.node] = nodes
@@ -183,9 +187,9 @@ def endless(
 
 
 def _endless_nodes(
-    quantizer: Quantizer, ends: Ends, rank: int, prefix: str, *, rounded: bool
+    quantizer: Quantizer, bounds: Bounds, rank: int, prefix: str, *, rounded: bool
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """`scale * (round(x / scale + offset) - offset)`, within the ends that stay."""
+    """`scale * (round(x / scale + offset) - offset)`, within the bounds."""
     dtype = quantizer.scale.dtype
     constants: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
@@ -210,10 +214,10 @@ def _endless_nodes(
         step("Round")
         step("Sub", offset)
         step("Mul", scale)
-    low, high = quantizer.range
-    if ends.low:
+    low, high = bounds
+    if low is not None:
         step("Max", constant("low", low))
-    if ends.high:
+    if high is not None:
         step("Min", constant("high", high))
     step("Identity")
     nodes[-1].output[0] = quantizer.output
@@ -247,7 +251,21 @@ class Ranges:
 
     def endless(self, model: Model, *, rounded: bool) -> Model:
         """A model of the same graph, with other weights, whose quantizers have no ends."""
-        return endless(model, self.quantizers, self.ends, self.ranks, rounded=rounded)
+        bounds: list[Bounds] = []
+        for quantizer, ends in zip(self.quantizers, self.ends, strict=True):
+            low, high = quantizer.range
+            bounds.append((low if ends.low else None, high if ends.high else None))
+        return endless(model, self.quantizers, bounds, self.ranks, rounded=rounded)
+
+    def as_wide_as_off(self, model: Model) -> Model:
+        """The same, but that values end where the ranges end, or those with slots off."""
+        bounds: list[Bounds] = []
+        for quantizer, ends, seen in zip(self.quantizers, self.ends, self.seen, strict=True):
+            low, high = quantizer.range
+            least = low if ends.low else np.fmin(low, seen.least)
+            most = high if ends.high else np.fmax(high, seen.most)
+            bounds.append((least, most))
+        return endless(model, self.quantizers, bounds, self.ranks, rounded=True)
 
     def rounding(self, model: Model) -> float:
         """How far rounding moves the outputs of a model of the same graph, at most."""

@@ -82,9 +82,11 @@ def restore_ranges(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
 
 
 def with_base_ranges(model: Model) -> Model:
-    """A model with slots whose ranges are the base's."""
-    result = model.copy()
+    """A model with slots whose ranges are the base's; itself if none was widened."""
     manifest = required_manifest(model)
+    if not manifest.widened:
+        return model
+    result = model.copy()
     restore_ranges(result.proto, manifest.widened)
     write_manifest(result.proto, replace(manifest, widened=()))
     return result
