@@ -23,6 +23,7 @@ from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,
     Slot,
+    Widened,
     slot_of,
     write_manifest,
 )
@@ -92,6 +93,7 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
                 hint="another tool rewrote the graph; insert into the base model again",
             )
     check_base_weights(proto, manifest.weights)
+    check_widened(proto, manifest.widened)
 
 
 def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
@@ -108,6 +110,22 @@ def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) ->
                 f"weight {weight.name!r} is not replaceable any more: it was stripped from "
                 "the model",
                 hint="simplifiers do this; run them on the base first, then insert",
+            )
+
+
+def check_widened(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
+    """Check that the ranges that were widened are in the model.
+
+    Raises:
+        SlotError: If another tool took them away.
+    """
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    for item in widened:
+        if item.name not in stored:
+            raise SlotError(
+                f"{item.name!r}, the widened range behind {item.quantizer!r}, is gone from "
+                "the model",
+                hint="another tool folded or renamed it; insert into the base model again",
             )
 
 

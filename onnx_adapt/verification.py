@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 
 from onnx_adapt import walk
+from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fingerprint import fingerprint
+from onnx_adapt.fitting import require_fit
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
@@ -26,9 +28,11 @@ from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Probe, neutral_model
 from onnx_adapt.proof.reach import unreached_slots
 from onnx_adapt.proof.row_proof import check_rows
-from onnx_adapt.report import Check, Report, SlotResult
+from onnx_adapt.proof.saturation import check_ranges, check_saturation
+from onnx_adapt.report import Check, Report, Saturation, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
 from onnx_adapt.rewriting.damage import foreign_readers
+from onnx_adapt.rewriting.ranges import with_base_ranges
 from onnx_adapt.runtime import Runner, Values
 
 Stage = Callable[[str], None]
@@ -51,6 +55,7 @@ def verify(
     strict: bool = False,
     seed: int = 0,
     weights: bool = True,
+    adapter: Adapter | None = None,
     stage: Stage | None = None,
 ) -> Report:
     """Prove that an adapted model is its base plus exactly its slots.
@@ -68,9 +73,12 @@ def verify(
         seed: Of the made-up inputs and weights.
         weights: Run the checks that turn slots on; without them only interface, graph, off
             and checker are checked.
+        adapter: Check as well that this adapter's values fit the ranges that a quantised
+            base was calibrated for. Without one, that of a filled or baked model is.
         stage: Told what is being done.
 
     Raises:
+        AdapterError: If the adapter does not fit.
         AdaptError: If a model or input cannot be used at all; a mismatch is no error.
         UnprovableError: If the base does not run here, or without `weights` no slot is
             reached: then nothing is proven.
@@ -97,6 +105,9 @@ def verify(
     checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
     shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
     results: tuple[SlotResult, ...] = ()
+    saturation: tuple[Saturation, ...] = ()
+    if adapter is not None:
+        require_fit(after, adapter)
     if checks[0].passed:
         tell("running the base")
         opened = any(weight.swappable for weight in manifest.weights)
@@ -108,16 +119,30 @@ def verify(
             left = unreached_slots(after, manifest.slots, proof.feeds)
             unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
             checks[-1] = replace(checks[-1], warnings=unseen)
+        if manifest.widened:
+            off, expected = neutral_model(after), (proof.expected[False], proof.expected[True])
+            checks.append(check_ranges(off, manifest.slots, proof.feeds, expected))
         if any(slot.batched for slot in manifest.slots):
             checks.append(proof.rows())
         if weights and manifest.slots:
             on, effect, results = proof.on()
             checks += [on, effect]
+        if weights or adapter is not None:
+            tell("counting what saturates with the adapter on")
+            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.feeds)
+            checks += [fits] if fits else []
     tell("asking the ONNX checker")
     checks.append(_checker(before, after, manifest))
     label = "the result" if after.path == before.path else after.label
     return Report(
-        before.label, label, tuple(checks), results, shapes, runtime_version(), strict
+        before.label,
+        label,
+        tuple(checks),
+        results,
+        shapes,
+        runtime_version(),
+        strict,
+        saturation,
     )
 
 
@@ -193,7 +218,7 @@ class _Proof:
     def off(self) -> Check:
         """With the slots off the outputs are the base's."""
         kind = self._kind()
-        model = neutral_model(self.adapted)
+        model = with_base_ranges(neutral_model(self.adapted))
         worst, seen = {}, {}
         for optimised in (False, True):
             self.tell(f"running with slots off, optimised {'fully' if optimised else 'not'}")

@@ -66,14 +66,22 @@ def feeds_for(
         AdaptError: If those given do not fit.
         UnprovableError: If none can be made up.
     """
-    items = _listed(given)
-    if not items:
+    if not _listed(given):
         return _made_up(base, runner, seed)
+    return given_feeds(base, given)
+
+
+def given_feeds(base: Model, given: Inputs | Sequence[Inputs] | None) -> list[Feeds]:
+    """The inputs that are given, checked.
+
+    Raises:
+        AdaptError: If they do not fit.
+    """
     return [
         check_feeds(item, base.proto, "the inputs")
         if isinstance(item, Mapping)
         else load_feeds(Path(item), base.proto)
-        for item in items
+        for item in _listed(given)
     ]
 
 
