@@ -19,7 +19,7 @@ FLOORS = (
     ("manifest", "model_file"),
     ("adapter", "coupling", "fingerprint", "graph", "parts", "runtime"),
     ("adapter_files", "blending", "fitting", "sites", "slot"),
-    ("initializers", "oracle", "resolve", "standalone", "swapping"),
+    ("initializers", "oracle", "own_weights", "resolve", "standalone", "swapping"),
     ("rewriting", "session"),
     ("checkpoints", "filling", "proof"),
     ("rewrite",),
@@ -170,8 +170,8 @@ def test_every_error_says_what_to_do_about_it() -> None:
 PUBLIC = [
     *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
     *("Slot", "bake", "blend", "build_adapter", "convert", "extract", "fill", "find_sites"),
-    *("insert", "list_slots", "load_adapter", "load_checkpoint", "open_model", "remove"),
-    *("save_adapter", "save_model", "verify"),
+    *("insert", "list_slots", "load_adapter", "load_checkpoint", "make_adapter", "open_model"),
+    *("remove", "save_adapter", "save_model", "verify"),
 ]
 
 

@@ -35,7 +35,8 @@ def command(
     Names, shapes, element types, coverage, overlap, fingerprint, NaN; slots that are still
     swappable; symbols and recorded shapes; whether the files that MODEL's weights are in
     are there and the same. A quantised MODEL is run: do the adapters' values fit the ranges
-    that it was calibrated for? Exit status 1 if anything is wrong.
+    that it was calibrated for? Exit status 1 if anything is wrong. A file that does not tell
+    its base or activations is ok, with a line that says what was not checked.
 
     \b
       onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
@@ -48,16 +49,23 @@ def command(
         named = dict(zip(files, adapters, strict=True))
         problems = _problems(model, named, allow_partial)
         notes = {} if any(problems.values()) else _saturation(model, named, inputs, problems)
+        silent = _unchecked(model, named) if any(f in problems for f in files) else {}
     together = overlaps(adapters)
     wrong = any(problems.values())
     if as_json:
         print_json(
-            {"passed": not wrong, "problems": problems, "overlaps": together, "notes": notes}
+            {
+                "passed": not wrong,
+                "problems": problems,
+                "unchecked": silent,
+                "overlaps": together,
+                "notes": notes,
+            }
         )
     else:
         for place, found in problems.items():
             emit(f"{plain(place)}: {'ok' if not found else count(len(found), 'problem')}")
-            for text in found:
+            for text in (*found, *silent.get(place, ())):
                 emit(f"  {plain(text)}")
     for place, found in notes.items():
         for text in found:
@@ -80,6 +88,16 @@ def command(
         say_next("slots", model)
     if wrong:
         ctx.exit(1)
+
+
+def _unchecked(model: str, adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """What could not be checked about each file, for the file does not tell."""
+    import onnx_adapt as oa
+    from onnx_adapt.fitting import required_manifest, unchecked
+
+    manifest = required_manifest(oa.open_model(model))
+    found = {file: unchecked(manifest, adapter) for file, adapter in adapters.items()}
+    return {file: texts for file, texts in found.items() if texts}
 
 
 def _problems(
