@@ -15,6 +15,7 @@ from onnx_adapt.errors import AdaptError
 from onnx_adapt.files.payloads import Source
 from onnx_adapt.graph.index import TensorType, elem_name, read_type
 from onnx_adapt.ort import shortened
+from onnx_adapt.suggest import beside
 
 Feeds = dict[str, Any]
 
@@ -75,9 +76,14 @@ def read_arrays(path: Path) -> Feeds:
         size = Source.of(path).size
         with path.open("rb") as file:
             stored = npz_file.read_arrays(file, path, _ALLOWANCE + _EXPANSION * size)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "give an .npz file" if path.is_dir() else beside(path)
+        raise AdaptError(f"cannot read inputs from {path}: {reason}", hint=hint) from error
+    except ValueError as error:
         raise AdaptError(
-            f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
+            f"cannot read inputs from {path}: {error}",
+            hint='numpy.savez("inputs.npz", **arrays) writes such a file',
         ) from error
     return {name: np.array(value) for name, value in stored.items()}  # not read-only
 
