@@ -110,5 +110,5 @@ def _refuse_empty(model: Model) -> None:
     if empty:
         raise AdapterError(
             f"slot {empty[0]!r} of {model.label} is empty",
-            hint="`onnx-adapt fill MODEL FILE` puts an adapter into it",
+            hint="fill it with an adapter first: `onnx-adapt fill MODEL FILE`",
         )

@@ -30,6 +30,7 @@ def required_inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [value for value in proto.graph.input if value.name not in stored]
 
 
+_WRITTEN = 'numpy.savez("inputs.npz", **arrays) writes'
 WITHOUT_PROOF = "`onnx-adapt insert --no-verify` does without the proof"
 
 
@@ -78,12 +79,14 @@ def read_arrays(path: Path) -> Feeds:
             stored = npz_file.read_arrays(file, path, _ALLOWANCE + _EXPANSION * size)
     except OSError as error:
         reason = error.strerror or error
-        hint = "give an .npz file" if path.is_dir() else beside(path)
-        raise AdaptError(f"cannot read inputs from {path}: {reason}", hint=hint) from error
+        raise AdaptError(
+            f"cannot read inputs from {path}: {reason}",
+            hint=f"{_WRITTEN} such a file; {beside(path)}",
+        ) from error
     except ValueError as error:
         raise AdaptError(
             f"cannot read inputs from {path}: {error}",
-            hint='numpy.savez("inputs.npz", **arrays) writes such a file',
+            hint=f"{_WRITTEN} such a file",
         ) from error
     return {name: np.array(value) for name, value in stored.items()}  # not read-only
 
