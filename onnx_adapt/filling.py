@@ -114,5 +114,5 @@ def _refuse_empty(model: Model) -> None:
     if empty:
         raise AdapterError(
             f"slot {empty[0]!r} of {model.label} is empty",
-            hint="fill it with an adapter first",
+            hint="fill it with an adapter first: `onnx-adapt fill MODEL FILE`",
         )

@@ -66,8 +66,8 @@ class Runner:
             raise RunError(
                 f"ONNX Runtime {ort.__version__} cannot load {model.label}: "
                 f"{shortened(error)}",
-                hint="`onnx-adapt check` says whether its slots are whole; without slots it may "
-                "ask for an operator or a provider that is not here",
+                hint="`onnx-adapt check` says whether its slots are whole; a base may need "
+                "operators or providers that are not here",
             ) from error
         self.outputs = [item.name for item in self._session.get_outputs()]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SHORTLIST = 100
-_LONGEST = 500
+_LONGEST, _MOST_BESIDE = 500, 1000
 """Nobody mistyped a longer name, and to compare two takes the square of it."""
 
 
@@ -55,7 +55,8 @@ def _ratio(one: str, other: str) -> float:
 def beside(path: Path) -> str:
     """What to do about a file that is not there: the names beside it that are most like it."""
     try:
-        near = nearest(path.name, sorted(item.name for item in path.parent.iterdir()), 3)
+        names = sorted(item.name for item in path.parent.iterdir())[:_MOST_BESIDE]
+        near = difflib.get_close_matches(path.name[:_LONGEST], names, 3)
     except (OSError, ValueError):
         near = []
     return (

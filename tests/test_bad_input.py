@@ -142,7 +142,9 @@ def test_another_kind_of_file_is_named_and_what_to_do_with_it(kind: str) -> None
     data, what, hint = OTHERS[kind]
     write(Path("m.onnx"), data)
     write(Path("good.onnx"), several())
-    for command in COMMANDS:
+    np.savez("x.npz", x=weight(1, 8))
+    ran = [] if kind == "ORT" else [["run", "m.onnx", "--inputs", "x.npz"]]  # it loads those
+    for command in COMMANDS + ran:
         result = refused(*command)
         assert "m.onnx is " in result.error
         assert what in result.error

@@ -147,7 +147,8 @@ def command(
 
     With --adapter, the slots that a trained checkpoint needs, and its weights beside the
     output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
-    MODEL beside it; `onnx-adapt pack` makes it whole.
+    MODEL beside it; `onnx-adapt pack` makes it whole. A result that cannot be proven in ONNX
+    Runtime is not written: give --inputs that MODEL runs with, or --no-verify.
     """
     import onnx_adapt as oa
     from onnx_adapt.adapter_files import encode_adapter

@@ -15,6 +15,7 @@ from onnx_adapt.errors import AdaptError
 from onnx_adapt.files.payloads import Source
 from onnx_adapt.graph.index import TensorType, elem_name, read_type
 from onnx_adapt.ort import shortened
+from onnx_adapt.suggest import beside
 
 Feeds = dict[str, Any]
 
@@ -29,6 +30,7 @@ def required_inputs(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     return [value for value in proto.graph.input if value.name not in stored]
 
 
+_WRITTEN = 'numpy.savez("inputs.npz", **arrays) writes'
 WITHOUT_PROOF = "`onnx-adapt insert --no-verify` does without the proof"
 
 
@@ -75,9 +77,16 @@ def read_arrays(path: Path) -> Feeds:
         size = Source.of(path).size
         with path.open("rb") as file:
             stored = npz_file.read_arrays(file, path, _ALLOWANCE + _EXPANSION * size)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = error.strerror or error
         raise AdaptError(
-            f"cannot read inputs from {path}: {error}", hint="numpy.savez writes such a file"
+            f"cannot read inputs from {path}: {reason}",
+            hint=f"{_WRITTEN} such a file; {beside(path)}",
+        ) from error
+    except ValueError as error:
+        raise AdaptError(
+            f"cannot read inputs from {path}: {error}",
+            hint=f"{_WRITTEN} such a file",
         ) from error
     return {name: np.array(value) for name, value in stored.items()}  # not read-only
 

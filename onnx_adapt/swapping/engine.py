@@ -16,6 +16,8 @@ from onnx_adapt.files import lenders
 from onnx_adapt.fitting import Replaceable
 from onnx_adapt.manifest import KEY, Manifest, manifest_from_text, read_manifest
 from onnx_adapt.ort import failures, onnxruntime, shortened, without_slot_warnings
+from onnx_adapt.signatures import HEAD, recognised
+from onnx_adapt.suggest import beside
 from onnx_adapt.swapping.loaded import stamp_of
 
 if TYPE_CHECKING:
@@ -172,7 +174,8 @@ def _start(
     if isinstance(model, str | os.PathLike):
         label, given = Path(model).name, os.fspath(model)
         if not Path(model).is_file():
-            raise RunError(f"there is no model {given}", hint="check the path")
+            hint = "name the .onnx file in it" if Path(model).is_dir() else beside(Path(model))
+            raise RunError(f"there is no model {given}", hint=hint)
     else:
         label, given, options = _in_memory(model, options)
     chosen = [providers] if isinstance(providers, str) else list(providers or [_CPU])
@@ -182,6 +185,8 @@ def _start(
             metadata = session.get_modelmeta().custom_metadata_map
             unwanted.update(_weight_names(metadata.get(KEY)))
     except failures() as error:
+        if found := recognised(_head(given), label):
+            raise RunError(f"{label} is {found[0]}, no ONNX model", hint=found[1]) from error
         raise RunError(
             f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
             hint="`onnx-adapt check` says whether a file that it needs is missing",
@@ -190,6 +195,14 @@ def _start(
     if record and isinstance(given, str):
         lenders.check_lenders(Path(given).parent, record, label)
     return label, session
+
+
+def _head(given: str | bytes) -> bytes:
+    """The first bytes of a model that was given by its path or whole."""
+    if isinstance(given, bytes):
+        return given[:HEAD]
+    with open(given, "rb") as file:
+        return file.read(HEAD)
 
 
 _CPU = "CPUExecutionProvider"
