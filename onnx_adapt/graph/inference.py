@@ -7,6 +7,7 @@ them. Only what an operator makes that nobody knows keeps its record, for the no
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,23 +65,34 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
 
 
 def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
-    """The tensors that ONNX alone knows the type of, by the path of their graph."""
-    result = _run(proto)
-    return {
-        scope.path: {
-            value.name
-            for value in (*scope.graph.value_info, *scope.graph.output)
-            if value.type.tensor_type.elem_type
-        }
-        for scope in walk.scopes(result.graph if result else onnx.GraphProto())
-    }
+    """The tensors that ONNX alone, also if it is strict, knows the type of, by graph."""
+    result = _run(proto, (False,))
+    versions = {o.domain: o.version for o in proto.opset_import}
+    found = {}
+    for scope in walk.scopes(result.graph) if result else ():
+        graph = scope.graph
+        values = (*graph.value_info, *graph.output)
+        names = {value.name for value in values if value.type.tensor_type.elem_type}
+        for node in graph.node:
+            if _infers(node.op_type, versions.get(node.domain, 0), node.domain) is False:
+                names.difference_update(node.output)
+        found[scope.path] = names
+    return found
 
 
-def _run(proto: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The model with what ONNX infers; None if it infers nothing or would never end."""
+def _run(
+    proto: onnx.ModelProto, ways: Iterable[bool] = (True, False)
+) -> onnx.ModelProto | None:
+    """The model with what ONNX infers; None if it infers nothing or would never end.
+
+    Args:
+        proto: The model.
+        ways: Whether to follow the numbers of shapes, through Shape, Gather, Concat to
+            Reshape; one after the other until one works.
+    """
     if has_endless_shapes(proto):
         return None
-    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
+    for follow_shapes in ways:
         try:
             return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
         except (
@@ -218,20 +230,21 @@ class _Cleaning:
                 self.known[key] = self._function(key)
             else:
                 version = self.versions.get(node.domain, 0)
-                self.known[key] = _has_inference(node, version)
+                self.known[key] = bool(_infers(node.op_type, version, node.domain))
         return self.known[key]
 
 
-def _has_inference(node: onnx.NodeProto, version: int) -> bool:
-    """Whether ONNX knows an operator and infers through it itself.
+@functools.cache
+def _infers(operator: str, version: int, domain: str) -> bool | None:
+    """Whether ONNX infers through an operator itself; None if it does not know it.
 
     Through some it goes by way of a function body, of which it does not see the defaults of
     attributes, and gives up.
     """
     try:
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        schema = onnx.defs.get_schema(operator, version, domain)
     except (onnx.defs.SchemaError, TypeError):  # an opset of 2**40 is no number to it
-        return False
+        return None
     return bool(schema.has_type_and_shape_inference_function)
 
 
