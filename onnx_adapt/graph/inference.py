@@ -55,13 +55,14 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     names = _tell_apart(copy.graph)
-    plain = _Cleaning(copy, lambda path, name: look(path, names.get(name, name))).clean()
+    cleaning = _Cleaning(copy, lambda path, name: look(path, names.get(name, name)))
+    cleaning.clean()
     result = _run(copy)
     graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
     values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
     for value in (value for here in values.values() for value in here):
         value.name = names.get(value.name, value.name)
-    return Inferred(values, plain and result is not None)
+    return Inferred(values, cleaning.plain and result is not None)
 
 
 def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
@@ -159,6 +160,7 @@ class _Cleaning:
         versions: The operator sets it imports.
         functions: The functions of the model.
         known: Whether ONNX infers through an operator or function.
+        plain: Whether only records had to go.
     """
 
     proto: onnx.ModelProto
@@ -166,20 +168,19 @@ class _Cleaning:
     versions: dict[str, int] = field(default_factory=dict)
     functions: dict[_Key, onnx.FunctionProto] = field(default_factory=dict)
     known: dict[_Key, bool] = field(default_factory=dict)
+    plain: bool = True
 
-    def clean(self) -> bool:
-        """Clean the copy, in place; returns whether only records had to go."""
+    def clean(self) -> None:
+        """Clean the copy, in place."""
         self.versions = {o.domain: o.version for o in self.proto.opset_import}
         self.functions = {(f.domain, f.name, f.overload): f for f in self.proto.functions}
-        plain = True
         # Bodies before the graphs around them: rewriting a graph copies the bodies in it.
         for scope in reversed(list(walk.scopes(self.proto.graph))):
-            plain = self._graph(scope) and plain
+            self._graph(scope)
         _import_onnx(self.proto.opset_import)
-        return plain
 
-    def _graph(self, scope: walk.Scope) -> bool:
-        """Clean one graph; returns whether only records had to go."""
+    def _graph(self, scope: walk.Scope) -> None:
+        """Clean one graph."""
         graph = scope.graph
         nodes = list(graph.node)
         drafts, foreign = self._unknown(
@@ -192,7 +193,7 @@ class _Cleaning:
         if drafts or order is not None:
             places = range(len(nodes)) if order is None else order
             _put(graph.node, _written(nodes, places, drafts))
-        return not (drafts or foreign or dropped or order)
+        self.plain = self.plain and not (drafts or foreign or dropped or order)
 
     def _function(self, key: _Key) -> bool:
         """Clean a function, of whose inputs nothing is known; returns if it is known then."""
@@ -202,6 +203,7 @@ class _Cleaning:
         drafts, foreign = self._unknown(nodes, lambda _: None, function.name)
         del function.value_info[:]
         if drafts:
+            self.plain = False
             _put(function.node, _written(nodes, range(len(nodes)), drafts))
             _import_onnx(function.opset_import)
         return not foreign
@@ -216,11 +218,20 @@ class _Cleaning:
             if self._knows(node):
                 continue
             foreign.update(node.output)
-            draft = stand_in(node, find, f"stand_in/{path}/{i}")
+            draft = stand_in(node, find, self._sizes, f"stand_in/{path}/{i}")
             if draft is not None:
                 drafts[i] = draft
                 foreign.difference_update(name for n in draft.nodes for name in n.output)
         return drafts, foreign
+
+    def _sizes(self, name: str) -> Sequence[int]:
+        """The axes of an input of the model, 0 where one has no fixed size."""
+        dims = (
+            value.type.tensor_type.shape.dim
+            for value in self.proto.graph.input
+            if value.name == name
+        )
+        return [dim.dim_value for dim in next(dims, ())]
 
     def _knows(self, node: onnx.NodeProto) -> bool:
         """Whether ONNX infers what a node makes."""
