@@ -20,6 +20,8 @@ _NO_PREPACKING = "session.disable_prepacking"
 _MAPPED = 1 << 28
 """Weights of more bytes than this are only mapped: no second, prepacked copy of them."""
 
+_NO_QUANTISED_FUSION = "session.disable_quant_qdq"
+
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 Values = dict[str, Any]
@@ -32,6 +34,8 @@ class Runner:
     Args:
         model: The model; nothing of it is copied but the graph.
         optimised: Whether ONNX Runtime may optimise the graph (its default level).
+        fuse_quantised: Whether that may make integer operators of quantised ones. Its pass
+            for that breaks some models with more outputs than they had.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -39,7 +43,7 @@ class Runner:
             weights are.
     """
 
-    def __init__(self, model: Model, *, optimised: bool) -> None:
+    def __init__(self, model: Model, *, optimised: bool, fuse_quantised: bool = True) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -47,6 +51,8 @@ class Runner:
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
         )
+        if not fuse_quantised:
+            options.add_session_config_entry(_NO_QUANTISED_FUSION, "1")
         self._label = model.label
         beside = (item.length or 0 for item in external_data.references(model.proto))
         if sum(place.length for place in model.payloads) + sum(beside) > _MAPPED:

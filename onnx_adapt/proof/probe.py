@@ -124,7 +124,9 @@ class Probe:
                     hint="only If, Loop and Scan can be looked into",
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
-        self._runner = Runner(replace(opened, path=model.path), optimised=True)
+        self._runner = Runner(
+            replace(opened, path=model.path), optimised=True, fuse_quantised=False
+        )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}
         self._rows: dict[str, list[int]] = {}
