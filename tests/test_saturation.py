@@ -219,6 +219,46 @@ def test_ranges_computed_in_the_graph_saturate_nothing_and_are_not_warned_of(
     assert (code, "calibrated" in err) == (0, False)
 
 
+BODY = """<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
+g (float[n,2] x, bool c) => (float[n,2] y)
+<float[2,2] w = {1, 0, 0, 1}, float s = {0.0001}, int16 zp = {0}> {
+  y = If (c) <
+    then_branch = g1 () => (float[n,2] a) {
+      h = MatMul(x, w)
+      t = Transpose <perm = [1, 0]> (h)
+      q = com.microsoft.QuantizeLinear(t, s, zp)
+      u = Transpose <perm = [1, 0]> (q)
+      a = com.microsoft.DequantizeLinear(u, s, zp) },
+    else_branch = g2 () => (float[n,2] b) { b = Identity(x) }
+  >
+}"""
+"""A range of -3.28 to 3.28 in a branch, in 16 bits of ONNX Runtime's own operators."""
+
+
+def test_a_range_in_a_branch_with_integers_that_are_rearranged_is_widened() -> None:
+    base = model_of(BODY)
+    plain = oa.insert(base, after="h")
+    adapter = pushed(plain, 4.0)
+    inputs = {"x": X, "c": np.array(True)}
+    assert failed(oa.verify(base, plain, adapter=adapter, inputs=inputs)) == ["saturation"]
+    wide = oa.insert(base, after="h", adapter=adapter, calibrate=inputs)
+    got = session(wide.proto).run(None, {**inputs, **adapter.feeds()})[0]
+    assert np.abs(got - [[-0.9, 7.5], [1.0, 1.5]]).max() < 1e-3
+    assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
+    assert oa.remove(wide).proto == base.proto
+
+
+def test_batched_slots_are_calibrated_too() -> None:
+    base, known = base_of("dense_uint8"), truth("dense_uint8")
+    checkpoint = oa.load_checkpoint(QDQ / "dense_uint8" / "adapter", base)
+    inputs = {"x": known["x"]}
+    wide = oa.insert(base, checkpoint=checkpoint, batched=True, calibrate=inputs)
+    with oa.AdapterSession(wide, adapters={"a": checkpoint.adapter}) as rows:
+        got = rows.run(inputs, adapter=["a", None] * 16)["y"]
+    assert off_by([got[::2]], known["lora"][::2]) < WEIGHTS_ONLY
+    assert off_by([got[1::2]], known["base"][1::2]) < WEIGHTS_ONLY
+
+
 def test_a_second_adapter_widens_the_ranges_again_and_the_base_comes_back() -> None:
     base = model_of(LINE.format(range="s, zp", more=""))
     adapter = pushed(oa.insert(base, after="h"), 1.0)
