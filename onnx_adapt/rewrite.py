@@ -27,8 +27,8 @@ from onnx_adapt.resolve import resolve
 from onnx_adapt.rewriting.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.rewriting.graft import manifest_of, put_in, restore_inputs, take_out
 from onnx_adapt.rewriting.plan import Recipe, free_name, plan_slot, reserved_names
-from onnx_adapt.sites import Site, Survey, survey_model
 from onnx_adapt.rewriting.ranges import restore_ranges
+from onnx_adapt.sites import Site, Survey, survey_model
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""

@@ -20,6 +20,8 @@ _NO_PREPACKING = "session.disable_prepacking"
 _MAPPED = 1 << 28
 """Weights of more bytes than this are only mapped: no second, prepacked copy of them."""
 
+_NO_QUANTISED_FUSION = "session.disable_quant_qdq"
+
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 Values = dict[str, Any]
@@ -32,8 +34,14 @@ class Runner:
     Args:
         model: The model; nothing of it is copied but the graph.
         optimised: Whether ONNX Runtime may optimise the graph (its default level).
-        shapes_first: Whether a Shape runs as soon as its tensor is there. In the order that
-            ONNX Runtime has by default, a tensor waits in memory for its Shape.
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimised: bool,
+        shapes_first: bool = False,
+        fuse_quantised: bool = True,
+    ) -> None:
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -41,7 +49,14 @@ class Runner:
             weights are.
     """
 
-    def __init__(self, model: Model, *, optimised: bool, shapes_first: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimised: bool,
+        shapes_first: bool = False,
+        fuse_quantised: bool = True,
+    ) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -51,6 +66,8 @@ class Runner:
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
         )
+        if not fuse_quantised:
+            options.add_session_config_entry(_NO_QUANTISED_FUSION, "1")
         self._label = model.label
         beside = (item.length or 0 for item in external_data.references(model.proto))
         if sum(place.length for place in model.payloads) + sum(beside) > _MAPPED:

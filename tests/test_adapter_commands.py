@@ -121,7 +121,7 @@ def test_the_format_of_the_weights_is_chosen(suffix: str, work: Path, capsys: Ca
     args = ("insert", work / "model.onnx", "--adapter", work / "fr", "-o", work / "a.onnx")
     found = _document(capsys, *args, "--format", suffix)
     keys = {"output", "adapter", "size", "data", "weights_in", "verified", "slots"}
-    assert found.keys() == keys
+    assert found.keys() == keys | {"warnings", "widened"}
     assert found["adapter"] == str(work / f"a.fr.{suffix}")
     assert found["output"] == str(work / "a.onnx")
     assert {slot["name"] for slot in found["slots"]} == {"fc1", "fc2"}
@@ -296,6 +296,7 @@ def test_check_answers_with_its_exit_status(work: Path, model: Path, capsys: Cap
         "problems": {str(model): [], str(good): []},
         "unchecked": {},
         "overlaps": [],
+        "notes": {},
     }
     whole = oa.load_adapter(good)
     half = replace(whole, weights={"fc1": whole.weights["fc1"]}, activations={})

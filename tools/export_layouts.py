@@ -179,7 +179,7 @@ def export(model: nn.Module, x: torch.Tensor, path: Path, *, dynamo: bool, free:
     """Export one model with a dynamic batch, and dynamic pictures if they are ``free``."""
     axes = {0: "batch", 2: "height", 3: "width"} if free else {0: "batch"}
     how = (
-        {"dynamic_shapes": [{k: torch.export.Dim.DYNAMIC for k in axes}]}
+        {"dynamic_shapes": [dict.fromkeys(axes, torch.export.Dim.DYNAMIC)]}
         if dynamo
         else {"dynamic_axes": {"x": axes, "y": {0: "batch"}}, "do_constant_folding": True}
     )
@@ -204,7 +204,10 @@ def truth(case: Case, x: torch.Tensor) -> dict[str, np.ndarray]:
 
         def adapt(_: nn.Module, __: object, h: torch.Tensor, axis: int = axis, kept: list = weights) -> torch.Tensor:  # fmt: skip # noqa: E501
             h = h.movedim(axis, -1)
-            kept[:] = torch.randn(h.shape[-1], BOTTLENECK), torch.randn(BOTTLENECK, h.shape[-1])
+            kept[:] = (
+                torch.randn(h.shape[-1], BOTTLENECK),
+                torch.randn(BOTTLENECK, h.shape[-1]),
+            )
             return (h + torch.relu(h @ kept[0]) @ kept[1]).movedim(-1, axis)
 
         hook = module.register_forward_hook(adapt)

@@ -68,8 +68,10 @@ def command(
             for text in (*found, *silent.get(place, ())):
                 emit(f"  {plain(text)}")
     for place, found in notes.items():
-        for text in found:
+        for text in found[:3]:
             say(f"note: {place}: {text}")
+        if len(found) > 3:
+            say(f"note: {place}: {len(found) - 3} slots more; --json has all")
     if problems[model]:
         say(
             "hint: tools that rewrite a graph come before `insert`; docs/after-other-tools.md "

@@ -197,6 +197,8 @@ def _describe(index: ModelIndex, place: tuple[str, int], found: _Reached) -> Qua
     has_zero = len(node.input) > 2 and bool(node.input[2])
     zero = _value(index, view, node.input[2]) if has_zero else np.zeros(scale.shape, np.int64)
     partners, refused = _partners(index, view, node)
+    if any(isinstance(name, bytes) for name in node.input):
+        refused = "the names of its constants are not UTF-8, which no record can hold"
     return Quantizer(
         path,
         number,

@@ -125,7 +125,9 @@ class Probe:
                     "onnx_adapt.verify(base, adapted, weights=False) proves the rest",
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
-        self._runner = Runner(replace(opened, path=model.path), optimised=True)
+        self._runner = Runner(
+            replace(opened, path=model.path), optimised=True, fuse_quantised=False
+        )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}
         self._rows: dict[str, list[int]] = {}
