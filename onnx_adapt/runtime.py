@@ -34,14 +34,9 @@ class Runner:
     Args:
         model: The model; nothing of it is copied but the graph.
         optimised: Whether ONNX Runtime may optimise the graph (its default level).
-    def __init__(
-        self,
-        model: Model,
-        *,
-        optimised: bool,
-        shapes_first: bool = False,
-        fuse_quantised: bool = True,
-    ) -> None:
+        shapes_first: Whether nodes that read only shapes run before others.
+        fuse_quantised: Whether that may make integer operators of quantised ones. Its pass
+            for that breaks some models with more outputs than they had.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
