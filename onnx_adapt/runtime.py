@@ -34,7 +34,8 @@ class Runner:
     Args:
         model: The model; nothing of it is copied but the graph.
         optimised: Whether ONNX Runtime may optimise the graph (its default level).
-        shapes_first: Whether nodes that read only shapes run before others.
+        shapes_first: Whether a Shape runs as soon as its tensor is there. In the order that
+            ONNX Runtime has by default, a tensor waits in memory for its Shape.
         fuse_quantised: Whether that may make integer operators of quantised ones. Its pass
             for that breaks some models with more outputs than they had.
 
