@@ -55,7 +55,8 @@ def random_adapter(model: oa.Model, seed: int, bottleneck: int) -> oa.Adapter:
         sizes |= {"down_bias": (bottleneck,), "up_bias": (slot.width,)}
         return rng.standard_normal(sizes[part], np.float32) / np.float32(50)
 
-    return oa.Adapter(
+    return oa.make_adapter(
+        model,
         f"a{seed}",
         {s.name: {part: draw(s, part) for part in s.parts} for s in oa.list_slots(model)},
     )

@@ -97,7 +97,7 @@ def one_thread() -> ort.SessionOptions:
     return options
 
 
-def random_adapters(slots: tuple[oa.Slot, ...], count: int, size: int) -> list[oa.Adapter]:
+def random_adapters(model: oa.Model, count: int, size: int) -> list[oa.Adapter]:
     """Adapters of one bottleneck for plain slots."""
     rng = np.random.default_rng(1)
 
@@ -105,9 +105,13 @@ def random_adapters(slots: tuple[oa.Slot, ...], count: int, size: int) -> list[o
         return rng.standard_normal(shape).astype(np.float32) * np.float32(0.03)
 
     return [
-        oa.Adapter(
+        oa.make_adapter(
+            model,
             str(i),
-            {s.name: {"down": draw(s.width, size), "up": draw(size, s.width)} for s in slots},
+            {
+                s.name: {"down": draw(s.width, size), "up": draw(size, s.width)}
+                for s in oa.list_slots(model)
+            },
         )
         for i in range(count)
     ]
@@ -181,7 +185,7 @@ def start(bottleneck: int) -> Bench:
     after = [f"bias{i}" for i in range(LAYERS)]
     plain, batched = oa.insert(base, after=after), oa.insert(base, after=after, batched=True)
     count = max(case[2] for case in CASES)
-    adapters = random_adapters(oa.list_slots(plain), count, bottleneck)
+    adapters = random_adapters(plain, count, bottleneck)
     named = {adapter.name: adapter for adapter in adapters}
     sessions = [
         oa.AdapterSession(model, named, session_options=one_thread())

@@ -18,6 +18,8 @@ _PREFIX = "adapter."
 class Adapter:
     """Weights by slot, and weights that stand in for some of the base's own.
 
+    `make_adapter` makes one of weights of your own that knows what it is for.
+
     Attributes:
         name: What the adapter is called.
         weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.part_shape`.

@@ -32,13 +32,13 @@ def by_pytorch(name: str) -> Text:
     return Text(_EXPECTED[f"{name}.tokens"].tolist(), _EXPECTED[f"{name}.logits"])
 
 
-def bottlenecks(name: str) -> oa.Adapter:
+def bottlenecks(name: str, model: oa.Model | None = None) -> oa.Adapter:
     """A bottleneck adapter, with the names that slots have in a graph of genai's builder."""
     weights: dict[str, dict[str, np.ndarray]] = {}
     for key, array in load_file(FOLDER / f"{name}.safetensors").items():
         slot, _, part = key.replace(".self_attn.", ".attn.").rpartition(".")
         weights.setdefault(slot, {})[part] = array
-    return oa.Adapter(name, weights)
+    return oa.make_adapter(model, name, weights) if model else oa.Adapter(name, weights)
 
 
 def put(model: oa.Model, folder: Path) -> Path:

@@ -128,7 +128,7 @@ def test_generators_side_by_side_each_have_their_own_adapter(served: Served) -> 
 def test_an_adapter_generates_what_the_same_weights_baked_in_generate(
     served: Served, name: str, tmp_path: Path
 ) -> None:
-    baked = oa.bake(oa.fill(served.adapted, bottlenecks(name)))
+    baked = oa.bake(oa.fill(served.adapted, bottlenecks(name, served.adapted)))
     model = og.Model(str(put(baked, tmp_path / "baked")))
     _same(generate(served.model, served.adapters, name), generate(model))
 

@@ -52,7 +52,8 @@ def rating() -> dict[str, Any]:
             "up_bias": np.zeros(1, np.float32),
         }
         (slot,) = oa.list_slots(model)
-        oa.save_adapter(oa.Adapter(Path(file).stem, {slot.name: weights}), MADE / file)
+        made = oa.make_adapter(model, Path(file).stem, {slot.name: weights})
+        oa.save_adapter(made, MADE / file)
     sounds = {"clean": voice(noise=0.0), "noisy": voice(noise=0.05)}
     features = {name: log_mel(sound) for name, sound in sounds.items()}
     for name, values in features.items():
