@@ -38,13 +38,14 @@ class Server:
 
     address: str
     metrics: str
-    pid: int
+    process: subprocess.Popen[bytes]
     log: Path
 
     def said(self) -> str:
         """What it has said; its process must not have ended."""
+        ended = self.process.poll()
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        assert Path(f"/proc/{self.pid}/cmdline").read_bytes(), text  # a zombie has none
+        assert ended is None, text
         return text
 
 
@@ -73,7 +74,7 @@ def server(model: Path, adapters: Path, *options: str) -> Iterator[Server]:
             command, stderr=stderr, stdout=stderr, env=os.environ | PATIENT
         )
         address, exporter = (f"127.0.0.1:{number}" for number in (port, metrics))
-        started = Server(address, exporter, process.pid, log)
+        started = Server(address, exporter, process, log)
         try:
             until(lambda: "serving on" in started.said(), started.said)
             yield started
@@ -90,7 +91,7 @@ def replicas(server: Server) -> list[int]:
             named = (
                 (path / "cmdline").read_bytes().startswith(b"ray::ServeReplica:onnx-adapt:M")
             )
-            if named and server.pid in _ancestors(int(path.name)):
+            if named and server.process.pid in _ancestors(int(path.name)):
                 found.append(int(path.name))
     return found
 
