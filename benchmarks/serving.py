@@ -32,8 +32,7 @@ from onnx_adapt.serve.running import running
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from serve_clients import free_port, load
 
-LAYERS, ADAPTERS, CLIENTS, CLOSE = 72, 8, 100, 1e-3
-OUTPUT = f"r{LAYERS - 1}"
+LAYERS, QUICK_LAYERS, ADAPTERS, CLIENTS, CLOSE = 72, 6, 8, 100, 1e-3
 WAYS = [(replicas, batching) for replicas in (1, 2) for batching in (False, True)]
 
 Asked = list[tuple[np.ndarray, str | None]]
@@ -49,9 +48,9 @@ class Measured:
     wrong: int
 
 
-def prepare(folder: Path) -> dict[str, str]:
-    """A model of 171 MB and its adapters, 28 MB each: what to serve."""
-    model = oa.insert(base_model(LAYERS), after="layers.*/MatMul", bias=True)
+def prepare(folder: Path, layers: int) -> dict[str, str]:
+    """A model of 171 MB and its adapters, 28 MB each (72 layers): what to serve."""
+    model = oa.insert(base_model(layers), after="layers.*/MatMul", bias=True)
     path = oa.save_model(model, folder / "adapted.onnx").path
     adapters = folder / "adapters"
     adapters.mkdir()
@@ -60,7 +59,9 @@ def prepare(folder: Path) -> dict[str, str]:
     return {"model": str(path), "adapters": str(adapters)}
 
 
-def expected(given: dict[str, str], count: int) -> tuple[Asked, list[np.ndarray], float]:
+def expected(
+    given: dict[str, str], output: str, count: int
+) -> tuple[Asked, list[np.ndarray], float]:
     """Requests, what a session answers, and how many it answers in a second."""
     names = [None, *(f"a{i}" for i in range(ADAPTERS))]
     rng = np.random.default_rng(0)
@@ -71,15 +72,15 @@ def expected(given: dict[str, str], count: int) -> tuple[Asked, list[np.ndarray]
     files = {name: f"{given['adapters']}/{name}.onnx_adapter" for name in names if name}
     with oa.AdapterSession(given["model"], files, session_options=options) as session:
         started = time.perf_counter()
-        truth = [session.run({"x": x}, name)[OUTPUT] for x, name in requests]
+        truth = [session.run({"x": x}, name)[output] for x, name in requests]
         return requests, truth, count / (time.perf_counter() - started)
 
 
-def measure(address: str, requests: Asked, truth: list[np.ndarray]) -> Measured:
+def measure(address: str, output: str, requests: Asked, truth: list[np.ndarray]) -> Measured:
     """Send the requests, after some that load the adapters."""
-    asyncio.run(load(address, requests[:CLIENTS], clients=CLIENTS, output=OUTPUT))
+    asyncio.run(load(address, requests[:CLIENTS], clients=CLIENTS, output=output))
     started = time.perf_counter()
-    answers = asyncio.run(load(address, requests, clients=CLIENTS, output=OUTPUT))
+    answers = asyncio.run(load(address, requests, clients=CLIENTS, output=output))
     seconds = time.perf_counter() - started
     wrong = sum(
         answer.array is None or bool(np.abs(answer.array - value).max() > CLOSE)
@@ -89,13 +90,13 @@ def measure(address: str, requests: Asked, truth: list[np.ndarray]) -> Measured:
     return Measured(len(spent) / seconds, median(spent), spent[len(spent) * 99 // 100], wrong)
 
 
-def joined(given: dict[str, str], requests: Asked) -> tuple[float, float]:
+def joined(given: dict[str, str], output: str, requests: Asked) -> tuple[float, float]:
     """Milliseconds for 64 requests in one replica: one at a time, and as one batch."""
     batcher = Batcher(given["model"], threads=1)
     for _, name in requests:
         if name and name not in batcher.session.adapters:
             batcher.session.load(name, f"{given['adapters']}/{name}.onnx_adapter")
-    jobs = [Job({"x": x}, (OUTPUT,), name) for x, name in requests[:64]]
+    jobs = [Job({"x": x}, (output,), name) for x, name in requests[:64]]
     times: list[list[float]] = [[], []]
     for _ in range(5):
         for spent, batches in zip(times, ([[job] for job in jobs], [jobs]), strict=True):
@@ -109,13 +110,15 @@ def joined(given: dict[str, str], requests: Asked) -> tuple[float, float]:
 def main() -> int:
     """Serve four ways, and print what each does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
-    count = 100 if parser.parse_args().quick else 1000
+    parser.add_argument("--quick", action="store_true", help="a tenth, of a small model")
+    quick = parser.parse_args().quick
+    count, layers = (100, QUICK_LAYERS) if quick else (1000, LAYERS)
+    output = f"r{layers - 1}"
     found = []
     with tempfile.TemporaryDirectory() as name:
-        given = prepare(Path(name))
-        requests, truth, alone = expected(given, count)
-        single, batch = joined(given, requests)
+        given = prepare(Path(name), layers)
+        requests, truth, alone = expected(given, output, count)
+        single, batch = joined(given, output, requests)
         apps = [build_app({**given, "replicas": n, "batching": joins}) for n, joins in WAYS]
         port = free_port()
         with running(apps[0], "127.0.0.1", port, cpus=2):
@@ -123,7 +126,7 @@ def main() -> int:
                 if found:
                     serve.delete("onnx-adapt")
                     serve.run(app, name="onnx-adapt", route_prefix="/")
-                found.append(measure(f"127.0.0.1:{port}", requests, truth))
+                found.append(measure(f"127.0.0.1:{port}", output, requests, truth))
     rows = [
         (
             n,

@@ -2,20 +2,34 @@
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.http.aio as triton
+from waiting import LONG, until
 
 PROGRAM = Path(sys.executable).parent / "onnx-adapt"
+
+PATIENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LONG),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(LONG),
+    "RAY_gcs_server_port_wait_time_s": str(LONG),
+    "RAY_worker_register_timeout_seconds": str(LONG),
+    "RAY_agent_register_timeout_ms": str(LONG * 1000),
+}
+"""Ray ends parts of itself that are slow, and starts them again: on a machine that has much
+else to do, for ever."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +38,24 @@ class Server:
 
     address: str
     metrics: str
-    pid: int
+    process: subprocess.Popen[bytes]
     log: Path
+
+    def said(self) -> str:
+        """What it has said; its process must not have ended."""
+        ended = self.process.poll()
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        assert ended is None, text
+        return text
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One Ray at a time on this machine, whoever else runs tests."""
+    path = Path(tempfile.gettempdir()) / f"onnx-adapt-tests-{os.getuid()}.lock"
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def free_port() -> int:
@@ -39,17 +69,18 @@ def server(model: Path, adapters: Path, *options: str) -> Iterator[Server]:
     port, metrics, log = free_port(), free_port(), adapters.parent / "serve.log"
     command = [PROGRAM, "serve", model, "--adapters", adapters, "--port", str(port)]
     command += ["--metrics-port", str(metrics), *options]
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, stdout=stderr)
+    with alone(), log.open("wb") as stderr:
+        process = subprocess.Popen(
+            command, stderr=stderr, stdout=stderr, env=os.environ | PATIENT
+        )
+        address, exporter = (f"127.0.0.1:{number}" for number in (port, metrics))
+        started = Server(address, exporter, process, log)
         try:
-            while b"serving on" not in log.read_bytes():
-                assert process.poll() is None, log.read_text(encoding="utf-8")
-                time.sleep(0.1)
-            address, exporter = (f"127.0.0.1:{number}" for number in (port, metrics))
-            yield Server(address, exporter, process.pid, log)
+            until(lambda: "serving on" in started.said(), started.said)
+            yield started
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0, log.read_text(encoding="utf-8")
+            assert process.wait(LONG) == 0, log.read_text(encoding="utf-8")
 
 
 def replicas(server: Server) -> list[int]:
@@ -60,7 +91,7 @@ def replicas(server: Server) -> list[int]:
             named = (
                 (path / "cmdline").read_bytes().startswith(b"ray::ServeReplica:onnx-adapt:M")
             )
-            if named and server.pid in _ancestors(int(path.name)):
+            if named and server.process.pid in _ancestors(int(path.name)):
                 found.append(int(path.name))
     return found
 
@@ -107,16 +138,22 @@ async def load(
     model: str = "adapted",
     clients: int = 100,
     output: str = "y",
+    answered: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
-    """Send requests, of which so many are under way at any time; answers in their order."""
+    """Send requests, of which so many are under way at any time; answers in their order.
+
+    After each, `answered` is told how many have been.
+    """
     pending = list(enumerate(requests))[::-1]
     answers: dict[int, Answer] = {}
-    async with triton.InferenceServerClient(address, conn_limit=clients) as client:
+    limits = {"conn_limit": clients, "conn_timeout": LONG}
+    async with triton.InferenceServerClient(address, **limits) as client:
 
         async def work() -> None:
             while pending:
                 number, (x, adapter) = pending.pop()
                 answers[number] = await ask(client, x, adapter, model, output)
+                answered(len(answers))
 
         await asyncio.gather(*(work() for _ in range(clients)))
     return [answers[number] for number in sorted(answers)]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import onnx
 import pytest
 from disk_models import START, dense, external, files, raw, weight, write
 from onnx import numpy_helper
+from waiting import LONG, until
 
 import onnx_adapt as oa
 from onnx_adapt.errors import SaveError
@@ -94,7 +94,7 @@ real = whole_files._write_segment
 def slow(*args):
     real(*args)
     print("writing", file=sys.stderr, flush=True)
-    import time; time.sleep(20)
+    import time; time.sleep(600)
 whole_files._write_segment = slow
 main()
 """
@@ -113,7 +113,7 @@ def test_a_real_ctrl_c_while_a_command_writes_is_one_error_line(tmp_path: Path) 
         assert err.readline() == "writing\n"
         child.send_signal(signal.SIGINT)
         text = err.read()
-    assert child.wait(timeout=10) == 2
+    assert child.wait(timeout=LONG) == 2
     assert text.splitlines()[-1] == "error: interrupted; nothing was changed"
     assert "Traceback" not in text
     assert files(tmp_path) == before
@@ -157,10 +157,9 @@ def test_a_full_disk_leaves_adapters_as_they_were(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, time, onnx_adapt as oa
-model, target = oa.open_model(sys.argv[1]), sys.argv[2]
-end = time.time() + 1.5
-while time.time() < end:
+import os, sys, onnx_adapt as oa
+model, target, stop = oa.open_model(sys.argv[1]), *sys.argv[2:]
+while not os.path.exists(stop):
     oa.save_model(model, target)
 """
 
@@ -173,19 +172,27 @@ def test_of_two_processes_that_write_one_path_the_last_wins_whole(tmp_path: Path
         wholes.append(path.read_bytes())
     oa.save_model(oa.open_model(tmp_path / "m1.onnx"), target)
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(target)])
+        subprocess.Popen([sys.executable, "-c", WRITER, path, target, tmp_path / "stop"])
         for path in (tmp_path / "m1.onnx", tmp_path / "m2.onnx")
     ]
-    seen = set()
-    while any(writer.poll() is None for writer in writers):
+    seen: list[bytes] = []
+
+    def both_have_written_by_turns() -> bool:
+        assert [writer.poll() for writer in writers] == [None, None]
         found = target.read_bytes()
         assert found in wholes
-        seen.add(len(found))
-        time.sleep(0.005)
-    assert [writer.wait() for writer in writers] == [0, 0]
-    assert len(seen) == 2
+        seen.extend([found] if seen[-1:] != [found] else [])
+        return len(seen) > 10
+
+    try:
+        until(both_have_written_by_turns)
+    finally:
+        (tmp_path / "stop").touch()
+        ended = [writer.wait(LONG) for writer in writers]
+    assert ended == [0, 0]
     assert target.read_bytes() in wholes
-    assert {path.name for path in tmp_path.iterdir()} == {"m1.onnx", "m2.onnx", "a.onnx"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"m1.onnx", "m2.onnx", "a.onnx", "stop"}
 
 
 def test_a_model_that_cannot_be_moved_into_place_takes_its_data_with_it(

@@ -19,6 +19,7 @@ import safetensors.numpy
 from adapter_models import npy_file, onnx_adapter_file, peak
 from disk_models import chunk, dense, refer, varint, write
 from onnx import helper
+from waiting import LONG
 
 import onnx_adapt as oa
 from onnx_adapt import walk
@@ -181,7 +182,7 @@ def _listed(model: onnx.ModelProto, folder: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(write(folder / "m.onnx", model))],
-        capture_output=True, text=True, timeout=30, check=True,
+        capture_output=True, text=True, timeout=LONG, check=True,
     )  # fmt: skip
     assert done.stdout.split()[0] == "main:y"
 
@@ -456,7 +457,7 @@ def test_a_file_that_does_not_end_is_not_read(kind: str, suffix: str, tmp_path: 
         path.symlink_to("/dev/zero")
     done = subprocess.run(
         [sys.executable, "-c", ENDLESS, str(path)],
-        capture_output=True, text=True, timeout=30, check=True,
+        capture_output=True, text=True, timeout=LONG, check=True,
     )  # fmt: skip
     assert set(done.stdout.split()) == {"refused"}
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -387,21 +388,36 @@ def large(blocks: int) -> Model:
     return scoped(made, scopes)
 
 
-def test_twenty_thousand_nodes_are_resolved_in_two_seconds() -> None:
-    made = large(4000)
-    begun = time.process_time()
-    survey = survey_model(made)
-    assert len(resolve(survey, ["node_*.m"]).choices) == 4000
-    assert resolve(survey, ["layers.3999.fc"]).choices[0].site.tensor == "t3999.b"
-    assert resolve(survey, ["layers.7"]).choices[0].site.tensor == "t8"
-    with pytest.raises(SiteNotFoundError):
-        resolve(survey, ["layers.4000.fc"])
-    assert time.process_time() - begun < 4
+def _in_proportion(resolved: Callable[[int], float]) -> None:
+    """Four times as much takes four times as long, not sixteen, in the processor's time."""
+    resolved(10)  # whatever is made only once
+    few, many = resolved(1000), resolved(4000)
+    assert many < 10 * few
 
 
-@pytest.mark.parametrize("names", [["layers.*.fc"], [f"layers.{i}.fc" for i in range(1000)]])
-def test_a_thousand_modules_are_resolved_in_a_second(names: list[str]) -> None:
-    survey = survey_model(large(1000))
-    begun = time.process_time()
-    assert len(resolve(survey, names).choices) == 1000
-    assert time.process_time() - begun < 1
+def test_twenty_thousand_nodes_take_time_in_proportion() -> None:
+    def resolved(blocks: int) -> float:
+        made = large(blocks)
+        begun = time.process_time()
+        survey = survey_model(made)
+        assert len(resolve(survey, ["node_*.m"]).choices) == blocks
+        last = resolve(survey, [f"layers.{blocks - 1}.fc"]).choices[0]
+        assert last.site.tensor == f"t{blocks - 1}.b"
+        assert resolve(survey, ["layers.7"]).choices[0].site.tensor == "t8"
+        with pytest.raises(SiteNotFoundError):
+            resolve(survey, [f"layers.{blocks}.fc"])
+        return time.process_time() - begun
+
+    _in_proportion(resolved)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_thousands_of_modules_take_time_in_proportion(each: bool) -> None:
+    def resolved(blocks: int) -> float:
+        survey = survey_model(large(blocks))
+        names = [f"layers.{i}.fc" for i in range(blocks)] if each else ["layers.*.fc"]
+        begun = time.process_time()
+        assert len(resolve(survey, names).choices) == blocks
+        return time.process_time() - begun
+
+    _in_proportion(resolved)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
-from serve_clients import server
+from serve_clients import PATIENT, alone, server
+from waiting import LONG
 
 from onnx_adapt.serve import build_app
 from onnx_adapt.serve.settings import read_settings
@@ -72,10 +73,12 @@ def test_the_benchmark_of_serving_finds_no_wrong_answer_and_leaves_no_file(
     tmp_path: Path,
 ) -> None:
     program = Path(__file__).parent.parent / "benchmarks/serving.py"
-    done = subprocess.run(
-        [sys.executable, program, "--quick"], check=True, capture_output=True, timeout=120,
-        env=os.environ | {"TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"},
-    )  # fmt: skip
+    own = {"TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"}
+    with alone():
+        done = subprocess.run(
+            [sys.executable, program, "--quick"], check=True, capture_output=True,
+            timeout=LONG, env=os.environ | PATIENT | own,
+        )  # fmt: skip
     assert list(tmp_path.glob("onnx-adapt-*")) == []
     table = done.stdout.decode()
     print(table)

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from adapter_models import adapted, bumped, trained, weights
 from session_adapters import BASE, DE, FR, X, adapted_file, adapter, close
+from waiting import LONG
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError, SlotError
@@ -375,7 +376,7 @@ def test_stderr_is_itself_again_also_in_a_child_that_was_forked_meanwhile(model:
         "    assert os.waitpid(child, 0)[1] == 0\n"
         "os.write(2, b'parent\\n')\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=LONG)
     assert (found.returncode, found.stderr) == (0, b"child\nparent\n")
 
 

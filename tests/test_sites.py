@@ -259,11 +259,11 @@ def test_a_long_chain_of_scalings_is_surveyed() -> None:
 
 
 def test_squaring_a_constant_again_and_again_takes_no_time() -> None:
-    steps = "\n".join(f"t{i + 1} = Mul(t{i}, t{i})" for i in range(18))
-    text = f"g (float[B,6] x) => (float[B,6] y) {{{steps} y = Add(x, t18)}}"
+    steps = "\n".join(f"t{i + 1} = Mul(t{i}, t{i})" for i in range(24))
+    text = f"g (float[B,6] x) => (float[B,6] y) {{{steps} y = Add(x, t24)}}"
     begun = time.process_time()
     assert every(model(text, "t0 6"))["y"].refused is None
-    assert time.process_time() - begun < 0.5
+    assert time.process_time() - begun < 5
 
 
 # Axis 1 for Conv and what follows

@@ -94,7 +94,7 @@ def test_work_of_over_a_second_shows_what_is_going_on() -> None:
     os.close(main)
     assert b"reading [m].onnx" in seen
     assert b"2.5/10.0 MB" in seen
-    assert b"0:00:01" in seen
+    assert re.search(rb"0:0\d:\d[1-9]", seen)
     assert done.stdout == b""
 
 

@@ -29,6 +29,7 @@ from disk_models import (
 )
 from onnx import TensorProto, helper, numpy_helper
 from test_model_file import CORPUS
+from waiting import LONG
 
 import onnx_adapt as oa
 from onnx_adapt import model_file
@@ -446,7 +447,7 @@ def test_a_session_does_not_wait_for_a_pipe_that_a_record_names(tmp_path: Path) 
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(thin)],
-        capture_output=True, text=True, timeout=30, check=True,
+        capture_output=True, text=True, timeout=LONG, check=True,
     )  # fmt: skip
     assert done.stdout == "refused\n"
 
