@@ -1,4 +1,4 @@
-"""The activations of a slot, each twice: as ONNX nodes and as float64 numpy.
+"""The activations of a slot, each twice: as ONNX nodes and in float64 with an error bound.
 
 Nodes are built from operators that the model's own opset has (7 to 26) and that ONNX
 Runtime has kernels for. Names follow PyTorch; `gelu_tanh` is PyTorch's
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_adapt.bounds import Bounded
 from onnx_adapt.dtypes import DTYPES, Array
 
 if TYPE_CHECKING:
@@ -63,19 +64,42 @@ class Emitter:
 
 
 Emit = Callable[[Emitter, str], str]
-Compute = Callable[[Array], Array]
+Compute = Callable[[Bounded], Bounded]
 
 LEAKY_SLOPE = 0.01
 _TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def _sigmoid(x: Array) -> Array:
-    return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), 1 - 1 / (1 + np.exp(-np.abs(x))))
+def _erf(x: Bounded) -> Bounded:
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return x.function("erf", erf, lambda a: 2 / math.sqrt(math.pi) * np.exp(-a * a))
 
 
-def _softplus(x: Array) -> Array:
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+def _tanh(x: Bounded) -> Bounded:
+    return x.function("tanh", np.tanh, lambda a: 1 - np.tanh(a) ** 2)
+
+
+def _sigmoid(x: Bounded) -> Bounded:
+    def sigmoid(v: Array) -> Array:
+        small = 1 / (1 + np.exp(-np.abs(v)))
+        return np.where(v >= 0, small, 1 - small)
+
+    return x.function("sigmoid", sigmoid, lambda a: sigmoid(a) * (1 - sigmoid(a)))
+
+
+def _softplus(x: Bounded) -> Bounded:
+    """`relu(x) + log(1 + exp(-|x|))`; the slope of both functions is at most 1 there."""
+    decay = (-x.abs()).function("exp", np.exp, np.ones_like)
+    return x.relu() + (decay + 1.0).function("log", np.log, np.ones_like)
+
+
+def _gelu(x: Bounded) -> Bounded:
+    return x * 0.5 * (_erf(x * math.sqrt(0.5)) + 1.0)
+
+
+def _gelu_tanh(x: Bounded) -> Bounded:
+    inner = (x + x * x * (x * _TANH_CUBIC)) * _TANH_SCALE
+    return x * 0.5 * (_tanh(inner) + 1.0)
 
 
 def _emit_gelu(emit: Emitter, x: str) -> str:
@@ -160,23 +184,20 @@ def _gated(emit: Emitter, x: str, inner: str) -> str:
 
 
 ACTIVATIONS: dict[str, tuple[Emit, Compute]] = {
-    "relu": (lambda e, x: e.node("Relu", x, label="act"), lambda x: np.maximum(x, 0)),
-    "gelu": (_emit_gelu, lambda x: 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))),
-    "gelu_tanh": (
-        _emit_gelu_tanh,
-        lambda x: 0.5 * x * (1 + np.tanh(_TANH_SCALE * (x + _TANH_CUBIC * x**3))),
-    ),
+    "relu": (lambda e, x: e.node("Relu", x, label="act"), lambda x: x.relu()),
+    "gelu": (_emit_gelu, _gelu),
+    "gelu_tanh": (_emit_gelu_tanh, _gelu_tanh),
     "silu": (lambda e, x: _gated(e, x, x), lambda x: x * _sigmoid(x)),
-    "tanh": (lambda e, x: e.node("Tanh", x), np.tanh),
+    "tanh": (lambda e, x: e.node("Tanh", x), _tanh),
     "sigmoid": (lambda e, x: e.node("Sigmoid", x), _sigmoid),
-    "leaky_relu": (_emit_leaky_relu, lambda x: np.where(x > 0, x, LEAKY_SLOPE * x)),
+    "leaky_relu": (_emit_leaky_relu, lambda x: x.relu() - (-x).relu() * LEAKY_SLOPE),
     "quick_gelu": (
         lambda e, x: _gated(e, x, e.times(x, 1.702)),
-        lambda x: x * _sigmoid(1.702 * x),
+        lambda x: x * _sigmoid(x * 1.702),
     ),
-    "relu2": (_emit_relu2, lambda x: np.maximum(x, 0) ** 2),
-    "relu6": (_emit_relu6, lambda x: np.clip(x, 0, 6)),
-    "mish": (_emit_mish, lambda x: x * np.tanh(_softplus(x))),
+    "relu2": (_emit_relu2, lambda x: x.relu() * x.relu()),
+    "relu6": (_emit_relu6, lambda x: (6.0 - (6.0 - x).relu()).relu()),
+    "mish": (_emit_mish, lambda x: x * _tanh(_softplus(x))),
     "identity": (lambda e, x: x, lambda x: x),
 }
-"""Name -> (emit nodes, compute in numpy)."""
+"""Name -> (emit nodes, compute in float64 with a bound of the nodes' roundings)."""

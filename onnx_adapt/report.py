@@ -38,19 +38,22 @@ class SlotResult:
 
     Attributes:
         name: The slot.
-        error: Largest difference from the float64 oracle, relative to the largest value;
-            None if the slot was not reached.
-        tolerance: What the error may be for this element type.
+        error: Difference from the float64 oracle, relative to the largest value, of the
+            element that is nearest to its bound or furthest past it; None if the slot was
+            not reached.
+        tolerance: The bound of rounding errors of that element, relative to the same.
         bottlenecks: Bottlenecks tried.
         effect: Largest change of a model output when this slot alone is on, relative to
             the output's largest value; None if effects were not measured.
+        ratio: The error in parts of its bound: over 1 is more than rounding explains.
     """
 
     name: str
     error: float | None
-    tolerance: float
+    tolerance: float | None
     bottlenecks: tuple[int, ...]
     effect: float | None
+    ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
-from onnx_adapt import walk
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fingerprint import fingerprint
@@ -22,10 +21,10 @@ from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
 from onnx_adapt.printable import count
 from onnx_adapt.proof.checker import new_complaints
-from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
-from onnx_adapt.proof.probe import Probe, neutral_model
+from onnx_adapt.proof.off_proof import OffProof
+from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
 from onnx_adapt.proof.reach import unreached_slots
 from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
@@ -37,14 +36,6 @@ from onnx_adapt.runtime import Runner, Values
 
 Stage = Callable[[str], None]
 """Told what is being done, before it is done."""
-
-_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-_QUANTISED = 5e-2
-_RANDOM_OPS = {
-    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    *("Bernoulli", "Multinomial", "Dropout"),
-}
-_QUANTISED_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "QLinearMatMul"}
 
 
 def verify(
@@ -110,8 +101,7 @@ def verify(
         require_fit(after, adapter)
     if checks[0].passed:
         tell("running the base")
-        opened = any(weight.swappable for weight in manifest.weights)
-        proof = _Proof(before, after, manifest.slots, inputs, seed, tell, opened)
+        proof = _Proof(before, after, manifest, inputs, seed, tell)
         proof.run_base()
         shapes = tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
@@ -194,11 +184,10 @@ class _Proof:
 
     base: Model
     adapted: Model
-    slots: tuple[Slot, ...]
+    manifest: Manifest
     given: Inputs | Sequence[Inputs] | None
     seed: int
     tell: Stage
-    opened: bool
     feeds: list[Feeds] = field(default_factory=list)
     expected: dict[bool, list[Values]] = field(default_factory=dict)
 
@@ -215,58 +204,33 @@ class _Proof:
         plain = Runner(self.base, optimised=False)
         self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
 
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots of the adapted model."""
+        return self.manifest.slots
+
     def off(self) -> Check:
         """With the slots off the outputs are the base's."""
-        kind = self._kind()
-        model = with_base_ranges(neutral_model(self.adapted))
-        worst, seen = {}, {}
-        for optimised in (False, True):
-            self.tell(f"running with slots off, optimised {'fully' if optimised else 'not'}")
-            runner = Runner(model, optimised=optimised)
-            got = [
-                runner.run(feeds, list(self.expected[optimised][0])) for feeds in self.feeds
-            ]
-            worst[optimised] = distance(self.expected[optimised], got)
-            seen[optimised] = in_words(self.expected[optimised], got)
-            del runner  # before the next one, so that the weights are in memory once
-        limit = self._limit()
-        # A weight that became an input is no constant to ONNX Runtime: other kernels run.
-        exact = kind in ("float32", "float64") and not self.opened
-        passed = worst[False] == 0 if exact else worst[False] <= limit
-        passed = passed and worst[True] <= limit
-        detail = (
-            f"{kind}: unoptimised {seen[False]}{'' if exact else f' (up to {limit:.0e})'}, "
-            f"optimised {seen[True]} (up to {limit:.0e})"
-        )
-        if not passed and (self._operators() & _RANDOM_OPS or self._base_wavers()):
-            detail += "; the base itself gives different outputs each time"
-        return Check("off", passed, detail)
+        return self._off_proof().check(with_base_ranges(neutral_model(self.adapted)))
 
     def rows(self) -> Check:
         """Each row of a batch gets the adapter that is meant for it."""
         self.tell("running rows with adapters of their own")
         batched = [slot for slot in self.slots if slot.batched]
         model = neutral_model(self.adapted)
-        return check_rows(model, batched, self.feeds, self._limit(), self.seed)
+        return check_rows(model, batched, self.feeds, self._off_proof().spread(), self.seed)
 
-    def _limit(self) -> float:
-        kind = self._kind()
-        return _QUANTISED if kind == "quantised" else _TOLERANCE[kind]
-
-    def _kind(self) -> str:
-        """What decides the tolerance: quantised, or the least precise element type."""
-        if self._operators() & _QUANTISED_OPS:
-            return "quantised"
-        used = {slot.dtype for slot in self.slots} or {"float32"}
-        return next(k for k in ("bfloat16", "float16", "float32", "float64") if k in used)
-
-    def _operators(self) -> set[str]:
-        graphs = (scope.graph for scope in walk.scopes(self.base.proto.graph))
-        return {node.op_type for graph in graphs for node in graph.node}
-
-    def _base_wavers(self) -> bool:
-        again = Runner(self.base, optimised=False)
-        return distance(self.expected[False], [again.run(feeds) for feeds in self.feeds]) > 0
+    def _off_proof(self) -> OffProof:
+        inlined = self.manifest.inlined and self.base.proto.functions
+        return OffProof(
+            inline_model(self.base) if inlined else self.base,
+            self.slots,
+            self.manifest.weights,
+            self.feeds,
+            self.expected,
+            self.seed,
+            self.tell,
+        )
 
     def on(self) -> tuple[Check, Check, tuple[SlotResult, ...]]:
         """Every slot's output is the oracle's, and the model's outputs move."""
@@ -286,14 +250,16 @@ class _Proof:
         results = tuple(
             SlotResult(
                 slot.name,
-                measured[slot.name].error,
-                probe.tolerance(slot),
-                tuple(sorted(measured[slot.name].bottlenecks)),
+                seen.nearness.error if seen.nearness.judged else None,
+                seen.nearness.bound if seen.nearness.judged else None,
+                tuple(sorted(seen.bottlenecks)),
                 effects[slot.name],
+                seen.nearness.ratio if seen.nearness.judged else None,
             )
             for slot in self.slots
+            for seen in (measured[slot.name],)
         )
-        return _on_check(results), _effect_check(results), results
+        return _on_check(results, measured), _effect_check(results), results
 
     def _with_slot(self, message: str) -> str:
         """A message of ONNX Runtime with the slot whose node it names."""
@@ -301,23 +267,36 @@ class _Proof:
         return f"slot {named[0]!r}: {message}" if named else message
 
 
-def _on_check(results: Sequence[SlotResult]) -> Check:
-    reached = [r for r in results if r.error is not None]
+def _on_check(results: Sequence[SlotResult], measured: Mapping[str, Measurement]) -> Check:
+    warnings, proven = [], []
+    for result in results:
+        seen = measured[result.name].nearness
+        if not seen.judged:
+            what = "reads no finite number" if seen.unjudged else "is not reached"
+            warnings.append(f"slot {result.name!r} {what} with these inputs")
+        elif seen.ratio <= 1 and not seen.shown:
+            warnings.append(f"slot {result.name!r} changes nothing beyond rounding here")
+        else:
+            proven.append(result)
     # The negation lets a NaN fail.
-    wrong = [r for r in reached if not (r.error or 0.0) <= r.tolerance]
-    unseen = [r.name for r in results if r.error is None]
-    warnings = tuple(f"slot {name!r} is not reached with these inputs" for name in unseen)
+    wrong = [r for r in proven if r.ratio is None or not r.ratio <= 1]
     if wrong:
         bad = wrong[0]
-        detail = f"slot {bad.name!r} is {bad.error:.1e} away from the formula"
-    elif reached:
-        worst = max(reached, key=lambda r: r.error or 0.0)
-        sizes = sorted({size for r in reached for size in r.bottlenecks})
-        detail = f"{count(len(reached), 'slot')} within {worst.error:.1e} of the formula"
+        detail = (
+            f"slot {bad.name!r} is {bad.error:.1e} away from the formula, where rounding "
+            f"explains {bad.tolerance:.1e}"
+        )
+    elif proven:
+        worst = max(proven, key=lambda r: r.ratio or 0.0)
+        sizes = sorted({size for r in proven for size in r.bottlenecks})
+        detail = (
+            f"{count(len(proven), 'slot')} within {worst.error:.1e} of the formula, "
+            f"{worst.ratio:.0%} of what rounding explains"
+        )
         detail += f"; bottlenecks {', '.join(map(str, sizes))}" if sizes else ""
     else:
         detail = "no slot is reached with these inputs"
-    return Check("on", bool(reached) and not wrong, detail, warnings)
+    return Check("on", bool(proven) and not wrong, detail, tuple(warnings))
 
 
 def _effect_check(results: Sequence[SlotResult]) -> Check:

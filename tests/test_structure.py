@@ -15,7 +15,8 @@ PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
     ("errors", "dtypes", "walk", "suggest", "printable", "signatures"),
-    ("activations", "files", "ort", "report"),
+    ("bounds", "files", "ort", "report"),
+    ("activations",),
     ("manifest", "model_file"),
     ("adapter", "coupling", "fingerprint", "graph", "parts", "runtime"),
     ("adapter_files", "blending", "fitting", "sites", "slot"),

@@ -95,12 +95,13 @@ def _show(report: Report) -> None:
     if report.slots:
         emit()
         print_table(
-            ("slot", "error", "tolerance", "bottlenecks", "effect"),
+            ("slot", "error", "tolerance", "ratio", "bottlenecks", "effect"),
             [
                 (
                     slot.name,
                     "not reached" if slot.error is None else f"{slot.error:.1e}",
-                    f"{slot.tolerance:.0e}",
+                    "" if slot.tolerance is None else f"{slot.tolerance:.1e}",
+                    "" if slot.ratio is None else f"{slot.ratio:.2f}",
                     " ".join(map(str, slot.bottlenecks)),
                     f"{slot.effect:.1e}" if slot.effect else "none",
                 )

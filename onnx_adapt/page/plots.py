@@ -60,7 +60,9 @@ def error_plot(overview: Overview) -> str:
     measured = {
         n: (view.result.error, view.result.tolerance)
         for n, view in numbered
-        if view.result is not None and view.result.error is not None
+        if view.result is not None
+        and view.result.error is not None
+        and view.result.tolerance is not None
     }
     errors = [error for error, _ in measured.values()]
     low, high = _decades([*errors, *(limit for _, limit in measured.values())])

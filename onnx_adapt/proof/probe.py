@@ -15,10 +15,11 @@ from onnx_adapt.graph.norms import own_norm
 from onnx_adapt.initializers import fill_weights, open_weights, read_weights
 from onnx_adapt.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.oracle import Norm, slot_value
+from onnx_adapt.oracle import Norm
 from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape, row_shape
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.nearness import Nearness, slot_nearness
 from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.rewriting.base_weights import close_base_weights
 from onnx_adapt.runtime import Runner, Values
@@ -26,10 +27,6 @@ from onnx_adapt.runtime import Runner, Values
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
 """Quantised models swallow small changes: a slot gets three chances to move an output."""
-
-_TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
-"""For a slot's output against the oracle, relative to its largest value. The arithmetic
-is in the slot's type: a few roundings for each of up to some thousand summands."""
 
 _NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
 
@@ -72,7 +69,7 @@ def _is_neutral(weights: Mapping[str, Array]) -> bool:
 class Measurement:
     """What was seen at one slot so far."""
 
-    error: float | None = None
+    nearness: Nearness = field(default_factory=Nearness)
     bottlenecks: set[int] = field(default_factory=set)
 
 
@@ -132,10 +129,6 @@ class Probe:
         self._typical: dict[str, list[tuple[float, float]]] = {}
         self._rows: dict[str, list[int]] = {}
 
-    def tolerance(self, slot: Slot) -> float:
-        """How far a slot's output may be from the oracle."""
-        return _TOLERANCE[slot.dtype]
-
     def measure(self, feeds: Sequence[Feeds]) -> dict[str, Measurement]:
         """Run with random weights of several bottlenecks and compare with the oracle."""
         found = {slot.name: Measurement() for slot in self._slots}
@@ -161,7 +154,20 @@ class Probe:
         if any(not _is_neutral(weights) for weights in self._own.values()):
             for item in feeds:
                 self._compare(item, self._own, found)
+        self._compare_alone(feeds, found)
         return found
+
+    def _compare_alone(self, feeds: Sequence[Feeds], found: Mapping[str, Measurement]) -> None:
+        """Slots that had to read what is not finite, once more with all others off.
+
+        Random weights of slots before them may have led there: to the root of a negative
+        number, or past the type's largest. Alone, a slot reads what the base gives it.
+        """
+        for slot in self._slots:
+            if found[slot.name].nearness.unjudged:
+                for number, item in enumerate(feeds):
+                    weights = self._random(slot, self._size(slot, 1), number)
+                    self._compare(item, {slot.name: weights}, found)
 
     def _size(self, slot: Slot, turn: int) -> int:
         return slot.bottleneck or _SIZES[turn % len(_SIZES)]
@@ -185,35 +191,32 @@ class Probe:
         weights: Mapping[str, Mapping[str, Array]],
         found: Mapping[str, Measurement],
     ) -> None:
+        slots = [slot for slot in self._slots if slot.name in weights]
         fed = dict(item)
-        for slot in self._slots:
+        for slot in slots:
             fed.update(_as_feeds(slot, weights[slot.name]))
         got = self._runner.run(fed)
-        for slot in self._slots:
-            error = self._error(slot, got, weights[slot.name])
-            if error is not None:
-                seen = found[slot.name]
-                seen.error = error if seen.error is None else _worse(seen.error, error)
-                for part, value in weights[slot.name].items():
-                    axis = bottleneck_axis(slot, part)
-                    seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
+        for slot in slots:
+            seen = found[slot.name]
+            reached, now = self._nearness(slot, got, weights[slot.name])
+            seen.nearness |= now
+            for part, value in weights[slot.name].items() if reached else ():
+                axis = bottleneck_axis(slot, part)
+                seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
 
-    def _error(self, slot: Slot, got: Values, weights: Mapping[str, Array]) -> float | None:
+    def _nearness(
+        self, slot: Slot, got: Values, weights: Mapping[str, Array]
+    ) -> tuple[bool, Nearness]:
+        """Whether the slot was computed at all, and how near it was to the formula."""
         taps = self._taps[slot.name]
-        runs = zip(
-            *(tap.read(got) for tap in (taps.target, taps.source, taps.output, taps.plus)),
-            strict=True,
-        )
-        worst: float | None = None
-        for target, source, output, plus in runs:
-            if target.size:
-                norm = self._norms.get(slot.name)
-                added = plus if slot.plus else None
-                with np.errstate(all="ignore"):
-                    oracle = slot_value(slot, target, source, weights, norm, added)
-                    error = _relative_error(output, oracle)
-                worst = error if worst is None else _worse(worst, error)
-        return worst
+        read = [taps.target, taps.source, taps.output, *([taps.plus] if slot.plus else [])]
+        runs = [
+            run for run in zip(*(tap.read(got) for tap in read), strict=True) if run[0].size
+        ]
+        norm, found = self._norms.get(slot.name), Nearness()
+        for tensors in runs:
+            found |= slot_nearness(slot, tensors, weights, norm)
+        return bool(runs), found
 
     def _random(
         self, slot: Slot, size: int, number: int, strength: float = 1.0
@@ -253,22 +256,8 @@ def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
     return {slot.weight(part): value for part, value in weights.items()}
 
 
-def _relative_error(output: Array, oracle: Array) -> float:
-    """The largest difference relative to the largest finite value of the oracle."""
-    if output.shape != oracle.shape:
-        return float("inf")
-    finite = np.abs(oracle[np.isfinite(oracle)])
-    off = np.abs(np.where(output == oracle, 0, output.astype(np.float64) - oracle))
-    return float(off.max(initial=0.0)) / max(float(finite.max(initial=0.0)), 1e-30)
-
-
 def _typical(value: Array) -> float:
     """The root mean square of a tensor; 1 if it is empty or all zero."""
     wide = value.astype(np.float64)
     wide = wide[np.isfinite(wide)]
     return float(np.sqrt(np.mean(wide * wide))) or 1.0 if wide.size else 1.0
-
-
-def _worse(a: float, b: float) -> float:
-    """The larger error; NaN is the largest."""
-    return b if not b <= a else a

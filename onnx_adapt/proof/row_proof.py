@@ -13,8 +13,9 @@ from onnx_adapt.graph.index import read_type
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import fan_in, neutral_weights, part_shape
-from onnx_adapt.proof.compare import distance, movement
+from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds, required_inputs
+from onnx_adapt.proof.roundings import Distance, beyond
 from onnx_adapt.report import Check
 from onnx_adapt.runtime import Runner, Values
 from onnx_adapt.swapping.batches import BatchAxes, find_batch, take_rows
@@ -27,49 +28,56 @@ _CLEAR = 10
 
 
 def check_rows(
-    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], limit: float, seed: int
+    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], spread: float, seed: int
 ) -> Check:
     """Rows with another adapter each, in one run, are as in runs with one adapter for all.
 
     A tensor whose first axis is not the batch, or that has the rows in another order,
     would give a row the adapter of another.
 
+    What rounding may do shows in two runs for each adapter: alone, and packed among the
+    others with all rows of the batch given to it. A row of the mixed run lies among its
+    rows of these two, or is no further outside than they, or the base's own outputs, are
+    from each other.
+
     Args:
         model: A model with batched slots, all off.
         slots: The batched slots.
         feeds: Inputs that the model runs with.
-        limit: How far outputs may be apart, relative to their largest value.
+        spread: How far the base's own outputs are apart, relative to their largest value.
         seed: Of the random adapters.
     """
-    proof = _RowProof(model, slots, limit, seed)
+    proof = _RowProof(model, slots, spread, seed)
     try:
         found = [proof.measure(item, _ADAPTERS + i) for i, item in enumerate(feeds)]
     except RunError as error:
         return Check("rows", False, proof.blamed(error.message))
     if None in found:
         return Check("rows", False, "no batch of several rows can be made of these inputs")
-    wrong = next((item for item in found if item and not item[1] <= limit), None)
+    measured = [item for item in found if item]
+    wrong = next((apart for _, apart in measured if not apart.within), None)
     if wrong is not None:
-        return Check("rows", False, proof.blamed(f"rows are {wrong[1]:.1e} away"))
-    moved = min(item[0] for item in found if item)
+        return Check("rows", False, proof.blamed(f"rows are {wrong.far:.1e} away"))
     warning = "random adapters move the outputs too little to tell rows apart"
-    worst = max(item[1] for item in found if item)
-    detail = f"{_ADAPTERS} adapters in one run, at worst {worst:.1e} away from one at a time"
-    return Check("rows", True, detail, () if moved > _CLEAR * limit else (warning,))
+    clear = all(moved > _CLEAR * apart.allowed for moved, apart in measured)
+    worst = max(apart.far for _, apart in measured)
+    how = f"at worst {worst:.1e} away from" if worst else "as in"
+    detail = f"{_ADAPTERS} adapters in one run, {how} one at a time"
+    return Check("rows", True, detail, () if clear else (warning,))
 
 
 class _RowProof:
     """The runs behind the check."""
 
-    def __init__(self, model: Model, slots: Sequence[Slot], limit: float, seed: int) -> None:
+    def __init__(self, model: Model, slots: Sequence[Slot], spread: float, seed: int) -> None:
         self._runner = Runner(model, optimised=True)
         self._slots = slots
-        self._limit = limit
+        self._spread = spread
         self._rng = np.random.default_rng(seed)
         self._axes = _batch_axes(model)
         self._last: tuple[Feeds, int, float] | None = None
 
-    def measure(self, feeds: Feeds, rows: int) -> tuple[float, float] | None:
+    def measure(self, feeds: Feeds, rows: int) -> tuple[float, Distance] | None:
         """How far random adapters move the outputs, and how far rows are from what they are.
 
         Returns:
@@ -83,10 +91,13 @@ class _RowProof:
         for strength in _STRENGTHS:
             self._last = (batch, count, strength)
             wanted, got = self._runs(batch, count, strength, self._slots, names)
-            moved, error = movement(still, wanted), distance([wanted], [got])
-            if moved > _CLEAR * self._limit:
+            moved, apart = movement(still, wanted[0]), self._apart(wanted, got)
+            if moved > _CLEAR * apart.allowed:
                 break
-        return moved, error
+        return moved, apart
+
+    def _apart(self, wanted: Sequence[Values], got: Values) -> Distance:
+        return beyond([[run] for run in wanted], [got], self._spread)
 
     def blamed(self, message: str) -> str:
         """A message with the first slot that fails by itself."""
@@ -97,7 +108,7 @@ class _RowProof:
                 wanted, got = self._runs(*self._last, [slot], names)
             except RunError as error:
                 return f"slot {slot.name!r}: {error.message}"
-            if not distance([wanted], [got]) <= self._limit:
+            if not self._apart(wanted, got).within:
                 return (
                     f"slot {slot.name!r} gives rows the wrong adapter; is the first axis of "
                     f"{slot.tensor!r} the batch?"
@@ -111,28 +122,32 @@ class _RowProof:
         strength: float,
         slots: Sequence[Slot],
         names: list[str],
-    ) -> tuple[Values, Values]:
-        """The outputs of rows that ran with all of their adapter, and of one mixed run."""
+    ) -> tuple[list[Values], Values]:
+        """The outputs of rows that ran with all of their adapter, twice, and a mixed run's."""
         adapters = [
             Adapter(str(i), {s.name: _random(s, i + 1, strength, self._rng) for s in slots})
             for i in range(_ADAPTERS)
         ]
         number = np.arange(count) % _ADAPTERS
-        alone = [self._runner.run({**batch, **a.feeds()}, names) for a in adapters]
-        wanted = {
-            name: np.stack(
-                [
-                    np.take(alone[which][name], row, self._axes.outputs[name])
-                    for row, which in enumerate(number)
-                ],
-                self._axes.outputs[name] or 0,
-            )
-            for name in names
-        }
         packed = pack(slots, adapters)
-        shares = np.eye(_ADAPTERS)[number]
-        fed = {**batch, **packed.adapter.feeds(), **row_feeds(packed, shares)}
-        return wanted, self._runner.run(fed, names)
+
+        def mixed(rows: Array) -> Values:
+            shares = row_feeds(packed, np.eye(_ADAPTERS)[rows])
+            return self._runner.run({**batch, **packed.adapter.feeds(), **shares}, names)
+
+        alone = [self._runner.run({**batch, **a.feeds()}, names) for a in adapters]
+        among = [mixed(np.full(count, which)) for which in range(_ADAPTERS)]
+        wanted = [self._gathered(runs, number, names) for runs in (alone, among)]
+        return wanted, mixed(number)
+
+    def _gathered(self, runs: Sequence[Values], number: Array, names: list[str]) -> Values:
+        """The outputs with each row from the run of its number."""
+        gathered = {}
+        for name in names:
+            axis = self._axes.outputs[name] or 0
+            rows = [np.take(runs[which][name], row, axis) for row, which in enumerate(number)]
+            gathered[name] = np.stack(rows, axis)
+        return gathered
 
 
 def _batch_axes(model: Model) -> BatchAxes:

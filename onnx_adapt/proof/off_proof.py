@@ -1,0 +1,139 @@
+"""Whether a model with its slots off is its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.errors import RunError
+from onnx_adapt.manifest import OpenWeight, Slot
+from onnx_adapt.model_file import Model
+from onnx_adapt.proof.compare import distance, in_words
+from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.roundings import beyond, kept_apart, shaken
+from onnx_adapt.report import Check
+from onnx_adapt.runtime import Runner, Values
+
+_SHAKES = 3
+_RANDOM_OPS = {
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+    *("Bernoulli", "Multinomial", "Dropout"),
+}
+_QUANTISED_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "QLinearMatMul"}
+_HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+
+
+@dataclass(slots=True)
+class OffProof:
+    """The runs of a base, and of a model that with its slots off should be it.
+
+    Without optimisation the two run the same kernels but for the slots', which add zero: the
+    outputs are the same bit for bit. With optimisation they are too, unless a slot keeps
+    ONNX Runtime from fusing nodes: then they are those of the base that keeps the same
+    tensors apart, or one more among the base's own roundings (`roundings.py`).
+
+    Two kinds of models round differently without optimisation as well: float16 and bfloat16
+    nodes run between casts, of which ONNX Runtime drops what it can; and a weight that
+    became an input is no constant, so other kernels read it.
+
+    Attributes:
+        base: The base, with its functions inlined if the adapted model's are.
+        slots: The slots.
+        weights: Weights of the base that adapters may replace.
+        feeds: Inputs that the base runs with.
+        expected: The base's outputs for them, by whether ONNX Runtime may optimise.
+        seed: Of random changes of weights.
+        tell: Told what is being done.
+    """
+
+    base: Model
+    slots: Sequence[Slot]
+    weights: Sequence[OpenWeight]
+    feeds: Sequence[Feeds]
+    expected: dict[bool, list[Values]]
+    seed: int
+    tell: Callable[[str], None]
+
+    def check(self, model: Model) -> Check:
+        """Compare the outputs of a model with its slots off with the base's."""
+        found = {False: "", True: ""}
+        passed = True
+        for optimised in found:
+            self.tell(f"running with slots off, optimised {'fully' if optimised else 'not'}")
+            got = self._run(model, optimised)
+            found[optimised] = in_words(self.expected[optimised], got)
+            if distance(self.expected[optimised], got) > 0:
+                allowed, why = self._explain(got, optimised)
+                passed = passed and allowed
+                found[optimised] += why
+        plain, full = found[False], found[True]
+        same = f"{plain}, unoptimised and optimised"
+        apart = f"unoptimised {plain}; optimised {full}"
+        return Check("off", passed, f"{self._kind()}: {same if plain == full else apart}")
+
+    def spread(self) -> float:
+        """How far the base's own outputs are apart, relative to their largest value."""
+        return beyond([self.expected[False], self.expected[True]], self.expected[True]).allowed
+
+    def _explain(self, got: Sequence[Values], optimised: bool) -> tuple[bool, str]:
+        """Whether rounding explains outputs that are not the base's, and how."""
+        if self._base_wavers():
+            return False, "; the base itself gives different outputs each time"
+        if not optimised and self._is_exact():
+            return False, ", where not one bit may differ"
+        self.tell("running the base with the slots' tensors kept apart")
+        kept = self._run(kept_apart(self.base, self.slots, self.weights), optimised)
+        if distance(kept, got) == 0:
+            return True, ", as the base is that keeps the slots' tensors apart"
+        known = [self.expected[optimised], self.expected[not optimised], kept]
+        found = beyond(known, got)
+        for number in range(0 if found.within else _SHAKES):
+            self.tell("running the base with weights moved by what rounding does")
+            try:
+                known.append(self._run(shaken(self.base, self.seed + number), True))
+            except RunError:
+                continue  # a weight that must be what it is
+            found = beyond(known, got)
+        if not found.far:
+            return True, ", among the base's own roundings"
+        only = "" if found.within else "only "
+        words = (
+            f", {found.far:.1e} outside of the base's own roundings, "
+            f"which are {only}{found.allowed:.1e} apart"
+        )
+        return found.within, words
+
+    def _run(self, model: Model, optimised: bool) -> list[Values]:
+        """The outputs from a session that is gone afterwards: weights are in memory once."""
+        runner = Runner(model, optimised=optimised)
+        names = list(self.expected[True][0])
+        return [runner.run(feeds, names) for feeds in self.feeds]
+
+    def _base_wavers(self) -> bool:
+        if self._operators() & _RANDOM_OPS:
+            return True
+        return distance(self.expected[False], self._run(self.base, False)) > 0
+
+    def _is_exact(self) -> bool:
+        """Whether ONNX Runtime computes node for node the same without optimisation."""
+        opened = any(weight.swappable for weight in self.weights)
+        return not (opened or self._halves())
+
+    def _halves(self) -> set[str]:
+        stored = {tensor.data_type for tensor in walk.tensors(self.base.proto)}
+        used = {slot.dtype for slot in self.slots} & set(_HALVES.values())
+        return used | {name for elem_type, name in _HALVES.items() if elem_type in stored}
+
+    def _kind(self) -> str:
+        """What rounds most: quantised nodes, or the least precise element type."""
+        if self._operators() & _QUANTISED_OPS:
+            return "quantised"
+        used = {slot.dtype for slot in self.slots} | self._halves() or {"float32"}
+        return next(k for k in ("bfloat16", "float16", "float32", "float64") if k in used)
+
+    def _operators(self) -> set[str]:
+        graphs = (scope.graph for scope in walk.scopes(self.base.proto.graph))
+        return {node.op_type for graph in graphs for node in graph.node}
