@@ -56,7 +56,10 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
     copy.CopyFrom(proto)
     names = _tell_apart(copy.graph)
     cleaning = _Cleaning(copy, lambda path, name: look(path, names.get(name, name)))
-    cleaning.clean()
+    try:
+        cleaning.clean()
+    except RecursionError:  # functions in functions, deeper than ONNX itself goes
+        return Inferred({}, False)
     result = _run(copy)
     graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
     values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
