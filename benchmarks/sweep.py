@@ -54,7 +54,7 @@ class Outcome:
         wrong: What failed; empty if nothing did.
         still: Slots that move no output for these inputs, and why.
         error: Largest distance of a slot's output from the formula, or NaN.
-        limit: What the error may be.
+        ratio: The largest error in parts of its bound.
         seconds: Time taken.
     """
 
@@ -62,7 +62,7 @@ class Outcome:
     wrong: tuple[str, ...]
     still: tuple[str, ...]
     error: float
-    limit: float
+    ratio: float
     seconds: float
 
 
@@ -76,20 +76,20 @@ def attempt(trial: Trial) -> Outcome:
     started = time.perf_counter()
     wrong: list[str] = []
     still: list[str] = []
-    error = limit = math.nan
+    error = ratio = math.nan
     try:
         base = _open(trial.model)
         adapted = oa.insert(base, after=trial.places)
         report = oa.verify(base, adapted, inputs=feeds(trial.model))
         wrong, still = _failures(report), _motionless(report)
         error = max((s.error for s in report.slots if s.error is not None), default=math.nan)
-        limit = max((slot.tolerance for slot in report.slots), default=math.nan)
+        ratio = max((s.ratio for s in report.slots if s.ratio is not None), default=math.nan)
         if oa.remove(adapted).proto != base.proto:
             wrong.append("remove: the base does not come back")
     except Exception as failure:
         wrong.append(f"{type(failure).__name__}: {failure}")
     seconds = time.perf_counter() - started
-    return Outcome(trial, tuple(wrong), tuple(still), error, limit, seconds)
+    return Outcome(trial, tuple(wrong), tuple(still), error, ratio, seconds)
 
 
 def _failures(report: oa.Report) -> list[str]:
@@ -153,7 +153,7 @@ def _row(name: str, sites: Sequence[oa.Site], outcomes: Sequence[Outcome]) -> li
     failed = sum(bool(o.wrong) for o in outcomes)
     still = sum(bool(o.still) and not o.wrong for o in outcomes)
     errors = [o for o in outcomes if not math.isnan(o.error)]
-    worst = max(errors, key=lambda o: o.error / o.limit, default=None)
+    worst = max(errors, key=lambda o: o.ratio, default=None)
     return [
         name,
         len(sites),
@@ -163,14 +163,14 @@ def _row(name: str, sites: Sequence[oa.Site], outcomes: Sequence[Outcome]) -> li
         still,
         failed,
         f"{worst.error:.1e}" if worst else "",
-        f"{worst.limit:.0e}" if worst else "",
+        f"{worst.ratio:.2f}" if worst else "",
         round(sum(o.seconds for o in outcomes), 1),
     ]
 
 
 _COLUMNS = (
     *("model", "sites", "refused", "tried", "passed", "moved nothing", "failed"),
-    *("worst error", "limit", "seconds"),
+    *("worst error", "of its bound", "seconds"),
 )
 
 
@@ -184,12 +184,21 @@ def show(plans: dict[str, Plan], single: Sequence[Outcome], joint: Sequence[Outc
     print_table(_COLUMNS, rows)
     print("\nseveral slots at once")
     print_table(
-        ("model", "at", "slots", "result", "moved nothing", "worst error", "limit", "seconds"),
+        (
+            "model",
+            "at",
+            "slots",
+            "result",
+            "moved nothing",
+            "worst error",
+            "of its bound",
+            "seconds",
+        ),
         [
             (
                 *(o.trial.model, o.trial.title, len(o.trial.places)),
                 *("FAILED" if o.wrong else "passed", len(o.still)),
-                *(f"{o.error:.1e}", f"{o.limit:.0e}", round(o.seconds, 1)),
+                *(f"{o.error:.1e}", f"{o.ratio:.2f}", round(o.seconds, 1)),
             )
             for o in joint
         ],

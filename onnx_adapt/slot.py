@@ -19,6 +19,7 @@ reshapes to that tensors of another rank.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from onnx_adapt.activations import ACTIVATIONS, Emitter
@@ -27,8 +28,8 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.manifest import ROW_PARTS, SLOT_KEY, Slot
 from onnx_adapt.parts import COUPLING, PARTS
 
-EPSILON = 1e-5
-"""Epsilon of a slot's own LayerNorms (torch.nn.LayerNorm's default)."""
+EPSILON = float(np.float32(1e-5))
+"""Epsilon of a slot's own LayerNorms: torch.nn.LayerNorm's, as an attribute holds it."""
 
 _CHANNEL_PARTS = frozenset(PARTS[:6])
 _SHARED_PARTS = frozenset(PARTS[:8]) | {"table", "residual", "skip"}

@@ -14,6 +14,7 @@ from onnx_adapt.slot import slot_nodes
 
 WIDTH, SOURCE_WIDTH, RANK = 6, 5, 3
 EPSILON = float(np.float32(1e-3))  # as an ONNX attribute holds it
+OWN_EPSILON = float(np.float32(1e-5))
 PLAIN = Slot(
     name="s",
     graph="main",
@@ -174,7 +175,7 @@ def formula(slot: Slot, f: dict[str, np.ndarray], norm: list[Any] | None) -> np.
         total = total + (x * p["skip"] if "skip" in p else 0)
         h = x
         if "norm_weight" in p:
-            h = _layer_norm(h, p["norm_weight"], p.get("norm_bias", 0), 1e-5)
+            h = _layer_norm(h, p["norm_weight"], p.get("norm_bias", 0), OWN_EPSILON)
         h = np.einsum("...i,ir->...r", h, p["down"]) + p.get("down_bias", 0)
         term = np.einsum("...r,rj->...j", act[slot.activation](h), p["up"])
         term = (term + p.get("up_bias", 0)) * p.get("gain", 1)
@@ -182,10 +183,10 @@ def formula(slot: Slot, f: dict[str, np.ndarray], norm: list[Any] | None) -> np.
             opening = 1 / (1 + np.exp(-(x @ p["gate"] + p.get("gate_bias", 0))))
             term = term * opening.mean(axis=1, keepdims=True)
         if slot.norm_after == "term":
-            term = _layer_norm(term, p["after_weight"], p.get("after_bias", 0), 1e-5)
+            term = _layer_norm(term, p["after_weight"], p.get("after_bias", 0), OWN_EPSILON)
         total = total + term
     if slot.norm_after == "sum":
-        normed = _layer_norm(total, p["after_weight"], p.get("after_bias", 0), 1e-5)
+        normed = _layer_norm(total, p["after_weight"], p.get("after_bias", 0), OWN_EPSILON)
         total = t + p["switch"] * (normed - t)
     return np.moveaxis(total, -1, 1) if slot.axis == 1 else total
 

@@ -80,14 +80,15 @@ class OffProof:
 
     def _explain(self, got: Sequence[Values], optimised: bool) -> tuple[bool, str]:
         """Whether rounding explains outputs that are not the base's, and how."""
-        if self._base_wavers():
-            return False, "; the base itself gives different outputs each time"
+        wavers = False, "; the base itself gives different outputs each time"
         if not optimised and self._is_exact():
-            return False, ", where not one bit may differ"
+            return wavers if self._base_wavers() else (False, ", where not one bit may differ")
         self.tell("running the base with the slots' tensors kept apart")
         kept = self._run(kept_apart(self.base, self.slots, self.weights), optimised)
         if distance(kept, got) == 0:
             return True, ", as the base is that keeps the slots' tensors apart"
+        if self._base_wavers():
+            return wavers
         known = [self.expected[optimised], self.expected[not optimised], kept]
         found = beyond(known, got)
         for number in range(0 if found.within else _SHAKES):

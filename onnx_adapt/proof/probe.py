@@ -23,6 +23,7 @@ from onnx_adapt.proof.nearness import Nearness, slot_nearness
 from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.rewriting.base_weights import close_base_weights
 from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.slot import EPSILON
 
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
@@ -247,7 +248,7 @@ def read_norm(model: Model, slot: Slot) -> Norm:
         raise SlotError(f"slot {slot.name!r} is damaged: its normalisation is gone")
     tensors = [view.constant(name) for name in node.input[1:] if name]
     values = [read_tensor(model, t).astype(np.float64) for t in tensors if t is not None]
-    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), EPSILON)
     centred = node.op_type == "LayerNormalization"
     return Norm(values[0], values[1] if len(values) > 1 else None, epsilon, centred)
 
