@@ -1,0 +1,196 @@
+"""Laws of insertion on models that others made: right, or refused.
+
+Random networks know where the features of their tensors are and what they compute
+(`layout_models`); mutations then do to them what converters and editors do
+(`model_mutations`). Whatever is inserted computes the network with the slot on the features,
+in plain numpy, or it is refused with an error that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from layout_models import Features, Network, Weights
+from layout_pieces import (
+    FUSED,
+    PICTURE,
+    PICTURE_ENDS,
+    TOKENS,
+    picture_network,
+    token_network,
+)
+from model_mutations import MUTATIONS, OTHERS, RECORDS, mutated
+from slot_models import passes, run
+
+import onnx_adapt as oa
+from onnx_adapt.errors import AdaptError
+from onnx_adapt.ort import failures
+
+LAW = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+Array = np.ndarray
+
+PIECES = [*PICTURE, *PICTURE_ENDS, *TOKENS]
+BOTTLENECK = 3
+
+
+def network_of(piece: str, *, free: bool = False) -> Network:
+    """A small network with one piece in it."""
+    if piece in TOKENS:
+        return token_network([piece, "dense"], free=free)
+    end = piece if piece in PICTURE_ENDS else ""
+    return picture_network([piece] if not end else [], end, free=free)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    """Several pieces in a row; half of them with sizes that are symbols."""
+    free = draw(st.booleans())
+    if draw(st.booleans()):
+        known = [name for name in TOKENS if not free or name not in NEEDS_SIZES]
+        return token_network(draw(st.lists(st.sampled_from(known), max_size=3)), free=free)
+    known = [name for name in PICTURE if not free or name not in NEEDS_SIZES]
+    pieces = draw(st.lists(st.sampled_from(known), min_size=1, max_size=4))
+    ends = ["", *(name for name in PICTURE_ENDS if not free or name not in NEEDS_SIZES)]
+    return picture_network(pieces, draw(st.sampled_from(ends)), free=free)
+
+
+NEEDS_SIZES = ("shuffle", "flat_image")
+"""Pieces with the sizes of the picture in a constant or a weight."""
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> list[str]:
+    records = draw(st.sampled_from(["", *RECORDS]))
+    others = draw(st.lists(st.sampled_from(sorted(OTHERS)), max_size=2, unique=True))
+    return [*filter(None, [records]), *others]
+
+
+def shown(net: Network, site: oa.Site) -> Features:
+    """Where a site says that the features are, as the network would say it."""
+    if site.refused is not None or site.axis is None:
+        return Features(None)
+    rank = net.values[site.tensor].ndim
+    return Features(site.axis % rank, site.width or 0)
+
+
+def check_sites(net: Network, names: Sequence[str]) -> None:
+    """Each site has the axis and width that the network knows, or is refused."""
+    model = oa.Model(mutated(net, names))
+    sites = {site.tensor: site for site in oa.find_sites(model, all_tensors=True)}
+    for tensor, known in net.features.items():
+        expected = Features(known.axis, known.width)
+        site = sites.get(tensor)
+        found = shown(net, site) if site else Features(None)
+        assert found == expected, f"{tensor} of {names}: {site}"
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_site_is_on_the_features_or_refused(piece: str, free: bool) -> None:
+    if free and piece in NEEDS_SIZES:
+        free = False
+    check_sites(network_of(piece, free=free), [])
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_no_mutation_moves_a_site(mutation: str) -> None:
+    wrong = []
+    for piece in PIECES:
+        try:
+            check_sites(network_of(piece), [mutation])
+        except AssertionError as error:
+            wrong.append(f"{piece}: {error}".splitlines()[0])
+    assert wrong == []
+
+
+@settings(LAW, max_examples=60)
+@given(networks(), mutations())
+def test_sites_of_mutated_networks_are_on_the_features(
+    net: Network, names: list[str]
+) -> None:
+    check_sites(net, names)
+
+
+# What is inserted -------------------------------------------------------------------------
+
+
+def weights_of(tensors: Sequence[str], net: Network) -> dict[str, Weights]:
+    """Weights for a slot on each tensor, large enough to show on which axis they act."""
+    found = {}
+    for tensor in tensors:
+        width = net.features[tensor].width
+        rng = np.random.default_rng([int(tensor[1:]), width])
+        down, up = (rng.standard_normal(s) / 2 for s in ((width, 3), (3, width)))
+        found[tensor] = (down.astype("f4"), up.astype("f4"))
+    return found
+
+
+def adapter_of(model: oa.Model, weights: dict[str, Weights]) -> oa.Adapter:
+    """The weights as an adapter: 1x1 convolutions on axis 1, matrices on the last."""
+    slots = oa.list_slots(model)
+    laid = {}
+    for slot in slots:
+        down, up = weights[slot.tensor]
+        if slot.axis == 1:
+            ones = (1,) * (slot.rank - 2)
+            down, up = (w.T.reshape(*w.T.shape, *ones) for w in (down, up))
+        laid[slot.name] = {"down": down, "up": up}
+    return oa.Adapter(
+        "made", laid, {}, {slot.name: slot.activation for slot in slots}, _fingerprint(model)
+    )
+
+
+def _fingerprint(model: oa.Model) -> str:
+    return oa.extract(oa.insert(oa.remove(model), after="*", bottleneck=1)).fingerprint
+
+
+def assert_near(got: Sequence[Array], want: Sequence[Array]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        if b.size:
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(1, np.abs(b).max()))
+
+
+def check_inserted(
+    net: Network, base: oa.Model, tensors: Sequence[str], *, batched: bool, rows: int
+) -> None:
+    """Slots on some tensors, off and on, at some number of rows."""
+    before = base.proto.SerializeToString()
+    adapted = oa.insert(base, after=[f"main:{t}" for t in tensors], batched=batched)
+    assert [slot.tensor for slot in oa.list_slots(adapted)] == list(tensors)
+    x = net.x[:rows].astype(np.float32)
+    plain = run(base, {"x": x})
+    off = run(adapted, {"x": x})
+    assert all(np.array_equal(a, b) for a, b in zip(off, plain, strict=True))
+    weights = weights_of(tensors, net)
+    adapter = adapter_of(adapted, weights)
+    on = run(adapted, {"x": x, **adapter.feeds()})
+    assert_near(on, net.compute(x, weights))
+    if not batched:
+        assert_near(run(oa.fill(adapted, adapter), {"x": x}), net.compute(x, weights))
+    passes(base, adapted)
+    passes(base, adapted, inputs={"x": x if rows else net.x.astype(np.float32)})
+    assert oa.remove(adapted).proto.SerializeToString() == before
+
+
+@settings(LAW, max_examples=30)
+@given(networks(), mutations(), st.data())
+def test_what_is_inserted_into_a_mutated_network_computes_its_formula(
+    net: Network, names: list[str], data: st.DataObject
+) -> None:
+    base = oa.Model(mutated(net, names))
+    known = [t for t, features in net.features.items() if features.axis is not None]
+    tensors = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2, unique=True))
+    tensors = sorted(tensors, key=lambda t: int(t[1:]))
+    rows = data.draw(st.sampled_from([3, 3, 1, 0]))
+    try:
+        run(base, {"x": net.x[:rows].astype(np.float32)})
+    except failures():
+        assume(False)  # the base itself takes no empty batch
+    batched = data.draw(st.booleans())
+    check_inserted(net, base, tensors, batched=batched, rows=rows)
