@@ -29,6 +29,7 @@ from slot_models import passes, run
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdaptError
+from onnx_adapt.fingerprint import fingerprint
 from onnx_adapt.ort import failures
 
 LAW = settings(max_examples=40, deadline=None, database=None, derandomize=True)
@@ -130,7 +131,9 @@ def weights_of(tensors: Sequence[str], net: Network) -> dict[str, Weights]:
     return found
 
 
-def adapter_of(model: oa.Model, weights: dict[str, Weights]) -> oa.Adapter:
+def adapter_of(
+    base: oa.Model, model: oa.Model, weights: dict[str, Weights]
+) -> oa.Adapter:
     """The weights as an adapter: 1x1 convolutions on axis 1, matrices on the last."""
     slots = oa.list_slots(model)
     laid = {}
@@ -141,12 +144,8 @@ def adapter_of(model: oa.Model, weights: dict[str, Weights]) -> oa.Adapter:
             down, up = (w.T.reshape(*w.T.shape, *ones) for w in (down, up))
         laid[slot.name] = {"down": down, "up": up}
     return oa.Adapter(
-        "made", laid, {}, {slot.name: slot.activation for slot in slots}, _fingerprint(model)
+        "made", laid, {}, {slot.name: slot.activation for slot in slots}, fingerprint(base)
     )
-
-
-def _fingerprint(model: oa.Model) -> str:
-    return oa.extract(oa.insert(oa.remove(model), after="*", bottleneck=1)).fingerprint
 
 
 def assert_near(got: Sequence[Array], want: Sequence[Array]) -> None:
@@ -168,7 +167,7 @@ def check_inserted(
     off = run(adapted, {"x": x})
     assert all(np.array_equal(a, b) for a, b in zip(off, plain, strict=True))
     weights = weights_of(tensors, net)
-    adapter = adapter_of(adapted, weights)
+    adapter = adapter_of(base, adapted, weights)
     on = run(adapted, {"x": x, **adapter.feeds()})
     assert_near(on, net.compute(x, weights))
     if not batched:
@@ -178,19 +177,80 @@ def check_inserted(
     assert oa.remove(adapted).proto.SerializeToString() == before
 
 
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_slot_on_each_tensor_of_a_piece_computes_its_formula(piece: str) -> None:
+    net = network_of(piece)
+    known = [t for t, features in net.features.items() if features.axis is not None]
+    check_inserted(net, oa.Model(net.proto()), known, batched=False, rows=3)
+
+
 @settings(LAW, max_examples=30)
 @given(networks(), mutations(), st.data())
 def test_what_is_inserted_into_a_mutated_network_computes_its_formula(
     net: Network, names: list[str], data: st.DataObject
 ) -> None:
-    base = oa.Model(mutated(net, names))
     known = [t for t, features in net.features.items() if features.axis is not None]
     tensors = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2, unique=True))
     tensors = sorted(tensors, key=lambda t: int(t[1:]))
-    rows = data.draw(st.sampled_from([3, 3, 1, 0]))
+    rows, batched = data.draw(st.sampled_from([3, 3, 1, 0])), data.draw(st.booleans())
+    base = oa.Model(mutated(net, names))
     try:
         run(base, {"x": net.x[:rows].astype(np.float32)})
     except failures():
         assume(False)  # the base itself takes no empty batch
-    batched = data.draw(st.booleans())
     check_inserted(net, base, tensors, batched=batched, rows=rows)
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+@pytest.mark.parametrize("piece", FUSED)
+def test_a_module_whose_bias_is_inside_the_next_operator_takes_no_slot_before_it(
+    piece: str, mutation: str | None
+) -> None:
+    """The bias is no part of the tensor: a slot there would read and move another value."""
+    net = network_of(piece)
+    if mutation == "no_names":
+        return  # then there is no module to name
+    base = oa.Model(mutated(net, [mutation] if mutation else []))
+    (raw,) = (t for t, features in net.features.items() if features.biased == "inside")
+    node = next(node for node in net.nodes if raw in node.output)
+    for name in (node.name, node.name.strip("/").rpartition("/")[0].replace("/", ".")):
+        with pytest.raises(AdaptError) as refused:
+            oa.insert(base, after=name)
+        assert "bias" in refused.value.message
+        assert refused.value.hint
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_a_module_with_its_bias_beside_it_takes_the_slot_behind_the_bias(
+    mutation: str | None,
+) -> None:
+    net = network_of("dense")
+    if mutation == "no_names":
+        return
+    base = oa.Model(mutated(net, [mutation] if mutation else []))
+    pairs = {t: f.biased for t, f in net.features.items() if f.biased}
+    for raw, biased in pairs.items():
+        name = next(node.name for node in net.nodes if raw in node.output)
+        (slot,) = oa.list_slots(oa.insert(base, after=name))
+        assert slot.tensor == biased
+
+
+def test_these_laws_see_a_slot_on_the_wrong_axis() -> None:
+    """As many pixels in a row as channels: only the numbers tell the axes apart."""
+    net = network_of("group_norm")
+    tensor = next(t for t, f in net.features.items() if f.axis == 1 and f.width == 8)
+    net.features[tensor] = replace(net.features[tensor], axis=3)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_inserted(net, oa.Model(net.proto()), [tensor], batched=False, rows=3)
+
+
+def test_these_laws_see_a_slot_before_the_bias() -> None:
+    net = network_of("dense")
+    raw, known = next((t, f) for t, f in net.features.items() if f.biased)
+    base = oa.Model(net.proto())
+    adapted = oa.insert(base, after=f"main:{known.biased}")
+    weights = weights_of([known.biased], net)
+    feeds = adapter_of(base, adapted, weights).feeds()
+    got = run(adapted, {"x": net.x.astype(np.float32), **feeds})
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_near(got, net.compute(net.x, {raw: weights[known.biased]}))
