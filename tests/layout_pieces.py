@@ -68,9 +68,7 @@ def _shuffle_of_any_size(net: Network) -> None:
     """The same with the sizes read from the tensor, as a traced model has them."""
     c, x = net.shape[1], net.at
     shape = net.put("Shape", x)
-    rows, pixels = (
-        net.put("Gather", shape, net.constant(i), axis=0) for i in ([0], [2, 3])
-    )
+    rows, pixels = (net.put("Gather", shape, net.constant(i), axis=0) for i in ([0], [2, 3]))
     split = net.put("Concat", rows, net.constant([2, c // 2]), pixels, axis=0)
     whole = net.put("Concat", rows, net.constant([c]), pixels, axis=0)
     net.put("Reshape", x, split, features=NOWHERE)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from layout_models import Network
 from onnx import helper
-from slot_models import run
+from slot_models import session
 
 from onnx_adapt.ort import failures
 
@@ -23,14 +23,16 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def runs_to(proto: onnx.ModelProto, net: Network) -> bool:
-    """Whether ONNX Runtime runs a model to a network's numbers."""
+    """Whether ONNX Runtime runs a model to a network's numbers, optimised or not."""
+    feeds, want = {"x": net.x.astype(np.float32)}, net.compute(net.x, {})
     try:
-        got = run(proto, {"x": net.x.astype(np.float32)})
+        runs = [session(proto, optimised=level).run(None, feeds) for level in (False, True)]
     except failures():
         return False
     return all(
         a.shape == b.shape and np.abs(a - b).max() <= 1e-4 * max(1, np.abs(b).max())
-        for a, b in zip(got, net.compute(net.x, {}), strict=True)
+        for got in runs
+        for a, b in zip(got, want, strict=True)
     )
 
 

@@ -9,11 +9,11 @@ in plain numpy, or it is refused with an error that says what to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_models import Features, Network, Weights
 from layout_pieces import (
@@ -25,18 +25,16 @@ from layout_pieces import (
     token_network,
 )
 from model_mutations import MUTATIONS, OTHERS, RECORDS, mutated
-from slot_models import passes, run
+from slot_models import run
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.ort import failures
 
 LAW = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 Array = np.ndarray
 
 PIECES = [*PICTURE, *PICTURE_ENDS, *TOKENS]
-BOTTLENECK = 3
 
 
 def network_of(piece: str, *, free: bool = False) -> Network:
@@ -47,21 +45,32 @@ def network_of(piece: str, *, free: bool = False) -> Network:
     return picture_network([piece] if not end else [], end, free=free)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a random network is made of; `free` makes its sizes symbols."""
+
+    pieces: tuple[str, ...]
+    end: str | None
+    free: bool
+
+    def build(self) -> Network:
+        if self.end is None:
+            return token_network(list(self.pieces), free=self.free)
+        return picture_network(list(self.pieces), self.end, free=self.free)
+
+
 @st.composite
-def networks(draw: st.DrawFn) -> Network:
+def plans(draw: st.DrawFn) -> Plan:
     """Several pieces in a row; half of them with sizes that are symbols."""
-    free = draw(st.booleans())
-    if draw(st.booleans()):
-        known = [name for name in TOKENS if not free or name not in NEEDS_SIZES]
-        return token_network(draw(st.lists(st.sampled_from(known), max_size=3)), free=free)
-    known = [name for name in PICTURE if not free or name not in NEEDS_SIZES]
+    free, tokens = draw(st.booleans()), draw(st.booleans())
+    known = [name for name in (TOKENS if tokens else PICTURE) if not free or name in ANY_SIZE]
+    ends = [name for name in ("", *PICTURE_ENDS) if not free or name in ANY_SIZE]
     pieces = draw(st.lists(st.sampled_from(known), min_size=1, max_size=4))
-    ends = ["", *(name for name in PICTURE_ENDS if not free or name not in NEEDS_SIZES)]
-    return picture_network(pieces, draw(st.sampled_from(ends)), free=free)
+    return Plan(tuple(pieces), None if tokens else draw(st.sampled_from(ends)), free)
 
 
-NEEDS_SIZES = ("shuffle", "flat_image")
-"""Pieces with the sizes of the picture in a constant or a weight."""
+ANY_SIZE = {"", *PIECES} - {"shuffle", "flat_image"}
+"""Pieces without the sizes of the picture in a constant or a weight."""
 
 
 @st.composite
@@ -93,9 +102,7 @@ def check_sites(net: Network, names: Sequence[str]) -> None:
 @pytest.mark.parametrize("free", [False, True], ids=["fixed", "free"])
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_site_is_on_the_features_or_refused(piece: str, free: bool) -> None:
-    if free and piece in NEEDS_SIZES:
-        free = False
-    check_sites(network_of(piece, free=free), [])
+    check_sites(network_of(piece, free=free and piece in ANY_SIZE), [])
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -110,11 +117,9 @@ def test_no_mutation_moves_a_site(mutation: str) -> None:
 
 
 @settings(LAW, max_examples=60)
-@given(networks(), mutations())
-def test_sites_of_mutated_networks_are_on_the_features(
-    net: Network, names: list[str]
-) -> None:
-    check_sites(net, names)
+@given(plans(), mutations())
+def test_sites_of_mutated_networks_are_on_the_features(plan: Plan, names: list[str]) -> None:
+    check_sites(plan.build(), names)
 
 
 # What is inserted -------------------------------------------------------------------------
@@ -131,9 +136,7 @@ def weights_of(tensors: Sequence[str], net: Network) -> dict[str, Weights]:
     return found
 
 
-def adapter_of(
-    base: oa.Model, model: oa.Model, weights: dict[str, Weights]
-) -> oa.Adapter:
+def adapter_of(base: oa.Model, model: oa.Model, weights: dict[str, Weights]) -> oa.Adapter:
     """The weights as an adapter: 1x1 convolutions on axis 1, matrices on the last."""
     slots = oa.list_slots(model)
     laid = {}
@@ -172,8 +175,8 @@ def check_inserted(
     assert_near(on, net.compute(x, weights))
     if not batched:
         assert_near(run(oa.fill(adapted, adapter), {"x": x}), net.compute(x, weights))
-    passes(base, adapted)
-    passes(base, adapted, inputs={"x": x if rows else net.x.astype(np.float32)})
+    for inputs in (None, {"x": x if rows else net.x.astype(np.float32)}):
+        oa.verify(base, adapted, inputs=inputs).raise_for_mismatch()
     assert oa.remove(adapted).proto.SerializeToString() == before
 
 
@@ -185,19 +188,22 @@ def test_a_slot_on_each_tensor_of_a_piece_computes_its_formula(piece: str) -> No
 
 
 @settings(LAW, max_examples=30)
-@given(networks(), mutations(), st.data())
+@given(
+    plans(),
+    mutations(),
+    st.lists(st.integers(0, 99), min_size=1, max_size=2),
+    st.booleans(),
+    st.sampled_from([3, 3, 1, 0]),
+)
 def test_what_is_inserted_into_a_mutated_network_computes_its_formula(
-    net: Network, names: list[str], data: st.DataObject
+    plan: Plan, names: list[str], places: list[int], batched: bool, rows: int
 ) -> None:
+    net = plan.build()
     known = [t for t, features in net.features.items() if features.axis is not None]
-    tensors = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2, unique=True))
-    tensors = sorted(tensors, key=lambda t: int(t[1:]))
-    rows, batched = data.draw(st.sampled_from([3, 3, 1, 0])), data.draw(st.booleans())
+    tensors = [known[i] for i in sorted({place % len(known) for place in places})]
     base = oa.Model(mutated(net, names))
-    try:
-        run(base, {"x": net.x[:rows].astype(np.float32)})
-    except failures():
-        assume(False)  # the base itself takes no empty batch
+    if rows == 0 and "group_norm" in plan.pieces:
+        rows = 1  # its Reshape by [0, 2, -1] takes no empty batch
     check_inserted(net, base, tensors, batched=batched, rows=rows)
 
 

@@ -5,7 +5,8 @@ put. These files tell whether it is the right place: a bottleneck hangs on a mod
 PyTorch model, and the answer is the output of the whole model, in float64. Each case has
 
     <case>.onnx   the model, exported or written as a converter leaves it
-    <case>.npz    ``x``, ``down`` ``(width, r)``, ``up`` ``(r, width)``, ``base`` and ``adapted``
+    <case>.npz    ``x``, ``down`` ``(width, r)``, ``up`` ``(r, width)``, and PyTorch's
+                  answers ``base`` and ``adapted``
 
 and the tests' table (``tests/test_truths.py``) says what each case is for. To make the
 environment and run the script, from the root of the repository::
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "truths"
@@ -281,17 +282,19 @@ TRUTHS = {
     "patches_any_size": Truth(Patches, (3, 3, 8, 4), "flat", 1, dynamic=(0, 2, 3)),
     "flat_picture": Truth(Flat, PICTURE, "hidden"),
     "bias_gelu": Truth(Perceptron, (3, 5, 6), "fc1", rewrite=fused_gelu),
-    "bias_gelu_lora": Truth(
-        Perceptron, (3, 5, 6), "fc1", rewrite=fused_gelu, low_rank=True
-    ),
+    "bias_gelu_lora": Truth(Perceptron, (3, 5, 6), "fc1", rewrite=fused_gelu, low_rank=True),
     "skip_norm": Truth(PostNorm, (3, 5, 6), "dense", rewrite=fused_norm),
-    "skip_norm_lora": Truth(
-        PostNorm, (3, 5, 6), "dense", rewrite=fused_norm, low_rank=True
-    ),
+    "skip_norm_lora": Truth(PostNorm, (3, 5, 6), "dense", rewrite=fused_norm, low_rank=True),
     "quantised": Truth(Perceptron, (3, 5, 6), "fc1", rewrite=quantised),
     "near_zero": Truth(near_zero, (3, 6), "fc2"),
     "stale_batch": Truth(
-        Perceptron, (3, 5, 6), "fc1", dynamic=(), rewrite=one_row_recorded, exported_rows=1
+        lambda: Picture(nn.Tanh()),
+        SQUARE,
+        "between",
+        1,
+        dynamic=(),
+        rewrite=one_row_recorded,
+        exported_rows=1,
     ),
     "stale_classes": Truth(Perceptron, (3, 6), "fc2", rewrite=other_classes),
     "unsorted": Truth(Perceptron, (3, 5, 6), "fc1", rewrite=unsorted),
