@@ -104,7 +104,8 @@ def _squeeze_excite(net: Network) -> None:
 
 
 def _flat_image(net: Network) -> None:
-    """Every channel of every pixel in one row, for a Linear."""
+    """A convolution, then every channel of every pixel in one row, for a Linear."""
+    _pointwise(net)
     net.put("Flatten", net.at, axis=1)
     net.last("MatMul", net.at, net.weight(net.shape[-1], 4))
 
