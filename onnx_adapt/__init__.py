@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx_adapt.filling import bake, extract, fill
     from onnx_adapt.manifest import Slot
     from onnx_adapt.model_file import Model, open_model, save_model
+    from onnx_adapt.own_weights import make_adapter
     from onnx_adapt.report import Report
     from onnx_adapt.rewrite import insert, list_slots, remove
     from onnx_adapt.session import AdapterSession
@@ -50,6 +51,7 @@ _HOMES = {
     "list_slots": "rewrite",
     "load_adapter": "adapter_files",
     "load_checkpoint": "checkpoints",
+    "make_adapter": "own_weights",
     "open_model": "model_file",
     "remove": "rewrite",
     "save_adapter": "adapter_files",
@@ -77,6 +79,7 @@ __all__ = [
     "list_slots",
     "load_adapter",
     "load_checkpoint",
+    "make_adapter",
     "open_model",
     "remove",
     "save_adapter",

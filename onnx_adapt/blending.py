@@ -64,6 +64,7 @@ def blend(
         return Adapter(recipe, only.weights, only.replaced, only.activations, only.fingerprint)
     slots = dict.fromkeys(slot for adapter in adapters for slot in adapter.weights)
     activations: dict[str, str] = {}
+    silent = {s for a in adapters for s in a.weights if s not in a.activations}
     for adapter in adapters:
         for slot, activation in adapter.activations.items():
             if activations.setdefault(slot, activation) != activation:
@@ -82,8 +83,9 @@ def blend(
             for slot in slots
         },
         _blend_replaced(shares, base),
-        activations,
-        next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), ""),
+        # One ingredient that tells nothing cannot be vouched for by the others.
+        {slot: value for slot, value in activations.items() if slot not in silent},
+        min((adapter.fingerprint for adapter in adapters), key=bool),
     )
 
 
@@ -132,7 +134,8 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
         if set(parts) != set(first):
             raise AdapterError(
                 f"slot {slot!r} has the parts {', '.join(first)} in one adapter and "
-                f"{', '.join(parts)} in another"
+                f"{', '.join(parts)} in another",
+                hint="run one at a time, or convert both for a model with the slots of both",
             )
     if closed := [part for part in first if part in _CLOSED]:
         raise AdapterError(

@@ -15,7 +15,7 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.fitting import require_fit, required_manifest
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
-from onnx_adapt.parts import bottleneck_of, neutral_weights
+from onnx_adapt.parts import NEUTRAL, bottleneck_of, neutral_weights
 from onnx_adapt.rewrite import remove
 
 
@@ -96,5 +96,5 @@ def _same_form(wanted: Slot, slot: Slot) -> bool:
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
     reads = own and (slot.source == slot.inner or slot.source == wanted.source)
-    fixed = set(slot.parts) - set(wanted.parts) <= {"down_bias", "up_bias", "scale", "gain"}
+    fixed = set(slot.parts) - set(wanted.parts) <= set(NEUTRAL)
     return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

@@ -18,4 +18,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 FLOATS: dict[int, str] = {1: "float32", 10: "float16", 16: "bfloat16", 11: "float64"}
 """The same by number, as ONNX's TensorProto.DataType has them."""
 
+ELEM_TYPES: dict[str, int] = {name: number for number, name in FLOATS.items()}
+"""These numbers by name."""
+
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -17,6 +17,8 @@ AdaptError
 ├── RequestError          a request that a server refuses, with its HTTP status
 ├── UnprovableError       nothing can be proven: the base does not run here
 └── MismatchError         a verification failed
+
+UncheckedWarning is no error: an adapter is used that does not say what it is for.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ __all__ = [
     "SiteNotFoundError",
     "SiteRefusedError",
     "SlotError",
+    "UncheckedWarning",
     "UnprovableError",
 ]
 
@@ -154,3 +157,10 @@ class UnprovableError(AdaptError, RuntimeError):
 
 class MismatchError(AdaptError, AssertionError):
     """A verification failed; raised by `Report.raise_for_mismatch`."""
+
+
+class UncheckedWarning(UserWarning):
+    """An adapter does not tell its base or its activations, so they cannot be checked.
+
+    `make_adapter` makes one that does; `insert`, `convert` and `extract` write such files.
+    """

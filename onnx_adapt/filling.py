@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.fitting import require_fit, required_manifest
+from onnx_adapt.fitting import require_fit, required_manifest, warn_unchecked
 from onnx_adapt.initializers import (
     bake_weights,
     check_model_weights,
@@ -27,19 +27,23 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
     Raises:
         AdapterError: If the adapter does not fit, or the slots are batched.
 
+    Warns:
+        UncheckedWarning: If the adapter does not tell its base or its activations.
+
     Example:
         >>> import numpy as np, onnx_adapt as oa
         >>> base = oa.open_model("models/dnsmos-p808.onnx")
         >>> model = oa.insert(base, after="mos_estimator_small_1/dense_4/MatMul_add")
         >>> (slot,) = oa.list_slots(model)
-        >>> ones = {"down": np.ones((64, 4), "f4"), "up": np.ones((4, 64), "f4")}
-        >>> filled = oa.fill(model, oa.Adapter("ones", {slot.name: ones}))
+        >>> ones = {"down": np.ones((64, 4)), "up": np.ones((4, 64))}
+        >>> filled = oa.fill(model, oa.make_adapter(model, "ones", {slot.name: ones}))
         >>> oa.extract(filled, name="ones").weights[slot.name]["up"].shape
         (4, 64)
     """
     check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
     require_fit(model, adapter, allow_partial=allow_partial)
+    warn_unchecked(required_manifest(model), adapter, set())
     return fill_base_weights(fill_weights(model, adapter.weights), adapter.replaced)
 
 

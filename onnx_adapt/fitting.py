@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from onnx_adapt.adapter import Adapter, same_base
 from onnx_adapt.dtypes import DTYPES, FLOATS
-from onnx_adapt.errors import AdapterError, SlotError
+from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.parts import bottleneck_axis, part_shape
 
@@ -82,6 +84,46 @@ def manifest_misfits(
     found += _replaced_misfits(replaceable, adapter, allow_partial=allow_partial)
     found += [f"{key!r} holds NaN or infinity" for key in _odd(adapter)]
     return found
+
+
+_ACTIVATED = frozenset(["down", "table", "f_down"])
+"""What an activation of a slot is applied behind."""
+
+
+def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
+    """What cannot be checked about an adapter, for it does not tell; empty if all can."""
+    found = []
+    if not adapter.fingerprint:
+        found.append("base not checked: the adapter has no fingerprint")
+    silent = [
+        slot.name
+        for slot in manifest.slots
+        if slot.name in adapter.weights and not _ACTIVATED.isdisjoint(slot.parts)
+        if slot.name not in adapter.activations
+    ]
+    if silent:
+        more = ", ..." if len(silent) > 1 else ""
+        found.append(f"activation not checked: the adapter has none for {silent[0]!r}{more}")
+    return found
+
+
+def warn_unchecked(manifest: Manifest, adapter: Adapter, told: set[str]) -> None:
+    """Warn of what cannot be checked about an adapter, where the package was called.
+
+    Args:
+        manifest: The record of the model.
+        adapter: The adapter.
+        told: What has been warned of already, and need not be again.
+    """
+    found = unchecked(manifest, adapter)
+    message = f"adapter {adapter.name!r}: {'; '.join(found)}; make_adapter stamps both"
+    if not found or message in told:
+        return
+    told.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("onnx_adapt."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UncheckedWarning, stacklevel=level)
 
 
 def _odd(adapter: Adapter) -> Iterator[str]:

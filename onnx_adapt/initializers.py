@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from onnx_adapt import walk
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph.index import default_opset
@@ -23,14 +23,13 @@ from onnx_adapt.manifest import (
     Manifest,
     OpenWeight,
     Slot,
+    Widened,
     slot_of,
     write_manifest,
 )
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.parts import bottleneck_axis, neutral_rows, part_shape, row_rank
 from onnx_adapt.slot import check_slot
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
@@ -56,7 +55,7 @@ def tensor_of(name: str, value: Array) -> onnx.TensorProto:
     """A float array as a stored tensor."""
     return onnx.TensorProto(
         name=name,
-        data_type=_ELEM_TYPES[str(value.dtype)],
+        data_type=ELEM_TYPES[str(value.dtype)],
         dims=value.shape,
         raw_data=value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes(),
     )
@@ -67,7 +66,7 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
     axis = bottleneck_axis(slot, part)
     if axis is not None and not slot.bottleneck:
         shape[axis] = slot.symbol
-    elem_type = _ELEM_TYPES[slot.dtype]
+    elem_type = ELEM_TYPES[slot.dtype]
     return helper.make_tensor_value_info(slot.weight(part), elem_type, shape)
 
 
@@ -76,7 +75,7 @@ def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
     name = slot.weight(part)
     shape: list[int | str] = [1] * row_rank(slot)
     shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
-    return helper.make_tensor_value_info(name, _ELEM_TYPES[slot.dtype], shape)
+    return helper.make_tensor_value_info(name, ELEM_TYPES[slot.dtype], shape)
 
 
 def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
@@ -94,6 +93,7 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
                 hint="another tool rewrote the graph; insert into the base model again",
             )
     check_base_weights(proto, manifest.weights)
+    check_widened(proto, manifest.widened)
 
 
 def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
@@ -110,6 +110,22 @@ def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) ->
                 f"weight {weight.name!r} is not replaceable any more: it was stripped from "
                 "the model",
                 hint="simplifiers do this; run them on the base first, then insert",
+            )
+
+
+def check_widened(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
+    """Check that the ranges that were widened are in the model.
+
+    Raises:
+        SlotError: If another tool took them away.
+    """
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    for item in widened:
+        if item.name not in stored:
+            raise SlotError(
+                f"{item.name!r}, the widened range behind {item.quantizer!r}, is gone from "
+                "the model",
+                hint="another tool folded or renamed it; insert into the base model again",
             )
 
 
@@ -141,7 +157,7 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
         for part in slot.parts:
             tensor = stored[slot.weight(part)]
             sizes.add(_check_shape(slot, part, tensor.dims))
-            if tensor.data_type != _ELEM_TYPES[slot.dtype]:
+            if tensor.data_type != ELEM_TYPES[slot.dtype]:
                 raise SlotError(f"weight {tensor.name!r} is not {slot.dtype}, as its slot is")
         if len(sizes - {-1}) > 1:
             raise SlotError(f"the weights of slot {slot.name!r} have different bottlenecks")

@@ -144,6 +144,21 @@ class OpenWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Widened:
+    """A scale, zero point or bias of the base that was widened for the values of an adapter.
+
+    Attributes:
+        quantizer: Output of the QuantizeLinear whose range was widened.
+        name: The constant that its nodes read now.
+        original: The base's, which is still in the model.
+    """
+
+    quantizer: str
+    name: str
+    original: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Every slot of a model and what is needed to get the base back.
 
@@ -156,6 +171,7 @@ class Manifest:
         weights: Weights of the base that adapters may replace.
         inputs: Weights that the base, in an IR before 4, had to list as inputs: place and
             declaration in hexadecimal. From IR 4 on that would make them replaceable.
+        widened: Constants of calibrated ranges that were widened.
     """
 
     fingerprint: str
@@ -165,6 +181,7 @@ class Manifest:
     slots: tuple[Slot, ...]
     weights: tuple[OpenWeight, ...] = ()
     inputs: tuple[tuple[int, str], ...] = ()
+    widened: tuple[Widened, ...] = ()
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -214,6 +231,7 @@ def _read(data: dict[str, Any]) -> Manifest:
         slots=tuple(_read_slot(item) for item in data["slots"]),
         weights=tuple(_read_weight(item) for item in data["weights"]),
         inputs=tuple(_read_input(i, text) for i, text in base["inputs"]),
+        widened=tuple(_read_widened(item) for item in data.get("widened", ())),
     )
 
 
@@ -282,6 +300,10 @@ def _read_weight(item: dict[str, Any]) -> OpenWeight:
     return OpenWeight(name, original, copied, swappable, trained)
 
 
+def _read_widened(item: dict[str, Any]) -> Widened:
+    return Widened(*(_typed(item[field.name], str) for field in fields(Widened)))
+
+
 def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
     """Put the manifest into a model in place of the one it has; None takes it out."""
     for index in reversed(range(len(proto.metadata_props))):
@@ -289,7 +311,7 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             del proto.metadata_props[index]
     if manifest is None:
         return
-    data = {
+    data: dict[str, object] = {
         "format": FORMAT,
         "base": {
             "fingerprint": manifest.fingerprint,
@@ -301,10 +323,12 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
         "slots": [_record(slot) for slot in manifest.slots],
         "weights": [_record(weight) for weight in manifest.weights],
     }
+    if manifest.widened:
+        data["widened"] = [_record(item) for item in manifest.widened]
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     proto.metadata_props.add(key=KEY, value=text)
 
 
-def _record(item: Slot | OpenWeight) -> dict[str, object]:
+def _record(item: Slot | OpenWeight | Widened) -> dict[str, object]:
     """The fields by name; they are flat, and `asdict` copies each of them, which shows."""
     return {each.name: getattr(item, each.name) for each in fields(item)}

@@ -19,6 +19,7 @@ from onnx_adapt.files.destination import Destination
 from onnx_adapt.files.payloads import Payload, Segment, Source, scan, splice, token_index
 from onnx_adapt.files.thin import borrow, give_back
 from onnx_adapt.files.whole_files import FilePlan, Progress, write_files
+from onnx_adapt.suggest import beside
 
 PROTOBUF_LIMIT = 2**31 - 1
 """The largest file protobuf can read, in bytes."""
@@ -100,7 +101,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         proto = onnx.ModelProto.FromString(small)
     except OSError as error:
         raise ModelFileError(
-            f"cannot read {file}: {error.strerror or error}", hint="check the path"
+            f"cannot read {file}: {error.strerror or error}", hint=beside(file)
         ) from error
     except (ModelFileError, DecodeError) as error:
         if isinstance(error, ModelFileError) and error.hint != error.advice:

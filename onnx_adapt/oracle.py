@@ -70,7 +70,8 @@ def slot_value(
         x, y = np.moveaxis(x, 1, -1), np.moveaxis(y, 1, -1)
         w = {part: _flat(part, value) for part, value in w.items()}
     elif slot.batched and slot.rank != 3:
-        rows = next((len(w[part]) for part in slot.row_parts if part in w), 1)
+        # No rows are as in the nodes: `(1, 0, width)` meets `(0, 1, r)`.
+        rows = max(1, next((len(w[part]) for part in slot.row_parts if part in w), 1))
         x = x.reshape(rows, -1, *x.shape[y.ndim - 1 :])
         y = y.reshape(rows, -1, slot.width)
         plus = None if plus is None else plus.reshape(x.shape)

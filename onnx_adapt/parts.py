@@ -22,6 +22,9 @@ PARTS = (
 and `g_` are the two networks of a NICE coupling (Dinh et al., 2014), the one slot of
 another shape: `y1 = x1 + f(x2); y2 = x2 + g(y1)` on the halves of the target."""
 
+NEUTRAL = ("down_bias", "up_bias", "scale", "gain")
+"""Parts that change nothing while they have their neutral value, so may be left out."""
+
 COUPLING = PARTS[PARTS.index("f_down") :]
 
 

@@ -7,13 +7,20 @@ from dataclasses import asdict, dataclass
 
 from onnx_adapt.errors import MismatchError
 
+CALIBRATE = (
+    "`onnx-adapt insert BASE --adapter DIR --calibrate INPUTS.npz` widens the ranges for the "
+    "adapter"
+)
+"""The way out where an adapter's values do not fit the ranges of a quantised model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
     """One of the checks of a verification.
 
     Attributes:
-        name: `interface`, `graph`, `off`, `rows`, `on`, `effect` or `checker`.
+        name: `interface`, `graph`, `off`, `ranges`, `rows`, `on`, `effect`, `saturation` or
+            `checker`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.
@@ -47,6 +54,31 @@ class SlotResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Saturation:
+    """What an adapter drives out of the range of one QuantizeLinear.
+
+    Attributes:
+        node: The QuantizeLinear.
+        slots: The slots that it is behind, with no other slot between.
+        off: The share of its values outside its range with the slots off.
+        on: The same with the adapter on.
+        least: Its least value with the adapter on.
+        most: Its largest value with the adapter on.
+        low: The least value that its range holds.
+        high: The largest value that its range holds.
+    """
+
+    node: str
+    slots: tuple[str, ...]
+    off: float
+    on: float
+    least: float
+    most: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The result of `verify`.
 
@@ -58,6 +90,8 @@ class Report:
         shapes: Shapes of the inputs used, one dict per set.
         runtime: Version of ONNX Runtime, or '' if it was not used.
         strict: Whether warnings count as failures.
+        saturation: The quantizers with more values outside their range when the adapter is
+            on than when it is off.
     """
 
     base: str
@@ -67,6 +101,7 @@ class Report:
     shapes: tuple[dict[str, tuple[int, ...]], ...]
     runtime: str
     strict: bool
+    saturation: tuple[Saturation, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -90,6 +125,8 @@ class Report:
         failed = [check for check in self.checks if not check.passed]
         reasons = [f"{check.name}: {check.detail}" for check in failed]
         hint = "`onnx-adapt verify --json` has every number"
+        if [check.name for check in failed] == ["saturation"]:
+            hint = CALIBRATE
         if [check.name for check in failed] == ["rows"]:
             hint = "insert without --batched: rows are then run by adapter"
         raise MismatchError(
@@ -111,6 +148,7 @@ class Report:
                 {key: _plain(value) for key, value in asdict(slot).items()}
                 for slot in self.slots
             ],
+            "saturation": [asdict(item) for item in self.saturation],
             "shapes": [{k: list(v) for k, v in item.items()} for item in self.shapes],
         }
 

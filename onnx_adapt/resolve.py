@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_adapt.errors import (
     AmbiguousSiteError,
@@ -13,6 +13,7 @@ from onnx_adapt.errors import (
     SiteRefusedError,
 )
 from onnx_adapt.graph.calls import module_calls
+from onnx_adapt.graph.fused_bias import bias_behind, unfused_hint
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.modules import match_path
 from onnx_adapt.manifest import slot_of
@@ -32,10 +33,17 @@ class Choice:
     Attributes:
         site: The site.
         name: What the slot is called, before it is made unique.
+        literal: Whether the tensor itself was named, and no layer or module.
     """
 
     site: Site
     name: str
+    literal: bool = False
+
+    @property
+    def refused(self) -> str | None:
+        """Why no adapter can go there, or None."""
+        return self.site.refused if self.literal else self.site.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,38 +59,44 @@ class Resolution:
     skipped: tuple[Site, ...]
 
 
-def resolve(survey: Survey, names: Sequence[str]) -> Resolution:
+def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) -> Resolution:
     """Find the sites that names mean.
 
     A name is tried as a site's address, a node's name, a tensor's name, a PyTorch module
     path, and a glob over these: `*` stays within one part of a path, `**` does not. A
     site named twice is chosen twice; a glob adds only what is not chosen yet, and takes
-    every call of a module that runs several times.
+    every call of a module that runs several times. An `axis` that the user names is the
+    feature axis of each site.
 
     Raises:
         SiteNotFoundError: If nothing has the name; the hint lists the nearest.
         AmbiguousSiteError: If a name that is no glob means several places.
         SiteRefusedError: If the place cannot take an adapter.
     """
+
+    def laid(choice: Choice) -> Choice:
+        site = choice.site if axis is None else survey.on_axis(choice.site, axis)
+        return replace(choice, site=site)
+
     choices: list[Choice] = []
     skipped: dict[str, Site] = {}
     globs: list[str] = []
     for name in names:
         choice = _exact(survey, name)
         if choice is not None:
-            choices.append(_usable(survey, choice))
+            choices.append(_usable(survey, laid(choice)))
         elif _GLOB.search(name):
             globs.append(name)
         else:
             raise _not_found(survey, name)
     for pattern in globs:
-        hits = _glob(survey, pattern)
-        usable = [hit for hit in hits if hit.site.refused is None]
+        hits = [laid(hit) for hit in _glob(survey, pattern)]
+        usable = [hit for hit in hits if hit.refused is None]
         if not usable:
             raise _none_usable(survey, pattern, hits)
         taken = {choice.site.address for choice in choices}
         choices += [hit for hit in usable if hit.site.address not in taken]
-        skipped.update((h.site.address, h.site) for h in hits if h.site.refused)
+        skipped.update((h.site.address, h.site) for h in hits if h.refused)
     return Resolution(tuple(choices), tuple(skipped.values()))
 
 
@@ -135,7 +149,7 @@ def _labels(site: Site) -> tuple[str, ...]:
 
 def _exact(survey: Survey, name: str) -> Choice | None:
     if name in survey.by_address:
-        return _choice(survey.by_address[name])
+        return replace(_choice(survey.by_address[name]), literal=True)
     for find in (_by_node, _by_tensor, _by_module):
         choices = find(survey, name)
         if len(choices) > 1:
@@ -173,7 +187,7 @@ def _by_tensor(survey: Survey, name: str) -> list[Choice]:
         tensor = survey.settled(path, name)
         inserted = slot_of(view.nodes[view.producers[tensor]])
         if not inserted or f"{path}:{tensor}" in survey.by_address:
-            found.append(_choice(survey.site(view, tensor)))
+            found.append(replace(_choice(survey.site(view, tensor)), literal=True))
     return found
 
 
@@ -199,21 +213,30 @@ def _module_choices(survey: Survey, path: str) -> list[Choice]:
         for tensor in tensors:
             site = survey.site(view, survey.settled(view.scope.path, tensor))
             _refuse_fused(survey, view, site, path)
+            if not site.layer:  # such as the product of integers, rescaled
+                behind = bias_behind(survey.index, view, site.tensor, site.width)
+                site = replace(site, before_bias=behind)
             found.append(Choice(site, path))
     return found
 
 
 def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> None:
-    """TorchScript names a Conv that swallowed its BatchNorm after the Conv alone."""
+    """A node that swallowed what is behind a module may have the module's name.
+
+    TorchScript names a Conv with its BatchNorm after the Conv alone; ONNX Runtime's
+    FusedGemm and FusedConv hold an activation.
+    """
     for layer in survey.layers_of.get((site.graph, site.core), ()):
         node = view.nodes[site.core]
-        fused = node.op_type == "Conv" and any(
+        normed = node.op_type == "Conv" and any(
             text(name).startswith("onnx::Conv_") for name in node.input[1:2]
         )
-        if fused and layer.module == path and layer.tensor == site.tensor:
+        active = any(item.name == "activation" and item.s for item in node.attribute)
+        if (normed or active) and layer.module == path and layer.tensor == site.tensor:
+            what = "normalisation" if normed else "activation"
             raise SiteRefusedError(
-                f"module {path!r} has no output of its own: the exporter fused the "
-                f"normalisation behind it into node {site.node!r}",
+                f"module {path!r} has no output of its own: the {what} behind it was "
+                f"fused into node {site.node!r}",
                 hint=f"--after {site.node} inserts after both",
             )
 
@@ -262,37 +285,52 @@ _SITES_HINT = "`onnx-adapt sites` lists the places that can take one"
 
 def _usable(survey: Survey, choice: Choice) -> Choice:
     site = choice.site
-    if site.refused is None:
+    if choice.refused is None:
         return choice
-    if site.graph not in survey.index.views:
+    if site.refused is None:
+        hint = unfused_hint(site.address)
+    elif site.graph not in survey.index.views:
         hint = INLINE_HINT
     elif other := _other_output(survey, site):
         hint = f"another output of the node can: --after '{other.address}'"
     else:
-        hint = _SITES_HINT
+        hint = _axis_hint(survey, site) or _SITES_HINT
     raise SiteRefusedError(
         f"{site.node or site.op} ({site.op}), tensor {site.tensor!r}, cannot take an "
-        f"adapter: {site.refused}",
+        f"adapter: {choice.refused}",
         hint=hint,
     )
+
+
+def _axis_hint(survey: Survey, site: Site) -> str:
+    """How to name the feature axis of a site, or not to; '' if that is no help."""
+    told = survey.site(survey.index.views[site.graph], site.tensor)
+    if told.refused is None:
+        return f"leave out the axis: the operators around it say {told.axis}"
+    if site.axis is not None:
+        return ""
+    laid = [survey.on_axis(site, axis) for axis in (-1, 1)]
+    good = [f"--axis {at.axis} ({at.width} wide)" for at in laid if at.refused is None]
+    return f"if you know it, say so: {' or '.join(dict.fromkeys(good))}" if good else ""
 
 
 def _other_output(survey: Survey, site: Site) -> Site | None:
     """Another output of a site's node, one that can take an adapter."""
     view = survey.index.views[site.graph]
     names = [survey.settled(site.graph, name) for name in view.nodes[site.core].output if name]
-    others = (survey.site(view, name) for name in names)
+    others = (survey.site(view, name) for name in names if name != site.tensor)
     return next((other for other in others if other.refused is None), None)
 
 
 def _none_usable(survey: Survey, pattern: str, hits: Sequence[Choice]) -> SiteError:
     if not hits:
         return _not_found(survey, pattern)
-    reasons = "; ".join(f"{c.site.tensor}: {c.site.refused}" for c in hits[:_SHOWN])
+    reasons = "; ".join(f"{c.site.tensor}: {c.refused}" for c in hits[:_SHOWN])
+    fused = [hit.site.address for hit in hits if hit.site.refused is None]
     hidden = any(hit.site.graph not in survey.index.views for hit in hits)
     return SiteRefusedError(
         f"nothing that {pattern!r} matches can take an adapter: {reasons}",
-        hint=INLINE_HINT if hidden else _SITES_HINT,
+        hint=INLINE_HINT if hidden else unfused_hint(fused[0]) if fused else _SITES_HINT,
     )
 
 

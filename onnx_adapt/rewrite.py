@@ -21,11 +21,14 @@ from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights
+from onnx_adapt.proof.calibration import calibrated
+from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.resolve import resolve
 from onnx_adapt.rewriting.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.rewriting.graft import manifest_of, put_in, restore_inputs, take_out
 from onnx_adapt.rewriting.plan import Recipe, free_name, plan_slot, reserved_names
-from onnx_adapt.sites import Survey, survey_model
+from onnx_adapt.sites import Site, Survey, survey_model
+from onnx_adapt.rewriting.ranges import restore_ranges
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -45,6 +48,7 @@ def insert(
     bias: bool = False,
     parts: Sequence[str] = ("down", "up"),
     source: str = "",
+    axis: int | None = None,
     norm: str = "",
     norm_after: str = "",
     bottleneck: int | None = None,
@@ -52,6 +56,8 @@ def insert(
     batched: bool = False,
     seed: int = 0,
     inline_functions: bool = False,
+    adapter: Adapter | None = None,
+    calibrate: Inputs | Sequence[Inputs] | None = None,
 ) -> Model:
     """Insert an adapter slot after each named place.
 
@@ -63,12 +69,14 @@ def insert(
         model: The model; it is left as it was.
         after: Addresses, node names, tensors, module paths or globs.
         checkpoint: Insert the slots of a trained checkpoint instead, from
-            `load_checkpoint`; of the other arguments only `batched` applies, and `baked`,
-            which puts the trained weights in.
+            `load_checkpoint`; of the other arguments only `batched` and `calibrate` apply,
+            and `baked`, which puts the trained weights in.
         activation: One of `onnx_adapt.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.PARTS`.
         source: A tensor for the adapter to read in place of the target.
+        axis: The feature axis of every place, and of the source: -1 for the last one, or
+            1 for channels. By default the one that the operators around a place tell.
         norm: A normalisation of the base, by name, re-applied to the source.
         norm_after: Let the slot's own normalisation wrap the `term` or the `sum`.
         bottleneck: Inner size; by default each adapter brings its own, and a baked slot
@@ -77,6 +85,10 @@ def insert(
         batched: Let one run give each row of a batch another adapter.
         seed: Seed of the random `down`.
         inline_functions: Inline the model's functions first, to reach inside them.
+        adapter: The adapter to calibrate for, with weights for the new slots; that of a
+            checkpoint if not given.
+        calibrate: Inputs, an `.npz` file or arrays by name, or several, to run a quantised
+            model with: calibrated ranges that the adapter's values leave are widened.
 
     Raises:
         SiteError: If a name means nothing, several places, or a place that cannot take
@@ -93,7 +105,8 @@ def insert(
     if checkpoint is not None:
         if after:
             raise SiteError("a checkpoint brings its own places", hint="leave out `after`")
-        return _insert_checkpoint(model, checkpoint, baked=baked, batched=batched)
+        result = _insert_checkpoint(model, checkpoint, baked=baked, batched=batched)
+        return _calibrated(result, adapter or checkpoint.adapter, calibrate)
     if bottleneck is not None and bottleneck < 1:
         raise SlotError(
             f"a bottleneck of {bottleneck} is not possible", hint="give 1 or more, e.g. 64"
@@ -107,6 +120,7 @@ def insert(
         activation=activation,
         parts=tuple(sorted({*parts, *extra}, key=_part_order)),
         source=source,
+        axis=axis,
         norm=norm,
         norm_after=norm_after,
         swappable=not baked,
@@ -117,7 +131,23 @@ def insert(
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
-    return _insert(model, names, recipe, inline_functions=inline_functions)
+    result = _insert(model, names, recipe, inline_functions=inline_functions)
+    return _calibrated(result, adapter, calibrate)
+
+
+def _calibrated(
+    model: Model, adapter: Adapter | None, inputs: Inputs | Sequence[Inputs] | None
+) -> Model:
+    """The model with ranges that hold the adapter's values, if there are inputs."""
+    if inputs is None:
+        return model
+    if adapter is None:
+        raise SlotError(
+            "ranges are calibrated for an adapter, and none was given",
+            hint="give its weights for the new slots as `adapter`, or insert a checkpoint",
+        )
+    feeds = given_feeds(remove(model), inputs)
+    return calibrated(model, adapter, feeds)
 
 
 def _part_order(part: str) -> tuple[int, str]:
@@ -132,12 +162,13 @@ def _insert(
     survey = survey_model(result)
     if known.inlined:
         names = [_inlined_name(survey, name) for name in names]
-    resolution = resolve(survey, names)
+    resolution = resolve(survey, names, axis=recipe.axis)
     for site in resolution.skipped:
-        _log.warning("left out %s: %s", site.address, site.refused)
+        _log.warning("left out %s: %s", site.address, site.reason)
     taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:
+        _tell_axis(survey, choice.site)
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
@@ -149,6 +180,16 @@ def _insert(
         for slot in slots
     }
     return put_in(result, survey.index, known, slots, weights)
+
+
+def _tell_axis(survey: Survey, site: Site) -> None:
+    """Warn of an axis that the user named and the operators around it do not."""
+    told = survey.by_address.get(site.address, site)
+    if told.axis not in (None, site.axis):
+        _log.warning(
+            "%s: the slot is on axis %s as you say; the operators around it say %s",
+            *(site.address, site.axis, told.axis),
+        )
 
 
 def _inlined_name(survey: Survey, name: str) -> str:
@@ -220,7 +261,10 @@ def inline_model(model: Model) -> Model:
     try:
         proto = onnx.inliner.inline_local_functions(model.proto)
     except (onnx.checker.ValidationError, RuntimeError, ValueError) as error:
-        raise RunError(f"the functions of {model.label} cannot be inlined: {error}") from error
+        raise RunError(
+            f"the functions of {model.label} cannot be inlined: {error}",
+            hint="export it without functions: torch.onnx.export(..., dynamo=False)",
+        ) from error
     return replace(model, proto=proto)
 
 
@@ -273,6 +317,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         write_manifest(result.proto, replace(manifest, slots=kept))
         return result
     close_base_weights(result.proto, manifest.weights)
+    restore_ranges(result.proto, manifest.widened)
     restore_inputs(result.proto, manifest.inputs)
     write_manifest(result.proto, None)
     result.proto.ir_version = manifest.ir_version

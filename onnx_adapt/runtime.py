@@ -32,6 +32,8 @@ class Runner:
     Args:
         model: The model; nothing of it is copied but the graph.
         optimised: Whether ONNX Runtime may optimise the graph (its default level).
+        shapes_first: Whether a Shape runs as soon as its tensor is there. In the order that
+            ONNX Runtime has by default, a tensor waits in memory for its Shape.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -39,10 +41,12 @@ class Runner:
             weights are.
     """
 
-    def __init__(self, model: Model, *, optimised: bool) -> None:
+    def __init__(self, model: Model, *, optimised: bool, shapes_first: bool = False) -> None:
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        if shapes_first:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
@@ -62,7 +66,8 @@ class Runner:
             raise RunError(
                 f"ONNX Runtime {ort.__version__} cannot load {model.label}: "
                 f"{shortened(error)}",
-                hint="does the model run on the CPU without adapters?",
+                hint="`onnx-adapt check` says whether its slots are whole; without slots it may "
+                "ask for an operator or a provider that is not here",
             ) from error
         self.outputs = [item.name for item in self._session.get_outputs()]
 

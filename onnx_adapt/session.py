@@ -11,7 +11,7 @@ import numpy as np
 
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.fitting import manifest_misfits, refuse_misfits
+from onnx_adapt.fitting import manifest_misfits, refuse_misfits, warn_unchecked
 from onnx_adapt.parts import neutral_weights
 from onnx_adapt.swapping.adapter_cache import AdapterCache, LoadedAdapter, Shares, Source
 from onnx_adapt.swapping.batches import (
@@ -58,6 +58,9 @@ class AdapterSession:
         RunError: If ONNX Runtime refuses the model.
         AdapterError: If an adapter does not fit.
 
+    Warns:
+        UncheckedWarning: If an adapter does not tell its base or its activations; once.
+
     Example:
         >>> import numpy as np, tempfile, onnx_adapt as oa
         >>> case = "tests/cases/peft_bert_lora_default_ts"
@@ -88,6 +91,7 @@ class AdapterSession:
         self.outputs = {item.name: item for item in self._engine.session.get_outputs()}
         self.batch_axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
         self._base_values = base_values(model)
+        self._told: set[str] = set()
         self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
         for name, source in dict(adapters or {}).items():
             self.load(name, source)
@@ -184,12 +188,12 @@ class AdapterSession:
         listed = isinstance(adapter, Sequence) or (
             isinstance(adapter, np.ndarray) and adapter.ndim
         )
-        rows = list(adapter) if listed and not isinstance(adapter, bytes) else []
-        if not rows:
+        if not listed or isinstance(adapter, bytes):
             raise AdapterError(
                 f"adapter is {adapter!r}",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
+        rows = list(adapter)
         once = {id(row): self._shares(row) for row in rows}
         return self._run_rows(names, feeds, [once[id(row)] for row in rows])
 
@@ -277,7 +281,7 @@ class AdapterSession:
         """One run for all rows if the slots can; else one for the rows of each adapter."""
         arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
         count_rows(self.batch_axes, arrays, len(rows))
-        groups: dict[Shares, list[int]] = {}
+        groups: dict[Shares, list[int]] = {} if rows else {(): []}
         for i, shares in enumerate(rows):
             groups.setdefault(shares, []).append(i)
         if len(groups) > 1 and (mixed := self._mixed(arrays, rows)) is not None:
@@ -323,11 +327,15 @@ class AdapterSession:
                 hint="feed weights, or give an adapter",
             )
 
-    def _check(self, adapter: Adapter, allow_partial: bool) -> dict[str, Any]:
+    def _check(
+        self, adapter: Adapter, allow_partial: bool, blended: bool = False
+    ) -> dict[str, Any]:
         """Raise unless an adapter fits; what makes the base of all that it does not cover."""
         manifest, replaceable = self._engine.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
         refuse_misfits(found, adapter, self._engine.label)
+        if not blended:  # those it was made of have been warned of
+            warn_unchecked(manifest, adapter, self._told)
         rest = {
             slot.weight(part): as_ort_value(array)
             for slot in manifest.slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ManifestError
+from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import (
     GraphView,
     ModelIndex,
@@ -23,6 +25,7 @@ from onnx_adapt.graph.layers import (
     KINDS,
     LAST,
     bias_add,
+    feature_width,
     find_weight,
     float_downstream,
     inherited_type,
@@ -30,10 +33,12 @@ from onnx_adapt.graph.layers import (
     layer_weight,
     weight_width,
 )
-from onnx_adapt.graph.layout import channel_tensors
+from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
 from onnx_adapt.graph.modules import ModuleIndex, index_modules
 from onnx_adapt.manifest import read_manifest, slot_of
 from onnx_adapt.model_file import Model
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,15 @@ class Site:
         module: PyTorch module path, or None if the exporter left no trace.
         width: Size of the feature axis, or None if unknown.
         dtype: Element type, or '' if unknown.
-        axis: The feature axis: -1, or 1 for channels.
+        axis: The feature axis: -1, or 1 for channels; None if nothing tells.
         refused: Why no adapter can go here, or None.
         graph: Path of the graph the tensor is in.
         rank: Number of axes, or None if unknown.
         layer: Whether the site is the output of a layer.
         core: Index of the node in its graph.
         also: Names of other nodes that stand for it: that of the bias Add.
+        before_bias: Where the layer's bias is added, if that is behind the tensor. An
+            adapter after the layer cannot go here, one after the tensor can.
     """
 
     address: str
@@ -64,17 +71,23 @@ class Site:
     module: str | None
     width: int | None
     dtype: str
-    axis: int
+    axis: int | None
     refused: str | None
     graph: str
     rank: int | None
     layer: bool
     core: int
     also: tuple[str, ...] = ()
+    before_bias: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why no adapter can go after the layer or module that this is, or None."""
+        return self.refused or self.before_bias
 
     def as_dict(self) -> dict[str, object]:
         """What `onnx-adapt sites --json` prints of a site."""
-        return {name: getattr(self, name) for name in _PRINTED}
+        return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
 
 
 _PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")
@@ -104,7 +117,7 @@ class Survey:
     Attributes:
         index: Tensors and nodes.
         modules: PyTorch modules.
-        channels: For each graph, the tensors with their features on axis 1.
+        layout: Where the features of each tensor are.
         outer: For each graph, what all slots on a site's tensor made of it: inner -> outer.
         sites: All sites: layers and every other float tensor, in graph order.
         by_address: The sites by their address.
@@ -115,7 +128,7 @@ class Survey:
 
     index: ModelIndex
     modules: ModuleIndex
-    channels: dict[str, set[str]]
+    layout: Layout
     outer: dict[str, dict[str, str]]
     sites: list[Site] = field(default_factory=list)
     by_address: dict[str, Site] = field(default_factory=dict)
@@ -130,6 +143,15 @@ class Survey:
             return self.by_address[address]
         return _site(self, view, view.producers[tensor], tensor)
 
+    def on_axis(self, site: Site, axis: int) -> Site:
+        """The same place with its features on an axis that the user names."""
+        view = self.index.views.get(site.graph)
+        if view is None:
+            return site  # inside a function, refused
+        given = given_axis(axis, site.rank)
+        moved = _site(self, view, site.core, site.tensor, layer=site.layer, given=given)
+        return replace(moved, also=site.also, before_bias=site.before_bias)
+
     def settled(self, graph: str, tensor: str) -> str:
         """The tensor's value after all slots on it."""
         return self.outer.get(graph, {}).get(tensor, tensor)
@@ -138,13 +160,15 @@ class Survey:
 def survey_model(model: Model) -> Survey:
     """Index a model and find all its sites."""
     index = index_model(model)
+    _tell_stale(index)
     outer: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
         if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
             outer.setdefault(slot.graph, {})[slot.inner] = slot.output
+    layout = find_layout(index, outer)
     outer = {path: _outermost(names) for path, names in outer.items()}
-    survey = Survey(index, index_modules(index), channel_tensors(index), outer)
+    survey = Survey(index, index_modules(index), layout, outer)
     for view in index.views.values():
         survey.sites.extend(_graph_sites(survey, view))
         for i, node in enumerate(view.nodes):
@@ -159,6 +183,23 @@ def survey_model(model: Model) -> Survey:
             survey.hidden.setdefault(name, []).append(site)
     survey.by_address.update((site.address, site) for site in survey.sites)
     return survey
+
+
+def _tell_stale(index: ModelIndex) -> None:
+    """Say once that a model records what cannot be; nothing else depends on it."""
+    stale = index.stale_records()
+    for address, (record, known) in list(stale.items())[:1]:
+        _log.warning(
+            "the model records %s for %r, but %s follows from its inputs and weights%s; "
+            "its records are not used",
+            *(_in_words(record), address, _in_words(known)),
+            f" (and so for {len(stale) - 1} more)" if len(stale) > 1 else "",
+        )
+
+
+def _in_words(known: TensorType) -> str:
+    sizes = ", ".join("?" if dim is None else str(dim) for dim in known.shape or ())
+    return f"{elem_name(known.elem_type)}[{sizes if known.shape is not None else '...'}]"
 
 
 def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
@@ -216,22 +257,21 @@ def _site(
     *,
     layer: bool = False,
     bias: str | None = None,
+    given: Features | None = None,
 ) -> Site:
     node = view.nodes[core]
     path = view.scope.path
     known = view.type_of(tensor)
     known = TensorType(known.elem_type or inherited_type(view, node), known.shape)
     rank = _rank(view, node, known)
-    channels = tensor in survey.channels[path]
-    if layer:
-        channels = KINDS[node.op_type].axis == CHANNELS and rank != 2
-    axis = CHANNELS if channels else LAST
-    width = None
-    if known.shape and axis < len(known.shape):
-        size = known.shape[axis]
-        width = size if isinstance(size, int) else None
-    if width is None and layer:
-        width = weight_width(view, node)
+    features = given or _features(survey, view, node, tensor, layer)
+    axis, width = features.axis, None
+    if axis is not None:
+        width = feature_width(view, node if layer else None, tensor, axis)
+    told = weight_width(view, node) if layer and axis is not None else None
+    if given and not given.refused and None not in (width, told) and width != told:
+        reason = f"its axis {axis} has {width} entries, but the layer's weight gives {told}"
+        features = Features(axis, reason)
     adding = view.producer(bias) if bias else None
     site = Site(
         address=f"{path}:{tensor}",
@@ -249,7 +289,17 @@ def _site(
         core=core,
         also=(text(adding[1].name),) if adding else (),
     )
-    return replace(site, refused=_refusal(view, site, known))
+    behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
+    refused = _refusal(view, site, known, features)
+    return replace(site, refused=refused, before_bias=behind)
+
+
+def _features(
+    survey: Survey, view: GraphView, node: onnx.NodeProto, tensor: str, layer: bool
+) -> Features:
+    if layer:
+        return survey.layout.of_layer(view, node, tensor)
+    return survey.layout.of(view, tensor)
 
 
 def _rank(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | None:
@@ -261,7 +311,7 @@ def _rank(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | Non
     return len(weight.dims) if weight and conv else None
 
 
-def _refusal(view: GraphView, site: Site, known: TensorType) -> str | None:
+def _refusal(view: GraphView, site: Site, known: TensorType, features: Features) -> str | None:
     """Why a tensor cannot take an adapter, or None if it can."""
     if site.tensor in view.repeated:
         return "it is made twice: the model breaks ONNX's rule of single assignment"
@@ -277,6 +327,10 @@ def _refusal(view: GraphView, site: Site, known: TensorType) -> str | None:
         return "it is a constant"
     if known.shape == ():
         return "it is a scalar"
+    if features.refused is not None:
+        return features.refused
+    if site.axis not in (LAST, CHANNELS):
+        return f"its features are on axis {site.axis}; a slot takes the last axis or axis 1"
     if site.width is None:
         return "unknown width: its feature axis has no fixed size"
     if site.width < 1:
@@ -301,7 +355,7 @@ def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
                         module=None,
                         width=None,
                         dtype="",
-                        axis=LAST,
+                        axis=None,
                         refused=f"inside the model-local {label}",
                         graph=scope.path,
                         rank=None,

@@ -141,7 +141,7 @@ def slot_nodes(
         change = emit.node("Mul", emit.node("Sub", after, slot.inner), w["switch"])
         emit.node("Add", slot.inner, change, label="switched")
     if _is_reshaped(slot):
-        emit.node("Reshape", out, emit.node("Shape", slot.inner), label="reshaped")
+        _emit_back(emit, slot, out)
     return _marked(emit, slot)
 
 
@@ -163,16 +163,40 @@ def _is_reshaped(slot: Slot) -> bool:
 
 
 def _emit_rows(emit: Emitter, slot: Slot, x: str, features: list[int]) -> str:
-    """A tensor as `(rows, positions, *features)`; there are as many rows as in the mask."""
+    """A tensor as `(rows, positions, *features)`; there are as many rows as in the mask.
+
+    A mask of no rows makes it `(1, 0, *features)`, which meets the mask's `(0, 1, r)` as
+    `(0, 0, r)`: beside a 0 the -1 of a Reshape would have no meaning.
+    """
     if not _is_reshaped(slot):
         return x
     for node in emit.nodes:
         if node.op_type == "Reshape" and node.input[0] == x:
             return str(node.output[0])
-    shape = emit.node("Shape", slot.weight(slot.row_parts[0]))
-    rows = emit.node("Gather", shape, _emit_int64(emit, [0]), axis=0)
+    shape = emit.node("Shape", slot.weight(slot.row_parts[0]))  # (rows, 1, r)
+    rows_and_one = emit.node("Gather", shape, _emit_int64(emit, [0, 1]), axis=0)
+    rows = emit.node("ReduceMax", rows_and_one, keepdims=1)
     sizes = emit.node("Concat", rows, _emit_int64(emit, [-1, *features]), axis=0)
     return emit.node("Reshape", x, sizes, label="by_row")
+
+
+def _emit_back(emit: Emitter, slot: Slot, x: str) -> None:
+    """A tensor by row in the shape of the target, also where an axis of that is empty.
+
+    A 0 among the sizes of a Reshape copies an axis of its input unless `allowzero` says
+    otherwise, which came with opset 14. Before, an empty axis is given as -1, so ONNX
+    Runtime refuses two of them at once where the rank is 4 or more.
+    """
+    if slot.rank == 2:
+        emit.node("Reshape", x, _emit_int64(emit, [-1, slot.width]), label="reshaped")
+        return
+    sizes = emit.node("Shape", slot.inner)
+    if emit.opset >= 14:
+        emit.node("Reshape", x, sizes, label="reshaped", allowzero=1)
+        return
+    empty = emit.node("Equal", sizes, _emit_int64(emit, [0]))
+    minus = emit.node("Cast", empty, to=onnx.TensorProto.INT64)
+    emit.node("Reshape", x, emit.node("Sub", sizes, minus), label="reshaped")
 
 
 def _emit_int64(emit: Emitter, values: list[int]) -> str:

@@ -6,6 +6,7 @@ import difflib
 import heapq
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 _SHORTLIST = 100
 _LONGEST = 500
@@ -49,3 +50,14 @@ def _parts(name: str) -> list[str]:
 
 def _ratio(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+def beside(path: Path) -> str:
+    """What to do about a file that is not there: the names beside it that are most like it."""
+    try:
+        near = nearest(path.name, sorted(item.name for item in path.parent.iterdir()), 3)
+    except (OSError, ValueError):
+        near = []
+    return (
+        f"check the path; nearest beside it: {', '.join(near)}" if near else "check the path"
+    )

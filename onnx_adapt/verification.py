@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
 
 from onnx_adapt import walk
+from onnx_adapt.adapter import Adapter
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.fingerprint import fingerprint
+from onnx_adapt.fitting import require_fit
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.initializers import check_model_weights
 from onnx_adapt.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.model_file import Model, open_model
 from onnx_adapt.ort import runtime_version
 from onnx_adapt.printable import count
-from onnx_adapt.proof.checker import complaints
+from onnx_adapt.proof.checker import new_complaints
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Probe, neutral_model
+from onnx_adapt.proof.reach import unreached_slots
 from onnx_adapt.proof.row_proof import check_rows
-from onnx_adapt.report import Check, Report, SlotResult
+from onnx_adapt.proof.saturation import check_ranges, check_saturation
+from onnx_adapt.report import Check, Report, Saturation, SlotResult
 from onnx_adapt.rewrite import inline_model, list_slots, remove
 from onnx_adapt.rewriting.damage import foreign_readers
+from onnx_adapt.rewriting.ranges import with_base_ranges
 from onnx_adapt.runtime import Runner, Values
 
 Stage = Callable[[str], None]
@@ -49,6 +55,7 @@ def verify(
     strict: bool = False,
     seed: int = 0,
     weights: bool = True,
+    adapter: Adapter | None = None,
     stage: Stage | None = None,
 ) -> Report:
     """Prove that an adapted model is its base plus exactly its slots.
@@ -66,10 +73,15 @@ def verify(
         seed: Of the made-up inputs and weights.
         weights: Run the checks that turn slots on; without them only interface, graph, off
             and checker are checked.
+        adapter: Check as well that this adapter's values fit the ranges that a quantised
+            base was calibrated for. Without one, that of a filled or baked model is.
         stage: Told what is being done.
 
     Raises:
+        AdapterError: If the adapter does not fit.
         AdaptError: If a model or input cannot be used at all; a mismatch is no error.
+        UnprovableError: If the base does not run here, or without `weights` no slot is
+            reached: then nothing is proven.
 
     Example:
         >>> import onnx_adapt as oa
@@ -93,24 +105,50 @@ def verify(
     checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
     shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
     results: tuple[SlotResult, ...] = ()
+    saturation: tuple[Saturation, ...] = ()
+    if adapter is not None:
+        require_fit(after, adapter)
     if checks[0].passed:
         tell("running the base")
         opened = any(weight.swappable for weight in manifest.weights)
         proof = _Proof(before, after, manifest.slots, inputs, seed, tell, opened)
         proof.run_base()
-        shapes = tuple({k: np.shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
+        shapes = tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
+        if not weights:
+            left = unreached_slots(after, manifest.slots, proof.feeds)
+            unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
+            checks[-1] = replace(checks[-1], warnings=unseen)
+        if manifest.widened:
+            off, expected = neutral_model(after), (proof.expected[False], proof.expected[True])
+            checks.append(check_ranges(off, manifest.slots, proof.feeds, expected))
         if any(slot.batched for slot in manifest.slots):
             checks.append(proof.rows())
         if weights and manifest.slots:
             on, effect, results = proof.on()
             checks += [on, effect]
+        if weights or adapter is not None:
+            tell("counting what saturates with the adapter on")
+            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.feeds)
+            checks += [fits] if fits else []
     tell("asking the ONNX checker")
-    checks.append(_checker(before, after))
+    checks.append(_checker(before, after, manifest))
     label = "the result" if after.path == before.path else after.label
     return Report(
-        before.label, label, tuple(checks), results, shapes, runtime_version(), strict
+        before.label,
+        label,
+        tuple(checks),
+        results,
+        shapes,
+        runtime_version(),
+        strict,
+        saturation,
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of an input; of a sequence or map how many items it has."""
+    return (len(value),) if isinstance(value, list | dict) else np.shape(value)
 
 
 def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
@@ -180,7 +218,7 @@ class _Proof:
     def off(self) -> Check:
         """With the slots off the outputs are the base's."""
         kind = self._kind()
-        model = neutral_model(self.adapted)
+        model = with_base_ranges(neutral_model(self.adapted))
         worst, seen = {}, {}
         for optimised in (False, True):
             self.tell(f"running with slots off, optimised {'fully' if optimised else 'not'}")
@@ -290,8 +328,9 @@ def _effect_check(results: Sequence[SlotResult]) -> Check:
     return Check("effect", bool(moving), detail, warnings)
 
 
-def _checker(base: Model, adapted: Model) -> Check:
+def _checker(base: Model, adapted: Model, manifest: Manifest) -> Check:
     """The checker and strict shape inference say nothing new."""
-    known = complaints(base)
-    new = [line for line in complaints(adapted) if line not in known]
+    if manifest.inlined and base.proto.functions:
+        base = inline_model(base)
+    new = new_complaints(base, adapted, manifest.slots)
     return Check("checker", not new, "; ".join(new[:4]) or "nothing new to report")

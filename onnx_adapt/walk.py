@@ -82,6 +82,20 @@ def _cut(attribute: str, place: int) -> str:
     return attribute if whole else f"{attribute[:_LONGEST]}#{place}"
 
 
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the bodies of a node read from the graphs around them."""
+    for _, body in bodies(node):
+        own = {value.name for value in body.input} | {t.name for t in body.initializer}
+        for inner in body.node:
+            for name in (*inner.input, *captured(inner)):
+                if name and name not in own:
+                    yield name
+            own.update(inner.output)
+        for value in body.output:
+            if value.name not in own:
+                yield value.name
+
+
 def _node_tensors(
     nodes: Iterable[onnx.NodeProto], *, sparse: bool
 ) -> Iterator[onnx.TensorProto]:

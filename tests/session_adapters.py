@@ -14,7 +14,7 @@ BASE = np.maximum(X @ W1.T, 0) @ W2.T + B2
 def adapter(name: str, seed: int, size: int = 3) -> oa.Adapter:
     """Random weights for both slots of `adapted`, of a bottleneck of their own."""
     slots = {"fc1": weights(size, seed), "fc2": weights(size + 1, seed + 100)}
-    return oa.Adapter(name, slots)
+    return oa.make_adapter(adapted(), name, slots)
 
 
 FR, DE = adapter("fr", 1), adapter("de", 2, 5)

@@ -4,8 +4,11 @@ import gzip
 import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from disk_models import (
     write,
 )
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save as save_tensors
 
 import onnx_adapt as oa
 from onnx_adapt.manifest import KEY
@@ -43,24 +47,71 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _zipped() -> bytes:
+def _zipped(name: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr(name, b"\x80\x02}q\x00.")
     return file.getvalue()
 
+
+def _tarred() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("m.onnx"), io.BytesIO())
+    return file.getvalue()
+
+
+def _array() -> bytes:
+    file = io.BytesIO()
+    np.save(file, weight(4, 4))
+    return file.getvalue()
+
+
+def _text(text: str) -> bytes:
+    return text.encode() + b" " * 9000
+
+
+OTHERS = {
+    "ORT": (b"\x18\0\0\0ORTM" + bytes(900), "an .ort file", "convert_onnx_models_to_ort"),
+    "an adapter": (b"\x18\0\0\0TORT" + bytes(900), "an .onnx_adapter", "run MODEL.onnx"),
+    "TFLite": (b"\x1c\0\0\0TFL3" + bytes(900), "TensorFlow Lite", "--tflite m.onnx"),
+    "gzip": (gzip.compress(dense().SerializeToString(), mtime=0), "gzip", "gunzip < m.onnx"),
+    "zip": (_zipped("m.onnx"), "a zip archive", "unzip m.onnx"),
+    "tar": (_tarred(), "a tar archive", "tar -xf m.onnx"),
+    "PyTorch": (_zipped("archive/data.pkl"), "a PyTorch file", "torch.onnx.export"),
+    "old PyTorch": (
+        pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + b"\x80\x02M\xe9\x03.",
+        "a PyTorch file",
+        "torch.onnx.export",
+    ),
+    "pickle": (pickle.dumps({"w": 1}, protocol=4), "a pickle", "torch.onnx.export"),
+    "npz": (_zipped("x.npy"), "an .npz archive", "--inputs"),
+    "npy": (_array(), "an array of numpy", ".onnx file"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(900), "a GGUF file", "optimum-cli export onnx"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(900), "HDF5", "--keras m.onnx"),
+    "safetensors": (
+        save_tensors({"fc.weight": weight(4, 4)}),
+        "a safetensors file",
+        "torch.onnx.export",
+    ),
+    "PEFT": (
+        save_tensors({"base_model.model.fc.lora_A.weight": weight(4, 4)}),
+        "the weights of a PEFT or AdapterHub adapter",
+        "insert MODEL.onnx --adapter FOLDER",
+    ),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "Git LFS", "lfs pull"),
+    "HTML": (_text("<!DOCTYPE html>\n<title>404</title>"), "a web page", "/resolve/"),
+    "OpenVINO": (_text('<?xml version="1.0"?>\n<net name="m">'), "OpenVINO", ".onnx file"),
+    "ONNX text": (GRAPH.encode(), "ONNX text", "onnx.parser"),
+    "JSON": (_text('{\n  "peft_type": "LORA"'), "a JSON file", "folder"),
+}
+"""Other kinds of file: what they are called, and what is to be done."""
 
 NO_MODELS = {
     "empty": (b"", "empty"),
     "zeros": (bytes(9000), "not a whole ONNX model"),
     "noise": (np.random.default_rng(0).bytes(9000), "not a whole ONNX model"),
-    "gzip": (gzip.compress(dense().SerializeToString(), mtime=0), "not a whole ONNX model"),
-    "zip": (_zipped(), "not a whole ONNX model"),
-    "ONNX text": (GRAPH.encode(), "is a text file"),
-    "HTML": (b"<!DOCTYPE html>\n<title>404</title>" + b" " * 9000, "is a text file"),
     "text in UTF-8": ("naïve ".encode() * 100, "is a text file"),
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "Git LFS pointer"),
-    "safetensors": (b"\x20" + bytes(7) + b'{"__metadata__":{"format":"pt"}}', "not a whole"),
     "a tensor": (numpy_helper.from_array(weight(64, 64)).SerializeToString(), "m.onnx"),
     "broken in a node": (b"\x08\x08" + chunk(7, chunk(1, b"\xff")), "not a whole ONNX model"),
     "no graph": (helper.make_model(onnx.GraphProto()).SerializeToString(), "no ONNX graph"),
@@ -86,9 +137,90 @@ def test_a_file_that_is_no_model_is_refused_by_every_command(kind: str) -> None:
         assert message in refused(*command).error
 
 
-def test_a_git_lfs_pointer_says_how_to_get_the_model() -> None:
-    write(Path("m.onnx"), NO_MODELS["LFS"][0])
-    assert "git lfs pull" in refused("sites", "m.onnx").hint
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_kind_of_file_is_named_and_what_to_do_with_it(kind: str) -> None:
+    data, what, hint = OTHERS[kind]
+    write(Path("m.onnx"), data)
+    write(Path("good.onnx"), several())
+    for command in COMMANDS:
+        result = refused(*command)
+        assert "m.onnx is " in result.error
+        assert what in result.error
+        assert hint in result.hint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx_adapter", ".npz", ".bin", ".pt"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_kind_of_file_is_no_adapter(kind: str, suffix: str) -> None:
+    own = {"safetensors": ".safetensors", "an adapter": ".onnx_adapter", "npz": ".npz"}
+    if own.get(kind) == suffix:
+        return
+    run("insert", "m.onnx", "--after", "first", "--no-verify")
+    file = Path(f"fr{suffix}")
+    write(file, OTHERS[kind][0])
+    for command in (["check", "m.adapted.onnx", file], ["fill", "m.adapted.onnx", file]):
+        result = refused(*map(str, command))
+        assert OTHERS[kind][1] in result.error
+        assert any(
+            word in result.hint
+            for word in ("onnx-adapt convert", "unpack", "end in", "git lfs", "/resolve/")
+        ) or kind in ("TFLite", "OpenVINO", "ONNX text", "npy")
+
+
+def test_a_model_is_no_adapter() -> None:
+    run("insert", "m.onnx", "--after", "first", "--no-verify")
+    shutil.copy("m.onnx", "fr.safetensors")
+    for file in ("m.onnx", "fr.safetensors"):
+        result = refused("check", "m.adapted.onnx", file)
+        assert f"{file} is an ONNX model" in result.error
+
+
+def test_the_bare_weights_of_a_checkpoint_ask_for_their_configuration() -> None:
+    Path("trained").mkdir()
+    weights = Path("trained/adapter_model.safetensors")
+    write(weights, OTHERS["PEFT"][0])
+    for place in (weights, "trained"):
+        result = refused("insert", "m.onnx", "--adapter", str(place))
+        assert (
+            "put the adapter_config.json that was saved with them beside them" in result.hint
+        )
+    write(Path("trained/adapter_config.json"), b"{}")
+    assert (
+        "give its folder, trained"
+        in refused("insert", "m.onnx", "--adapter", str(weights)).hint
+    )
+    run("insert", "m.onnx", "--after", "first", "--no-verify")
+    for command in (["check", "m.adapted.onnx", str(weights)], ["sites", str(weights)]):
+        assert "the weights of a PEFT or AdapterHub adapter" in refused(*command).error
+    assert "onnx-adapt convert" in refused("check", "m.adapted.onnx", "trained").hint
+
+
+@pytest.mark.parametrize(
+    ("inside", "hint"),
+    [
+        ("a.onnx", "name the .onnx file in it: a.onnx"),
+        ("adapter_config.json", "insert MODEL.onnx --adapter FOLDER"),
+        ("saved_model.pb", "tf2onnx.convert --saved-model sub"),
+        ("config.json", "optimum-cli export onnx"),
+    ],
+)
+def test_a_folder_in_place_of_a_model_says_which_file_of_it_to_name(
+    inside: str, hint: str
+) -> None:
+    write(Path("sub") / inside, b"{}")
+    assert hint in refused("sites", "sub").hint
+
+
+def test_a_model_that_is_not_there_has_neighbours() -> None:
+    assert "nearest beside it: m.onnx" in refused("sites", "n.onnx").hint
+
+
+def test_data_beside_a_model_that_is_a_git_lfs_pointer_is_named() -> None:
+    external(Path("e.onnx"), "w.bin")
+    write(Path("w.bin"), OTHERS["LFS"][0])
+    result = refused("sites", "e.onnx")
+    assert "w.bin is a Git LFS pointer" in result.error
+    assert "git lfs pull" in result.hint
 
 
 @pytest.mark.parametrize("command", ["sites", "slots", "insert", "remove"])
@@ -182,10 +314,11 @@ def test_the_input_is_not_replaced_under_any_name(name: str) -> None:
     Path("sub").mkdir()
     os.link("m.onnx", "hard")
     Path("soft").symlink_to("m.onnx")
-    result = refused("insert", "m.onnx", "--after", "first", "-o", name)
+    insert = ["insert", "m.onnx", "--after", "first", "--no-verify"]
+    result = refused(*insert, "-o", name)
     assert "would replace the input" in result.error
     assert "--force" in result.hint
-    assert run("insert", "m.onnx", "--after", "first").status == 0
+    assert run(*insert).status == 0
     refused("remove", "m.adapted.onnx", "-o", "m.adapted.onnx")
 
 

@@ -37,8 +37,10 @@ def _bytes(model: oa.Model, path: Path) -> bytes:
 
 def test_a_filled_adapter_is_on_when_nothing_is_fed_and_can_still_be_swapped() -> None:
     model = adapted()
-    first = oa.Adapter("a", {"fc1": weights(3), "fc2": weights(2, seed=1)})
-    second = oa.Adapter("b", {"fc1": weights(7, seed=2), "fc2": weights(1, seed=3)})
+    first = oa.make_adapter(model, "a", {"fc1": weights(3), "fc2": weights(2, seed=1)})
+    second = oa.make_adapter(
+        model, "b", {"fc1": weights(7, seed=2), "fc2": weights(1, seed=3)}
+    )
     filled = oa.fill(model, first)
     np.testing.assert_allclose(run(filled, {"x": X})[0], bumped(X, first), 1e-4, 1e-4)
     fed = run(filled, {"x": X, **second.feeds()})[0]
@@ -67,7 +69,7 @@ def test_extract_is_the_inverse_of_fill_byte_for_byte(
 def test_large_weights_are_filled_extracted_and_removed_through_files(tmp_path: Path) -> None:
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     model = oa.insert(base, after=["fc1", "fc2"])
-    adapter = oa.Adapter("a", {"fc1": weights(9000), "fc2": weights(7000, seed=1)})
+    adapter = oa.make_adapter(model, "a", {"fc1": weights(9000), "fc2": weights(7000, seed=1)})
     oa.save_model(oa.fill(model, adapter), tmp_path / "filled.onnx")
     filled = oa.open_model(tmp_path / "filled.onnx")
     for name, value in oa.extract(filled).feeds().items():
@@ -77,7 +79,7 @@ def test_large_weights_are_filled_extracted_and_removed_through_files(tmp_path: 
     for name in ("filled", "baked"):
         (value,) = session(tmp_path / f"{name}.onnx").run(None, {"x": X})
         np.testing.assert_allclose(value, bumped(X, adapter), 1e-4, 1e-2)
-    small = oa.Adapter("b", {"fc1": weights(1), "fc2": weights(2)})
+    small = oa.make_adapter(model, "b", {"fc1": weights(1), "fc2": weights(2)})
     oa.save_model(oa.fill(filled, small), tmp_path / "small.onnx")
     for result in (filled, baked, oa.open_model(tmp_path / "small.onnx")):
         removed = _bytes(oa.remove(result), tmp_path / "removed.onnx")
@@ -85,7 +87,8 @@ def test_large_weights_are_filled_extracted_and_removed_through_files(tmp_path: 
 
 
 def test_an_extracted_adapter_is_called_like_the_model_unless_told(tmp_path: Path) -> None:
-    filled = oa.fill(adapted(), oa.Adapter("x", {"fc1": weights(), "fc2": weights()}))
+    values = {"fc1": weights(), "fc2": weights()}
+    filled = oa.fill(adapted(), oa.make_adapter(adapted(), "x", values))
     oa.save_model(filled, tmp_path / "french.onnx")
     model = oa.open_model(tmp_path / "french.onnx")
     assert oa.extract(model).name == "french"
@@ -197,7 +200,8 @@ def test_empty_slots_are_neither_baked_nor_extracted(action: Callable[..., objec
     with pytest.raises(AdapterError, match=r"slot 'fc1' of .* is empty") as caught:
         action(adapted())
     assert "fill it" in caught.value.hint
-    half = oa.fill(adapted(), oa.Adapter("a", {"fc1": weights()}), allow_partial=True)
+    part = oa.make_adapter(adapted(), "a", {"fc1": weights()})
+    half = oa.fill(adapted(), part, allow_partial=True)
     with pytest.raises(AdapterError, match=r"slot 'fc2' of .* is empty"):
         action(half)
 
@@ -210,7 +214,7 @@ def test_a_slot_that_has_its_size_without_an_adapter_is_never_empty() -> None:
     fixed = oa.insert(base, after="conv2d_5", bottleneck=1)
     shapes = {"down": (1, 32, 1, 1), "up": (32, 1, 1, 1)}
     zeros = {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
-    found = oa.extract(oa.fill(fixed, oa.Adapter("zeros", {"conv2d_5": zeros})))
+    found = oa.extract(oa.fill(fixed, oa.make_adapter(fixed, "zeros", {"conv2d_5": zeros})))
     assert not any(value.any() for value in found.weights["conv2d_5"].values())
 
 

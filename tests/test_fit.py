@@ -100,7 +100,7 @@ def test_a_fixed_bottleneck_takes_no_other() -> None:
 
 def test_partial_coverage_is_a_misfit_unless_allowed() -> None:
     model = adapted()
-    adapter = oa.Adapter("a", {"fc2": weights()})
+    adapter = oa.make_adapter(model, "a", {"fc2": weights()})
     assert misfits(model, adapter) == ["it has no weights for slot 'fc1'"]
     assert misfits(model, adapter, allow_partial=True) == []
     filled = oa.fill(model, adapter, allow_partial=True)
@@ -140,7 +140,7 @@ def test_an_adapter_for_another_base_is_a_misfit(tmp_path: Path) -> None:
     other.graph.initializer[0].CopyFrom(numpy_helper.from_array(W1 + 1e-3, "onnx::MatMul_1"))
     theirs = oa.insert(oa.Model(other), after=["fc1", "fc2"])
     values = {"fc1": weights(), "fc2": weights()}
-    stranger = oa.extract(oa.fill(theirs, oa.Adapter("a", values)))
+    stranger = oa.extract(oa.fill(theirs, oa.make_adapter(theirs, "a", values)))
     assert misfits(theirs, stranger) == []
     for suffix in FORMATS:
         path = oa.save_adapter(stranger, tmp_path / f"a.{suffix}")

@@ -240,7 +240,7 @@ def test_shapes_recorded_from_a_filled_adapter_are_stale_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"fc1": weights(3), "fc2": weights(3)}
-    filled = oa.fill(adapted(), oa.Adapter("a", values))
+    filled = oa.fill(adapted(), oa.make_adapter(adapted(), "a", values))
     assert _works(saved(filled, tmp_path / "m.onnx"), (3, 3), (3, 5), (7, 2))
     _record(filled.proto, 3)
     path = saved(filled, tmp_path / "m.onnx")

@@ -9,6 +9,7 @@ import pytest
 from slot_models import MLP, MODELS, cli, dense, model_of, run, saved
 
 import onnx_adapt as oa
+from onnx_adapt.errors import AdaptError
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 FUNCTION = f"""<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
@@ -106,18 +107,91 @@ def test_a_function_is_refused_with_a_hint_that_works(
     assert "inlined" in err
 
 
-def test_a_model_that_does_not_run_here_is_written_with_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+UNPROVABLE = {
+    "a type that ONNX Runtime has no kernel for": f"""<ir_version: 8, opset_import: ["" : 17]>
     g (float[n,4] x) => (bfloat16[n,4] y) <{dense("w1")}>
-    {{ c = Cast<to = 16>(x)  w = Cast<to = 16>(w1)  [first] y = MatMul(c, w) }}"""
-    path = saved(model_of(text), tmp_path / "b.onnx")
+    {{ c = Cast<to = 16>(x)  w = Cast<to = 16>(w1)  [first] y = MatMul(c, w) }}""",
+    "an operator of nobody": f"""<ir_version: 8, opset_import: ["" : 17, "mine" : 1]>
+    g (float[n,4] x) => (float[n,4] y) <{dense("w1")}>
+    {{ [first] h = MatMul(x, w1)  y = mine.Odd(h) }}""",
+    "inputs that nobody guesses": f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n] x) => (float[m,4] y) <int64[2] shape = {{-1, 7}}, {dense("w1")},
+    float[7,4] w = {{{", ".join(["1"] * 28)}}}> {{
+      r = Reshape(x, shape)  h = MatMul(r, w)  [first] y = MatMul(h, w1) }}""",
+    "an input that is a sequence": f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (seq(float[n,4]) x) => (float[m,4] y) <{dense("w1")}>
+    {{ c = ConcatFromSequence<axis = 0>(x)  [first] y = MatMul(c, w1) }}""",
+    "a loop that does not turn": f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n,4] x) => (float[n,4] y) <{dense("w1")}, int64 none = {{0}}, bool on = {{1}}> {{
+      y = Loop(none, on, x) <body = b (int64 i, bool go, float[n,4] s)
+        => (bool go_on, float[n,4] t) {{ go_on = Identity(go)  [first] t = MatMul(s, w1) }}>
+    }}""",
+}
+
+
+@pytest.mark.parametrize("kind", UNPROVABLE)
+def test_a_model_that_cannot_be_proven_is_not_written_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = saved(model_of(UNPROVABLE[kind]), tmp_path / "b.onnx")
     code, out, err = cli(capsys, "insert", str(path), "--after", "first", "--json")
+    assert (code, out) == (2, "")
+    error, hint = err.splitlines()
+    assert error.startswith("error: ")
+    assert "--no-verify" in hint
+    assert sorted(tmp_path.iterdir()) == [path]
+    code, out, _ = cli(
+        capsys, "insert", str(path), "--after", "first", "--json", "--no-verify"
+    )
     assert code == 0
     assert json.loads(out)["verified"] is False
-    assert "warning: not verified" in err
-    onnx.checker.check_model(tmp_path / "b.adapted.onnx", full_check=True)
+    assert len(oa.list_slots(oa.open_model(tmp_path / "b.adapted.onnx"))) == 1
+
+
+def test_inputs_that_were_asked_for_by_name_and_type_make_the_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = UNPROVABLE["inputs that nobody guesses"]
+    path = saved(model_of(text), tmp_path / "b.onnx")
+    _, _, err = cli(capsys, "insert", str(path), "--after", "first")
+    assert "numpy.savez" in err.splitlines()[1]
+    assert "x: float32 [n]" in err.splitlines()[1]
+    np.savez(tmp_path / "inputs.npz", x=np.ones(14, np.float32))
+    given = ["--inputs", str(tmp_path / "inputs.npz")]
+    code, _, err = cli(capsys, "insert", str(path), "--after", "first", *given)
+    assert code == 0
+    following = err.splitlines()[-1].removeprefix("next: onnx-adapt ").split()
+    assert cli(capsys, *following)[0] == 0
+
+
+def test_a_sequence_is_given_to_the_proof_in_python_as_its_hint_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = model_of(UNPROVABLE["an input that is a sequence"])
+    adapted = oa.insert(base, after="first")
+    with pytest.raises(AdaptError) as caught:
+        oa.verify(base, adapted)
+    assert "inputs={'x': [array, ...]}, weights=False" in caught.value.hint
+    arrays = [np.ones((3, 4), np.float32), np.ones((2, 4), np.float32)]
+    for weights in (False, True):
+        assert oa.verify(base, adapted, inputs={"x": arrays}, weights=weights).passed
+
+
+def test_an_array_of_text_is_taken_by_insert_and_verify_as_by_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
+    g (string[n] s) => (float[n,2] y) <float[2,4] e = {1, 2, 3, 4, 5, 6, 7, 8},
+      float[4,2] w = {1, 0, 0, 1, 1, 0, 0, 1}> {
+      ids = ai.onnx.ml.LabelEncoder<keys_strings = ["a", "b"], values_int64s = [0, 1],
+        default_int64 = 0>(s)
+      rows = Gather(e, ids)  [fc] y = MatMul(rows, w) }"""
+    path, adapted = str(saved(model_of(text), tmp_path / "t.onnx")), str(tmp_path / "a.onnx")
+    np.savez(tmp_path / "in.npz", s=np.array(["a", "b", "a"]))
+    given = ["--inputs", str(tmp_path / "in.npz")]
+    assert cli(capsys, "insert", path, "--after", "fc", "-o", adapted, *given)[0] == 0
+    assert cli(capsys, "verify", path, adapted, *given)[0] == 0
+    assert cli(capsys, "run", adapted, *given)[0] == 0
 
 
 def test_without_verification_nothing_is_run(

@@ -133,9 +133,13 @@ def test_a_source_in_another_graph_is_refused(after: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "shape"), [("Transpose<perm = [1, 0]>(a)", "4,3"), ("Unsqueeze(a, zero)", "1,3,4")]
+    ("op", "shape", "hint"),
+    [
+        ("Transpose<perm = [1, 0]>(a)", "4,3", "layout"),
+        ("Unsqueeze(a, zero)", "1,3,4", "feature axis"),
+    ],
 )
-def test_a_source_of_another_leading_shape_is_refused(op: str, shape: str) -> None:
+def test_a_source_of_another_leading_shape_is_refused(op: str, shape: str, hint: str) -> None:
     base = model_of(f"""<ir_version: 8, opset_import: ["" : 17]>
     g (float[3,4] x) => (float[3,4] y, float[{shape}] s)
     <{dense("w1")}, int64[1] zero = {{0}}> {{
@@ -145,7 +149,7 @@ def test_a_source_of_another_leading_shape_is_refused(op: str, shape: str) -> No
     }}""")
     with pytest.raises(SiteError, match="source 's'") as caught:
         oa.insert(base, after="y", source="s")
-    assert "feature axis" in caught.value.hint
+    assert hint in caught.value.hint
 
 
 def test_a_source_that_is_nowhere_is_refused_with_the_nearest_names() -> None:

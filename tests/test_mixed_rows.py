@@ -41,10 +41,12 @@ def _models(case: str) -> tuple[oa.Model, oa.Model, oa.Adapter]:
     return plain, batched, checkpoint.adapter
 
 
-def _random(slots: tuple[oa.Slot, ...], size: int, seed: int = 0) -> oa.Adapter:
+def _random(
+    model: oa.Model, size: int, seed: int = 0, slots: slice = slice(None)
+) -> oa.Adapter:
     rng = np.random.default_rng([seed, size])
     weights: dict[str, dict[str, np.ndarray]] = {}
-    for slot in slots:
+    for slot in oa.list_slots(model)[slots]:
         for part in slot.parts:
             draw = rng.standard_normal(part_shape(slot, part, size)) * 0.3
             if part == "down":
@@ -52,7 +54,7 @@ def _random(slots: tuple[oa.Slot, ...], size: int, seed: int = 0) -> oa.Adapter:
             elif part in ("scale", "gain", "norm_weight"):
                 draw += 1
             weights.setdefault(slot.name, {})[part] = draw.astype(DTYPES[slot.dtype])
-    return oa.Adapter(f"random {seed}", weights)
+    return oa.make_adapter(model, f"random {seed}", weights)
 
 
 def _batch(case: str, rows: int) -> dict[str, np.ndarray]:
@@ -91,13 +93,12 @@ def test_sixteen_rows_of_five_adapters_blends_and_none_are_as_each_row_alone(
     case: str, tmp_path: Path
 ) -> None:
     plain, batched, _ = _models(case)
-    slots = oa.list_slots(batched)
     feeds = _batch(case, len(ROWS))
     mixed, runs = _counted(batched, tmp_path)
     with oa.AdapterSession(plain) as alone, mixed:
         for i, (name, size) in enumerate(SIZES.items()):
             for session in (alone, mixed):
-                session.load(name, _random(slots, size, i), allow_partial=True)
+                session.load(name, _random(batched, size, i), allow_partial=True)
         got = mixed.run(feeds, adapter=ROWS)
         assert runs() == 1
         single = [
@@ -183,13 +184,12 @@ def test_gains_and_own_normalisations_go_into_the_projections(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     plain, batched = _mlp(**options)
-    slots = oa.list_slots(batched)
     session, runs = _counted(batched, tmp_path)
     rows = ["p", None, {"q": 0.5, "p": -2.0}]
     with oa.AdapterSession(plain) as alone, session:
         for name, size in (("p", 2), ("q", 5)):
-            alone.load(name, _random(slots, size, size))
-            session.load(name, _random(slots, size, size))
+            alone.load(name, _random(batched, size, size))
+            session.load(name, _random(batched, size, size))
         got, wanted = (one.run({"x": X}, adapter=rows) for one in (session, alone))
         assert runs() == 1
     _close(got, wanted)
@@ -197,7 +197,7 @@ def test_gains_and_own_normalisations_go_into_the_projections(
 
 def test_an_adapter_in_memory_can_have_rows() -> None:
     plain, batched = _mlp()
-    one, two = (_random(oa.list_slots(batched), size) for size in (2, 3))
+    one, two = (_random(batched, size) for size in (2, 3))
     with oa.AdapterSession(plain) as alone, oa.AdapterSession(batched) as session:
         rows = [one, two, one]
         _close(session.run({"x": X}, adapter=rows), alone.run({"x": X}, adapter=rows))
@@ -205,8 +205,11 @@ def test_an_adapter_in_memory_can_have_rows() -> None:
 
 def test_a_partial_adapter_leaves_its_rows_alone_in_the_other_slots() -> None:
     plain, batched = _mlp(bias=True)
-    slots = oa.list_slots(batched)
-    adapters = {"p": _random(slots[:1], 2), "q": _random(slots[1:], 3), "r": _random(slots, 1)}
+    adapters = {
+        "p": _random(batched, 2, slots=slice(1)),
+        "q": _random(batched, 3, slots=slice(1, None)),
+        "r": _random(batched, 1),
+    }
     with oa.AdapterSession(plain) as alone, oa.AdapterSession(batched) as session:
         for name, adapter in adapters.items():
             alone.load(name, adapter, allow_partial=True)
@@ -234,7 +237,7 @@ def test_normalisations_with_nowhere_to_go_are_run_one_after_the_other(
     tmp_path: Path,
 ) -> None:
     plain, batched = _mlp(parts=("down", "up", "norm_weight", "norm_bias"))
-    one, two = (_random(oa.list_slots(batched), size) for size in (2, 3))
+    one, two = (_random(batched, size) for size in (2, 3))
     session, runs = _counted(batched, tmp_path)
     with oa.AdapterSession(plain) as alone, session:
         rows = [one, two, None]
@@ -245,11 +248,10 @@ def test_normalisations_with_nowhere_to_go_are_run_one_after_the_other(
 def test_a_model_with_ordinary_slots_as_well_is_run_by_adapter(tmp_path: Path) -> None:
     batched = oa.insert(model_of(MLP3), after="first", batched=True)
     both = oa.insert(batched, after="second")
-    slots = oa.list_slots(both)
-    assert [slot.batched for slot in slots] == [True, False]
+    assert [slot.batched for slot in oa.list_slots(both)] == [True, False]
     session, runs = _counted(both, tmp_path)
     with session, oa.AdapterSession(_mlp()[0]) as alone:
-        rows = [_random(slots, 2), None, None]
+        rows = [_random(both, 2), None, None]
         _close(session.run({"x": X}, adapter=rows), alone.run({"x": X}, adapter=rows))
         assert runs() == 2
 
@@ -258,20 +260,22 @@ def test_a_batch_of_fixed_size_is_one_run() -> None:
     text = MLP3.replace("batch", "3").replace("seq", "5")
     batched = oa.insert(model_of(text), after=["first", "second"], batched=True)
     assert oa.verify(model_of(text), batched).passed
-    one, two = (_random(oa.list_slots(batched), size) for size in (2, 3))
-    with oa.AdapterSession(_mlp()[0]) as alone, oa.AdapterSession(batched) as session:
-        rows = [one, None, two]
-        _close(session.run({"x": X}, adapter=rows), alone.run({"x": X}, adapter=rows))
+    plain = _mlp()[0]
+    rows = [_random(batched, 2), None, _random(batched, 3)]
+    # The same weights, for another base: one whose batch may have any size.
+    same = [row and oa.make_adapter(plain, row.name, row.weights) for row in rows]
+    with oa.AdapterSession(plain) as alone, oa.AdapterSession(batched) as session:
+        _close(session.run({"x": X}, adapter=rows), alone.run({"x": X}, adapter=same))
 
 
 def test_a_reloaded_adapter_is_what_its_rows_get(tmp_path: Path) -> None:
     _, batched = _mlp()
-    slots, file = oa.list_slots(batched), tmp_path / "p.safetensors"
-    oa.save_adapter(_random(slots, 2), file)
-    with oa.AdapterSession(batched, {"p": file, "q": _random(slots, 3)}) as session:
+    file = tmp_path / "p.safetensors"
+    oa.save_adapter(_random(batched, 2), file)
+    with oa.AdapterSession(batched, {"p": file, "q": _random(batched, 3)}) as session:
         rows = ["p", "q", None]
         before = session.run({"x": X}, adapter=rows)["y"]
-        oa.save_adapter(_random(slots, 5, 1), file)
+        oa.save_adapter(_random(batched, 5, 1), file)
         assert session.reload() == ("p",)
         after = session.run({"x": X}, adapter=rows)["y"]
         assert np.abs(after[0] - before[0]).max() > 1e-3
@@ -285,7 +289,7 @@ def test_a_reloaded_adapter_is_what_its_rows_get(tmp_path: Path) -> None:
 def test_a_row_with_an_odd_weight_is_refused(weight: Any) -> None:
     _, batched = _mlp()
     with (
-        oa.AdapterSession(batched, {"p": _random(oa.list_slots(batched), 2)}) as session,
+        oa.AdapterSession(batched, {"p": _random(batched, 2)}) as session,
         pytest.raises(AdapterError, match="no weight of a blend"),
     ):
         session.run({"x": X}, adapter=["p", {"p": weight}, None])

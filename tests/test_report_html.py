@@ -19,7 +19,6 @@ from slot_models import BRANCHES, MLP, MODELS, cli, dense, model_of, node_of, ru
 
 import onnx_adapt as oa
 from onnx_adapt.overview import Overview, overview
-from onnx_adapt.overview.flops import trace
 from onnx_adapt.page import render
 from onnx_adapt.page.plots import effect_plot, error_plot, map_plot
 
@@ -504,39 +503,3 @@ def test_two_hundred_slots_are_shown() -> None:
     text = render(found)
     assert len(Page(text).all("details")) == 200
     assert len(text) < 200 * 12_000
-
-
-OPERATORS = {
-    # Two for each multiply-add: [5,3] x [3,7], and 35 additions of the bias.
-    "y = Gemm<transA=1, transB=1>(a, b, c)": ("[3,5]", "[7,3]", "[7]", 2 * 5 * 3 * 7 + 35),
-    # 2 channels in, 4 out in 2 groups, 3 places each of 5 outputs.
-    "y = Conv<group=2>(a, b)": ("[1,2,7]", "[4,1,3]", "[1]", 2 * 4 * 5 * 3),
-    # Each of 2x5 inputs meets 4 output channels and 3 places.
-    "y = ConvTranspose(a, b)": ("[1,2,5]", "[2,4,3]", "[1]", 2 * 2 * 5 * 4 * 3),
-    "y = Transpose(a)": ("[4,5]", "[1]", "[1]", 0),
-    "y = Tanh(a)": ("[4,5]", "[1]", "[1]", 20),
-}
-
-
-@pytest.mark.parametrize("node", OPERATORS)
-def test_operations_of_an_operator_are_counted_as_by_hand(node: str) -> None:
-    *shapes, expected = OPERATORS[node]
-    inputs = ", ".join(f"float{s} {n}" for s, n in zip(shapes, "abc", strict=True))
-    header = '<ir_version: 8, opset_import: ["" : 17]>'
-    model = oa.Model(
-        onnx.parser.parse_model(f"{header} g ({inputs}) => (float y) {{ {node} }}")
-    )
-    model.proto.graph.output[0].type.tensor_type.ClearField("shape")
-    feeds = {n: np.ones(json.loads(s), "f4") for s, n in zip(shapes, "abc", strict=True)}
-    assert [item.flops for item in trace(model, feeds)] == [expected]
-
-
-def test_operations_in_a_loop_are_counted_once_for_each_turn() -> None:
-    model = model_of(
-        f"""<ir_version: 8, opset_import: ["" : 17]>
-        g (float[2,4] x, int64 n) => (float[2,4] y) <{dense("w")}, bool yes = {{1}}> {{
-          y = Loop(n, yes, x) <body = b (int64 i, bool go, float[2,4] t)
-            => (bool on, float[2,4] u) {{ on = Identity(go)  u = MatMul(t, w) }}> }}"""
-    )
-    ran = trace(model, {"x": np.ones((2, 4), "f4"), "n": np.array(3)})
-    assert sum(item.flops for item in ran) == 3 * 2 * 2 * 4 * 4

@@ -191,7 +191,7 @@ def test_a_model_with_required_inputs_for_slots_is_refused_by_name(tmp_path: Pat
 def test_a_partial_adapter_and_a_blend_of_nothing_leave_slots_off_whatever_the_default(
     filled: bool, tmp_path: Path
 ) -> None:
-    part = oa.Adapter("part", {"fc1": weights(2)})
+    part = oa.make_adapter(adapted(), "part", {"fc1": weights(2)})
     model = oa.fill(adapted(), adapter("default", 7)) if filled else adapted()
     session = oa.AdapterSession(model)
     for suffix in ("safetensors", "onnx_adapter"):
@@ -205,7 +205,7 @@ def test_a_partial_adapter_and_a_blend_of_nothing_leave_slots_off_whatever_the_d
 def test_a_partial_adapter_for_a_filled_model_has_the_base_s_own_head(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
     model = oa.insert(base, checkpoint=checkpoint)
-    part = oa.Adapter("part", checkpoint.adapter.weights)
+    part = oa.make_adapter(model, "part", checkpoint.adapter.weights)
     found = []
     for each in (model, oa.fill(model, checkpoint.adapter)):
         path = oa.save_model(each, tmp_path / "m.onnx").path
@@ -225,7 +225,7 @@ def test_a_blend_for_slots_of_a_fixed_bottleneck_is_refused_with_the_reason() ->
     fixed = oa.insert(oa.Model(adapted().proto), after="fc2", bottleneck=2)
     names = [slot.name for slot in oa.list_slots(fixed)]
     sizes = {slot.name: slot.bottleneck or 3 for slot in oa.list_slots(fixed)}
-    given = oa.Adapter("a", {name: weights(sizes[name]) for name in names})
+    given = oa.make_adapter(fixed, "a", {name: weights(sizes[name]) for name in names})
     session = oa.AdapterSession(fixed, {"a": given, "b": given})
     with pytest.raises(AdapterError, match="fixed bottleneck of 2"):
         session.run({"x": X}, adapter={"a": 0.5, "b": 0.5})

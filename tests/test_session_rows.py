@@ -1,6 +1,7 @@
 """One adapter for each row of a batch: every row is what it would be alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ def test_rows_may_be_blends_adapters_in_memory_and_an_array_of_names() -> None:
         assert close(session.run({"x": X}, names)["y"][1::2], bumped(X, DE)[1::2])
 
 
-@pytest.mark.parametrize("count", [1, 5, 7])
+@pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_another_number_of_rows_than_adapters_is_refused(count: int) -> None:
     session = oa.AdapterSession(adapted(), ADAPTERS)
     with pytest.raises(RunError, match=f"adapters given is {count}") as caught:
@@ -102,18 +103,24 @@ def _model(batch: int | str | None, *, axis: int = 0, total: bool = False) -> oa
     return oa.insert(oa.Model(proto), after="fc")
 
 
-ONE, TWO = (oa.Adapter(n, {"fc": a.weights["fc1"]}) for n, a in (("one", FR), ("two", DE)))
+ONE, TWO = ({"fc": a.weights["fc1"]} for a in (FR, DE))
 
 
-def _truth(x: np.ndarray, adapter: oa.Adapter) -> np.ndarray:
+def _session(model: oa.Model, **options: Any) -> oa.AdapterSession:
+    """A session of a `_model` with its adapters."""
+    adapters = {n: oa.make_adapter(model, n, w) for n, w in (("one", ONE), ("two", TWO))}
+    return oa.AdapterSession(model, adapters, **options)
+
+
+def _truth(x: np.ndarray, weights: dict[str, Any]) -> np.ndarray:
     y = x @ W1.T
-    parts = adapter.weights["fc"]
+    parts = weights["fc"]
     return y + np.maximum(y @ parts["down"], 0) @ parts["up"]
 
 
 @pytest.mark.parametrize("batch", ["n", "batch", None, 6])
 def test_the_batch_axis_is_found(batch: int | str | None) -> None:
-    with oa.AdapterSession(_model(batch), {"one": ONE, "two": TWO}) as session:
+    with _session(_model(batch)) as session:
         found = session.run({"x": X}, adapter=["one", "two"] * 3)["y"]
     assert close(found[::2], _truth(X, ONE)[::2])
     assert close(found[1::2], _truth(X, TWO)[1::2])
@@ -123,7 +130,7 @@ def test_the_batch_axis_is_found(batch: int | str | None) -> None:
 def test_the_batch_axis_can_be_given(given: int | dict[str, int | None]) -> None:
     model = _model("rows", axis=1)
     x = np.random.default_rng(1).standard_normal((3, 2, 4)).astype(np.float32)
-    with oa.AdapterSession(model, {"one": ONE, "two": TWO}, batch_axis=given) as session:
+    with _session(model, batch_axis=given) as session:
         found = session.run({"x": x}, adapter=["two", "one"])["y"]
     assert close(found[:, 0], _truth(x, TWO)[:, 0])
     assert close(found[:, 1], _truth(x, ONE)[:, 1])
@@ -212,7 +219,7 @@ def test_rows_of_what_torch_s_exporter_left_nameless_are_what_they_are_alone(
 def test_an_output_of_unknown_rank_is_put_together_if_it_has_the_rows() -> None:
     proto = _model("n").proto
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    with oa.AdapterSession(oa.Model(proto), {"one": ONE, "two": TWO}) as session:
+    with _session(oa.Model(proto)) as session:
         found = session.run({"x": X}, adapter=["one", "two", "two"] * 2)["y"]
     assert close(found[0], _truth(X, ONE)[0])
     assert close(found[1:3], _truth(X, TWO)[1:3])
@@ -229,7 +236,7 @@ def test_an_axis_or_name_that_is_not_there_is_refused(
     given: int | dict[str, int | None],
 ) -> None:
     if given == 5:
-        session = oa.AdapterSession(_model("n"), {"one": ONE}, batch_axis=given)
+        session = _session(_model("n"), batch_axis=given)
         with pytest.raises(RunError, match="no input of the model has an axis"):
             session.run({"x": X}, adapter=["one", None] * 3)
         return
@@ -238,7 +245,7 @@ def test_an_axis_or_name_that_is_not_there_is_refused(
 
 
 def test_an_output_that_mixes_rows_cannot_be_put_together() -> None:
-    session = oa.AdapterSession(_model("n", total=True), {"one": ONE, "two": TWO})
+    session = _session(_model("n", total=True))
     with pytest.raises(RunError, match="'total' has no batch axis") as caught:
         session.run({"x": X}, adapter=["one", "two"] * 3)
     assert "outputs=" in caught.value.hint
@@ -261,6 +268,6 @@ def test_an_output_that_only_looks_like_a_batch_is_refused(tmp_path: Path) -> No
     opset = helper.make_opsetid("", 17)
     proto = helper.make_model(graph, opset_imports=[opset], ir_version=8)
     model = oa.insert(oa.Model(proto), after="fc")
-    session = oa.AdapterSession(model, {"one": ONE, "two": TWO})
+    session = _session(model)
     with pytest.raises(RunError, match="is not the batch"):
         session.run({"x": X}, adapter=["one", "two"] * 3)

@@ -202,27 +202,28 @@ def test_the_width_and_dtype_of_a_fused_layer_are_its_weights(
     core: str, stored: str, width: str, axis: str, dtype: str
 ) -> None:
     text = f"""g (float[D] x, int8[D,4] a) => (float[E] z) {{
-      s = com.microsoft.Gelu(x)
+      s = local.Unknown(x)
       y = com.microsoft.{core}
-      z = com.microsoft.Gelu(y)
+      z = local.Unknown(y)
     }}"""
     site = layers(model(text, stored, "q 4 6 int8", "one"))["y"]
     assert (site.width, site.axis, site.dtype) == (int(width), int(axis), dtype)
     assert site.refused is None
 
 
-def test_a_width_that_the_weight_does_not_tell_is_unknown() -> None:
-    text = "g (float[B,S,4] x) => (float[B,S] y) {y = MatMul(x, w)}"
+@pytest.mark.parametrize("sizes", ["B,S", "2,10"])
+def test_the_product_with_a_vector_has_no_features(sizes: str) -> None:
+    text = f"g (float[{sizes},4] x) => (float[{sizes}] y) {{[dot] y = MatMul(x, w)}}"
     site = layers(model(text, "w 4"))["y"]
-    assert site.width is None
-    assert "unknown width" in str(site.refused)
+    assert (site.width, site.axis) == (None, None)
+    assert site.refused == "MatMul 'dot' sums over the axis of its features"
 
 
 def test_channels_of_a_tensor_with_unknown_axes_are_refused() -> None:
     text = """g (float[B,6,9] x) => (float[B,6,9] y) {
-      s = com.microsoft.Gelu(x)
+      s = local.Unknown(x)
       y0 = BatchNormalization(s, w, w, w, w)
-      y = com.microsoft.Gelu(y0)
+      y = local.Unknown(y0)
     }"""
     assert "number of axes" in str(layers(model(text, "w 6"))["y0"].refused)
 

@@ -246,9 +246,9 @@ def test_the_layers_of_a_real_encoder_are_sites(name: str, dtype: str) -> None:
             assert site.module == f"{ENCODER[7:]}.{i}/{module}".replace("/", ".")
 
 
-def test_attention_scores_are_refused_because_their_width_is_the_length() -> None:
+def test_attention_scores_are_refused_because_no_axis_has_features() -> None:
     made = oa.open_model(fetch("minilm-l3"))
-    with pytest.raises(SiteRefusedError, match="unknown width"):
+    with pytest.raises(SiteRefusedError, match="sums over its features"):
         chosen(made, f"{ENCODER}.0/attention/self/MatMul")
 
 
@@ -311,7 +311,7 @@ def test_the_json_tells_modules_reasons_and_unknown_widths() -> None:
     assert by_node["/bert/pooler/dense/Gemm"]["module"] == "bert.pooler.dense"
     scores = by_node["/bert/encoder/layer.0/attention/self/MatMul"]
     assert scores["width"] is None
-    assert "unknown width" in scores["refused"]
+    assert "sums over its features" in scores["refused"]
 
 
 def test_an_address_from_the_json_is_what_after_takes(tmp_path: Path) -> None:

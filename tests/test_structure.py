@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 import onnx_adapt
+from onnx_adapt import errors
 
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "walk", "suggest", "printable"),
+    ("errors", "dtypes", "walk", "suggest", "printable", "signatures"),
     ("activations", "files", "ort", "report"),
     ("manifest", "model_file"),
     ("adapter", "coupling", "fingerprint", "graph", "parts", "runtime"),
     ("adapter_files", "blending", "fitting", "sites", "slot"),
-    ("initializers", "oracle", "resolve", "standalone", "swapping"),
+    ("initializers", "oracle", "own_weights", "resolve", "standalone", "swapping"),
     ("rewriting", "session"),
     ("checkpoints", "filling", "proof"),
     ("rewrite",),
@@ -143,11 +144,34 @@ def test_files_and_functions_stay_small() -> None:
     assert long_files == []
 
 
+def _raised(tree: ast.Module) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            yield node.exc
+
+
+def test_every_error_says_what_to_do_about_it() -> None:
+    """By a hint of its own, or where its class has advice by that."""
+    plain = {
+        name
+        for name in errors.__all__
+        if getattr(errors, name).advice == errors.AdaptError.advice
+    }
+    silent = [
+        f"{module}, line {call.lineno}"
+        for module, tree in _modules()
+        for call in _raised(tree)
+        if isinstance(call.func, ast.Name) and call.func.id in plain
+        if not any(keyword.arg == "hint" for keyword in call.keywords)
+    ]
+    assert silent == []
+
+
 PUBLIC = [
     *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
     *("Slot", "bake", "blend", "build_adapter", "convert", "extract", "fill", "find_sites"),
-    *("insert", "list_slots", "load_adapter", "load_checkpoint", "open_model", "remove"),
-    *("save_adapter", "save_model", "verify"),
+    *("insert", "list_slots", "load_adapter", "load_checkpoint", "make_adapter", "open_model"),
+    *("remove", "save_adapter", "save_model", "verify"),
 ]
 
 

@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     oa.save_model(model, "s.onnx")
     adapter = {slot.name: weights(seed=i) for i, slot in enumerate(oa.list_slots(model))}
     assert len(adapter) == 2
-    oa.save_adapter(oa.Adapter(f"fr{WILD}", adapter), "fr.safetensors")
+    oa.save_adapter(oa.make_adapter(model, f"fr{WILD}", adapter), "fr.safetensors")
     oa.save_model(oa.fill(model, oa.load_adapter("fr.safetensors")), "f.onnx")
     odd = oa.Adapter(f"odd{WILD}", {f"other{WILD}": weights()})
     oa.save_adapter(odd, "odd.npz")

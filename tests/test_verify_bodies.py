@@ -13,14 +13,27 @@ import onnx_adapt as oa
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 
 
-def test_branches_that_made_up_inputs_do_not_reach_are_named() -> None:
+def test_made_up_inputs_reach_both_branches_of_a_truth_value() -> None:
     base = model_of(BRANCHES)
-    report = passes(base, oa.insert(base, after=["yes", "no"]))
-    reached = {slot.name: slot.error is not None for slot in report.slots}
-    assert sorted(reached.values()) == [False, True]
-    (unseen,) = (name for name, seen in reached.items() if not seen)
+    assert passes(base, oa.insert(base, after=["yes", "no"]), strict=True).warnings == ()
+
+
+def test_branches_that_made_up_inputs_do_not_reach_are_named() -> None:
+    base = model_of(
+        BRANCHES.replace("bool c)", "float q)").replace(
+            "[choice]", "big = Constant<value = float {1e9}>()  c = Greater(q, big)  [choice]"
+        )
+    )
+    adapted = oa.insert(base, after=["yes", "no"])
+    report = passes(base, adapted)
+    assert [slot.error is not None for slot in report.slots] == [False, True]
+    unseen = report.slots[0].name
     assert any(unseen in text and "not reached" in text for text in report.warnings)
-    assert not oa.verify(base, oa.insert(base, after=["yes", "no"]), strict=True).passed
+    assert not oa.verify(base, adapted, strict=True).passed
+    assert any(
+        unseen in text and "not reached" in text
+        for text in oa.verify(base, adapted, weights=False).warnings
+    )
 
 
 def test_two_sets_of_inputs_reach_both_branches(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from onnx_adapt.rewriting.damage import damages
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 _WARNINGS = 2
-ADAPTER = oa.Adapter("a", {"fc1": weights(3), "fc2": weights(5, seed=1)})
-BAKED = oa.Adapter("a", {"fc1": weights(3), "fc2": weights(3, seed=1)})
+ADAPTER = oa.make_adapter(adapted(), "a", {"fc1": weights(3), "fc2": weights(5, seed=1)})
+BAKED = oa.make_adapter(adapted(), "a", {"fc1": weights(3), "fc2": weights(3, seed=1)})
 
 
 def _offline(level: str) -> Callable[[Path, Path], None]:

@@ -14,21 +14,36 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.files.payloads import Source
 from onnx_adapt.files.whole_files import write_files
+from onnx_adapt.signatures import HEAD, recognised
+from onnx_adapt.suggest import beside
 
 _FORMATS = {
     ".safetensors": "safetensors_file",
     ".onnx_adapter": "onnx_adapter_file",
     ".npz": "npz_file",
 }
+_OWN = {
+    ".safetensors": "a safetensors file",
+    ".onnx_adapter": "an .onnx_adapter",
+    ".npz": "an .npz",
+}
+"""How a file of each format is recognised."""
 
 
 def _format(path: Path) -> ModuleType:
     if path.suffix not in _FORMATS:
-        hint = f"adapter files end in {', '.join(_FORMATS)}"
-        if path.is_dir():
-            hint += "; `onnx-adapt convert` makes one of a trained adapter's folder"
-        raise AdapterError(f"{path.name} is of no known adapter format", hint=hint)
+        raise AdapterError(
+            f"{path.name} is of no known adapter format",
+            hint=f"adapter files end in {', '.join(_FORMATS)}",
+        )
     return import_module(f"onnx_adapt.adapter_files.{_FORMATS[path.suffix]}")
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """Refuse what is known to be another kind of file than its name says."""
+    found = recognised(head, path.name, adapter=True)
+    if found and not found[0].startswith(_OWN.get(path.suffix, "-")):
+        raise AdapterError(f"{path.name} is {found[0]}, no adapter file", hint=found[1])
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -44,13 +59,22 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         onnx_adapt.errors.AdapterError: fr.txt is of no known adapter format
     """
     file = Path(path)
-    _format(file)  # an unknown suffix is told before a missing file
+    if file.is_dir():
+        raise AdapterError(
+            f"{file} is a folder, no adapter file",
+            hint="of a trained adapter's folder `onnx-adapt convert FOLDER --for MODEL.onnx "
+            "-o NAME.safetensors` makes one",
+        )
     try:
+        if file.suffix not in _FORMATS and file.is_file():
+            with file.open("rb") as stream:
+                _refuse_others(file, stream.read(HEAD))
+        _format(file)  # an unknown suffix is told before a missing file
         Source.of(file)  # of a device there is no end
         data = file.read_bytes()
     except OSError as error:
         raise AdapterError(
-            f"cannot read {file}: {error.strerror or error}", hint="check the path"
+            f"cannot read {file}: {error.strerror or error}", hint=beside(file)
         ) from error
     return read_adapter(data, file)
 
@@ -61,7 +85,14 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
     Raises:
         AdapterError: If they are damaged or of another kind.
     """
-    adapter: Adapter = _format(path).read(data, path)
+    head = bytes(data[:HEAD])
+    try:
+        adapter: Adapter = _format(path).read(data, path)
+    except AdapterError:
+        _refuse_others(path, head)
+        raise
+    if adapter.replaced and not adapter.weights:
+        _refuse_others(path, head)
     return adapter
 
 
@@ -117,7 +148,8 @@ def _plain(adapter: Adapter) -> Adapter:
         "".join((adapter.name, adapter.fingerprint, *tensors)).encode()
     except UnicodeEncodeError as error:
         raise AdapterError(
-            f"a name in adapter {adapter.name!r} is no text: {error}"
+            f"a name in adapter {adapter.name!r} is no text: {error}",
+            hint="name its slots and weights in Unicode",
         ) from error
     return adapter_from_tensors(
         adapter.name,

@@ -126,7 +126,10 @@ def write(adapter: Adapter, path: Path) -> bytes:
     arrays: dict[str, Array] = {KEY: np.array(write_record(adapter))}
     for name, array in adapter.feeds().items():
         if "\0" in name or name == KEY:
-            raise AdapterError(f"{path.name}: {name!r} cannot be a name in an .npz file")
+            raise AdapterError(
+                f"{path.name}: {name!r} cannot be a name in an .npz file",
+                hint="use .safetensors",
+            )
         wide = array.dtype == DTYPES["bfloat16"]
         arrays[name + _BFLOAT16 if wide else name] = array.view(np.uint16) if wide else array
     return archive(arrays)

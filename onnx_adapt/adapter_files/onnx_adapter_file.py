@@ -2,13 +2,16 @@
 
 A FlatBuffers file (identifier `TORT`): `Adapter{format_version, adapter_version,
 model_version, parameters: [Parameter{name, dims, data_type, raw_data}]}`. Source:
-onnxruntime/lora/adapter_format/adapter_schema.fbs. There is no place for metadata; the
-base's fingerprint goes into `model_version`, as far as 31 bits go.
+onnxruntime/lora/adapter_format/adapter_schema.fbs. The schema has no place for metadata.
+The base's fingerprint goes into `model_version`, as far as 31 bits go; the whole record
+into one more field of the root table, far behind those of the schema, which a reader of
+FlatBuffers that does not know it passes over (https://flatbuffers.dev/evolution).
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import flatbuffers
@@ -20,32 +23,44 @@ from onnx_adapt.adapter import (
     adapter_from_tensors,
     short_fingerprint,
 )
+from onnx_adapt.adapter_files.record import adapter_from_record, write_record
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import AdapterError
 
 _IDENTIFIER = b"TORT"
 _ALIGNMENT = 64
 _LIMIT = 2**31 - 1
+_RECORD = 60
+"""The number of the record's field: the schema will hardly grow to it."""
 _NUMBERS = {name: number for number, name in FLOATS.items()}
 _INT, _UNSIGNED, _COUNT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")
 _FIELDS = struct.Struct("<4H")
 
 
 def read(data: bytes, path: Path) -> Adapter:
-    """Read an adapter; its name is the file's.
+    """Read an adapter; its name is the file's, as in ONNX Runtime GenAI.
 
     Raises:
         AdapterError: If the file is damaged or of another format version.
     """
     if len(data) < 8 or data[4:8] != _IDENTIFIER:
-        raise AdapterError(f"{path.name} is not an .onnx_adapter file")
+        raise AdapterError(
+            f"{path.name} is not an .onnx_adapter file",
+            hint="`onnx-adapt convert` and `extract` write such files",
+        )
     try:
-        version, _, base, parameters = _table(data, _follow(data, 0))
+        root = _follow(data, 0)
+        version, _, base, parameters = _table(data, root)
         number = _INT.unpack_from(data, version)[0] if version else 0
         if number != 1:
-            raise AdapterError(f"{path.name} has format version {number}; only 1 is known")
+            raise AdapterError(
+                f"{path.name} has format version {number}; only 1 is known",
+                hint="upgrade: pip install -U onnx-adapt",
+            )
         identity = abbreviated(_INT.unpack_from(data, base)[0]) if base else ""
         tensors = _parameters(data, parameters)
+        if record := _record(data, root):
+            return replace(adapter_from_record(record, tensors, path), name=path.stem)
         return adapter_from_tensors(path.stem, tensors, fingerprint=identity)
     except (struct.error, IndexError, TypeError, OverflowError, ValueError) as error:
         if isinstance(error, AdapterError):
@@ -76,6 +91,18 @@ def _table(data: bytes, at: int) -> tuple[int, ...]:
         present = max(size - 4, 0) // 2
         offsets = (*struct.unpack_from(f"<{present}H", data, start + 4), 0, 0, 0, 0)[:4]
     return tuple(at + offset if offset else 0 for offset in offsets)
+
+
+def _record(data: bytes, root: int) -> str:
+    """What the file says of itself; '' if ONNX Runtime wrote it, or an older version."""
+    start = root - _INT.unpack_from(data, root)[0]
+    if _COUNT.unpack_from(data, start)[0] < 4 + 2 * (_RECORD + 1):
+        return ""
+    offset = _COUNT.unpack_from(data, start + 4 + 2 * _RECORD)[0]
+    if not offset:
+        return ""
+    at, length = _vector(data, root + offset, 1)
+    return bytes(data[at : at + length]).decode()
 
 
 def _vector(data: bytes, field: int, size: int) -> tuple[int, int]:
@@ -131,10 +158,12 @@ def write(adapter: Adapter, path: Path) -> bytes:
     for offset in reversed(offsets):
         builder.PrependUOffsetTRelative(offset)
     parameters = builder.EndVector()
-    builder.StartObject(4)
+    record = builder.CreateString(write_record(adapter))
+    builder.StartObject(_RECORD + 1)
     builder.PrependInt32Slot(0, 1, 0)
     builder.PrependInt32Slot(2, short_fingerprint(adapter.fingerprint), 0)
     builder.PrependUOffsetTRelativeSlot(3, parameters, 0)
+    builder.PrependUOffsetTRelativeSlot(_RECORD, record, 0)
     builder.Finish(builder.EndObject(), _IDENTIFIER)
     return bytes(builder.Output())
 

@@ -75,4 +75,6 @@ def write(adapter: Adapter, path: Path) -> bytes:
     try:
         return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise AdapterError(f"{path.name} cannot be written: {error}") from error
+        raise AdapterError(
+            f"{path.name} cannot be written: {error}", hint="use .npz"
+        ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from onnx_adapt.checkpoints.by_name import ByName
 from onnx_adapt.checkpoints.by_value import ByValue, find_by_value
 from onnx_adapt.checkpoints.cores import refuse_fused
 from onnx_adapt.checkpoints.edits import Edit, Replacement
-from onnx_adapt.checkpoints.names import map_modules, refuse_unmapped
+from onnx_adapt.checkpoints.model_parts import parts_shown
+from onnx_adapt.checkpoints.names import map_modules, refuse_other_part, refuse_unmapped
 from onnx_adapt.checkpoints.opening import open_weight
 from onnx_adapt.checkpoints.packed import packed_cores
 from onnx_adapt.checkpoints.peft import peft_edits
@@ -86,7 +87,7 @@ def load_checkpoint(
     if base_weights is not None:
         file = Path(base_weights)
         places = find_by_value(model, survey, read_state_dict(file), file.name)
-    edits, names = _map(folder, edits, places)
+    edits, names = _map(folder, edits, places, parts_shown(model.proto, survey.modules.paths))
     manifest = read_manifest(model.proto)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
@@ -138,17 +139,17 @@ def _open(
 
 
 def _map(
-    folder: Folder, edits: list[Edit], places: ByName | ByValue
+    folder: Folder, edits: list[Edit], places: ByName | ByValue, shown: Collection[str]
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
     wanted = list(dict.fromkeys(edit.module for edit in edits))
     known = places.known()
     head = {key.rpartition(".")[0] for key in folder.head}
     kind = str(folder.config.get("model_type", ""))
-    names = map_modules(wanted, known, optional=head, kind=kind)
+    names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
     if not set(wanted) <= names.keys() and (stored := places.stored()):
         known = [*known, *stored]
-        names = map_modules(wanted, known, optional=head, kind=kind)
+        names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
     left_out = sorted(head - set(names))
     if isinstance(places, ByValue):
         left_out = sorted(head) if places.lacks_head(folder.head, names) else []
@@ -160,6 +161,7 @@ def _map(
         edits = [edit for edit in edits if edit.module not in left_out]
         wanted = [module for module in wanted if module not in left_out]
     label = places.label if isinstance(places, ByValue) else ""
+    refuse_other_part(wanted, names, known, kind=kind, shown=shown, file=label)
     refuse_unmapped(wanted, names, known, label)
     if not edits:
         raise CheckpointError(f"{folder.path} asks for nothing")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from onnx_adapt.checkpoints.model_parts import lost_parts, other_part, parts_of
 from onnx_adapt.errors import CheckpointError
 
 # transformers 5 renamed the modules of ViT and its kin: 4 -> 5.
@@ -49,17 +50,20 @@ def map_modules(
     *,
     optional: Collection[str] = (),
     kind: str = "",
+    shown: Collection[str] = (),
 ) -> dict[str, str]:
     """Find each module of a checkpoint among the modules of a graph.
 
     Either side may have a prefix the other lacks (`bert.`, a wrapper's attribute), but the
-    same one for all modules, so that no module is mistaken for a shorter namesake.
+    same one for all modules, so that no module is mistaken for a shorter namesake; and not
+    one that names a part of a model (`model.decoder.`), unless the graph is that part.
 
     Args:
         wanted: The checkpoint's modules.
         known: The graph's.
         optional: Those of `wanted` that may be missing.
         kind: The architecture of the model that was trained, if it is known.
+        shown: The parts of a model that the graph shows itself to be.
 
     Returns:
         The graph's path for each module that is found; the mapping that finds most wins.
@@ -71,12 +75,10 @@ def map_modules(
     needed = set(wanted) - set(optional)
     best: dict[str, str] = {}
     likeliest, rival = 0, best
-    for rename in (str, _newer, _older, _built):
-        names = {module: rename(module) for module in wanted}
-        for change in _changes(list(names.values()), there, kind):
-            found = change.applied(names, there)
+    for mappings in _mappings(wanted, there, needed, kind):
+        for change, found in mappings:
             whole = needed <= found.keys()
-            if change.only_whole and not whole:
+            if lost_parts(change.removed, found, shown, kind):
                 continue
             if (len(found), -change.cost) > (len(best), -likeliest):
                 best, likeliest, rival = found, change.cost, found
@@ -92,6 +94,57 @@ def map_modules(
                 hint="export the model that the adapter was trained on, without the other",
             )
     return best
+
+
+def _mappings(
+    wanted: Sequence[str], there: Collection[str], needed: Collection[str], kind: str
+) -> Iterator[list[tuple[_Change, dict[str, str]]]]:
+    """For each scheme of names the changes of prefix that find modules, and what they find."""
+    for rename in (str, _newer, _older, _built):
+        names = {module: rename(module) for module in wanted}
+        changes = _changes(list(names.values()), there, kind)
+        pairs = [(change, change.applied(names, there)) for change in changes]
+        yield [
+            (change, found)
+            for change, found in pairs
+            if found and (set(needed) <= found.keys() or not change.only_whole)
+        ]
+
+
+def refuse_other_part(
+    wanted: Sequence[str],
+    found: Mapping[str, str],
+    known: Iterable[str],
+    *,
+    kind: str = "",
+    shown: Collection[str] = (),
+    file: str = "",
+) -> None:
+    """Refuse a checkpoint of which more would be found without the name of a part.
+
+    Args:
+        wanted: The checkpoint's modules.
+        found: Those that were found, with their names.
+        known: The graph's modules, or those of a file with its weights.
+        kind: The architecture of the model that was trained, if it is known.
+        shown: The parts of a model that the graph shows itself to be.
+        file: The name of that file.
+
+    Raises:
+        CheckpointError: With the name that would be lost.
+    """
+    there = dict.fromkeys(known)
+    lost = [
+        (change.removed, paths, words)
+        for mappings in _mappings(wanted, there, wanted, kind)
+        for change, paths in mappings
+        if len(paths) > len(found)
+        if (words := lost_parts(change.removed, paths, shown, kind))
+    ]
+    if lost:
+        removed, paths, _ = max(lost, key=lambda item: len(item[1]))
+        parts = list(dict.fromkeys(word for *_, words in lost for word in words))
+        raise other_part(removed, parts, paths, len(wanted), file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,22 +229,13 @@ _ARCHITECTURES = frozenset(
 )
 """What transformers calls a base model inside a model with a head (`base_model_prefix`)."""
 
-_ROLES = frozenset(
-    [
-        *("encoder", "decoder", "generator", "discriminator", "student", "teacher"),
-        *("text_model", "vision_model", "text_encoder", "vision_encoder", "audio_encoder"),
-    ]
-)
-"""Parts of one model whose layers are named alike."""
-
 
 def _differ(removed: str, added: str, kind: str) -> bool:
-    """Whether two prefixes name different models, or parts, whose layers are named alike."""
-    theirs, ours = {kind, *removed.split(".")}, set(added.split("."))
-    return any(
-        theirs & words and ours & words and theirs & words != ours & words
-        for words in (_ARCHITECTURES, _ROLES)
+    """Whether two prefixes name different architectures, whose layers are named alike."""
+    theirs, ours = (
+        {*words} & _ARCHITECTURES for words in ([kind, *removed.split(".")], added.split("."))
     )
+    return bool(theirs and ours and theirs != ours)
 
 
 def refuse_unmapped(
@@ -226,6 +270,15 @@ def refuse_unmapped(
             f"the graph has {ours}, ...",
             hint="is it an adapter for this base? if the graph lost its names, give the "
             "base's weights with --base-weights model.safetensors",
+        )
+    common = set.intersection(*({*parts_of(module).values()} for module in left))
+    if other := common.difference(*(parts_of(module).values() for module in found)):
+        word = min(other)
+        raise CheckpointError(
+            f"{len(left)} of {len(wanted)} modules of the checkpoint are of {word!r}, and "
+            f"the graph has none of it: {theirs}, ...; the graph has {ours}, ...",
+            hint=f"for this graph alone, leave the keys with {word!r} out of a copy of the "
+            "checkpoint; or export the whole model",
         )
     raise CheckpointError(
         f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "

@@ -15,6 +15,8 @@ from onnx_adapt.checkpoints.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
 from onnx_adapt.files.payloads import Source
+from onnx_adapt.signatures import HEAD, recognised
+from onnx_adapt.suggest import beside
 
 _CONFIG = "adapter_config.json"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
@@ -49,12 +51,20 @@ def read_folder(path: Path) -> Folder:
     Raises:
         CheckpointError: If it is not one, or its files are damaged.
     """
+    if path.is_file():
+        hint = (
+            f"give its folder, {path.parent}" if (path.parent / _CONFIG).is_file() else _BARE
+        )
+        raise CheckpointError(f"{path} is a file, no folder", hint=hint)
     if not path.is_dir():
-        raise CheckpointError(f"there is no folder {path}", hint=_EXPECTED)
+        raise CheckpointError(
+            f"there is no folder {path}", hint=f"{beside(path)}; {_EXPECTED}"
+        )
     if not (path / _CONFIG).is_file():
         inside = sorted(item.parent.name for item in path.glob(f"*/{_CONFIG}"))
+        bare = any((path / name).is_file() for name in (*_PEFT, *_HUB))
         hint = f"one of its folders? {', '.join(inside)}" if inside else _EXPECTED
-        raise CheckpointError(f"{path} has no {_CONFIG}", hint=hint)
+        raise CheckpointError(f"{path} has no {_CONFIG}", hint=_BARE if bare else hint)
     config = _read_json(path / _CONFIG)
     if "peft_type" in config:
         return Folder(path, "peft", config, _read_first(path, _PEFT), {}, {})
@@ -76,6 +86,12 @@ def read_folder(path: Path) -> Folder:
 
 
 _EXPECTED = "give the folder that save_pretrained (PEFT) or save_adapter (AdapterHub) wrote"
+
+
+_BARE = (
+    f"weights alone do not say rank, scale and method: put the {_CONFIG} that was saved with "
+    "them beside them, and give the folder"
+)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,11 +120,28 @@ def read_state_dict(path: Path) -> dict[str, Array]:
     try:
         Source.of(path)  # of a device there is no end
         data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror or error}", hint=beside(path)
+        ) from error
+    try:
         if path.suffix == ".safetensors":
             return read_tensors(data, path)
-    except (OSError, AdapterError) as error:
+        return read_pickled_tensors(data, path)
+    except (AdapterError, CheckpointError) as error:
+        found = recognised(data[:HEAD], path.name)
+        if found and found[0] not in _WEIGHTS:
+            raise CheckpointError(f"{path} is {found[0]}", hint=found[1]) from error
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    return read_pickled_tensors(data, path)
+
+
+_WEIGHTS = {
+    *("a PyTorch file", "a pickle of Python", "a zip archive", "a safetensors file"),
+    "the weights of a PEFT or AdapterHub adapter",
+}
+"""What `recognised` calls files that weights are in, or that their reader says more of."""
 
 
 def number(value: Any, name: str) -> float:

@@ -118,7 +118,7 @@ class Workshop:
             width=width,
             source_width=source_width or width,
             dtype=target.dtype,
-            axis=target.axis,
+            axis=target.axis or -1,
             rank=(target.rank or 0) if target.axis == 1 else 0,
             activation=activation,
             parts=tuple(ordered),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+import warnings
 from importlib import import_module
+from typing import Any
 
 import click
 
 from onnx_adapt import __version__
 from onnx_adapt.cli.show import be_quiet, drop_output, say
-from onnx_adapt.errors import AdaptError, MismatchError
+from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
@@ -120,13 +122,23 @@ def main() -> None:
 
 
 def _show_notes() -> None:
-    """Show what the library logs, such as sites that a glob left out."""
+    """Show what the library logs, such as sites that a glob left out, and warns of."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             say(f"note: {record.getMessage()}")
 
     logging.getLogger("onnx_adapt").addHandler(Notes(logging.WARNING))
+    shown = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *a: Any, **kw: Any) -> None:
+        if issubclass(category, UncheckedWarning):
+            say(f"warning: {message}")
+        else:
+            shown(message, category, *a, **kw)
+
+    warnings.simplefilter("always", UncheckedWarning)
+    warnings.showwarning = tell
 
 
 def fail(message: str, hint: str = "") -> int:

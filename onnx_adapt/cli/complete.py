@@ -40,7 +40,7 @@ def _sites(ctx: click.Context) -> Iterable[str]:
     """The modules and nodes that can take a slot."""
     import onnx_adapt as oa
 
-    good = [site for site in oa.find_sites(_model(ctx)) if site.refused is None]
+    good = [site for site in oa.find_sites(_model(ctx)) if site.reason is None]
     modules = [site.module for site in good if site.module]
     return modules + [site.node for site in good if site.node]
 

@@ -42,7 +42,10 @@ def command(
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
     if Path(output).exists() and any(file.samefile(output) for file in read if file.exists()):
-        raise SaveError(f"the output {output} would replace a file that is read")
+        raise SaveError(
+            f"the output {output} would replace a file that is read",
+            hint="choose another path with -o",
+        )
     with patience(f"reading {checkpoint}"):
         opened = oa.open_model(model)
         keep_files(opened, output)

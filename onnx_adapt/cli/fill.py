@@ -44,7 +44,9 @@ def command(
     opened = oa.open_model(model)
     path = Path(model).with_suffix(".filled.onnx") if output is None else output
     if Path(path).exists() and Path(path).samefile(file):
-        raise SaveError(f"the output would replace the adapter {file}")
+        raise SaveError(
+            f"the output would replace the adapter {file}", hint="choose another path with -o"
+        )
     result = oa.fill(opened, adapter, allow_partial=allow_partial)
     if baked:
         result = oa.bake(result)

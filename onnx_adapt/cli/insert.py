@@ -20,13 +20,25 @@ from onnx_adapt.cli.show import (
     tell_thin,
 )
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+from onnx_adapt.printable import count
 
 if TYPE_CHECKING:
-    from onnx_adapt import Model, Report
+    from onnx_adapt import Adapter, Model, Report
     from onnx_adapt.model_file import Saved
 
 MAX_BOTTLENECK = 1 << 16
 """No adapter is as wide; its weights would not fit into memory."""
+
+_MOST_WARNINGS = 3
+"""About ranges: a quantised model has one for each slot, and they say the same."""
+
+
+def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """An axis as a number; `last` is -1."""
+    try:
+        return None if value is None else -1 if value == "last" else int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no axis; give -1, last or 1") from None
 
 
 @click.command("insert", short_help="Insert adapter slots into a model.")
@@ -39,6 +51,13 @@ MAX_BOTTLENECK = 1 << 16
     "across). Repeatable.",
 )
 @click.option("--adapter", type=click.Path(), help="A PEFT or AdapterHub folder, instead.")
+@click.option(
+    "--calibrate",
+    multiple=True,
+    type=click.Path(),
+    help="An .npz to run a quantised MODEL with: its ranges are widened for the adapter "
+    "(with --after, of the adapter file that --adapter names).",
+)
 @click.option("--name", default="", help="What to call that adapter.")
 @click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
 @click.option(
@@ -68,6 +87,12 @@ MAX_BOTTLENECK = 1 << 16
 @click.option("--bias", is_flag=True, help="Give both projections a bias.")
 @click.option("--source", default="", help="A tensor for the adapter to read instead.")
 @click.option(
+    "--axis",
+    metavar="[-1|last|1]",
+    callback=_axis,
+    help="The feature axis, where you know it: the last one, or 1 for channels.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(min=0),
     default=0,
@@ -89,6 +114,7 @@ def command(
     model: str,
     after: tuple[str, ...],
     adapter: str | None,
+    calibrate: tuple[str, ...],
     name: str,
     base_weights: str | None,
     file_format: str,
@@ -99,6 +125,7 @@ def command(
     activation: str,
     bias: bool,
     source: str,
+    axis: int | None,
     seed: int,
     inline_functions: bool,
     inputs: tuple[str, ...],
@@ -116,6 +143,7 @@ def command(
       onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
       onnx-adapt insert model.onnx --adapter trained/ --baked --thin
       onnx-adapt insert model.onnx --adapter trained/ --batched
+      onnx-adapt insert qdq.onnx --adapter trained/ --calibrate inputs.npz
 
     With --adapter, the slots that a trained checkpoint needs, and its weights beside the
     output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
@@ -123,19 +151,28 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.adapter_files import encode_adapter
+    from onnx_adapt.files.destination import settle
+    from onnx_adapt.proof.saturation import range_warnings
+    from onnx_adapt.rewriting.ranges import widened_ranges
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
     before = {slot.name for slot in oa.list_slots(base)}
-    if bool(after) == bool(adapter):
+    trained = oa.load_adapter(adapter) if adapter and after and calibrate else None
+    if bool(after) == bool(adapter) and trained is None:
         raise click.UsageError(
             "give either --after, a place that `onnx-adapt sites` lists, or --adapter"
         )
     _refuse_idle(
-        "--adapter" if adapter else "--after",
+        "--after" if after else "--adapter",
         {"bias": bias, "activation": activation != "relu", "bottleneck": bottleneck}
-        | {"source": source, "seed": seed, "inline-functions": inline_functions}
-        if adapter
+        | {
+            "source": source,
+            "axis": axis is not None,
+            "seed": seed,
+            "inline-functions": inline_functions,
+        }
+        if not after
         else {
             "name": name,
             "base-weights": base_weights,
@@ -146,7 +183,7 @@ def command(
         _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
     with patience(f"reading {adapter or model}"):
         checkpoint = None
-        if adapter:
+        if adapter and not after:
             checkpoint = oa.load_checkpoint(
                 adapter, base, name=name, base_weights=base_weights
             )
@@ -157,15 +194,23 @@ def command(
             activation=activation,
             bias=bias,
             source=source,
+            axis=axis,
             bottleneck=bottleneck,
             baked=not swappable,
             batched=batched,
             seed=seed,
             inline_functions=inline_functions,
+            adapter=trained,
+            calibrate=calibrate or None,
         )
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+    settle(path)  # before a proof that may take long
+    trained = trained or (checkpoint.adapter if checkpoint else None)
+    warnings = [] if calibrate else range_warnings(adapted, slots)
     with patience() as (progress, stage):
-        proof = None if no_verify else _prove(base, adapted, inputs, stage)
+        used = trained if calibrate or not swappable else None
+        given = inputs or calibrate
+        proof = None if no_verify else _prove(base, adapted, given, used, stage)
         weights = None
         if checkpoint is not None and swappable:
             place = Path(path).absolute()
@@ -182,6 +227,7 @@ def command(
             else [],
             progress=progress,
         )
+    widened = widened_ranges(adapted)
     if as_json:
         print_json(
             {
@@ -191,20 +237,20 @@ def command(
                 "data": [str(file) for file in saved.data],
                 "weights_in": [str(file) for file in saved.weights_in],
                 "verified": proof is not None,
+                "warnings": warnings,
+                "widened": widened,
                 "slots": [slot_dict(slot) for slot in slots],
             }
         )
     else:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     _tell(base, saved, proof)
+    _tell_ranges(warnings, widened)
     if thin:
         tell_thin(base, saved)
     if weights is not None:
         say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
-    if proof is not None or no_verify:
-        say_next("verify", model, path)
-    else:
-        say_next("slots", path)
+    say_next("verify", model, path, *(word for file in inputs for word in ("--inputs", file)))
 
 
 def _refuse_idle(given: str, options: dict[str, object]) -> None:
@@ -214,19 +260,37 @@ def _refuse_idle(given: str, options: dict[str, object]) -> None:
         raise click.UsageError(f"{', '.join(idle)} has no effect with {given}")
 
 
-def _prove(
-    base: Model, adapted: Model, inputs: tuple[str, ...], stage: Callable[[str], None]
-) -> Report | None:
-    """Check the result before anything is written; None if it cannot be checked here."""
-    import onnx_adapt as oa
-    from onnx_adapt.errors import UnprovableError
+def _tell_ranges(warnings: list[str], widened: list[str]) -> None:
+    """What became of the ranges of a quantised model, or may."""
+    from onnx_adapt.report import CALIBRATE
 
-    try:
-        report = oa.verify(base, adapted, inputs=inputs or None, weights=False, stage=stage)
-    except UnprovableError as error:
-        say(f"warning: not verified: {error.message}")
-        say(f"hint: {error.hint}")
-        return None
+    for text in warnings[:_MOST_WARNINGS]:
+        say(f"warning: {text}")
+    if len(warnings) > _MOST_WARNINGS:
+        say(
+            f"warning: the same of {len(warnings) - _MOST_WARNINGS} more slots; --json has all"
+        )
+    if warnings:
+        say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
+    if widened:
+        say(f"widened the ranges of {count(len(widened), 'QuantizeLinear node')}")
+
+
+def _prove(
+    base: Model,
+    adapted: Model,
+    inputs: tuple[str, ...],
+    adapter: Adapter | None,
+    stage: Callable[[str], None],
+) -> Report:
+    """Check the result before anything is written; what cannot be proven is not written."""
+    import onnx_adapt as oa
+
+    report = oa.verify(
+        base, adapted, inputs=inputs or None, weights=False, adapter=adapter, stage=stage
+    )
+    for text in report.warnings:
+        say(f"warning: {text}")
     return report.raise_for_mismatch()
 
 

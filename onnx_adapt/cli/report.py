@@ -13,6 +13,7 @@ from onnx_adapt.cli.show import print_json, say, size_text
 from onnx_adapt.errors import SaveError
 
 if TYPE_CHECKING:
+    from onnx_adapt import Report
     from onnx_adapt.overview import Overview
 
 
@@ -62,6 +63,7 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.model_file import keep_files
     from onnx_adapt.overview import overview
+    from onnx_adapt.report import CALIBRATE
 
     path = Path(output or f"{Path(adapted).with_suffix('')}.report.html")
     if as_json and output:
@@ -88,10 +90,27 @@ def command(
     for check in found.report.checks:
         if not check.passed:
             say(f"{check.name} FAILED: {check.detail}")
-    verdict = "is" if found.report.passed else "is NOT"
-    say(f"{found.report.adapted} {verdict} {found.report.base} plus its slots")
+    say(verdict(found.report))
+    if saturates(found.report):
+        say(f"hint: {CALIBRATE}")
     if not found.report.passed:
         ctx.exit(1)
+
+
+def saturates(report: Report) -> bool:
+    """Whether all is right with a model but that the adapter's values do not fit."""
+    return [check.name for check in report.checks if not check.passed] == ["saturation"]
+
+
+def verdict(report: Report) -> str:
+    """What a report comes to, in one sentence."""
+    if saturates(report):
+        return (
+            f"{report.adapted} is {report.base} plus its slots, but this adapter's values do "
+            "not fit its ranges: the answer is NOT the trained adapter's"
+        )
+    word = "is" if report.passed else "is NOT"
+    return f"{report.adapted} {word} {report.base} plus its slots"
 
 
 def check_page(path: Path, *given: str) -> None:

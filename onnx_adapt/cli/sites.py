@@ -33,9 +33,10 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
         print_json({"sites": [site.as_dict() for site in sites]})
         return
     columns = ("address", "node", "op", "module", "width", "dtype", "axis", "refused")
-    shown = [c for c in columns if c in _ALWAYS or any(getattr(s, c) for s in sites)]
-    print_table(shown, [[getattr(site, column) for column in shown] for site in sites])
-    good = [site for site in sites if site.refused is None]
+    rows = [site.as_dict() for site in sites]
+    shown = [c for c in columns if c in _ALWAYS or any(row[c] for row in rows)]
+    print_table(shown, [[row[column] for column in shown] for row in rows])
+    good = [site for site in sites if site.reason is None]
     say(f"{len(good)} of {len(sites)} can take an adapter")
     if good:
         name = good[0].module or good[0].node or good[0].address

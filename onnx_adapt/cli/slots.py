@@ -12,7 +12,16 @@ from onnx_adapt.cli.show import print_json, print_table, say, say_next
 if TYPE_CHECKING:
     from onnx_adapt import Slot
 
-SLOT_COLUMNS = ("slot", "tensor", "width", "dtype", "bottleneck", "activation", "parts")
+SLOT_COLUMNS = (
+    "slot",
+    "tensor",
+    "width",
+    "axis",
+    "dtype",
+    "bottleneck",
+    "activation",
+    "parts",
+)
 
 
 def slot_row(slot: Slot) -> tuple[object, ...]:
@@ -20,7 +29,8 @@ def slot_row(slot: Slot) -> tuple[object, ...]:
     size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
     size += " (batched)" if slot.batched else ""
     parts = " ".join(slot.parts)
-    return (slot.name, slot.tensor, slot.width, slot.dtype, size, slot.activation, parts)
+    what = slot.width, slot.axis, slot.dtype, size, slot.activation, parts
+    return (slot.name, slot.tensor, *what)
 
 
 def slot_dict(slot: Slot) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.report import check_page, write_page
+from onnx_adapt.cli.report import check_page, saturates, verdict, write_page
 from onnx_adapt.cli.show import emit, print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("base", type=click.Path())
 @click.argument("adapted", type=click.Path())
 @click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
+@click.option("--adapter", type=click.Path(), help="A file: do its values fit the ranges?")
 @click.option("--strict", is_flag=True, help="A slot that moves nothing is a failure.")
 @click.option(
     "--seed",
@@ -35,6 +36,7 @@ def command(
     base: str,
     adapted: str,
     inputs: tuple[str, ...],
+    adapter: str | None,
     strict: bool,
     seed: int,
     html: str | None,
@@ -44,18 +46,24 @@ def command(
 
     Same interface; same outputs with the slots off; with random weights every slot's
     output is the float64 formula's; the outputs move; the checker has nothing new to say.
+    With --adapter (or slots that are filled or baked) of a quantised BASE, the values with
+    the adapter on are held against the ranges that BASE was calibrated for.
 
     \b
       onnx-adapt verify model.onnx model.adapted.onnx
+      onnx-adapt verify model.onnx model.adapted.onnx --adapter fr.safetensors
     """
     import onnx_adapt as oa
     from onnx_adapt.model_file import keep_files
     from onnx_adapt.overview import overview
+    from onnx_adapt.report import CALIBRATE
 
     if html:
-        check_page(Path(html), base, adapted, *inputs)
+        check_page(Path(html), base, adapted, *inputs, *((adapter,) if adapter else ()))
     with patience(f"reading {adapted}") as (_, stage):
         given: dict[str, Any] = {"inputs": inputs or None, "strict": strict, "seed": seed}
+        if adapter:
+            given["adapter"] = oa.load_adapter(adapter)
         if html:
             models = oa.open_model(base), oa.open_model(adapted)
             for model in models:
@@ -71,6 +79,8 @@ def command(
     else:
         _show(report)
     if not report.passed:
+        if saturates(report):
+            say(f"hint: {CALIBRATE}")
         say_next("check", adapted)
         ctx.exit(1)
     say_next("slots", adapted)
@@ -105,5 +115,4 @@ def _show(report: Report) -> None:
         if item
     )
     say(f"ONNX Runtime {report.runtime}" + (f", inputs {shapes}" if shapes else ""))
-    verdict = "is" if report.passed else "is NOT"
-    say(f"{report.adapted} {verdict} {report.base} plus its slots")
+    say(verdict(report))

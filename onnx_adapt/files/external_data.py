@@ -17,6 +17,7 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.errors import ExternalDataError
 from onnx_adapt.files.payloads import PLAIN_BYTES, Payload, Source
+from onnx_adapt.signatures import HEAD, recognised
 
 _MOST_BYTES = 2**63
 _WITHOUT_SIZE = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8}
@@ -162,6 +163,9 @@ def check(model: Path, items: Sequence[Reference]) -> None:
         size, length = sizes[item.location], item.length
         end = item.offset + (item.needed if length is None else length)
         if end > size:
+            with find(model, item).path.open("rb") as file:
+                if found := recognised(file.read(HEAD), item.location):
+                    raise ExternalDataError(f"{item.location} is {found[0]}", hint=found[1])
             raise ExternalDataError(
                 f"tensor {item.tensor!r} needs bytes {item.offset} to {end} of "
                 f"{item.location!r}, which has {size}",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.files import wire
+from onnx_adapt.signatures import HEAD, is_text, recognised
 
 LARGE = 4096
 """Tensor data of at least this many bytes stays in its file."""
@@ -197,13 +198,12 @@ def scan(file: Path) -> tuple[bytes, list[Payload], bool]:
             it is instead.
     """
     if file.is_dir():
-        raise ModelFileError(f"{file} is a folder", hint="name the .onnx file in it")
+        raise ModelFileError(f"{file} is a folder", hint=_folder_hint(file))
     source = Source.of(file)
     if source.size == 0:
         raise ModelFileError(f"{file.name} is empty", hint="export or copy it again")
     with file.open("rb") as handle:
-        head = handle.read(512)
-        _refuse_text(file, head)
+        _refuse_others(file, handle.read(HEAD))
         with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             view = memoryview(data)
             try:
@@ -212,16 +212,26 @@ def scan(file: Path) -> tuple[bytes, list[Payload], bool]:
                 view.release()
 
 
-def _refuse_text(file: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs"):
+def _folder_hint(folder: Path) -> str:
+    """Which file of a folder may have been meant."""
+    names = sorted(item.name for item in folder.glob("*.onnx"))
+    if names:
+        return f"name the .onnx file in it: {', '.join(names[:5])}"
+    if (folder / "adapter_config.json").is_file():
+        return "it is a trained adapter: `onnx-adapt insert MODEL.onnx --adapter FOLDER`"
+    if (folder / "saved_model.pb").is_file():
+        return f"`python -m tf2onnx.convert --saved-model {folder.name} --output model.onnx`"
+    return (
+        "no .onnx file is in it; `optimum-cli export onnx` makes one of a Hugging Face model"
+    )
+
+
+def _refuse_others(file: Path, head: bytes) -> None:
+    if found := recognised(head, file.name):
+        raise ModelFileError(f"{file.name} is {found[0]}, no ONNX model", hint=found[1])
+    if is_text(head):
         raise ModelFileError(
-            f"{file.name} is a Git LFS pointer, not the model", hint="run `git lfs pull`"
-        )
-    printable = sum(byte in b"\t\n\r" or byte >= 32 for byte in head)
-    if printable == len(head):
-        raise ModelFileError(
-            f"{file.name} is a text file, not an ONNX model",
-            hint="give the binary .onnx file (onnx.parser turns ONNX text into one)",
+            f"{file.name} is a text file, no ONNX model", hint="give the binary .onnx file"
         )
 
 

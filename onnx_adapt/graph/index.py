@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import onnx
@@ -11,8 +11,9 @@ import onnx
 from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.graph.axes import MOST_AXES, has_endless_shapes
+from onnx_adapt.graph.axes import MOST_AXES
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
+from onnx_adapt.graph.inference import infer
 from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.walk import Scope
@@ -94,7 +95,9 @@ class GraphView:
         consumers: Tensor -> indices of the nodes that read it, also from their bodies.
         constants: Tensor -> its value, for initializers and Constant nodes.
         weights: Tensor -> how it is read, for constants and what is made of them alone.
-        types: Tensor -> its type.
+        inferred: Tensor -> its type as it is declared for an input, stored, or inferred.
+        records: Tensor -> its type as the model records it.
+        types: Tensor -> its type: what is inferred, and where nothing is the record.
         outputs: Names of the graph's outputs.
         live: Tensors whose values can reach an output of the model.
         repeated: Tensors that several nodes make, which no runtime takes.
@@ -107,6 +110,8 @@ class GraphView:
     consumers: dict[str, list[int]] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
+    inferred: dict[str, TensorType] = field(default_factory=dict)
+    records: dict[str, TensorType] = field(default_factory=dict)
     types: dict[str, TensorType] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
     live: set[str] = field(default_factory=set)
@@ -137,7 +142,7 @@ class GraphView:
         """The view of the graph that declares or produces a tensor readable here."""
         view: GraphView | None = self
         while view is not None:
-            known = (view.producers, view.constants, view.types)
+            known = (view.producers, view.constants, view.inferred)
             if any(tensor in names for names in known):
                 return view
             view = view.parent
@@ -162,15 +167,29 @@ class ModelIndex:
     Attributes:
         model: The model that is indexed.
         views: One view per graph, by path.
+        plain: Whether ONNX alone infers the same types from the model as it is.
     """
 
     model: Model
     views: dict[str, GraphView]
+    plain: bool = True
 
     @property
     def main(self) -> GraphView:
         """The view of the main graph."""
         return self.views["main"]
+
+    def stale_records(self) -> dict[str, tuple[TensorType, TensorType]]:
+        """The tensors that the model records otherwise than inferred: record, inferred."""
+        inputs = self.main.scope.graph.input
+        symbols = {dim for value in inputs for dim in read_type(value).shape or ()}
+        return {
+            f"{path}:{name}": (record, view.inferred[name])
+            for path, view in self.views.items()
+            for name, record in view.records.items()
+            if name in view.inferred and name not in view.constants
+            if _contradict(record, view.inferred[name], symbols)
+        }
 
     def names(self) -> set[str]:
         """Every tensor name used anywhere, functions left out."""
@@ -181,7 +200,7 @@ class ModelIndex:
 
 
 def index_model(model: Model) -> ModelIndex:
-    """Index a model; types come from its own records and from ONNX shape inference.
+    """Index a model; types are inferred, and what it records counts where nothing is.
 
     Inference runs on the graph without weights, so its cost does not grow with them.
 
@@ -189,16 +208,15 @@ def index_model(model: Model) -> ModelIndex:
         ModelFileError: If its functions call each other without end.
     """
     require_finite(model)
-    inferred = {scope.path: scope.graph for scope in walk.scopes(_infer(model.proto).graph)}
     views: dict[str, GraphView] = {}
     for scope in walk.scopes(model.proto.graph):
         parent = views[scope.parent.path] if scope.parent else None
-        view = _view(scope, parent)
-        _declare(view, inferred[scope.path].value_info)
-        _declare(view, inferred[scope.path].output)
-        views[scope.path] = view
+        views[scope.path] = _view(scope, parent)
+    inferred = infer(model.proto, lambda path, name: views[path].weight(name))
+    for path, view in views.items():
+        _note_types(view, inferred.values.get(path, ()))
     _mark_live(views)
-    return ModelIndex(model, views)
+    return ModelIndex(model, views, inferred.plain)
 
 
 _MOST_NODES = 1 << 20
@@ -219,23 +237,6 @@ def require_finite(model: Model) -> None:
         )
 
 
-def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    if has_endless_shapes(proto):
-        return proto
-    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
-        try:
-            return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
-        except (
-            onnx.shape_inference.InferenceError,
-            onnx.checker.ValidationError,
-            RuntimeError,
-            ValueError,
-        ):
-            continue
-    # What the model itself records is used then; a site without a type says so.
-    return proto
-
-
 def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     graph = scope.graph
     view = GraphView(scope, list(graph.node), parent)
@@ -246,16 +247,15 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
         names = [name for name in node.output if name]
         view.repeated.update(name for name in names if name in view.producers)
         view.producers.update(dict.fromkeys(names, index))
-        for name in filter(None, (*node.input, *captured(node))):
+        for name in filter(None, (*node.input, *walk.captured(node))):
             view.consumers.setdefault(name, []).append(index)
         value = constant_of(node)
         if value is not None:
             view.constants.update((name, value) for name in node.output[:1])
-    inputs = {value.name for value in graph.input}
-    _declare(view, (*graph.input, *graph.value_info, *graph.output), inputs)
+    view.inferred.update((value.name, read_type(value)) for value in graph.input)
     for name, value in view.constants.items():
         known = TensorType(value.data_type, tuple(value.dims))
-        view.types[name] = _merged(view.types.get(name, UNKNOWN), known)
+        view.inferred[name] = _merged(view.inferred.get(name, UNKNOWN), known)
         view.weights[name] = stored(value)
     for node in view.nodes:
         made = None if slot_of(node) else derived(node, view.weight)
@@ -266,14 +266,37 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     return view
 
 
-def _declare(
-    view: GraphView, values: Iterable[onnx.ValueInfoProto], inputs: Collection[str] = ()
-) -> None:
-    """Note the types of tensors of this graph; a body may record captured ones too."""
-    for value in values:
-        name = value.name
-        if name in inputs or name in view.producers or name in view.constants:
-            view.types[name] = _merged(view.types.get(name, UNKNOWN), read_type(value))
+def _note_types(view: GraphView, inferred: Iterable[onnx.ValueInfoProto]) -> None:
+    """Note the types of a graph's tensors; a body may record captured ones too."""
+    graph = view.scope.graph
+    for noted, values in (
+        (view.inferred, inferred),
+        (view.records, (*graph.value_info, *graph.output)),
+    ):
+        for value in values:
+            if value.name in view.producers or value.name in view.constants:
+                known = noted.get(value.name, UNKNOWN)
+                noted[value.name] = _merged(known, read_type(value))
+    view.types.update(view.inferred)
+    for name, record in view.records.items():
+        known = view.inferred.get(name, UNKNOWN)
+        view.types[name] = TensorType(
+            known.elem_type or record.elem_type,
+            record.shape if known.shape is None else known.shape,
+        )
+
+
+def _contradict(record: TensorType, known: TensorType, symbols: Container[object]) -> bool:
+    """Whether a record cannot be true for all inputs that the model declares."""
+    if record.elem_type and known.elem_type and record.elem_type != known.elem_type:
+        return True
+    if record.shape is None or known.shape is None:
+        return False
+    return len(record.shape) != len(known.shape) or any(
+        isinstance(a, int) and a != b and (isinstance(b, int) or b in symbols)
+        for a, b in zip(record.shape, known.shape, strict=True)
+        if b is not None
+    )
 
 
 def _merged(first: TensorType, second: TensorType) -> TensorType:
@@ -286,20 +309,6 @@ def _merged(first: TensorType, second: TensorType) -> TensorType:
     pairs = zip(first.shape, second.shape, strict=True)
     shape = (next((d for d in (a, b) if isinstance(d, int)), a or b) for a, b in pairs)
     return TensorType(elem_type, tuple(shape))
-
-
-def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that the bodies of a node read from the graphs around them."""
-    for _, body in walk.bodies(node):
-        own = {value.name for value in body.input} | {t.name for t in body.initializer}
-        for inner in body.node:
-            for name in (*inner.input, *captured(inner)):
-                if name and name not in own:
-                    yield name
-            own.update(inner.output)
-        for value in body.output:
-            if value.name not in own:
-                yield value.name
 
 
 def _mark_live(views: dict[str, GraphView]) -> None:

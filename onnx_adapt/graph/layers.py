@@ -10,7 +10,7 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
-from onnx_adapt.graph.index import VALUE_FREE, GraphView, attribute
+from onnx_adapt.graph.index import VALUE_FREE, GraphView, TensorType, attribute
 from onnx_adapt.manifest import slot_of
 
 LAST, CHANNELS = -1, 1
@@ -142,6 +142,29 @@ def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:
     if kind.width == "deconv":
         return weight.dims[1] * attribute(node, "group", 1)
     return weight.dims[-2 if attribute(node, "transB", 0) else -1]
+
+
+def feature_width(
+    view: GraphView, layer: onnx.NodeProto | None, tensor: str, axis: int
+) -> int | None:
+    """The width of a tensor: as inferred, or its layer's weight has it, or it is recorded.
+
+    Args:
+        view: The graph that makes the tensor.
+        layer: The node with the weight, if the tensor is a layer's output.
+        tensor: The tensor.
+        axis: Its feature axis.
+    """
+    inferred = _size(view.inferred.get(tensor), axis)
+    if inferred is None and layer is not None:
+        inferred = weight_width(view, layer)
+    return _size(view.records.get(tensor), axis) if inferred is None else inferred
+
+
+def _size(known: TensorType | None, axis: int) -> int | None:
+    shape = known.shape if known else None
+    size = shape[axis] if shape and -len(shape) <= axis < len(shape) else None
+    return size if isinstance(size, int) else None
 
 
 _OTHER_TYPE = {

@@ -142,7 +142,9 @@ def overview(
         require_fit(adapted, adapter)
         if not any(slot.batched for slot in slots):  # of these the weights are only fed
             adapted = fill(adapted, adapter)
-    report = verify(base, adapted, inputs=inputs, strict=strict, seed=seed, stage=stage)
+    report = verify(
+        base, adapted, inputs=inputs, strict=strict, seed=seed, adapter=adapter, stage=stage
+    )
     if list_slots(base):
         base = remove(base)
     weights = weights_on(adapted, adapter, bottleneck, seed)

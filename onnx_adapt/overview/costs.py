@@ -15,9 +15,8 @@ from onnx_adapt.adapter import Adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.initializers import read_weights
-from onnx_adapt.manifest import slot_of
 from onnx_adapt.model_file import Model
-from onnx_adapt.overview.flops import Ran, trace
+from onnx_adapt.overview.trace import trace
 from onnx_adapt.parts import bottleneck_of, fresh_weights, is_empty
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
@@ -145,7 +144,7 @@ def measure_costs(
     """
     manifest = required_manifest(adapted)
     ran = trace(adapted, {**feeds, **extra})
-    work, rest = _by_slot(adapted, ran)
+    rest = [item for item in ran if not item.slot]
     opened = {weight.name for weight in manifest.weights}
     runs, times = _time(base, adapted, feeds, extra)
     return Costs(
@@ -154,7 +153,7 @@ def measure_costs(
                 slot.name,
                 bottleneck_of(slot, weights[slot.name]),
                 sum(weights[slot.name][part].size for part in slot.parts),
-                work.get(slot.name, 0),
+                sum(item.flops for item in ran if item.slot == slot.name),
             )
             for slot in manifest.slots
         ),
@@ -167,28 +166,6 @@ def measure_costs(
         off=times[1],
         on=times[2],
     )
-
-
-def _by_slot(model: Model, ran: tuple[Ran, ...]) -> tuple[dict[str, int], list[Ran]]:
-    """The operations of each slot, and what ran of the base."""
-    owner = {
-        node.name: slot_of(node)
-        for scope in walk.scopes(model.proto.graph)
-        for node in scope.graph.node
-        if slot_of(node)
-    }
-    work: dict[str, int] = {}
-    rest = []
-    for item in ran:
-        slot = owner.get(item.node)
-        if slot is None and item.node.startswith("adapter."):
-            # ONNX Runtime writes some operators as several nodes, named after the one.
-            slot = next((s for name, s in owner.items() if item.node.startswith(name)), None)
-        if slot is None:
-            rest.append(item)
-        else:
-            work[slot] = work.get(slot, 0) + item.flops
-    return work, rest
 
 
 def _parameters(proto: onnx.ModelProto) -> int:

@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
 import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.files import external_data
 from onnx_adapt.files.payloads import token_index
+from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 
 
-def complaints(model: Model) -> list[str]:
-    """Everything the checker and strict shape inference have to say, line by line."""
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """One thing that the checker or shape inference does not like.
+
+    Attributes:
+        asked: Which of the two.
+        kind: What is wrong, without the names of what is around it.
+        place: The base's node: a slot stands where the node before it does.
+        words: What it said.
+    """
+
+    asked: str
+    kind: str
+    place: str
+    words: str
+
+    @property
+    def fault(self) -> tuple[str, str, str]:
+        """What makes it the same complaint in another model."""
+        return self.asked, self.kind, self.place
+
+
+def complaints(model: Model, slots: Sequence[Slot] = ()) -> list[Complaint]:
+    """Everything the checker and strict shape inference have to say.
+
+    Args:
+        model: The model.
+        slots: Its slots.
+    """
+    homes = {f"adapter.{slot.name}": slot.node for slot in slots}
+    asked = (("checker", _ask_checker), ("strict shape inference", _ask_inference))
     return [
-        f"{what}: {line}"
-        for what, ask in (
-            ("checker", _ask_checker),
-            ("strict shape inference", _ask_inference),
-        )
-        for line in ask(model)
+        _complaint(what, words, homes) for what, ask in asked for words in _split(ask(model))
     ]
 
 
-def _ask_checker(model: Model) -> list[str]:
+def new_complaints(base: Model, adapted: Model, slots: Sequence[Slot]) -> list[str]:
+    """What is said of an adapted model and not, of the same place, of its base."""
+    known = {complaint.fault for complaint in complaints(base)}
+    return [
+        f"{complaint.asked}: {complaint.words}"
+        for complaint in complaints(adapted, slots)
+        if complaint.fault not in known
+    ]
+
+
+def _ask_checker(model: Model) -> str:
     """What the checker says of a model; data on disk stands as an empty tensor."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -35,13 +74,41 @@ def _ask_checker(model: Model) -> list[str]:
     try:
         onnx.checker.check_model(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
-        return str(error).splitlines()
-    return []
+        return str(error)
+    return ""
 
 
-def _ask_inference(model: Model) -> list[str]:
+def _ask_inference(model: Model) -> str:
     try:
         onnx.shape_inference.infer_shapes(model.proto, check_type=True, strict_mode=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        return str(error).splitlines()
-    return []
+    except (
+        onnx.shape_inference.InferenceError,
+        onnx.checker.ValidationError,
+        RuntimeError,
+        ValueError,  # of a weight without an element type, among others
+    ) as error:
+        return str(error)
+    return ""
+
+
+_NODE = re.compile(
+    r"op_type:(?P<op>[^,)]*)(, node name: (?P<name>.*?))?\)(?=: |$)"
+    r"|[Nn]ame: (?P<checked>.*?) OpType: \S+"
+)
+_NAMED = re.compile(r"'[^']*'|\"[^\"]*\"|(?<=input )\S+|(?<=output )\S+")
+
+
+def _split(words: str) -> Iterator[str]:
+    """One complaint after the other: each begins with a node where several are told."""
+    for part in re.split(r"(?:^|(?<=\s))(?=\(op_type:)", words):
+        line = " ".join(part.split())
+        if line and not line.endswith("Inference error(s):"):
+            yield line
+
+
+def _complaint(asked: str, words: str, homes: Mapping[str, str]) -> Complaint:
+    found = _NODE.search(words)
+    name = (found["name"] or found["checked"] or "") if found else ""
+    place = homes.get(name.rpartition("/")[0], name)
+    kind = _NAMED.sub("", _NODE.sub("", words))
+    return Complaint(asked, " ".join(kind.split()), place, words)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model_file import Model
-from onnx_adapt.proof.feeds import (
-    Feeds,
-    candidate_feeds,
-    check_feeds,
-    is_dynamic,
-    load_feeds,
-    required_inputs,
-)
-from onnx_adapt.runtime import Runner
+from onnx_adapt.proof.feeds import WITHOUT_PROOF, Feeds, check_feeds, inputs_hint, load_feeds
+from onnx_adapt.proof.made_up import Recipe, read_recipe
+from onnx_adapt.proof.sizes import Sizes, first_sizes, second_sizes
+from onnx_adapt.runtime import Runner, as_arrays
+
+_SECONDS, _TRIES = 60.0, 400
+"""When made-up inputs are given up: after this long in runs, or this many."""
+
+_UNQUESTIONED = 1 << 14
+_LARGEST = 1 << 26
+"""Elements of all inputs up to which nothing can grow much, and of any tensor at most."""
 
 Inputs = str | os.PathLike[str] | Mapping[str, Any]
 """An `.npz` file, or arrays by name."""
@@ -45,7 +52,9 @@ def base_runner(base: Model) -> Runner:
     try:
         return Runner(base, optimised=True)
     except RunError as error:
-        raise UnprovableError(error.message, hint=error.hint) from error
+        raise UnprovableError(
+            error.message, hint=f"a proof runs the base on the CPU; {WITHOUT_PROOF}"
+        ) from error
 
 
 def feeds_for(
@@ -57,38 +66,119 @@ def feeds_for(
         AdaptError: If those given do not fit.
         UnprovableError: If none can be made up.
     """
-    items = _listed(given)
-    if not items:
+    if not _listed(given):
         return _made_up(base, runner, seed)
+    return given_feeds(base, given)
+
+
+def given_feeds(base: Model, given: Inputs | Sequence[Inputs] | None) -> list[Feeds]:
+    """The inputs that are given, checked.
+
+    Raises:
+        AdaptError: If they do not fit.
+    """
     return [
         check_feeds(item, base.proto, "the inputs")
         if isinstance(item, Mapping)
         else load_feeds(Path(item), base.proto)
-        for item in items
+        for item in _listed(given)
     ]
 
 
 def _made_up(base: Model, runner: Runner, seed: int) -> list[Feeds]:
-    """One set of inputs that the base runs with; two where shapes are dynamic."""
-    index = index_model(base)
-    found: list[Feeds] = []
-    last = ""
-    for variant in (0, 1) if is_dynamic(base.proto) else (0,):
-        for feeds in candidate_feeds(index, variant, seed):
-            try:
-                runner.run(feeds)
-            except RunError as error:  # these sizes do not suit it: try others
-                last = str(error)  # an exception would keep this frame, and so the session
+    """One set of inputs that the base runs with; two where they can differ."""
+    recipe = read_recipe(index_model(base), seed)
+    trial = _Trial(base, runner, recipe)
+    for sizes in first_sizes(set(recipe.kinds.values())):
+        # Random ids may be special ones, such as an image's that is not there.
+        for constant in (None, 1, 0) if recipe.has_integers else (None,):
+            feeds = trial.run(sizes, 0, constant)
+            if feeds is None:
                 continue
-            found.append(feeds)
-            break
-    if not found:
-        names = ", ".join(value.name for value in required_inputs(base.proto))
-        raise UnprovableError(
-            f"{base.label} runs with none of the inputs that were made up ({last})",
-            hint=f"give real inputs ({names}) with --inputs FILE.npz",
+            for other in second_sizes(sizes):
+                same = recipe.shapes(other) == recipe.shapes(sizes)
+                if recipe.steered or not same:
+                    more = trial.run(other, 1, constant)
+                    if more is not None:
+                        return [feeds, more]
+            return [feeds]
+    if trial.empty is not None:
+        return [trial.empty]
+    raise UnprovableError(
+        f"{base.label} runs with none of the inputs that were made up ({trial.last})",
+        hint=inputs_hint(recipe.inputs),
+    )
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Runs of a base with inputs that are made up, within a budget of time and memory.
+
+    Attributes:
+        last: Why the last one failed.
+        empty: Inputs that the base ran with, but with nothing in any output.
+    """
+
+    base: Model
+    runner: Runner
+    recipe: Recipe
+    last: str = ""
+    empty: Feeds | None = None
+    _spent: float = 0.0
+    _tries: int = 0
+    _seen: set[object] = field(default_factory=set)
+
+    def run(self, sizes: Sizes, variant: int, constant: int | None) -> Feeds | None:
+        """Inputs of these sizes if the base runs with them, and can be asked to."""
+        key = (*self.recipe.shapes(sizes).items(), variant, constant)
+        if key in self._seen:
+            return None
+        self._seen.add(key)
+        if self._spent > _SECONDS or self._tries >= _TRIES or not self._is_small(sizes):
+            return None
+        self._tries += 1
+        started = time.monotonic()
+        try:
+            feeds = self.recipe.feeds(sizes, variant, constant)
+            found = self.runner.run(feeds)
+        except RunError as error:  # these sizes do not suit it: try others
+            self.last = str(error)  # an exception would keep this frame, and so the session
+            return None
+        finally:
+            self._spent += time.monotonic() - started
+        if not any(array.size for value in found.values() for array in as_arrays(value)):
+            self.empty = self.empty or feeds
+            return None
+        return feeds
+
+    def _is_small(self, sizes: Sizes) -> bool:
+        """Whether no tensor in the graph is known to become very large.
+
+        What grows with the square of an axis, as attention does, shows before it is run.
+        The smallest inputs are not looked at: it takes as long as opening the model.
+        """
+        shapes = self.recipe.shapes(sizes)
+        elements = sum(map(math.prod, shapes.values()))
+        if elements > _LARGEST:
+            self.last = self.last or f"inputs of {elements} elements are not made up"
+            return False
+        if elements <= _UNQUESTIONED or not self.recipe.kinds:
+            return True
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.base.proto)
+        for value in proto.graph.input:
+            if value.name in shapes:
+                for dim, size in zip(
+                    value.type.tensor_type.shape.dim, shapes[value.name], strict=True
+                ):
+                    dim.dim_value = size
+        del proto.graph.value_info[:]
+        views = index_model(replace(self.base, proto=proto)).views.values()
+        return all(
+            math.prod(dim for dim in known.shape or () if isinstance(dim, int)) <= _LARGEST
+            for view in views
+            for known in view.types.values()
         )
-    return found
 
 
 def _listed(given: Inputs | Sequence[Inputs] | None) -> list[Inputs]:

@@ -121,7 +121,8 @@ class Probe:
             if not all(taps):
                 raise SlotError(
                     f"slot {slot.name!r} is inside an operator that hides its tensors",
-                    hint="only If, Loop and Scan can be looked into",
+                    hint="only If, Loop and Scan can be looked into; in Python "
+                    "onnx_adapt.verify(base, adapted, weights=False) proves the rest",
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(replace(opened, path=model.path), optimised=True)

@@ -7,7 +7,7 @@ another shape each time if need be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Tap:
 
 
 class Tapper:
-    """Adds outputs to a model, in place.
+    """Adds outputs to a model, in place, and takes out the shapes it records.
 
     Args:
         proto: The model; it is changed.
@@ -57,6 +57,8 @@ class Tapper:
     def __init__(self, proto: onnx.ModelProto) -> None:
         self._proto = proto
         self._scopes = {scope.path: scope for scope in walk.scopes(proto.graph)}
+        for scope in self._scopes.values():
+            _forget(scope.graph)
         self._taps: dict[tuple[str, str], Tap | None] = {}
         self._empty: dict[int, str] = {}
 
@@ -83,6 +85,31 @@ class Tapper:
                     self._lift(scope, values, elem_type), self._lift(scope, shapes, _INT64)
                 )
         return self._taps[key]
+
+    def tap_sizes(self, path: str, tensors: Sequence[str]) -> str | None:
+        """Make the sizes of tensors readable, as the graph at `path` sees them.
+
+        Args:
+            path: The graph.
+            tensors: Tensors that can be read there.
+
+        Returns:
+            An output with, for each time the graph runs, the number of axes and the sizes
+            of one tensor after the other; None if a body of an operator other than If,
+            Loop and Scan holds them.
+        """
+        scope = self._scopes[path]
+        if any(_owner(s).op_type not in _LIFTS for s in _ancestry(scope)):
+            return None
+        name = f"tap/sizes/{len(self._taps)}"
+        self._taps[(path, name)] = None
+        parts = [
+            part
+            for i, tensor in enumerate(tensors)
+            for part in _measure(scope.graph, tensor, f"{name}/{i}")
+        ]
+        scope.graph.node.append(helper.make_node("Concat", parts, [name], name, axis=0))
+        return self._lift(scope, name, _INT64)
 
     def _lift(self, scope: Scope, name: str, elem_type: int) -> str:
         """Hand a flat tensor out of every body around it."""
@@ -128,6 +155,17 @@ class Tapper:
         return self._empty[elem_type]
 
 
+def _forget(graph: onnx.GraphProto) -> None:
+    """Drop the shapes that a graph records, in place: ONNX Runtime plans memory by them.
+
+    Where they are wrong, a tensor that is kept for a tap is overwritten before it is read.
+    """
+    del graph.value_info[:]
+    for value in graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+
+
 _LIFTS = ("If", "Loop", "Scan")
 
 
@@ -148,18 +186,24 @@ def _owner(scope: Scope) -> onnx.NodeProto:
 
 def _flatten(graph: onnx.GraphProto, tensor: str, name: str) -> tuple[str, str]:
     """The values of a tensor as a vector, and its number of axes and sizes as another."""
-    values, shapes, sizes, rank = (f"{name}/{part}" for part in ("v", "s", "sizes", "rank"))
-    flat = f"{name}/flat"
+    values, shapes, flat = (f"{name}/{part}" for part in ("v", "s", "flat"))
     graph.node.extend(
         [
             _constant(flat, [-1]),
             helper.make_node("Reshape", [tensor, flat], [values], values),
-            helper.make_node("Shape", [tensor], [sizes], sizes),
-            helper.make_node("Shape", [sizes], [rank], rank),
-            helper.make_node("Concat", [rank, sizes], [shapes], shapes, axis=0),
         ]
     )
+    parts = _measure(graph, tensor, name)
+    graph.node.append(helper.make_node("Concat", parts, [shapes], shapes, axis=0))
     return values, shapes
+
+
+def _measure(graph: onnx.GraphProto, tensor: str, name: str) -> list[str]:
+    """The number of axes of a tensor, and their sizes."""
+    sizes, rank = f"{name}/sizes", f"{name}/rank"
+    graph.node.append(helper.make_node("Shape", [tensor], [sizes], sizes))
+    graph.node.append(helper.make_node("Shape", [sizes], [rank], rank))
+    return [rank, sizes]
 
 
 def _lift_from_branch(

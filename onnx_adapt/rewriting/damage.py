@@ -12,7 +12,7 @@ from onnx_adapt.errors import AdaptError
 from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph.index import default_opset, elem_name, text
 from onnx_adapt.graph.norms import own_norm
-from onnx_adapt.initializers import check_base_weights, check_weights
+from onnx_adapt.initializers import check_base_weights, check_weights, check_widened
 from onnx_adapt.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import bottleneck_axis
@@ -33,6 +33,7 @@ def damages(model: Model) -> list[str]:
     try:
         check_weights(model.proto, manifest.slots)
         check_base_weights(model.proto, manifest.weights)
+        check_widened(model.proto, manifest.widened)
     except AdaptError as error:
         found.append(f"{error.message} ({error.hint})")
     found += _lost_marks(model.proto, manifest.slots)

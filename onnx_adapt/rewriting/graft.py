@@ -16,10 +16,11 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnx_adapt import walk
-from onnx_adapt.dtypes import Array
+from onnx_adapt.dtypes import ELEM_TYPES, Array
 from onnx_adapt.errors import ManifestError, SlotError
 from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.graph.index import ModelIndex, default_opset, text
+from onnx_adapt.graph.index import UNKNOWN, GraphView, ModelIndex, default_opset
+from onnx_adapt.graph.inference import typed_tensors
 from onnx_adapt.initializers import add_weights, check_model_weights, drop_named
 from onnx_adapt.manifest import (
     SLOT_KEY,
@@ -74,6 +75,7 @@ def put_in(
     for twice in _given_twice(index):
         _log.warning("initializer %r is there more than once; the last one counts", twice)
     placed = _put_nodes(index, slots, known.slots, opset)
+    _record_targets(index, slots)
     if model.proto.ir_version < _OLDEST_IR:
         known = replace(known, inputs=_take_inputs(model.proto, known.weights))
         model.proto.ir_version = _OLDEST_IR
@@ -131,33 +133,42 @@ def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProt
     made = {node.output[0] for node in nodes[:-1]}
     terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
     there = {value.name for value in (*graph.value_info, *graph.output)}
-    for name in sorted({slot.output, *terms} - there):
-        _record(index, slot, name)
-
-
-def _record(index: ModelIndex, slot: Slot, name: str) -> None:
-    """Write down that a tensor of a slot is as the slot's target."""
-    view = index.views[slot.graph]
-    known = view.type_of(slot.tensor)
+    known = view.inferred.get(slot.tensor, UNKNOWN)
     inputs = index.main.scope.graph.input
     symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
-    dims = known.shape or ()
-    shape = [dim if isinstance(dim, int) or dim in symbols else None for dim in dims]
-    declared = onnx.helper.make_tensor_value_info(name, known.elem_type, shape)
-    declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
-    view.scope.graph.value_info.append(declared)
+    shape = [d if isinstance(d, int) or d in symbols else None for d in known.shape or ()]
+    for name in sorted({slot.output, *terms} - there) if shape else ():
+        _record(view, graph, slot, name, shape)
 
 
-def _is_inferred(node: onnx.NodeProto, opset: int) -> bool:
-    """Whether ONNX infers types through an operator, or only its function body can tell.
+def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
+    """Write down the types of slots' targets where ONNX, given the model, infers none.
 
-    Of such a body ONNX does not see the defaults of attributes, and gives up.
+    Its checker would complain of the slots' nodes then, as it does of those behind.
     """
-    try:
-        schema = onnx.defs.get_schema(text(node.op_type), opset, text(node.domain))
-    except (onnx.defs.SchemaError, TypeError):  # an opset of 2**40 is no number to it
-        return True  # strict inference asks nothing behind an operator it does not know
-    return bool(schema.has_type_and_shape_inference_function)
+    if index.plain:
+        return
+    proto = index.model.proto
+    typed = typed_tensors(proto)
+    graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
+    for slot in slots:
+        if slot.inner not in typed.get(slot.graph, ()):
+            view = index.views[slot.graph]
+            _record(view, graphs[slot.graph], slot, slot.inner, None)
+
+
+def _record(
+    view: GraphView,
+    graph: onnx.GraphProto,
+    slot: Slot,
+    name: str,
+    shape: Sequence[int | str | None] | None,
+) -> None:
+    """Write down the type of a tensor of a slot, which is its target's."""
+    elem_type = view.type_of(slot.tensor).elem_type or ELEM_TYPES[slot.dtype]
+    declared = onnx.helper.make_tensor_value_info(name, elem_type, shape)
+    declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
+    graph.value_info.append(declared)
 
 
 def _put_nodes(
@@ -180,8 +191,6 @@ def _put_nodes(
             position = view.producers[slot.tensor]
             producer = maker.get(slot.tensor, view.nodes[position])
             rename_output(producer, slot.tensor, slot.inner)
-            if not _is_inferred(producer, opset):
-                _record(index, slot, slot.inner)
             below = outputs.pop((path, slot.tensor), None)
             if below is not None:
                 _log.warning("slot %r is stacked on slot %r", slot.name, below.name)

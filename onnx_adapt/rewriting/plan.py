@@ -8,6 +8,7 @@ import onnx
 
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name, text
+from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.manifest import Slot
 from onnx_adapt.resolve import Choice, resolve_tensor
@@ -23,6 +24,7 @@ class Recipe:
         activation: Between the projections.
         parts: The slots' weights.
         source: Name of the tensor the adapter reads; '' is the target itself.
+        axis: The feature axis, if the user names it.
         norm: Name of the base's normalisation to re-apply to the source, or ''.
         norm_after: What the slots' own normalisation wraps: `term`, `sum` or ''.
         swappable: Whether weights can be fed.
@@ -34,6 +36,7 @@ class Recipe:
     activation: str = "relu"
     parts: tuple[str, ...] = ("down", "up")
     source: str = ""
+    axis: int | None = None
     norm: str = ""
     norm_after: str = ""
     swappable: bool = True
@@ -89,7 +92,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
     inner = f"adapter.{name}/target"
     source, source_width = inner, site.width or 0
     if recipe.source:
-        read = _input_site(survey, recipe.source) or resolve_tensor(survey, recipe.source)
+        read = _source_site(survey, recipe)
         if read.address != site.address:
             source, source_width = read.tensor, _check_source(survey, site, read)
     return Slot(
@@ -103,7 +106,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         width=site.width or 0,
         source_width=source_width,
         dtype=site.dtype,
-        axis=site.axis,
+        axis=site.axis or -1,
         rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
         activation=recipe.activation,
         parts=recipe.parts,
@@ -116,26 +119,40 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
     )
 
 
-def _input_site(survey: Survey, name: str) -> Site | None:
+def _source_site(survey: Survey, recipe: Recipe) -> Site:
+    """The tensor that the adapter reads; an axis that the user names is its too."""
+    read = _input_site(survey, recipe.source, recipe.axis)
+    if read is None:
+        read = resolve_tensor(survey, recipe.source)
+        read = read if recipe.axis is None else survey.on_axis(read, recipe.axis)
+    return read
+
+
+def _input_site(survey: Survey, name: str, axis: int | None) -> Site | None:
     """An input of the model as a place to read from."""
     main = survey.index.main
     inputs = {value.name for value in main.scope.graph.input} - set(main.constants)
     if name not in inputs:
         return None
     known = main.type_of(name)
-    last = known.shape[-1] if known.shape else None
+    rank = len(known.shape) if known.shape else None
+    features = survey.layout.of(main, name) if axis is None else given_axis(axis, rank)
+    at = features.axis
+    size = (
+        known.shape[at] if known.shape and at is not None and at < len(known.shape) else None
+    )
     return Site(
         address=f"main:{name}",
         node="",
         op="",
         tensor=name,
         module=None,
-        width=last if isinstance(last, int) else None,
+        width=size if isinstance(size, int) else None,
         dtype=elem_name(known.elem_type),
-        axis=-1,
-        refused=None,
+        axis=features.axis,
+        refused=features.refused,
         graph="main",
-        rank=len(known.shape) if known.shape else None,
+        rank=rank,
         layer=False,
         core=-1,
     )
@@ -151,6 +168,11 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
+    if read.axis is None:
+        raise SiteError(
+            f"{what} cannot be read by an adapter: {read.refused}",
+            hint="if you know its feature axis, say so: --axis -1 or --axis 1",
+        )
     if read.dtype != site.dtype or read.width is None or read.axis != site.axis:
         raise SiteError(
             f"{what} ({read.dtype or 'unknown type'}, width {read.width}, axis {read.axis}) "
@@ -160,7 +182,10 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
     view = survey.index.views[site.graph]
     home = view.home(read.tensor)
     if home is None or home.scope.path != read.graph:
-        raise SiteError(f"{what} cannot be read where target {site.tensor!r} is computed")
+        raise SiteError(
+            f"{what} cannot be read where target {site.tensor!r} is computed",
+            hint=f"name a tensor of graph {site.graph} or of one around it",
+        )
     if not _comes_before(view, home, read.tensor, site.tensor):
         raise SiteError(
             f"{what} is computed after target {site.tensor!r}",
@@ -169,7 +194,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
     theirs = home.type_of(read.tensor).shape
     ours = view.type_of(site.tensor).shape
     if theirs is not None and ours is not None:
-        axis = site.axis % len(ours) if ours else 0
+        axis = (site.axis or -1) % len(ours) if ours else 0
         a = [d for i, d in enumerate(theirs) if i != axis]
         b = [d for i, d in enumerate(ours) if i != axis]
         declared = _declared_symbols(survey)

@@ -68,8 +68,9 @@ class AdapterCache:
     run is freed when that run ends.
 
     Args:
-        check: Raises if an adapter does not fit the model; gives weights that keep the
-            slots off that a partial one does not cover.
+        check: Takes an adapter, whether it may be partial and whether it is a blend. Raises
+            if it does not fit the model; gives weights that keep the slots off that a
+            partial one does not cover.
         base_values: The base's own values of replaceable weights, for blends.
         max_adapters: How many may be loaded, or None.
         max_bytes: How many bytes of weights may be loaded, or None.
@@ -77,7 +78,7 @@ class AdapterCache:
 
     def __init__(
         self,
-        check: Callable[[Adapter, bool], Mapping[str, Any]],
+        check: Callable[[Adapter, bool, bool], Mapping[str, Any]],
         base_values: Callable[[], Mapping[str, Array]],
         max_adapters: int | None,
         max_bytes: int | None,
@@ -110,9 +111,9 @@ class AdapterCache:
             self._put(name, fresh)
         return _described(name, fresh)
 
-    def _read(self, source: Source, *, allow_partial: bool) -> Loaded:
+    def _read(self, source: Source, *, allow_partial: bool, blended: bool = False) -> Loaded:
         adapter, fresh = loaded.read(source)
-        fresh.rest = self._check(adapter, allow_partial)
+        fresh.rest = self._check(adapter, allow_partial, blended)
         return fresh
 
     def _refuse_too_large(self, name: str, fresh: Loaded) -> None:
@@ -225,7 +226,7 @@ class AdapterCache:
         adapters = [item.adapter for item, _ in shares]
         base = self._base_values() if any(a.replaced for a in adapters) else None
         mixed = blend(adapters, [weight for _, weight in shares], base=base)
-        result = self._read(mixed, allow_partial=True)
+        result = self._read(mixed, allow_partial=True, blended=True)
         with self._lock:
             self._blends[shares] = result
             self._evict()

@@ -1,0 +1,117 @@
+"""Layers whose bias an optimiser moved into a later node: what is between is before it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+
+from onnx_adapt.graph.index import GraphView, ModelIndex, text
+from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.manifest import slot_of
+from onnx_adapt.model_file import read_tensor
+
+_FUSED = {
+    **dict.fromkeys(("BiasGelu", "FastGelu", "BiasAdd", "BiasSplitGelu"), (1, 1)),
+    **dict.fromkeys(("BiasDropout", "BiasSoftmax"), (1, 1)),
+    "SkipLayerNormalization": (4, 2),
+    "SkipSimplifiedLayerNormalization": (3, 2),
+    "SkipGroupNorm": (4, 1),
+    **dict.fromkeys(("MultiHeadAttention", "PackedMultiHeadAttention"), (3, 3)),
+    "DecoderMaskedMultiHeadAttention": (10, 3),
+}
+"""Operators that add a bias to what they read: its input, and how many they add it to."""
+
+_MOVING = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast"}
+_RESCALING = {*_MOVING, "Mul", "DequantizeLinear"}
+_MOST = 16
+
+
+def bias_behind(
+    index: ModelIndex, view: GraphView, tensor: str, width: int | None
+) -> str | None:
+    """Where a layer's bias is added, if that is inside a node behind the layer's product.
+
+    Args:
+        index: The model's index.
+        view: The graph that makes the tensor.
+        tensor: What is behind the layer, or a product that is rescaled behind it.
+        width: Its width.
+
+    Returns:
+        The bias and the node in words; None if the tensor has its bias, or there is none.
+    """
+    if width is None or not _is_bare(view, tensor):
+        return None
+    for _ in range(_MOST):
+        readers = view.readers(tensor)
+        if len(readers) != 1 or tensor in view.outputs:
+            return None
+        node = readers[0]
+        position, sides = _FUSED.get(node.op_type, (0, 0))
+        if tensor in node.input[:sides] and position < len(node.input):
+            side = list(node.input).index(tensor)
+            name = str(node.input[position])
+            if not _adds(index, view, name, side, width):
+                return None
+            label = text(node.name) or text(node.output[0])
+            return f"it is before its bias {name!r}, which {label!r} ({node.op_type}) adds"
+        if node.op_type not in _MOVING or not node.output:
+            return None
+        tensor = node.output[0]
+    return None
+
+
+def unfused_hint(address: str) -> str:
+    """What to do where a layer has no output of its own with its bias."""
+    return (
+        "insert into the model as it was exported and optimise the result; to adapt the "
+        f"product before the bias, name the tensor: --after '{address}'"
+    )
+
+
+def _is_bare(view: GraphView, tensor: str) -> bool:
+    """Whether a tensor is a layer's product, perhaps rescaled, without a bias."""
+    for _ in range(_MOST):
+        made = view.producer(tensor)
+        if made is None:
+            return False
+        view, node = made
+        if is_layer(view, node):
+            kind = KINDS[node.op_type]
+            has_bias = 0 <= kind.bias < len(node.input) and bool(node.input[kind.bias])
+            # Of integers the bias comes where they are floats again.
+            return (kind.fold or node.op_type == "ConvInteger") and not has_bias
+        if node.op_type not in _RESCALING or slot_of(node) or not node.input:
+            return False
+        tensor = _rescaled(view, node)
+    return False
+
+
+def _rescaled(view: GraphView, node: onnx.NodeProto) -> str:
+    """The input of a node that is no scale."""
+    names = [str(name) for name in node.input]
+    return next((name for name in names if not _is_scale(view, name)), names[0])
+
+
+def _is_scale(view: GraphView, name: str) -> bool:
+    if find_weight(view, name) is not None:
+        return True
+    made = view.producer(name)
+    return made is not None and made[1].op_type in ("Mul", "DynamicQuantizeLinear")
+
+
+def _adds(index: ModelIndex, view: GraphView, name: str, side: int, width: int) -> bool:
+    """Whether a bias changes what it is added to; an optimiser writes zeros for none."""
+    weight = find_weight(view, name) if name else None
+    if weight is None or math.prod(weight.dims) < width:
+        return False
+    if weight.tensor is not view.constant(name):
+        return True
+    values = np.ravel(read_tensor(index.model, weight.tensor))
+    if values.size == width:
+        return bool(np.any(values))
+    # Those of queries, keys and values are one after the other.
+    start = (0, width, values.size - width)[side]
+    return bool(np.any(values[start : start + width]))

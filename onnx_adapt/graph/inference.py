@@ -1,0 +1,287 @@
+"""Types and shapes as they follow from a model's inputs and weights.
+
+What a model records of its own tensors may be wrong: other tools change the batch or the
+number of classes and leave the records. So ONNX's shape inference runs on a copy without
+them. Only what an operator makes that nobody knows keeps its record, for the nodes behind it.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import onnx
+
+from onnx_adapt import walk
+from onnx_adapt.graph.axes import has_endless_shapes
+from onnx_adapt.graph.constants import Weight
+from onnx_adapt.graph.stand_ins import Draft, Find, stand_in
+
+_Key = tuple[str, str, str]
+"""Domain, name and overload of an operator or function."""
+
+Look = Callable[[str, str], Weight | None]
+"""Gives the constant that can be read in a graph, by the graph's path and a name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """What inference gave.
+
+    Attributes:
+        values: For each graph, by its path, the tensors with their types.
+        plain: Whether ONNX alone, given the model as it is, infers the same.
+    """
+
+    values: Mapping[str, list[onnx.ValueInfoProto]]
+    plain: bool
+
+
+def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
+    """Infer the types and shapes of a model's tensors without its own records.
+
+    Nodes that are not in order are sorted, operators of ONNX Runtime are replaced by
+    stand-ins, and weights that a body declares as inputs are weights: ONNX's inference
+    takes a model as it ought to be, ONNX Runtime as it is.
+
+    Args:
+        proto: The model; it is left as it is.
+        look: Gives its constants.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    names = _tell_apart(copy.graph)
+    plain = _Cleaning(copy, lambda path, name: look(path, names.get(name, name))).clean()
+    result = _run(copy)
+    graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
+    values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
+    for value in (value for here in values.values() for value in here):
+        value.name = names.get(value.name, value.name)
+    return Inferred(values, plain and result is not None)
+
+
+def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
+    """The tensors that ONNX alone knows the type of, by the path of their graph."""
+    result = _run(proto)
+    return {
+        scope.path: {
+            value.name
+            for value in (*scope.graph.value_info, *scope.graph.output)
+            if value.type.tensor_type.elem_type
+        }
+        for scope in walk.scopes(result.graph if result else onnx.GraphProto())
+    }
+
+
+def _run(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The model with what ONNX infers; None if it infers nothing or would never end."""
+    if has_endless_shapes(proto):
+        return None
+    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
+        try:
+            return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
+        except (
+            onnx.shape_inference.InferenceError,
+            onnx.checker.ValidationError,
+            RuntimeError,
+            ValueError,
+        ):
+            continue
+    # What the model itself records is used then; a site without a type says so.
+    return None
+
+
+def _tell_apart(main: onnx.GraphProto) -> dict[str, str]:
+    """Give each tensor of a body a name that no other graph has, in place.
+
+    ONNX follows the numbers in shapes by the names of tensors alone, and takes those of one
+    branch for those of the other.
+
+    Returns:
+        What the renamed tensors were called.
+    """
+    if not any(True for node in main.node for _ in walk.bodies(node)):
+        return {}
+    taken, before = set(_declared(main)), {}
+    waiting = [(node, ChainMap[str, str]()) for node in main.node]
+    while waiting:
+        node, around = waiting.pop()
+        for _, body in walk.bodies(node):
+            own: dict[str, str] = {}
+            for name in _declared(body):
+                new = name
+                while new in taken:
+                    new += f"/{len(taken)}"
+                taken.add(new)
+                if new != name:
+                    own[name], before[new] = new, name
+                elif name in around:
+                    own[name] = name
+            names = around.new_child(own)
+            for value in (*body.input, *body.output, *body.value_info, *body.initializer):
+                value.name = names.get(value.name, value.name)
+            for inner in body.node:
+                inner.input[:] = [names.get(name, name) for name in inner.input]
+                inner.output[:] = [names.get(name, name) for name in inner.output]
+            waiting += [(inner, names) for inner in body.node]
+    return before
+
+
+def _declared(graph: onnx.GraphProto) -> dict[str, None]:
+    """The tensors of a graph that are not of a graph around it."""
+    values = (*graph.input, *graph.initializer)
+    made = (name for node in graph.node for name in node.output if name)
+    return dict.fromkeys((*(value.name for value in values), *made))
+
+
+@dataclass(slots=True)
+class _Cleaning:
+    """Makes of a copy what ONNX's inference can follow.
+
+    Attributes:
+        proto: The copy.
+        look: Gives constants.
+        versions: The operator sets it imports.
+        functions: The functions of the model.
+        known: Whether ONNX infers through an operator or function.
+    """
+
+    proto: onnx.ModelProto
+    look: Look
+    versions: dict[str, int] = field(default_factory=dict)
+    functions: dict[_Key, onnx.FunctionProto] = field(default_factory=dict)
+    known: dict[_Key, bool] = field(default_factory=dict)
+
+    def clean(self) -> bool:
+        """Clean the copy, in place; returns whether only records had to go."""
+        self.versions = {o.domain: o.version for o in self.proto.opset_import}
+        self.functions = {(f.domain, f.name, f.overload): f for f in self.proto.functions}
+        plain = True
+        # Bodies before the graphs around them: rewriting a graph copies the bodies in it.
+        for scope in reversed(list(walk.scopes(self.proto.graph))):
+            plain = self._graph(scope) and plain
+        _import_onnx(self.proto.opset_import)
+        return plain
+
+    def _graph(self, scope: walk.Scope) -> bool:
+        """Clean one graph; returns whether only records had to go."""
+        graph = scope.graph
+        nodes = list(graph.node)
+        drafts, foreign = self._unknown(
+            nodes, lambda name: self.look(scope.path, name), scope.path
+        )
+        dropped = scope.parent is not None and _drop_weights(graph)
+        order = _order(nodes)
+        graph.name = scope.path
+        _forget(graph, foreign)
+        if drafts or order is not None:
+            places = range(len(nodes)) if order is None else order
+            _put(graph.node, _written(nodes, places, drafts))
+        return not (drafts or foreign or dropped or order)
+
+    def _function(self, key: _Key) -> bool:
+        """Clean a function, of whose inputs nothing is known; returns if it is known then."""
+        self.known[key] = False  # should it call itself
+        function = self.functions[key]
+        nodes = list(function.node)
+        drafts, foreign = self._unknown(nodes, lambda _: None, function.name)
+        del function.value_info[:]
+        if drafts:
+            _put(function.node, _written(nodes, range(len(nodes)), drafts))
+            _import_onnx(function.opset_import)
+        return not foreign
+
+    def _unknown(
+        self, nodes: Sequence[onnx.NodeProto], find: Find, path: str
+    ) -> tuple[dict[int, Draft], set[str]]:
+        """What stands for the nodes ONNX does not know, and what they make without it."""
+        drafts: dict[int, Draft] = {}
+        foreign: set[str] = set()
+        for i, node in enumerate(nodes):
+            if self._knows(node):
+                continue
+            foreign.update(node.output)
+            draft = stand_in(node, find, f"stand_in/{path}/{i}")
+            if draft is not None:
+                drafts[i] = draft
+                foreign.difference_update(name for n in draft.nodes for name in n.output)
+        return drafts, foreign
+
+    def _knows(self, node: onnx.NodeProto) -> bool:
+        """Whether ONNX infers what a node makes."""
+        key = (node.domain, node.op_type, node.overload)
+        if key not in self.known:
+            if key in self.functions:
+                self.known[key] = self._function(key)
+            else:
+                version = self.versions.get(node.domain, 0)
+                self.known[key] = _has_inference(node, version)
+        return self.known[key]
+
+
+def _has_inference(node: onnx.NodeProto, version: int) -> bool:
+    """Whether ONNX knows an operator and infers through it itself.
+
+    Through some it goes by way of a function body, of which it does not see the defaults of
+    attributes, and gives up.
+    """
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+    except (onnx.defs.SchemaError, TypeError):  # an opset of 2**40 is no number to it
+        return False
+    return bool(schema.has_type_and_shape_inference_function)
+
+
+def _forget(graph: onnx.GraphProto, foreign: Container[str]) -> None:
+    """Drop the records of a graph but those of foreign tensors, in place."""
+    kept = [value.SerializeToString() for value in graph.value_info if value.name in foreign]
+    del graph.value_info[:]
+    graph.value_info.extend(map(onnx.ValueInfoProto.FromString, kept))
+    for value in graph.output:
+        if value.name not in foreign and value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+
+
+def _drop_weights(body: onnx.GraphProto) -> bool:
+    """Let the weights of a body be no inputs of it, in place; returns if some were."""
+    stored = {tensor.name for tensor in body.initializer}
+    places = [i for i, value in enumerate(body.input) if value.name in stored]
+    for i in reversed(places):
+        del body.input[i]
+    return bool(places)
+
+
+def _order(nodes: Sequence[onnx.NodeProto]) -> list[int] | None:
+    """The places of nodes in an order in which they can run; None if they are in one."""
+    makers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    before = {
+        i: {makers[name] for name in (*node.input, *walk.captured(node)) if name in makers}
+        for i, node in enumerate(nodes)
+    }
+    if all(j < i for i, needed in before.items() for j in needed):
+        return None
+    try:
+        return list(TopologicalSorter(before).static_order())
+    except CycleError:
+        return None  # no runtime takes that
+
+
+def _written(
+    nodes: Sequence[onnx.NodeProto], places: Iterable[int], drafts: Mapping[int, Draft]
+) -> list[onnx.NodeProto]:
+    return [n for i in places for n in (drafts[i].nodes if i in drafts else [nodes[i]])]
+
+
+def _put(field_: Any, nodes: Sequence[onnx.NodeProto]) -> None:
+    copies = [node.SerializeToString() for node in nodes]
+    del field_[:]
+    field_.extend(map(onnx.NodeProto.FromString, copies))
+
+
+def _import_onnx(imports: Any) -> None:
+    """Import ONNX's own operators, where a model has none, for stand-ins, in place."""
+    if not any(item.domain in ("", "ai.onnx") for item in imports):
+        imports.add(domain="", version=onnx.defs.onnx_opset_version())

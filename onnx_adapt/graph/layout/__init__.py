@@ -1,0 +1,201 @@
+"""Where the features of each tensor are: on its last axis, on axis 1, or nobody knows.
+
+Operators give signs: a Conv reads and makes channels on axis 1, a LayerNormalization
+features on the last axis (`operators.FACTS`). Each sign is followed along the axis that it
+names, to every tensor that has the same axis: from what a node reads to what it makes, and
+back (`links`). Where the ways of two signs meet on different axes of one tensor, the
+stronger holds; of two that are equally strong none does.
+
+The heads of an attention are the one case where a part of the features has an axis: the
+last axis is split into heads and what each head sees. That part counts where it comes from
+such a split, and is later merged again or summed over by a product of two tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt.graph.index import GraphView, ModelIndex
+from onnx_adapt.graph.layout import shapes
+from onnx_adapt.graph.layout.bodies import through_bodies
+from onnx_adapt.graph.layout.links import Link, aligned
+from onnx_adapt.graph.layout.look import Look, Place
+from onnx_adapt.graph.layout.operators import links_of, own_axis, signs_of
+from onnx_adapt.graph.layout.signs import Sign, Strength, sign
+from onnx_adapt.graph.layout.spreading import (
+    Signs,
+    parts_of_merge,
+    parts_of_split,
+    spread,
+    spread_loss,
+)
+from onnx_adapt.manifest import slot_of
+
+_UNPLACED = "nothing tells which of its axes has the features"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Where the features of a tensor are.
+
+    Attributes:
+        axis: -1 for the last axis, else counted from 0; None where `refused` says why.
+        refused: Why no axis can be named, or None.
+    """
+
+    axis: int | None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the features of all tensors of a model are.
+
+    Attributes:
+        look: Looks shapes up.
+        signs: What operators say, followed along axes.
+        made: The same for the part of features that a split leaves on the last axis.
+        used: The same for the part of features that is merged or summed over later.
+        lost: Tensors that an axis of features did not survive into, and why.
+        summed: Tensors that are products over all features, such as the scores of an
+            attention. What is added to them does not give them features.
+    """
+
+    look: Look
+    signs: Signs = field(default_factory=dict)
+    made: Signs = field(default_factory=dict)
+    used: Signs = field(default_factory=dict)
+    lost: dict[Place, str] = field(default_factory=dict)
+    summed: dict[Place, str] = field(default_factory=dict)
+
+    def of_layer(self, view: GraphView, node: onnx.NodeProto, tensor: str) -> Features:
+        """Where a layer puts its features; `tensor` is its output, bias included."""
+        axis = own_axis(self.look, view, node)
+        if axis is None or node.op_type == _GROUPS:
+            return self.of(view, tensor)
+        return Features(_named(axis, self.look.rank(view, tensor)))
+
+    def of(self, view: GraphView, tensor: str) -> Features:
+        """Where the features of a tensor are that can be read in a graph."""
+        place, rank = self.look.place(view, tensor), self.look.rank(view, tensor)
+        lost = self.summed.get(place) or self.lost.get(place)
+        axes = self._strongest(place)
+        if len(axes) > 1:
+            said = " and ".join(f"axis {axis} ({axes[axis].who})" for axis in sorted(axes))
+            return Features(None, f"operators disagree on its feature axis: {said}")
+        if axes:
+            return Features(_named(next(iter(axes)), rank))
+        if rank is not None and rank <= 2 and lost is None:
+            return Features(-1)
+        return Features(None, lost or _UNPLACED)
+
+    def _strongest(self, place: Place) -> Mapping[int, Sign]:
+        """The axes that the strongest signs name."""
+        found = self.signs.get(place, {})
+        if place in self.summed:
+            found = {axis: sign for axis, sign in found.items() if sign.place == place}
+        if place in self.lost and all(s.node.op_type == _GROUPS for s in found.values()):
+            found = {}
+        if found:
+            best = max(sign.strength for sign in found.values())
+            return {axis: sign for axis, sign in found.items() if sign.strength == best}
+        used = self.used.get(place, {})
+        return {k: sign for k, sign in self.made.get(place, {}).items() if k in used}
+
+
+_GROUPS = "InstanceNormalization"
+"""Exporters write a GroupNorm with it: the channels it reads then are groups of channels."""
+
+
+def _named(axis: int, rank: int | None) -> int:
+    """An axis as sites name it: the last one is -1."""
+    if rank is None:
+        return axis
+    return -1 if axis % rank == rank - 1 else axis % rank
+
+
+def given_axis(axis: int, rank: int | None) -> Features:
+    """The axis that a user names; it may count from either end."""
+    if rank is None:
+        fits = axis in (1, -1)
+        return Features(axis) if fits else Features(None, f"it may have no axis {axis}")
+    if not -rank <= axis < rank:
+        return Features(None, f"it has {rank} axes, and no axis {axis}")
+    return Features(_named(axis, rank))
+
+
+def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> Layout:
+    """Find where the features of each tensor of a model are.
+
+    Args:
+        index: The model.
+        slots: For each graph, what the slots on a tensor make of it: inner -> outer. The
+            slots' own nodes tell nothing.
+    """
+    layout = Layout(Look(index, shapes.missing(index)))
+    nearby: dict[Place, list[Link]] = {}
+    for link in _links(layout.look, slots):
+        nearby.setdefault(link.source, []).append(link)
+        nearby.setdefault(link.target, []).append(link)
+    found = [s for view, node in _nodes(index) for s in signs_of(layout.look, view, node)]
+    for strength in sorted(Strength, reverse=True):
+        equal = (sign for sign in found if sign.strength == strength)
+        spread(equal, layout.signs, nearby, layout.lost)
+    _spread_parts(layout, nearby)
+    spread_loss(layout.lost, nearby)
+    spread_loss(layout.summed, nearby)
+    return layout
+
+
+def _spread_parts(layout: Layout, nearby: Mapping[Place, list[Link]]) -> None:
+    """Follow the parts of features, and find the products that sum over features."""
+    spread(parts_of_split(layout.signs, nearby), layout.made, nearby, stop=layout.signs)
+    used = list(parts_of_merge(layout.signs, nearby))
+    for view, node in _nodes(layout.look.index):
+        if node.op_type in ("MatMul", "FusedMatMul") and node.output:
+            signs = list(_summed(layout.look, view, node))
+            used += signs
+            if len(signs) == 2 and all(_are_features(layout, sign) for sign in signs):
+                place = layout.look.place(view, str(node.output[0]))
+                layout.summed[place] = f"{signs[0].who} sums over its features"
+    spread(used, layout.used, nearby, stop=layout.signs)
+
+
+def _are_features(layout: Layout, sign: Sign) -> bool:
+    known = layout.signs.get(sign.place) or layout.made.get(sign.place, {})
+    return sign.axis in known
+
+
+def _nodes(index: ModelIndex) -> Iterator[tuple[GraphView, onnx.NodeProto]]:
+    """The nodes of the base."""
+    for view in index.views.values():
+        for node in view.nodes:
+            if not slot_of(node):
+                yield view, node
+
+
+def _links(look: Look, slots: Mapping[str, Mapping[str, str]]) -> Iterator[Link]:
+    bodies: dict[tuple[str, int], list[GraphView]] = {}
+    for view in look.index.views.values():
+        if view.parent is not None:
+            owner = view.parent.scope.path, view.scope.owner
+            bodies.setdefault(owner, []).append(view)
+    for path, view in look.index.views.items():
+        for i, node in enumerate(view.nodes):
+            if (path, i) in bodies:
+                yield from through_bodies(look, view, node, bodies[path, i])
+            elif not slot_of(node):
+                yield from links_of(look, view, node)
+        for inner, outer in slots.get(path, {}).items():
+            pairs = tuple(aligned(look.rank(view, inner), look.rank(view, outer)))
+            node = view.nodes[view.producers[outer]]
+            yield Link((path, inner), (path, outer), pairs, node, keeps=True)
+
+
+def _summed(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+    """The axes that a product of two tensors sums over."""
+    for position, axis in ((0, -1), (1, -2)):
+        yield from sign(look, view, node, position, axis, Strength.LINEAR, makes=False)

@@ -1,0 +1,104 @@
+"""What the layout analysis looks up: shapes, small constant numbers, attributes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt.graph.constants import Weight
+from onnx_adapt.graph.index import GraphView, ModelIndex, Shape
+
+Place = tuple[str, str]
+"""A tensor of a model: the path of the graph that makes it, and its name."""
+
+_MOST_NUMBERS = 64
+"""No tensor has more axes; a longer list says nothing of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Looks things up in an indexed model.
+
+    Attributes:
+        index: The model.
+        found: Shapes of tensors that shape inference is silent about.
+    """
+
+    index: ModelIndex
+    found: dict[Place, Shape] = field(default_factory=dict)
+
+    def place(self, view: GraphView, name: str) -> Place:
+        """The place of a tensor that can be read in a graph."""
+        if name in view.producers:
+            return view.scope.path, name
+        home = view.home(name)
+        return (home or view).scope.path, name
+
+    def shape(self, view: GraphView, name: str) -> Shape | None:
+        """The shape of a tensor that can be read in a graph, or None."""
+        shape = view.type_of(name).shape if name else None
+        if shape is None and name and self.found:
+            return self.found.get(self.place(view, name))
+        return shape
+
+    def rank(self, view: GraphView, name: str) -> int | None:
+        """How many axes a tensor has, or None if that is unknown."""
+        shape = self.shape(view, name)
+        return None if shape is None else len(shape)
+
+    def weight(self, view: GraphView, node: onnx.NodeProto, position: int) -> Weight | None:
+        """The constant that a node reads at a position, or None."""
+        name = read(node, position)
+        return view.weight(name) if name else None
+
+    def numbers(self, view: GraphView, name: str) -> list[int] | None:
+        """The integers of a small constant, or None."""
+        tensor = view.constant(name) if name else None
+        if tensor is None or math.prod(tensor.dims) > _MOST_NUMBERS:
+            return None
+        try:
+            values = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()
+        except (ValueError, TypeError, OSError, onnx.checker.ValidationError):
+            return None  # its data is missing or damaged: whoever runs the model says so
+        return [int(v) for v in values if math.isfinite(v)] if _are_numbers(values) else None
+
+    def axes(self, view: GraphView, node: onnx.NodeProto, rank: int) -> list[int] | None:
+        """The axes that a node names, by attribute or by its second input, in order.
+
+        None if they are not constant; an empty list if it names none.
+        """
+        named = integers(node, "axes")
+        if named is None:
+            name = read(node, 1)
+            named = self.numbers(view, name) if name else []
+        if named is None or any(not -rank <= axis < rank for axis in named):
+            return None
+        return sorted(axis % rank for axis in named)
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def read(node: onnx.NodeProto, position: int) -> str:
+    """The name a node reads at a position, or ''."""
+    return str(node.input[position]) if position < len(node.input) else ""
+
+
+def integers(node: onnx.NodeProto, name: str) -> list[int] | None:
+    """A list attribute of a node, or None if it has none."""
+    return next((list(a.ints) for a in node.attribute if a.name == name), None)
+
+
+def integer(node: onnx.NodeProto, name: str, default: int) -> int:
+    """A number attribute of a node."""
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def single(shape: Iterable[int]) -> int | None:
+    """The one axis whose size is not 1, or None if there are several or none."""
+    wide = [axis for axis, size in enumerate(shape) if size != 1]
+    return wide[0] if len(wide) == 1 else None

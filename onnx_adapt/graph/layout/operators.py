@@ -1,0 +1,182 @@
+"""The operators: how the axes of each go through it, and what it tells of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layout import links
+from onnx_adapt.graph.layout.links import Link, Linker
+from onnx_adapt.graph.layout.look import Look, read
+from onnx_adapt.graph.layout.signs import (
+    Sign,
+    Strength,
+    Where,
+    channels_last,
+    einsum_signs,
+    embedded,
+    matrices,
+    multiplied,
+    normalised,
+    per_channel,
+    resized,
+    sign,
+)
+
+LAST, CHANNELS = -1, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What is known of one operator.
+
+    Attributes:
+        links: How axes go through it; None if it ends them.
+        axis: Where the features are in what it reads and makes, or a function that tells;
+            None if it does not say.
+        reads: The inputs that have them there.
+        makes: The outputs that have them there.
+        strength: How much that tells.
+        more: Signs of another kind.
+    """
+
+    links: Linker | None = None
+    axis: int | Where | None = None
+    reads: tuple[int, ...] = (0,)
+    makes: tuple[int, ...] = (0,)
+    strength: Strength = Strength.DEFINED
+    more: Callable[[Look, GraphView, onnx.NodeProto], Iterator[Sign]] | None = None
+
+
+_SAME = Fact(links.same)
+_BROADCAST = Fact(links.broadcast, more=per_channel)
+_REDUCE = Fact(links.reduce)
+_RESHAPE = Fact(links.reshape)
+_CONV = Fact(axis=CHANNELS)
+_NORM = Fact(links.same, CHANNELS)
+_POOL = Fact(links.same, CHANNELS, strength=Strength.LINEAR)
+_LAYER_NORM = Fact(links.same, normalised)
+_SKIP_NORM = Fact(links.broadcast, LAST, reads=(0, 1), makes=(0, 3))
+_BIASED = Fact(links.same, LAST, strength=Strength.LINEAR)
+_ATTENTION = Fact(axis=LAST, reads=(0, 1, 2))
+_RECURRENT = Fact(axis=LAST, reads=(0, 5, 6), makes=(0, 1, 2))
+
+
+def _linear(weight: int, *flags: str) -> Fact:
+    axis = multiplied(weight, flags)
+    return Fact(links.product_of_matrices, axis, strength=Strength.LINEAR, more=matrices)
+
+
+def _rows(names: str, fact: Fact) -> dict[str, Fact]:
+    return dict.fromkeys(names.split(), fact)
+
+
+FACTS: dict[str, Fact] = {
+    **_rows(
+        "Identity Cast CastLike Clip Relu LeakyRelu Elu Selu Celu ThresholdedRelu Sigmoid "
+        "HardSigmoid HardSwish Mish Swish Tanh Gelu QuickGelu Softplus Softsign Softmax "
+        "LogSoftmax Hardmax Erf Exp Log Sqrt Reciprocal Neg Abs Sign Floor Ceil "
+        "Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Not IsNaN IsInf "
+        "BitwiseNot Shrink Dropout Bernoulli Pad Slice Tile CumSum TopK Trilu Compress "
+        "ReverseSequence ScatterElements ScatterND Scatter GatherElements LpNormalization "
+        "MeanVarianceNormalization QuantizeLinear DequantizeLinear DynamicQuantizeLinear "
+        "QLinearSigmoid QLinearLeakyRelu QLinearSoftmax BiasDropout",
+        _SAME,
+    ),
+    **_rows(
+        "Add Sub Mul Div Pow Mod Max Min Mean Sum Where PRelu And Or Xor Equal Less Greater "
+        "LessOrEqual GreaterOrEqual BitShift BitwiseAnd BitwiseOr BitwiseXor QLinearAdd "
+        "QLinearMul QLinearWhere",
+        _BROADCAST,
+    ),
+    **_rows(
+        "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum "
+        "ReduceLogSumExp ReduceSumSquare ArgMax ArgMin QLinearReduceMean",
+        _REDUCE,
+    ),
+    **_rows("Reshape Flatten", _RESHAPE),
+    "Split": Fact(links.split),
+    "Transpose": Fact(links.transpose),
+    "Squeeze": Fact(links.squeeze),
+    "Unsqueeze": Fact(links.unsqueeze),
+    "Expand": Fact(links.expand),
+    **_rows("Concat QLinearConcat", Fact(links.concat)),
+    "Gather": Fact(links.gather, embedded, reads=()),
+    "GatherBlockQuantized": Fact(axis=LAST, reads=()),
+    "Einsum": Fact(links.einsum, more=einsum_signs),
+    **_rows("MatMul FusedMatMul MatMulInteger DynamicQuantizeMatMul", _linear(1, "transA")),
+    **_rows("MatMulIntegerToFloat MatMulNBits MatMulBnb4", _linear(1)),
+    "QLinearMatMul": _linear(3),
+    **_rows("Gemm FusedGemm GemmFloat8", _linear(1, "transA")),
+    "QGemm": _linear(3, "transA"),
+    **_rows("Conv FusedConv ConvTranspose ConvInteger DeformConv GridSample", _CONV),
+    **_rows("DepthToSpace SpaceToDepth MaxRoiPool RoiAlign Col2Im", _CONV),
+    "QLinearConv": Fact(axis=channels_last(0)),
+    **_rows("NhwcFusedConv NhwcConv NhwcMaxPool", Fact(axis=LAST)),
+    **_rows("BatchNormalization InstanceNormalization GroupNormalization LRN", _NORM),
+    **_rows("GroupNorm", Fact(links.same, channels_last(1))),
+    "SkipGroupNorm": Fact(links.same, channels_last(1), reads=(0, 3)),
+    **_rows("MaxPool AveragePool LpPool MaxUnpool", _POOL),
+    **_rows("GlobalAveragePool GlobalMaxPool GlobalLpPool", _POOL),
+    **_rows(
+        "QLinearAveragePool QLinearGlobalAveragePool",
+        Fact(links.same, channels_last(0), strength=Strength.LINEAR),
+    ),
+    **_rows("Resize Upsample", Fact(links.same, resized, strength=Strength.LINEAR)),
+    **_rows("LayerNormalization RMSNormalization SimplifiedLayerNormalization", _LAYER_NORM),
+    **_rows("SkipLayerNormalization SkipSimplifiedLayerNormalization", _SKIP_NORM),
+    "EmbedLayerNormalization": Fact(axis=LAST, reads=(), makes=(0, 2)),
+    **_rows("BiasGelu FastGelu BiasAdd BiasSplitGelu", _BIASED),
+    **_rows("Attention MultiHeadAttention GroupQueryAttention", _ATTENTION),
+    **_rows("PackedMultiHeadAttention DecoderMaskedMultiHeadAttention", _ATTENTION),
+    **_rows("QAttention PackedAttention DecoderMaskedSelfAttention", Fact(axis=LAST)),
+    **_rows("RotaryEmbedding MoE QMoE", Fact(links.same, LAST)),
+    **_rows("LSTM GRU RNN DynamicQuantizeLSTM", _RECURRENT),
+}
+"""Operators by type; the domain does not matter."""
+
+
+def links_of(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Link]:
+    """How axes go through a node that has no bodies."""
+    fact = FACTS.get(node.op_type)
+    if fact is None:
+        yield from _unknown(look, view, node)
+    elif fact.links is not None and node.output:
+        yield from fact.links(look, view, node)
+
+
+def _unknown(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Link]:
+    """An operator that is not in the table keeps axes whose sizes are all different."""
+    if not node.output:
+        return
+    after = look.shape(view, node.output[0])
+    alike = after is not None and None not in after and len(set(after)) == len(after)
+    if alike and look.shape(view, read(node, 0)) == after:
+        yield from links.same(look, view, node)
+
+
+def own_axis(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+    """Where an operator puts the features of what it makes, or None if it does not say."""
+    fact = FACTS.get(node.op_type)
+    if fact is None or not node.output:
+        return None
+    return fact.axis(look, view, node) if callable(fact.axis) else fact.axis
+
+
+def signs_of(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+    """What a node tells of its inputs and outputs."""
+    fact = FACTS.get(node.op_type)
+    if fact is None:
+        return
+    if fact.more is not None:
+        yield from fact.more(look, view, node)
+    axis = own_axis(look, view, node)
+    if axis is None:
+        return
+    for position in fact.reads:
+        yield from sign(look, view, node, position, axis, fact.strength, makes=False)
+    for position in fact.makes:
+        yield from sign(look, view, node, position, axis, fact.strength, makes=True)

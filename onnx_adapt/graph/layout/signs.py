@@ -1,0 +1,170 @@
+"""What an operator tells of where the features are in what it reads and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import onnx
+
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layout.links import einsum_letters
+from onnx_adapt.graph.layout.look import Look, Place, integer, read, single
+
+
+class Strength(IntEnum):
+    """How much a sign tells.
+
+    A Linear can be laid over any axis, as mixers of tokens do, and a pool shrinks what it
+    is given; so each yields to an operator that is defined by its channels.
+    """
+
+    CONSTANT = 1
+    LINEAR = 2
+    DEFINED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A sign that a tensor has its features on an axis.
+
+    Attributes:
+        place: The tensor.
+        axis: The axis, counted as in `links.Link`.
+        node: The node that says so.
+        strength: How much it tells.
+        makes: Whether the node makes the tensor; else it reads it.
+    """
+
+    place: Place
+    axis: int
+    node: onnx.NodeProto
+    strength: Strength
+    makes: bool
+
+    @property
+    def who(self) -> str:
+        """The node, for a message."""
+        name = f" {self.node.name!r}" if self.node.name else ""
+        return f"{self.node.op_type}{name}"
+
+
+Where = Callable[[Look, GraphView, onnx.NodeProto], int | None]
+
+
+def sign(
+    look: Look,
+    view: GraphView,
+    node: onnx.NodeProto,
+    position: int,
+    axis: int,
+    strength: Strength,
+    *,
+    makes: bool,
+) -> Iterator[Sign]:
+    """The sign at an input or output of a node, if it is there and not constant."""
+    names = node.output if makes else node.input
+    name = str(names[position]) if position < len(names) else ""
+    if not name or (not makes and view.weight(name)):
+        return
+    rank = look.rank(view, name)
+    if rank is None and axis in (1, -1):
+        yield Sign(look.place(view, name), axis, node, strength, makes)
+    elif rank is not None and -rank <= axis < rank:
+        yield Sign(look.place(view, name), axis % rank, node, strength, makes)
+
+
+def channels_last(default: int) -> Where:
+    """Channels are last where the attribute `channels_last` says so."""
+
+    def where(look: Look, view: GraphView, node: onnx.NodeProto) -> int:
+        return -1 if integer(node, "channels_last", default) else 1
+
+    return where
+
+
+def normalised(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+    """The last axis, if a normalisation is over no other."""
+    axis, rank = integer(node, "axis", -1), look.rank(view, read(node, 0))
+    return -1 if axis == -1 or (rank is not None and axis == rank - 1) else None
+
+
+def embedded(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+    """The last axis, if rows of a table of floats are looked up."""
+    table = look.weight(view, node, 0)
+    if table is None or table.elem_type not in FLOATS or len(table.dims) != 2:
+        return None
+    rows = integer(node, "axis", 0) in (0, -2) and not look.weight(view, node, 1)
+    return -1 if rows else None
+
+
+def resized(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+    """Axis 1 or the last, if pictures are resized along all others but the first."""
+    before, after = look.shape(view, read(node, 0)), look.shape(view, node.output[0])
+    if before is None or after is None or not 3 <= len(before) == len(after):
+        return None
+    kept = [axis for axis in range(1, len(before)) if before[axis] == after[axis] is not None]
+    if before[0] != after[0] or len(kept) != 1:
+        return None
+    return {1: 1, len(before) - 1: -1}.get(kept[0])
+
+
+def multiplied(weight: int, flags: tuple[str, ...] = ()) -> Where:
+    """The last axis, if the matrix at a position is the weight of a Linear."""
+
+    def where(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+        constant = look.weight(view, node, weight)
+        rank = len(constant.dims) if constant else look.rank(view, read(node, weight))
+        before = look.rank(view, read(node, 0))
+        linear = constant is not None or (rank == 2 and before is not None and before > 2)
+        turned = any(integer(node, flag, 0) for flag in flags)
+        return -1 if linear and rank != 1 and not turned else None
+
+    return where
+
+
+def matrices(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+    """A matrix in front multiplies the axis before the last; a vector takes one away."""
+    first, second = (look.weight(view, node, i) for i in (0, 1))
+    if second is not None and len(second.dims) == 1:
+        yield from sign(look, view, node, 0, -1, Strength.LINEAR, makes=False)
+    if first is None or second is not None or len(first.dims) < 2:
+        return
+    yield from sign(look, view, node, 1, -2, Strength.LINEAR, makes=False)
+    yield from sign(look, view, node, 0, -2, Strength.LINEAR, makes=True)
+
+
+def einsum_signs(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+    """A product with a constant is a Linear over the letters that the constant brings."""
+    letters = einsum_letters(node)
+    weights = [i for i in range(len(node.input)) if look.weight(view, node, i)]
+    if letters is None or len(node.input) != 2 or len(weights) != 1:
+        return
+    (w,) = weights
+    constant, given, made = letters[w], letters[1 - w], letters[2]
+    summed = [c for c in constant if c in given and c not in made]
+    new = [c for c in constant if c in made and c not in given]
+    if len(summed) == 1:
+        axis = given.index(summed[0])
+        yield from sign(look, view, node, 1 - w, axis, Strength.LINEAR, makes=False)
+    if len(new) == 1:
+        yield from sign(look, view, node, 0, made.index(new[0]), Strength.LINEAR, makes=True)
+
+
+def per_channel(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+    """A constant with one number for each entry of one axis: a scale, a shift, a slope."""
+    if len(node.input) != 2 or not node.output:
+        return
+    for i in (0, 1):
+        constant, shape = look.weight(view, node, i), look.shape(view, read(node, 1 - i))
+        if constant is None or shape is None or constant.elem_type not in FLOATS:
+            continue
+        wide = single(constant.dims)
+        axis = None if wide is None else wide - len(constant.dims)
+        if wide is None or axis is None or not 0 < axis + len(shape) < len(shape):
+            continue
+        if shape[axis] == constant.dims[wide]:
+            yield from sign(look, view, node, 1 - i, axis, Strength.CONSTANT, makes=False)
+            yield from sign(look, view, node, 0, axis, Strength.CONSTANT, makes=True)

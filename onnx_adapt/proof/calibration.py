@@ -1,0 +1,205 @@
+"""Widen the calibrated ranges of a quantised model for the values that an adapter brings.
+
+The values are measured in floats, with no range in the way, with the adapter on and off.
+Only ranges that they leave are changed, and the old range stays inside the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnx_adapt.adapter import Adapter
+from onnx_adapt.dtypes import Array
+from onnx_adapt.fitting import require_fit, required_manifest
+from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
+from onnx_adapt.graph.quantizers import Quantizer
+from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
+from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.probe import neutral_model
+from onnx_adapt.proof.saturation import switched_on
+from onnx_adapt.rewriting.ranges import Change, widen_ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Scale and zero point of a quantizer, `()` or `(channels,)`."""
+
+    scale: Array
+    zero: Array
+
+
+def calibrated(model: Model, adapter: Adapter, feeds: list[Feeds]) -> Model:
+    """A model with slots whose quantised ranges hold the values of an adapter.
+
+    Args:
+        model: The model with slots; it is left as it was.
+        adapter: The adapter that the ranges are for.
+        feeds: Inputs to measure with.
+
+    Raises:
+        AdapterError: If the adapter does not fit.
+        RunError: If the model does not run with these inputs.
+    """
+    require_fit(model, adapter)
+    off = neutral_model(model)
+    ranges = ranges_of(off, required_manifest(model).slots, feeds)
+    if ranges is None:
+        return model
+    on = switched_on(model, adapter)
+    runs = [(off, False), (on, False), (on, True)]  # rounding moves values out as well
+    sides = [
+        observe(ranges.endless(side, rounded=rounded), ranges.quantizers, feeds)[0]
+        for side, rounded in runs
+    ]
+    index = index_model(model)
+    changes: list[Change] = []
+    for quantizer, ends, *seen in zip(ranges.quantizers, ranges.ends, *sides, strict=True):
+        wider = None if quantizer.refused else _wider(quantizer, ends, seen)
+        if wider is not None:
+            changes += _changes(index, quantizer, wider)
+    return widen_ranges(model, changes) if changes else model
+
+
+def _wider(quantizer: Quantizer, ends: Ends, seen: Iterable[Seen]) -> Range | None:
+    """The range that holds what was seen as well; None if the old one does already."""
+    old_low, old_high = quantizer.range
+    half = quantizer.scale.astype(np.float64) / 2
+    least, most = old_low, old_high
+    for item in seen:
+        least, most = np.fmin(least, item.least), np.fmax(most, item.most)
+    below = np.logical_and(least < old_low - half, not ends.low)
+    above = np.logical_and(most > old_high + half, not ends.high)
+    if not np.any(below) and not np.any(above):
+        return None
+    low, high = np.where(below, least, old_low), np.where(above, most, old_high)
+    room = (high - low) * _headroom(quantizer) / 2
+    low, high = low - np.where(below, room, 0), high + np.where(above, room, 0)
+    return _range_for(quantizer, np.minimum(low, 0), np.maximum(high, 0))
+
+
+def _headroom(quantizer: Quantizer) -> float:
+    """By what part of it a range is widened beyond what was seen.
+
+    Inputs that were not measured go further than those that were. On a BERT calibrated with
+    two sentences, 0.15 took two fifths off the error of int8 on other sentences, for less
+    than a tenth of its resolution; 16 bits have resolution to spare, and 1 took 95 % off.
+    """
+    lowest, highest = quantizer.limits
+    return 1.0 if highest - lowest > 255 else 0.15
+
+
+def _range_for(quantizer: Quantizer, low: Array, high: Array) -> Range | None:
+    """The finest range that reaches from `low` to `high`, in the form of the old one.
+
+    A symmetric range (signed, zero point 0, as TensorRT wants it) stays symmetric; one
+    without a zero point has none to move. Example: uint8 from -1 to 4.1 has the scale 0.02
+    and the zero point 50.
+    """
+    lowest, highest = quantizer.limits
+    if not np.any(quantizer.zero) and (lowest < 0 or not quantizer.has_zero):
+        if lowest == 0 and np.any(low < 0):
+            return None
+        below = low / lowest if lowest else np.zeros_like(low)
+        return Range(_scale(quantizer, np.maximum(below, high / highest)), quantizer.zero)
+    scale = _scale(quantizer, (high - low) / (highest - lowest))
+    zero = np.clip(np.rint(lowest - low / scale.astype(np.float64)), lowest, highest)
+    return Range(scale, zero.astype(quantizer.zero.dtype))
+
+
+def _scale(quantizer: Quantizer, wanted: Array) -> Array:
+    """A scale in the model's type, rounded up, so that the range holds its ends."""
+    dtype = quantizer.scale.dtype
+    scale = np.maximum(wanted, quantizer.scale.astype(np.float64)).astype(dtype)
+    short = scale.astype(np.float64) < wanted
+    return np.asarray(np.where(short, np.nextafter(scale, dtype.type(np.inf)), scale), dtype)
+
+
+def _changes(index: ModelIndex, quantizer: Quantizer, wider: Range) -> list[Change]:
+    """New constants for a quantizer, for those who share its range, and for biases on it."""
+    view = index.views[quantizer.graph]
+    nodes = [quantizer.node, *(place for _, place in quantizer.partners)]
+    found = _replaced(view, quantizer, nodes, 1, wider.scale)
+    if not np.array_equal(wider.zero, quantizer.zero):
+        found += _replaced(view, quantizer, nodes, 2, wider.zero)
+    for _, place in quantizer.partners:
+        found += _rescaled_biases(index, view, quantizer, view.nodes[place], wider)
+    return found
+
+
+def _replaced(
+    view: GraphView, quantizer: Quantizer, nodes: list[int], position: int, value: Array
+) -> list[Change]:
+    """One change for each of the constants that nodes read at a position."""
+    groups: dict[str, list[tuple[str, int, int]]] = {}
+    for place in nodes:
+        name = text(view.nodes[place].input[position])
+        groups.setdefault(name, []).append((quantizer.graph, place, position))
+    changes = []
+    for name, uses in groups.items():
+        old = view.constant(name)
+        assert old is not None
+        shaped = value.reshape(tuple(old.dims))
+        changes.append(Change(quantizer.output, _tensor(old.data_type, shaped), tuple(uses)))
+    return changes
+
+
+def _tensor(elem_type: int, value: Array) -> onnx.TensorProto:
+    return helper.make_tensor("", elem_type, value.shape, value.ravel())
+
+
+def _rescaled_biases(
+    index: ModelIndex,
+    view: GraphView,
+    quantizer: Quantizer,
+    back: onnx.NodeProto,
+    wider: Range,
+) -> list[Change]:
+    """The int32 biases of layers that read a tensor: their scale is input times weight.
+
+    Runtimes that run such a layer in integers do not read the bias's scale: they take it
+    to be that product, so it has to stay that product.
+    """
+    found: list[Change] = []
+    for reader in view.readers(text(back.output[0])):
+        if len(reader.input) < 3 or reader.input[0] != back.output[0]:
+            continue
+        bias = _dequantized(index, view, reader.input[2])
+        weight = _dequantized(index, view, reader.input[1])
+        if bias is None or weight is None or bias.value.dtype != np.int32:
+            continue
+        product = weight.scale.astype(np.float64) * quantizer.scale.astype(np.float64)
+        if quantizer.scale.size > 1 or not np.allclose(bias.scale, product, rtol=1e-3):
+            continue
+        scale = weight.scale.astype(np.float64) * wider.scale.astype(np.float64)
+        scale = np.broadcast_to(scale, bias.scale.shape).astype(bias.scale.dtype)
+        ratio = bias.scale.astype(np.float64) / scale.astype(np.float64)
+        value = np.rint(bias.value * ratio).astype(np.int32)
+        found += _replaced(view, quantizer, [bias.node], 0, value)
+        found += _replaced(view, quantizer, [bias.node], 1, scale)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Dequantized:
+    node: int
+    value: Array
+    scale: Array
+
+
+def _dequantized(index: ModelIndex, view: GraphView, name: str) -> _Dequantized | None:
+    """The integers and the scale of a constant behind a DequantizeLinear of this graph."""
+    place = view.producers.get(name)
+    if place is None or view.nodes[place].op_type != "DequantizeLinear":
+        return None
+    node = view.nodes[place]
+    tensors = [view.constant(part) for part in node.input[:2]]
+    if any(tensor is None for tensor in tensors):
+        return None
+    value, scale = (np.asarray(read_tensor(index.model, t)) for t in tensors if t is not None)
+    return _Dequantized(place, value, scale)
