@@ -72,6 +72,9 @@ def plans(draw: st.DrawFn) -> Plan:
 ANY_SIZE = {"", *PIECES} - {"shuffle", "flat_image"}
 """Pieces without the sizes of the picture in a constant or a weight."""
 
+NEEDS_ROWS = {"group_norm", "patches"}
+"""Pieces with a Reshape by `[0, ..., -1]`, which takes no empty batch in the base either."""
+
 
 @st.composite
 def mutations(draw: st.DrawFn) -> list[str]:
@@ -88,14 +91,20 @@ def shown(net: Network, site: oa.Site) -> Features:
     return Features(site.axis % rank, site.width or 0)
 
 
-def check_sites(net: Network, names: Sequence[str]) -> None:
-    """Each site has the axis and width that the network knows, or is refused."""
+def check_sites(net: Network, names: Sequence[str], *, unsure: bool = False) -> None:
+    """Each site has the axis and width that the network knows.
+
+    Where no axis holds the features it is refused. So it may be where `unsure`: between two
+    shuffles no operator says what the axes are.
+    """
     model = oa.Model(mutated(net, names))
     sites = {site.tensor: site for site in oa.find_sites(model, all_tensors=True)}
     for tensor, known in net.features.items():
         expected = Features(known.axis, known.width)
         site = sites.get(tensor)
         found = shown(net, site) if site else Features(None)
+        if unsure and site and site.refused and "nothing tells" in site.refused:
+            continue
         assert found == expected, f"{tensor} of {names}: {site}"
 
 
@@ -119,7 +128,7 @@ def test_no_mutation_moves_a_site(mutation: str) -> None:
 @settings(LAW, max_examples=60)
 @given(plans(), mutations())
 def test_sites_of_mutated_networks_are_on_the_features(plan: Plan, names: list[str]) -> None:
-    check_sites(plan.build(), names)
+    check_sites(plan.build(), names, unsure=True)
 
 
 # What is inserted -------------------------------------------------------------------------
@@ -202,8 +211,8 @@ def test_what_is_inserted_into_a_mutated_network_computes_its_formula(
     known = [t for t, features in net.features.items() if features.axis is not None]
     tensors = [known[i] for i in sorted({place % len(known) for place in places})]
     base = oa.Model(mutated(net, names))
-    if rows == 0 and "group_norm" in plan.pieces:
-        rows = 1  # its Reshape by [0, 2, -1] takes no empty batch
+    if {*plan.pieces, plan.end} & NEEDS_ROWS:
+        rows = max(rows, 1)
     check_inserted(net, base, tensors, batched=batched, rows=rows)
 
 
