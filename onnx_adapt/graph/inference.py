@@ -7,6 +7,7 @@ them. Only what an operator makes that nobody knows keeps its record, for the no
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,33 +55,45 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     names = _tell_apart(copy.graph)
-    plain = _Cleaning(copy, lambda path, name: look(path, names.get(name, name))).clean()
+    cleaning = _Cleaning(copy, lambda path, name: look(path, names.get(name, name)))
+    cleaning.clean()
     result = _run(copy)
     graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
     values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
     for value in (value for here in values.values() for value in here):
         value.name = names.get(value.name, value.name)
-    return Inferred(values, plain and result is not None)
+    return Inferred(values, cleaning.plain and result is not None)
 
 
 def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
-    """The tensors that ONNX alone knows the type of, by the path of their graph."""
-    result = _run(proto)
-    return {
-        scope.path: {
-            value.name
-            for value in (*scope.graph.value_info, *scope.graph.output)
-            if value.type.tensor_type.elem_type
-        }
-        for scope in walk.scopes(result.graph if result else onnx.GraphProto())
-    }
+    """The tensors that ONNX alone, also if it is strict, knows the type of, by graph."""
+    result = _run(proto, (False,))
+    versions = {o.domain: o.version for o in proto.opset_import}
+    found = {}
+    for scope in walk.scopes(result.graph) if result else ():
+        graph = scope.graph
+        values = (*graph.value_info, *graph.output)
+        names = {value.name for value in values if value.type.tensor_type.elem_type}
+        for node in graph.node:
+            if _infers(node.op_type, versions.get(node.domain, 0), node.domain) is False:
+                names.difference_update(node.output)
+        found[scope.path] = names
+    return found
 
 
-def _run(proto: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The model with what ONNX infers; None if it infers nothing or would never end."""
+def _run(
+    proto: onnx.ModelProto, ways: Iterable[bool] = (True, False)
+) -> onnx.ModelProto | None:
+    """The model with what ONNX infers; None if it infers nothing or would never end.
+
+    Args:
+        proto: The model.
+        ways: Whether to follow the numbers of shapes, through Shape, Gather, Concat to
+            Reshape; one after the other until one works.
+    """
     if has_endless_shapes(proto):
         return None
-    for follow_shapes in (True, False):  # through Shape, Gather, Concat to Reshape
+    for follow_shapes in ways:
         try:
             return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
         except (
@@ -147,6 +160,7 @@ class _Cleaning:
         versions: The operator sets it imports.
         functions: The functions of the model.
         known: Whether ONNX infers through an operator or function.
+        plain: Whether only records had to go.
     """
 
     proto: onnx.ModelProto
@@ -154,20 +168,19 @@ class _Cleaning:
     versions: dict[str, int] = field(default_factory=dict)
     functions: dict[_Key, onnx.FunctionProto] = field(default_factory=dict)
     known: dict[_Key, bool] = field(default_factory=dict)
+    plain: bool = True
 
-    def clean(self) -> bool:
-        """Clean the copy, in place; returns whether only records had to go."""
+    def clean(self) -> None:
+        """Clean the copy, in place."""
         self.versions = {o.domain: o.version for o in self.proto.opset_import}
         self.functions = {(f.domain, f.name, f.overload): f for f in self.proto.functions}
-        plain = True
         # Bodies before the graphs around them: rewriting a graph copies the bodies in it.
         for scope in reversed(list(walk.scopes(self.proto.graph))):
-            plain = self._graph(scope) and plain
+            self._graph(scope)
         _import_onnx(self.proto.opset_import)
-        return plain
 
-    def _graph(self, scope: walk.Scope) -> bool:
-        """Clean one graph; returns whether only records had to go."""
+    def _graph(self, scope: walk.Scope) -> None:
+        """Clean one graph."""
         graph = scope.graph
         nodes = list(graph.node)
         drafts, foreign = self._unknown(
@@ -180,7 +193,7 @@ class _Cleaning:
         if drafts or order is not None:
             places = range(len(nodes)) if order is None else order
             _put(graph.node, _written(nodes, places, drafts))
-        return not (drafts or foreign or dropped or order)
+        self.plain = self.plain and not (drafts or foreign or dropped or order)
 
     def _function(self, key: _Key) -> bool:
         """Clean a function, of whose inputs nothing is known; returns if it is known then."""
@@ -190,6 +203,7 @@ class _Cleaning:
         drafts, foreign = self._unknown(nodes, lambda _: None, function.name)
         del function.value_info[:]
         if drafts:
+            self.plain = False
             _put(function.node, _written(nodes, range(len(nodes)), drafts))
             _import_onnx(function.opset_import)
         return not foreign
@@ -204,11 +218,20 @@ class _Cleaning:
             if self._knows(node):
                 continue
             foreign.update(node.output)
-            draft = stand_in(node, find, f"stand_in/{path}/{i}")
+            draft = stand_in(node, find, self._sizes, f"stand_in/{path}/{i}")
             if draft is not None:
                 drafts[i] = draft
                 foreign.difference_update(name for n in draft.nodes for name in n.output)
         return drafts, foreign
+
+    def _sizes(self, name: str) -> Sequence[int]:
+        """The axes of an input of the model, 0 where one has no fixed size."""
+        dims = (
+            value.type.tensor_type.shape.dim
+            for value in self.proto.graph.input
+            if value.name == name
+        )
+        return [dim.dim_value for dim in next(dims, ())]
 
     def _knows(self, node: onnx.NodeProto) -> bool:
         """Whether ONNX infers what a node makes."""
@@ -218,20 +241,21 @@ class _Cleaning:
                 self.known[key] = self._function(key)
             else:
                 version = self.versions.get(node.domain, 0)
-                self.known[key] = _has_inference(node, version)
+                self.known[key] = bool(_infers(node.op_type, version, node.domain))
         return self.known[key]
 
 
-def _has_inference(node: onnx.NodeProto, version: int) -> bool:
-    """Whether ONNX knows an operator and infers through it itself.
+@functools.cache
+def _infers(operator: str, version: int, domain: str) -> bool | None:
+    """Whether ONNX infers through an operator itself; None if it does not know it.
 
     Through some it goes by way of a function body, of which it does not see the defaults of
     attributes, and gives up.
     """
     try:
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        schema = onnx.defs.get_schema(operator, version, domain)
     except (onnx.defs.SchemaError, TypeError):  # an opset of 2**40 is no number to it
-        return False
+        return None
     return bool(schema.has_type_and_shape_inference_function)
 
 

@@ -21,6 +21,9 @@ from onnx_adapt.graph.constants import Weight
 Find = Callable[[str], Weight | None]
 """Gives the constant that can be read by a name, or None."""
 
+Sizes = Callable[[str], Sequence[int]]
+"""Gives the axes of an input of the model, 0 where one has no fixed size."""
+
 _FLOAT = onnx.TensorProto.FLOAT
 
 
@@ -31,12 +34,14 @@ class Draft:
     Attributes:
         node: The node they stand for.
         find: Looks up constants.
+        sizes: Looks up the axes of the model's inputs; () for what is none.
         prefix: Of the names of tensors between them.
         nodes: The nodes so far, the constants they read included.
     """
 
     node: onnx.NodeProto
     find: Find
+    sizes: Sizes
     prefix: str
     nodes: list[onnx.NodeProto] = field(default_factory=list)
 
@@ -200,19 +205,20 @@ def _attention(lead: tuple[int, ...]) -> Rule:
 
     As far as shapes go it is `(query @ key^T) @ value`. Without a key all three are packed
     into the query, `(..., heads, 3, size)`; without a value key and value are packed into
-    the key, and the values are as wide as the query.
+    the key, and the values are as wide as the query. Those that are kept from one run to the
+    next, inputs of the model, are `(batch, heads, length, size)`.
     """
-    swap = [*range(len(lead) - 1), len(lead), len(lead) - 1]
+    product = {2: "bsd,bld,blv->bsv", 1: "sd,ld,lv->sv"}[len(lead)]
 
     def rule(draft: Draft) -> None:
         query, key, value = map(draft.given, range(3))
+        kept = [draft.sizes(name) for name in (key, value)]
         if not key:
             _packed_heads(draft, lead)
-        elif not value:
+        elif not value or (len(kept[1]) == 4 and kept[0][3:] == kept[1][3:]):
             draft.add("Identity", query, output=0)
         else:
-            turned = draft.add("Transpose", key, perm=swap)
-            draft.add("MatMul", draft.add("MatMul", query, turned), value, output=0)
+            draft.add("Einsum", query, key, value, output=0, equation=product)
 
     return rule
 
@@ -298,12 +304,13 @@ DOMAINS = ("", "ai.onnx", "com.microsoft")
 """Where these operators are: ONNX Runtime has some of its own in ONNX's domain."""
 
 
-def stand_in(node: onnx.NodeProto, find: Find, prefix: str) -> Draft | None:
+def stand_in(node: onnx.NodeProto, find: Find, sizes: Sizes, prefix: str) -> Draft | None:
     """The nodes that have the types and shapes of one of ONNX Runtime's operators.
 
     Args:
         node: The node; ONNX does not know its operator.
         find: Gives the constant that can be read by a name, or None.
+        sizes: Gives the axes of an input of the model.
         prefix: Of new names.
 
     Returns:
@@ -312,6 +319,6 @@ def stand_in(node: onnx.NodeProto, find: Find, prefix: str) -> Draft | None:
     rule = STAND_INS.get(node.op_type) if node.domain in DOMAINS else None
     if rule is None or not any(node.output):
         return None
-    draft = Draft(node, find, prefix)
+    draft = Draft(node, find, sizes, prefix)
     rule(draft)
     return draft if draft.nodes else None

@@ -47,7 +47,10 @@ def complaints(model: Model, slots: Sequence[Slot] = ()) -> list[Complaint]:
     homes = {f"adapter.{slot.name}": slot.node for slot in slots}
     asked = (("checker", _ask_checker), ("strict shape inference", _ask_inference))
     return [
-        _complaint(what, words, homes) for what, ask in asked for words in _split(ask(model))
+        _complaint(what, words, homes)
+        for what, ask in asked
+        for words in _split(ask(model))
+        if not _UNTOLD.search(words)
     ]
 
 
@@ -95,6 +98,9 @@ _NODE = re.compile(
     r"op_type:(?P<op>[^,)]*)(, node name: (?P<name>.*?))?\)(?=: |$)"
     r"|[Nn]ame: (?P<checked>.*?) OpType: \S+"
 )
+_UNTOLD = re.compile(r"inferred=0\b")
+"""ONNX knows the type of one branch of an If and not that of the other: no fault."""
+
 _NAMED = re.compile(r"'[^']*'|\"[^\"]*\"|(?<=input )\S+|(?<=output )\S+")
 
 
