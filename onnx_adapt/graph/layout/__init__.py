@@ -22,7 +22,7 @@ from onnx_adapt.graph.index import GraphView, ModelIndex
 from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
 from onnx_adapt.graph.layout.links import Link, aligned
-from onnx_adapt.graph.layout.look import Look, Place
+from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
 from onnx_adapt.graph.layout.operators import links_of, own_axis, signs_of
 from onnx_adapt.graph.layout.signs import Sign, Strength, sign
 from onnx_adapt.graph.layout.spreading import (
@@ -73,7 +73,7 @@ class Layout:
 
     def of_layer(self, view: GraphView, node: onnx.NodeProto, tensor: str) -> Features:
         """Where a layer puts its features; `tensor` is its output, bias included."""
-        axis = own_axis(self.look, view, node)
+        axis = own_axis(self.look, step_of(view, node))
         if axis is None or node.op_type == _GROUPS:
             return self.of(view, tensor)
         return Features(_named(axis, self.look.rank(view, tensor)))
@@ -136,30 +136,37 @@ def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> La
             slots' own nodes tell nothing.
     """
     layout = Layout(Look(index, shapes.missing(index)))
+    steps = list(_steps(index, marked=bool(slots)))
+    links = list(_links(layout.look, steps, slots))
     nearby: dict[Place, list[Link]] = {}
-    for link in _links(layout.look, slots):
+    for link in links:
         nearby.setdefault(link.source, []).append(link)
         nearby.setdefault(link.target, []).append(link)
-    found = [s for view, node in _nodes(index) for s in signs_of(layout.look, view, node)]
+    found = [s for step, _ in steps for s in signs_of(layout.look, step)]
     for strength in sorted(Strength, reverse=True):
         equal = (sign for sign in found if sign.strength == strength)
         spread(equal, layout.signs, nearby, layout.lost)
-    _spread_parts(layout, nearby)
+    _spread_parts(layout, steps, [link for link in links if link.split or link.merged], nearby)
     spread_loss(layout.lost, nearby)
     spread_loss(layout.summed, nearby)
     return layout
 
 
-def _spread_parts(layout: Layout, nearby: Mapping[Place, list[Link]]) -> None:
+def _spread_parts(
+    layout: Layout,
+    steps: list[tuple[Step, int]],
+    reshapes: list[Link],
+    nearby: dict[Place, list[Link]],
+) -> None:
     """Follow the parts of features, and find the products that sum over features."""
-    spread(parts_of_split(layout.signs, nearby), layout.made, nearby, stop=layout.signs)
-    used = list(parts_of_merge(layout.signs, nearby))
-    for view, node in _nodes(layout.look.index):
-        if node.op_type in ("MatMul", "FusedMatMul") and node.output:
-            signs = list(_summed(layout.look, view, node))
+    spread(parts_of_split(layout.signs, reshapes), layout.made, nearby, stop=layout.signs)
+    used = list(parts_of_merge(layout.signs, reshapes))
+    for step, _ in steps:
+        if step.node.op_type in ("MatMul", "FusedMatMul") and step.outputs:
+            signs = list(_summed(layout.look, step))
             used += signs
             if len(signs) == 2 and all(_are_features(layout, sign) for sign in signs):
-                place = layout.look.place(view, str(node.output[0]))
+                place = layout.look.place(step.view, step.outputs[0])
                 layout.summed[place] = f"{signs[0].who} sums over its features"
     spread(used, layout.used, nearby, stop=layout.signs)
 
@@ -169,33 +176,34 @@ def _are_features(layout: Layout, sign: Sign) -> bool:
     return sign.axis in known
 
 
-def _nodes(index: ModelIndex) -> Iterator[tuple[GraphView, onnx.NodeProto]]:
-    """The nodes of the base."""
+def _steps(index: ModelIndex, *, marked: bool) -> Iterator[tuple[Step, int]]:
+    """The nodes of the base, each with its place in its graph."""
     for view in index.views.values():
-        for node in view.nodes:
-            if not slot_of(node):
-                yield view, node
+        for i, node in enumerate(view.nodes):
+            if not (marked and slot_of(node)):
+                yield step_of(view, node), i
 
 
-def _links(look: Look, slots: Mapping[str, Mapping[str, str]]) -> Iterator[Link]:
+def _links(
+    look: Look, steps: list[tuple[Step, int]], slots: Mapping[str, Mapping[str, str]]
+) -> Iterator[Link]:
     bodies: dict[tuple[str, int], list[GraphView]] = {}
     for view in look.index.views.values():
         if view.parent is not None:
             owner = view.parent.scope.path, view.scope.owner
             bodies.setdefault(owner, []).append(view)
-    for path, view in look.index.views.items():
-        for i, node in enumerate(view.nodes):
-            if (path, i) in bodies:
-                yield from through_bodies(look, view, node, bodies[path, i])
-            elif not slot_of(node):
-                yield from links_of(look, view, node)
-        for inner, outer in slots.get(path, {}).items():
+    for step, i in steps:
+        inside = bodies.get((step.view.scope.path, i)) if bodies else None
+        yield from through_bodies(look, step, inside) if inside else links_of(look, step)
+    for path, chained in slots.items():
+        view = look.index.views[path]
+        for inner, outer in chained.items():
             pairs = tuple(aligned(look.rank(view, inner), look.rank(view, outer)))
             node = view.nodes[view.producers[outer]]
             yield Link((path, inner), (path, outer), pairs, node, keeps=True)
 
 
-def _summed(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+def _summed(look: Look, step: Step) -> Iterator[Sign]:
     """The axes that a product of two tensors sums over."""
     for position, axis in ((0, -1), (1, -2)):
-        yield from sign(look, view, node, position, axis, Strength.LINEAR, makes=False)
+        yield from sign(look, step, position, axis, Strength.LINEAR, makes=False)

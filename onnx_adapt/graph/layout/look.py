@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx
 
@@ -16,6 +17,42 @@ Place = tuple[str, str]
 
 _MOST_NUMBERS = 64
 """No tensor has more axes; a longer list says nothing of them."""
+
+
+class Step(NamedTuple):
+    """One node of a graph, with the names it reads and makes.
+
+    Attributes:
+        view: The graph.
+        node: The node.
+        inputs: What it reads, '' where it leaves one out.
+        outputs: What it makes.
+    """
+
+    view: GraphView
+    node: onnx.NodeProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def read(self, position: int) -> str:
+        """The name it reads at a position, or ''."""
+        return self.inputs[position] if position < len(self.inputs) else ""
+
+    def integer(self, name: str, default: int) -> int:
+        """A number attribute."""
+        for item in self.node.attribute:
+            if item.name == name:
+                return int(item.i)
+        return default
+
+    def integers(self, name: str) -> list[int] | None:
+        """A list attribute, or None if there is none."""
+        return next((list(a.ints) for a in self.node.attribute if a.name == name), None)
+
+
+def step_of(view: GraphView, node: onnx.NodeProto) -> Step:
+    """A node as a step."""
+    return Step(view, node, tuple(node.input), tuple(node.output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +69,7 @@ class Look:
 
     def place(self, view: GraphView, name: str) -> Place:
         """The place of a tensor that can be read in a graph."""
-        if name in view.producers:
+        if view.parent is None or name in view.producers:
             return view.scope.path, name
         home = view.home(name)
         return (home or view).scope.path, name
@@ -49,10 +86,14 @@ class Look:
         shape = self.shape(view, name)
         return None if shape is None else len(shape)
 
-    def weight(self, view: GraphView, node: onnx.NodeProto, position: int) -> Weight | None:
+    def constant(self, view: GraphView, name: str) -> Weight | None:
+        """The constant that can be read by a name, or None."""
+        return view.weights.get(name) if view.parent is None else view.weight(name)
+
+    def weight(self, step: Step, position: int) -> Weight | None:
         """The constant that a node reads at a position, or None."""
-        name = read(node, position)
-        return view.weight(name) if name else None
+        name = step.read(position)
+        return self.constant(step.view, name) if name else None
 
     def numbers(self, view: GraphView, name: str) -> list[int] | None:
         """The integers of a small constant, or None."""
@@ -65,15 +106,15 @@ class Look:
             return None  # its data is missing or damaged: whoever runs the model says so
         return [int(v) for v in values if math.isfinite(v)] if _are_numbers(values) else None
 
-    def axes(self, view: GraphView, node: onnx.NodeProto, rank: int) -> list[int] | None:
+    def axes(self, step: Step, rank: int) -> list[int] | None:
         """The axes that a node names, by attribute or by its second input, in order.
 
         None if they are not constant; an empty list if it names none.
         """
-        named = integers(node, "axes")
+        named = step.integers("axes")
         if named is None:
-            name = read(node, 1)
-            named = self.numbers(view, name) if name else []
+            name = step.read(1)
+            named = self.numbers(step.view, name) if name else []
         if named is None or any(not -rank <= axis < rank for axis in named):
             return None
         return sorted(axis % rank for axis in named)
@@ -81,21 +122,6 @@ class Look:
 
 def _are_numbers(values: Sequence[object]) -> bool:
     return all(isinstance(value, int | float) for value in values)
-
-
-def read(node: onnx.NodeProto, position: int) -> str:
-    """The name a node reads at a position, or ''."""
-    return str(node.input[position]) if position < len(node.input) else ""
-
-
-def integers(node: onnx.NodeProto, name: str) -> list[int] | None:
-    """A list attribute of a node, or None if it has none."""
-    return next((list(a.ints) for a in node.attribute if a.name == name), None)
-
-
-def integer(node: onnx.NodeProto, name: str, default: int) -> int:
-    """A number attribute of a node."""
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
 def single(shape: Iterable[int]) -> int | None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import onnx
-
-from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layout import links
 from onnx_adapt.graph.layout.links import Link, Linker
-from onnx_adapt.graph.layout.look import Look, read
+from onnx_adapt.graph.layout.look import Look, Step
 from onnx_adapt.graph.layout.signs import (
     Sign,
     Strength,
@@ -48,7 +45,7 @@ class Fact:
     reads: tuple[int, ...] = (0,)
     makes: tuple[int, ...] = (0,)
     strength: Strength = Strength.DEFINED
-    more: Callable[[Look, GraphView, onnx.NodeProto], Iterator[Sign]] | None = None
+    more: Callable[[Look, Step], Iterator[Sign]] | None = None
 
 
 _SAME = Fact(links.same)
@@ -139,44 +136,44 @@ FACTS: dict[str, Fact] = {
 """Operators by type; the domain does not matter."""
 
 
-def links_of(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Link]:
+def links_of(look: Look, step: Step) -> Iterator[Link]:
     """How axes go through a node that has no bodies."""
-    fact = FACTS.get(node.op_type)
+    fact = FACTS.get(step.node.op_type)
     if fact is None:
-        yield from _unknown(look, view, node)
-    elif fact.links is not None and node.output:
-        yield from fact.links(look, view, node)
+        yield from _unknown(look, step)
+    elif fact.links is not None and step.outputs:
+        yield from fact.links(look, step)
 
 
-def _unknown(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Link]:
+def _unknown(look: Look, step: Step) -> Iterator[Link]:
     """An operator that is not in the table keeps axes whose sizes are all different."""
-    if not node.output:
+    if not step.outputs:
         return
-    after = look.shape(view, node.output[0])
+    after = look.shape(step.view, step.outputs[0])
     alike = after is not None and None not in after and len(set(after)) == len(after)
-    if alike and look.shape(view, read(node, 0)) == after:
-        yield from links.same(look, view, node)
+    if alike and look.shape(step.view, step.read(0)) == after:
+        yield from links.same(look, step)
 
 
-def own_axis(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+def own_axis(look: Look, step: Step) -> int | None:
     """Where an operator puts the features of what it makes, or None if it does not say."""
-    fact = FACTS.get(node.op_type)
-    if fact is None or not node.output:
+    fact = FACTS.get(step.node.op_type)
+    if fact is None or not step.outputs:
         return None
-    return fact.axis(look, view, node) if callable(fact.axis) else fact.axis
+    return fact.axis(look, step) if callable(fact.axis) else fact.axis
 
 
-def signs_of(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+def signs_of(look: Look, step: Step) -> Iterator[Sign]:
     """What a node tells of its inputs and outputs."""
-    fact = FACTS.get(node.op_type)
+    fact = FACTS.get(step.node.op_type)
     if fact is None:
         return
     if fact.more is not None:
-        yield from fact.more(look, view, node)
-    axis = own_axis(look, view, node)
+        yield from fact.more(look, step)
+    axis = own_axis(look, step)
     if axis is None:
         return
     for position in fact.reads:
-        yield from sign(look, view, node, position, axis, fact.strength, makes=False)
+        yield from sign(look, step, position, axis, fact.strength, makes=False)
     for position in fact.makes:
-        yield from sign(look, view, node, position, axis, fact.strength, makes=True)
+        yield from sign(look, step, position, axis, fact.strength, makes=True)

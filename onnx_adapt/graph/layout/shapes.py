@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import onnx
-
-from onnx_adapt.graph.index import GraphView, ModelIndex, Shape
+from onnx_adapt.graph.index import ModelIndex, Shape
 from onnx_adapt.graph.layers import layer_weight, weight_width
 from onnx_adapt.graph.layout import links
-from onnx_adapt.graph.layout.look import Look, Place, integers
+from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
 from onnx_adapt.graph.layout.operators import FACTS
 
 _RESIZING = {
@@ -29,15 +27,16 @@ def missing(index: ModelIndex) -> dict[Place, Shape]:
         for node in view.nodes:
             for name in node.output[:1]:
                 if name and view.type_of(name).shape is None:
-                    shape = _made(look, view, node)
+                    shape = _made(look, step_of(view, node))
                     if shape is not None:
                         found[view.scope.path, name] = shape
     return found
 
 
-def _made(look: Look, view: GraphView, node: onnx.NodeProto) -> Shape | None:
+def _made(look: Look, step: Step) -> Shape | None:
+    view, node = step.view, step.node
     fact = FACTS.get(node.op_type)
-    given = [look.shape(view, name) for name in node.input if name]
+    given = [look.shape(view, name) for name in step.inputs if name]
     first = given[0] if given else None
     weight = layer_weight(view, node)
     if weight is not None and "Conv" in node.op_type:
@@ -50,7 +49,7 @@ def _made(look: Look, view: GraphView, node: onnx.NodeProto) -> Shape | None:
     if fact.links is links.product_of_matrices and weight is not None and len(weight.dims) > 1:
         return (*first[:-1], weight_width(view, node))
     if fact.links is links.transpose:
-        order = integers(node, "perm") or list(range(len(first)))[::-1]
+        order = step.integers("perm") or list(range(len(first)))[::-1]
         return tuple(first[k] for k in order) if len(order) == len(first) else None
     if fact.links is links.broadcast:
         known = [shape for shape in given if shape is not None]

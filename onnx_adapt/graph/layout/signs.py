@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
-from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layout.links import einsum_letters
-from onnx_adapt.graph.layout.look import Look, Place, integer, read, single
+from onnx_adapt.graph.layout.look import Look, Place, Step, single
 
 
 class Strength(IntEnum):
@@ -26,8 +25,7 @@ class Strength(IntEnum):
     DEFINED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
+class Sign(NamedTuple):
     """A sign that a tensor has its features on an axis.
 
     Attributes:
@@ -51,58 +49,51 @@ class Sign:
         return f"{self.node.op_type}{name}"
 
 
-Where = Callable[[Look, GraphView, onnx.NodeProto], int | None]
+Where = Callable[[Look, Step], int | None]
 
 
 def sign(
-    look: Look,
-    view: GraphView,
-    node: onnx.NodeProto,
-    position: int,
-    axis: int,
-    strength: Strength,
-    *,
-    makes: bool,
+    look: Look, step: Step, position: int, axis: int, strength: Strength, *, makes: bool
 ) -> Iterator[Sign]:
     """The sign at an input or output of a node, if it is there and not constant."""
-    names = node.output if makes else node.input
-    name = str(names[position]) if position < len(names) else ""
-    if not name or (not makes and view.weight(name)):
+    names = step.outputs if makes else step.inputs
+    name = names[position] if position < len(names) else ""
+    if not name or (not makes and look.constant(step.view, name)):
         return
-    rank = look.rank(view, name)
+    rank = look.rank(step.view, name)
     if rank is None and axis in (1, -1):
-        yield Sign(look.place(view, name), axis, node, strength, makes)
+        yield Sign(look.place(step.view, name), axis, step.node, strength, makes)
     elif rank is not None and -rank <= axis < rank:
-        yield Sign(look.place(view, name), axis % rank, node, strength, makes)
+        yield Sign(look.place(step.view, name), axis % rank, step.node, strength, makes)
 
 
 def channels_last(default: int) -> Where:
     """Channels are last where the attribute `channels_last` says so."""
 
-    def where(look: Look, view: GraphView, node: onnx.NodeProto) -> int:
-        return -1 if integer(node, "channels_last", default) else 1
+    def where(look: Look, step: Step) -> int:
+        return -1 if step.integer("channels_last", default) else 1
 
     return where
 
 
-def normalised(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+def normalised(look: Look, step: Step) -> int | None:
     """The last axis, if a normalisation is over no other."""
-    axis, rank = integer(node, "axis", -1), look.rank(view, read(node, 0))
+    axis, rank = step.integer("axis", -1), look.rank(step.view, step.read(0))
     return -1 if axis == -1 or (rank is not None and axis == rank - 1) else None
 
 
-def embedded(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+def embedded(look: Look, step: Step) -> int | None:
     """The last axis, if rows of a table of floats are looked up."""
-    table = look.weight(view, node, 0)
+    table = look.weight(step, 0)
     if table is None or table.elem_type not in FLOATS or len(table.dims) != 2:
         return None
-    rows = integer(node, "axis", 0) in (0, -2) and not look.weight(view, node, 1)
+    rows = step.integer("axis", 0) in (0, -2) and not look.weight(step, 1)
     return -1 if rows else None
 
 
-def resized(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
+def resized(look: Look, step: Step) -> int | None:
     """Axis 1 or the last, if pictures are resized along all others but the first."""
-    before, after = look.shape(view, read(node, 0)), look.shape(view, node.output[0])
+    before, after = look.shape(step.view, step.read(0)), look.shape(step.view, step.outputs[0])
     if before is None or after is None or not 3 <= len(before) == len(after):
         return None
     kept = [axis for axis in range(1, len(before)) if before[axis] == after[axis] is not None]
@@ -114,33 +105,33 @@ def resized(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
 def multiplied(weight: int, flags: tuple[str, ...] = ()) -> Where:
     """The last axis, if the matrix at a position is the weight of a Linear."""
 
-    def where(look: Look, view: GraphView, node: onnx.NodeProto) -> int | None:
-        constant = look.weight(view, node, weight)
-        rank = len(constant.dims) if constant else look.rank(view, read(node, weight))
-        before = look.rank(view, read(node, 0))
+    def where(look: Look, step: Step) -> int | None:
+        constant = look.weight(step, weight)
+        rank = len(constant.dims) if constant else look.rank(step.view, step.read(weight))
+        before = look.rank(step.view, step.read(0))
         linear = constant is not None or (rank == 2 and before is not None and before > 2)
-        turned = any(integer(node, flag, 0) for flag in flags)
+        turned = any(step.integer(flag, 0) for flag in flags)
         return -1 if linear and rank != 1 and not turned else None
 
     return where
 
 
-def matrices(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+def matrices(look: Look, step: Step) -> Iterator[Sign]:
     """A matrix in front multiplies the axis before the last; a vector takes one away."""
-    first, second = (look.weight(view, node, i) for i in (0, 1))
+    first, second = (look.weight(step, i) for i in (0, 1))
     if second is not None and len(second.dims) == 1:
-        yield from sign(look, view, node, 0, -1, Strength.LINEAR, makes=False)
+        yield from sign(look, step, 0, -1, Strength.LINEAR, makes=False)
     if first is None or second is not None or len(first.dims) < 2:
         return
-    yield from sign(look, view, node, 1, -2, Strength.LINEAR, makes=False)
-    yield from sign(look, view, node, 0, -2, Strength.LINEAR, makes=True)
+    yield from sign(look, step, 1, -2, Strength.LINEAR, makes=False)
+    yield from sign(look, step, 0, -2, Strength.LINEAR, makes=True)
 
 
-def einsum_signs(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+def einsum_signs(look: Look, step: Step) -> Iterator[Sign]:
     """A product with a constant is a Linear over the letters that the constant brings."""
-    letters = einsum_letters(node)
-    weights = [i for i in range(len(node.input)) if look.weight(view, node, i)]
-    if letters is None or len(node.input) != 2 or len(weights) != 1:
+    letters = einsum_letters(step)
+    weights = [i for i in range(len(step.inputs)) if look.weight(step, i)]
+    if letters is None or len(step.inputs) != 2 or len(weights) != 1:
         return
     (w,) = weights
     constant, given, made = letters[w], letters[1 - w], letters[2]
@@ -148,17 +139,17 @@ def einsum_signs(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[
     new = [c for c in constant if c in made and c not in given]
     if len(summed) == 1:
         axis = given.index(summed[0])
-        yield from sign(look, view, node, 1 - w, axis, Strength.LINEAR, makes=False)
+        yield from sign(look, step, 1 - w, axis, Strength.LINEAR, makes=False)
     if len(new) == 1:
-        yield from sign(look, view, node, 0, made.index(new[0]), Strength.LINEAR, makes=True)
+        yield from sign(look, step, 0, made.index(new[0]), Strength.LINEAR, makes=True)
 
 
-def per_channel(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[Sign]:
+def per_channel(look: Look, step: Step) -> Iterator[Sign]:
     """A constant with one number for each entry of one axis: a scale, a shift, a slope."""
-    if len(node.input) != 2 or not node.output:
+    if len(step.inputs) != 2 or not step.outputs:
         return
     for i in (0, 1):
-        constant, shape = look.weight(view, node, i), look.shape(view, read(node, 1 - i))
+        constant, shape = look.weight(step, i), look.shape(step.view, step.read(1 - i))
         if constant is None or shape is None or constant.elem_type not in FLOATS:
             continue
         wide = single(constant.dims)
@@ -166,5 +157,5 @@ def per_channel(look: Look, view: GraphView, node: onnx.NodeProto) -> Iterator[S
         if wide is None or axis is None or not 0 < axis + len(shape) < len(shape):
             continue
         if shape[axis] == constant.dims[wide]:
-            yield from sign(look, view, node, 1 - i, axis, Strength.CONSTANT, makes=False)
-            yield from sign(look, view, node, 0, axis, Strength.CONSTANT, makes=True)
+            yield from sign(look, step, 1 - i, axis, Strength.CONSTANT, makes=False)
+            yield from sign(look, step, 0, axis, Strength.CONSTANT, makes=True)

@@ -35,23 +35,19 @@ def spread(
     waiting = deque((sign.place, sign.axis, sign) for sign in seeds)
     while waiting:
         place, axis, sign = waiting.popleft()
-        known = signs.setdefault(place, {})
-        if axis in known or (stop and place in stop):
+        known = signs.get(place)
+        if (known and axis in known) or (stop and place in stop):
             continue
-        known[axis] = sign
+        signs.setdefault(place, {})[axis] = sign
         for link in nearby.get(place, ()):
-            for there, same in _along(link, place, axis):
-                waiting.append((there, same, sign))
-            if lost is not None and link.source == place and axis in link.ends:
+            forward, backward = link.source == place, link.target == place
+            for source, target in link.pairs:
+                if forward and source == axis:
+                    waiting.append((link.target, target, sign))
+                if backward and target == axis:
+                    waiting.append((link.source, source, sign))
+            if forward and lost is not None and axis in link.ends:
                 lost.setdefault(link.target, _loss(link, axis))
-
-
-def _along(link: Link, place: Place, axis: int) -> Iterator[tuple[Place, int]]:
-    for source, target in link.pairs:
-        if link.source == place and source == axis:
-            yield link.target, target
-        if link.target == place and target == axis:
-            yield link.source, source
 
 
 def _loss(link: Link, axis: int) -> str:
@@ -70,21 +66,17 @@ def spread_loss(lost: MutableMapping[Place, str], nearby: Nearby) -> None:
                 waiting.append(link.target)
 
 
-def parts_of_split(signs: Signs, nearby: Nearby) -> Iterator[Sign]:
+def parts_of_split(signs: Signs, links: Iterable[Link]) -> Iterator[Sign]:
     """Where features on the last axis are split, each part is on the last axis."""
-    for link in _links(nearby):
+    for link in links:
         if link.split and link.split[0] in signs.get(link.source, {}):
             sign = signs[link.source][link.split[0]]
             yield Sign(link.target, link.split[1], sign.node, sign.strength, makes=True)
 
 
-def parts_of_merge(signs: Signs, nearby: Nearby) -> Iterator[Sign]:
+def parts_of_merge(signs: Signs, links: Iterable[Link]) -> Iterator[Sign]:
     """Where features on the last axis were merged, each part was on the last axis."""
-    for link in _links(nearby):
+    for link in links:
         if link.merged and link.merged[1] in signs.get(link.target, {}):
             sign = signs[link.target][link.merged[1]]
             yield Sign(link.source, link.merged[0], sign.node, sign.strength, makes=False)
-
-
-def _links(nearby: Nearby) -> Iterator[Link]:
-    return (link for place, links in nearby.items() for link in links if link.source == place)
