@@ -163,7 +163,7 @@ RECORDS: dict[str, Mutation] = {
 OTHERS: dict[str, Mutation] = {
     mutation.__name__: mutation
     for mutation in (
-        *(other_classes, unsorted, weights_as_inputs, weights_as_nodes, no_names, shapeless),
+        *(other_classes, unsorted, weights_as_nodes, weights_as_inputs, no_names, shapeless),
     )
 }
 
