@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnx_adapt.manifest import Slot
     from onnx_adapt.model_file import Model, open_model, save_model
     from onnx_adapt.own_weights import make_adapter
+    from onnx_adapt.proof.calibration import calibrate
     from onnx_adapt.report import Report
     from onnx_adapt.rewrite import insert, list_slots, remove
     from onnx_adapt.session import AdapterSession
@@ -43,6 +44,7 @@ _HOMES = {
     "bake": "filling",
     "blend": "blending",
     "build_adapter": "standalone",
+    "calibrate": "proof.calibration",
     "convert": "conversion",
     "extract": "filling",
     "fill": "filling",
@@ -71,6 +73,7 @@ __all__ = [
     "bake",
     "blend",
     "build_adapter",
+    "calibrate",
     "convert",
     "extract",
     "fill",

@@ -21,8 +21,6 @@ from onnx_adapt.initializers import check_model_weights, drop_weights, tensor_of
 from onnx_adapt.manifest import Slot, read_manifest, write_manifest
 from onnx_adapt.model_file import Model
 from onnx_adapt.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights
-from onnx_adapt.proof.calibration import calibrated
-from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.resolve import resolve
 from onnx_adapt.rewriting.base_weights import Opening, close_base_weights, open_base_weights
 from onnx_adapt.rewriting.graft import manifest_of, put_in, restore_inputs, take_out
@@ -56,8 +54,6 @@ def insert(
     batched: bool = False,
     seed: int = 0,
     inline_functions: bool = False,
-    adapter: Adapter | None = None,
-    calibrate: Inputs | Sequence[Inputs] | None = None,
 ) -> Model:
     """Insert an adapter slot after each named place.
 
@@ -69,8 +65,8 @@ def insert(
         model: The model; it is left as it was.
         after: Addresses, node names, tensors, module paths or globs.
         checkpoint: Insert the slots of a trained checkpoint instead, from
-            `load_checkpoint`; of the other arguments only `batched` and `calibrate` apply,
-            and `baked`, which puts the trained weights in.
+            `load_checkpoint`; of the other arguments only `batched` applies, and `baked`,
+            which puts the trained weights in.
         activation: One of `onnx_adapt.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.PARTS`.
@@ -85,10 +81,6 @@ def insert(
         batched: Let one run give each row of a batch another adapter.
         seed: Seed of the random `down`.
         inline_functions: Inline the model's functions first, to reach inside them.
-        adapter: The adapter to calibrate for, with weights for the new slots; that of a
-            checkpoint if not given.
-        calibrate: Inputs, an `.npz` file or arrays by name, or several, to run a quantised
-            model with: calibrated ranges that the adapter's values leave are widened.
 
     Raises:
         SiteError: If a name means nothing, several places, or a place that cannot take
@@ -105,8 +97,7 @@ def insert(
     if checkpoint is not None:
         if after:
             raise SiteError("a checkpoint brings its own places", hint="leave out `after`")
-        result = _insert_checkpoint(model, checkpoint, baked=baked, batched=batched)
-        return _calibrated(result, adapter or checkpoint.adapter, calibrate)
+        return _insert_checkpoint(model, checkpoint, baked=baked, batched=batched)
     if bottleneck is not None and bottleneck < 1:
         raise SlotError(
             f"a bottleneck of {bottleneck} is not possible", hint="give 1 or more, e.g. 64"
@@ -131,23 +122,7 @@ def insert(
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
-    result = _insert(model, names, recipe, inline_functions=inline_functions)
-    return _calibrated(result, adapter, calibrate)
-
-
-def _calibrated(
-    model: Model, adapter: Adapter | None, inputs: Inputs | Sequence[Inputs] | None
-) -> Model:
-    """The model with ranges that hold the adapter's values, if there are inputs."""
-    if inputs is None:
-        return model
-    if adapter is None:
-        raise SlotError(
-            "ranges are calibrated for an adapter, and none was given",
-            hint="give its weights for the new slots as `adapter`, or insert a checkpoint",
-        )
-    feeds = given_feeds(remove(model), inputs)
-    return calibrated(model, adapter, feeds)
+    return _insert(model, names, recipe, inline_functions=inline_functions)
 
 
 def _part_order(part: str) -> tuple[int, str]:

@@ -140,6 +140,17 @@ def test_axes_go_through_a_loop_and_a_scan() -> None:
     assert {name: made[name].axis for name in "ryzb"} == {"r": 1, "y": 1, "z": -1, "b": -1}
 
 
+def test_axes_go_through_functions_and_their_layers_tell() -> None:
+    text = """g (float[B,5,8] x) => (float[B,5,6] y) {
+      h = local.Linear(x, w)
+      y = Relu(h)
+    }
+    <domain: "local", opset_import: ["": 17]>
+    Linear (a, v) => (b) {b = MatMul(a, v)}"""
+    made = every(model(text, "w 8 6"))
+    assert [(made[t].axis, made[t].width) for t in "hy"] == [(-1, 6), (-1, 6)]
+
+
 def test_heads_of_an_attention_can_take_an_adapter_and_its_scores_cannot() -> None:
     text = """g (float[B,S,8] x) => (float[B,S,8] y) {
       split = Constant<value = int64[4] {0, 0, 2, 4}>()

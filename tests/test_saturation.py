@@ -73,7 +73,8 @@ def test_a_lora_that_saturates_is_not_verified_and_calibrated_it_is_pytorchs(
     assert failed(report) == ["saturation"]
     assert {slot for item in report.saturation for slot in item.slots} == set(adapter.weights)
 
-    wide = oa.insert(base, checkpoint=checkpoint, calibrate=inputs)
+    plain = oa.insert(base, checkpoint=checkpoint)
+    wide = oa.calibrate(plain, checkpoint.adapter, inputs)
     assert off_by(answers(wide, adapter, known["x"]), known["lora"]) < WEIGHTS_ONLY
     assert off_by(answers(wide, None, known["x"]), known["base"]) < WEIGHTS_ONLY
     assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
@@ -89,7 +90,7 @@ def test_a_bottleneck_that_saturates_is_calibrated_too(case: str) -> None:
     assert off_by(answers(plain, adapter, known["x"]), known["bottleneck"]) > 0.4
     assert failed(oa.verify(base, plain, adapter=adapter, inputs=inputs)) == ["saturation"]
 
-    wide = oa.insert(base, after=places, adapter=adapter, calibrate=inputs)
+    wide = oa.calibrate(oa.insert(base, after=places), adapter, inputs)
     assert off_by(answers(wide, adapter, known["x"]), known["bottleneck"]) < WEIGHTS_ONLY
     assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
 
@@ -100,7 +101,9 @@ def test_baked_with_calibration_is_pytorchs_and_comes_out_again() -> None:
     inputs = {"x": known["x"]}
     clipped = oa.insert(base, checkpoint=checkpoint, baked=True)
     assert failed(oa.verify(base, clipped, inputs=inputs)) == ["saturation"]
-    wide = oa.insert(base, checkpoint=checkpoint, baked=True, calibrate=inputs)
+    wide = oa.calibrate(
+        oa.insert(base, checkpoint=checkpoint, baked=True), checkpoint.adapter, inputs
+    )
     assert off_by(answers(wide, None, known["x"]), known["lora"]) < WEIGHTS_ONLY
     assert failed(oa.verify(base, wide, inputs=inputs)) == []
     assert oa.remove(wide).proto == base.proto
@@ -110,7 +113,9 @@ def test_a_relu_that_the_quantiser_folded_into_a_range_stays_a_relu() -> None:
     base, known = base_of("conv_uint8"), truth("conv_uint8")
     assert "Relu" not in {node.op_type for node in base.proto.graph.node}
     checkpoint = oa.load_checkpoint(QDQ / "conv_uint8" / "adapter", base)
-    wide = oa.insert(base, checkpoint=checkpoint, calibrate={"x": known["x"]})
+    wide = oa.calibrate(
+        oa.insert(base, checkpoint=checkpoint), checkpoint.adapter, {"x": known["x"]}
+    )
     stored = {tensor.name: tensor for tensor in wide.proto.graph.initializer}
     for node in wide.proto.graph.node:
         if node.op_type == "QuantizeLinear" and "Relu" in node.name:
@@ -153,7 +158,7 @@ def test_a_range_that_others_share_is_split_and_is_as_wide_as_computed_by_hand()
     base = model_of(LINE.format(range="s, zp", more=""))
     plain = oa.insert(base, after="h")
     adapter = pushed(plain, 1.0)
-    wide = oa.insert(base, after="h", adapter=adapter, calibrate={"x": X})
+    wide = oa.calibrate(oa.insert(base, after="h"), adapter, {"x": X})
     # 1.5 becomes 3. Seen: -1 (the old end) to 3, and 0.15 / 2 of that as headroom: 3.3.
     for scale, zero in ranges(wide, "q"):
         assert scale == pytest.approx(4.3 / 255, rel=1e-6)
@@ -181,7 +186,7 @@ def test_an_adapter_that_stays_within_its_ranges_passes() -> None:
     report = oa.verify(base, plain, adapter=pushed(plain, 0.02), inputs={"x": X})
     assert report.passed
     assert report.saturation == ()
-    wide = oa.insert(base, after="h", adapter=pushed(plain, 0.02), calibrate={"x": X})
+    wide = oa.calibrate(oa.insert(base, after="h"), pushed(plain, 0.02), {"x": X})
     assert wide.proto == plain.proto
 
 
@@ -190,7 +195,7 @@ def test_a_range_for_each_channel_is_widened_where_it_has_to_be() -> None:
     base = model_of(LINE.format(range="sc, zc", more=more))
     plain = oa.insert(base, after="h")
     adapter = pushed(plain, 2.0)  # 1.5 becomes 4.5, over 3.1; the first channel ends at 0.6
-    wide = oa.insert(base, after="h", adapter=adapter, calibrate={"x": X})
+    wide = oa.calibrate(oa.insert(base, after="h"), adapter, {"x": X})
     for scale, zero in ranges(wide, "q"):
         assert scale == pytest.approx([0.01, (6.5 + 0.15 * 6.5 / 2) / 255], rel=1e-6)
         assert list(zero) == [100, 73]  # 2 / (6.9875 / 255) = 72.99
@@ -201,7 +206,7 @@ def test_a_symmetric_range_stays_symmetric() -> None:
     more = ", float si = {0.02}, int8 zi = {0}"
     base = model_of(LINE.format(range="si, zi", more=more))
     adapter = pushed(oa.insert(base, after="h"), 1.0)
-    wide = oa.insert(base, after="h", adapter=adapter, calibrate={"x": X})
+    wide = oa.calibrate(oa.insert(base, after="h"), adapter, {"x": X})
     high = 3 + 0.15 / 2 * (3 + 2.56)
     for scale, zero in ranges(wide, "q"):
         assert (scale, zero) == (pytest.approx(high / 127, rel=1e-6), 0)
@@ -241,7 +246,7 @@ def test_a_range_in_a_branch_with_integers_that_are_rearranged_is_widened() -> N
     adapter = pushed(plain, 4.0)
     inputs = {"x": X, "c": np.array(True)}
     assert failed(oa.verify(base, plain, adapter=adapter, inputs=inputs)) == ["saturation"]
-    wide = oa.insert(base, after="h", adapter=adapter, calibrate=inputs)
+    wide = oa.calibrate(oa.insert(base, after="h"), adapter, inputs)
     got = session(wide.proto).run(None, {**inputs, **adapter.feeds()})[0]
     assert np.abs(got - [[-0.9, 7.5], [1.0, 1.5]]).max() < 1e-3
     assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
@@ -252,7 +257,9 @@ def test_batched_slots_are_calibrated_too() -> None:
     base, known = base_of("dense_uint8"), truth("dense_uint8")
     checkpoint = oa.load_checkpoint(QDQ / "dense_uint8" / "adapter", base)
     inputs = {"x": known["x"]}
-    wide = oa.insert(base, checkpoint=checkpoint, batched=True, calibrate=inputs)
+    wide = oa.calibrate(
+        oa.insert(base, checkpoint=checkpoint, batched=True), checkpoint.adapter, inputs
+    )
     with oa.AdapterSession(wide, adapters={"a": checkpoint.adapter}) as rows:
         got = rows.run(inputs, adapter=["a", None] * 16)["y"]
     assert off_by([got[::2]], known["lora"][::2]) < WEIGHTS_ONLY
@@ -262,13 +269,13 @@ def test_batched_slots_are_calibrated_too() -> None:
 def test_a_second_adapter_widens_the_ranges_again_and_the_base_comes_back() -> None:
     base = model_of(LINE.format(range="s, zp", more=""))
     adapter = pushed(oa.insert(base, after="h"), 1.0)
-    once = oa.insert(base, after="h", adapter=adapter, calibrate={"x": X})
+    once = oa.calibrate(oa.insert(base, after="h"), adapter, {"x": X})
     stacked = oa.insert(once, after="h")
     (_, slot) = oa.list_slots(stacked)
     eye = np.eye(2, dtype=np.float32)
     empty = {"down": np.zeros((2, 0), np.float32), "up": np.zeros((0, 2), np.float32)}
     second = oa.Adapter("second", {"h": empty, slot.name: {"down": eye, "up": 4 * eye}})
-    twice = oa.insert(once, after="h", adapter=second, calibrate={"x": X})
+    twice = oa.calibrate(oa.insert(once, after="h"), second, {"x": X})
     assert ranges(twice, "q")[0][0] > ranges(once, "q")[0][0]
     manifest = read_manifest(twice.proto)
     assert manifest is not None
@@ -359,7 +366,7 @@ def test_ranges_are_not_calibrated_without_an_adapter(
 def test_a_widened_range_that_another_tool_took_away_is_damage() -> None:
     base = model_of(LINE.format(range="s, zp", more=""))
     adapter = pushed(oa.insert(base, after="h"), 1.0)
-    wide = oa.insert(base, after="h", adapter=adapter, calibrate={"x": X})
+    wide = oa.calibrate(oa.insert(base, after="h"), adapter, {"x": X})
     broken = wide.copy()
     kept = [t for t in broken.proto.graph.initializer if not t.name.startswith("widened/")]
     copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]

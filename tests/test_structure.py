@@ -170,7 +170,17 @@ def test_every_error_says_what_to_do_about_it() -> None:
 
 PUBLIC = [
     *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
-    *("Slot", "bake", "blend", "build_adapter", "convert", "extract", "fill", "find_sites"),
+    *(
+        "Slot",
+        "bake",
+        "blend",
+        "build_adapter",
+        "calibrate",
+        "convert",
+        "extract",
+        "fill",
+        "find_sites",
+    ),
     *("insert", "list_slots", "load_adapter", "load_checkpoint", "make_adapter", "open_model"),
     *("remove", "save_adapter", "save_model", "verify"),
 ]

@@ -179,7 +179,7 @@ def test_what_an_adapter_drives_out_of_a_calibrated_range_is_said() -> None:
     assert np.abs(clipped - numbers["adapted"]).max() > moved / 4
     report = oa.verify(base, adapted, inputs={"x": numbers["x"]}, adapter=adapter)
     assert "saturat" in str(report)
-    widened = oa.insert(base, after="fc1", adapter=adapter, calibrate={"x": numbers["x"]})
+    widened = oa.calibrate(oa.insert(base, after="fc1"), adapter, {"x": numbers["x"]})
     right = run(widened, {"x": numbers["x"], **adapter.feeds()})[0]
     assert np.abs(right - numbers["adapted"]).max() < moved / 20
     assert oa.remove(widened).proto == base.proto

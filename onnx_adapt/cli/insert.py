@@ -201,12 +201,17 @@ def command(
             batched=batched,
             seed=seed,
             inline_functions=inline_functions,
-            adapter=trained,
-            calibrate=calibrate or None,
         )
+    trained = trained or (checkpoint.adapter if checkpoint else None)
+    if calibrate and trained is None:
+        raise click.UsageError(
+            "--calibrate widens ranges for an adapter; give it with --adapter as well"
+        )
+    if calibrate and trained is not None:
+        with patience("measuring what the adapter brings"):
+            adapted = oa.calibrate(adapted, trained, calibrate)
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
     settle(path)  # before a proof that may take long
-    trained = trained or (checkpoint.adapter if checkpoint else None)
     warnings = [] if calibrate else range_warnings(adapted, slots)
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None

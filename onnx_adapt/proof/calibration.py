@@ -6,7 +6,7 @@ Only ranges that they leave are changed, and the old range stays inside the new 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,10 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model_file import Model, read_tensor
 from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
-from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.saturation import switched_on
+from onnx_adapt.rewrite import remove
 from onnx_adapt.rewriting.ranges import Change, widen_ranges
 
 
@@ -34,19 +35,32 @@ class Range:
     zero: Array
 
 
-def calibrated(model: Model, adapter: Adapter, feeds: list[Feeds]) -> Model:
-    """A model with slots whose quantised ranges hold the values of an adapter.
+def calibrate(model: Model, adapter: Adapter, inputs: Inputs | Sequence[Inputs]) -> Model:
+    """Widen the ranges of a quantised model with slots so that they hold an adapter's values.
+
+    Only the ranges of QuantizeLinear nodes behind slots that the values leave are changed;
+    `remove` brings the old ones back. A model without such ranges is returned as it is.
 
     Args:
         model: The model with slots; it is left as it was.
-        adapter: The adapter that the ranges are for.
-        feeds: Inputs to measure with.
+        adapter: The adapter that the ranges are for, with weights for the slots.
+        inputs: What to measure with: an `.npz` file or arrays by name, or several.
 
     Raises:
         AdapterError: If the adapter does not fit.
         RunError: If the model does not run with these inputs.
+
+    Example:
+        >>> import numpy as np, onnx_adapt as oa
+        >>> base = oa.open_model("tests/qdq/dense_uint8/base.onnx")
+        >>> trained = oa.load_checkpoint("tests/qdq/dense_uint8/adapter", base)
+        >>> inputs = {"x": np.load("tests/qdq/dense_uint8/truth.npz")["x"]}
+        >>> wide = oa.calibrate(oa.insert(base, checkpoint=trained), trained.adapter, inputs)
+        >>> oa.verify(base, wide, adapter=trained.adapter, inputs=inputs).passed
+        True
     """
     require_fit(model, adapter)
+    feeds = given_feeds(remove(model), inputs)
     off = neutral_model(model)
     ranges = ranges_of(off, required_manifest(model).slots, feeds)
     if ranges is None:

@@ -84,9 +84,9 @@ def normalised(look: Look, step: Step) -> int | None:
 
 def centred(look: Look, step: Step) -> int | None:
     """The one axis, beside the batch, that means and variances are not taken over."""
-    over, rank = step.integers("axes") or [0, 2, 3], look.rank(step.view, step.read(0))
-    kept = [k for k in range(rank or 0) if k not in over and k - (rank or 0) not in over]
-    return kept[-1] if 0 < len([k for k in kept if k]) == 1 else None
+    over, rank = step.integers("axes") or [0, 2, 3], look.rank(step.view, step.read(0)) or 0
+    kept = [k for k in range(1, rank) if k not in over and k - rank not in over]
+    return kept[0] if len(kept) == 1 else None
 
 
 def embedded(look: Look, step: Step) -> int | None:
