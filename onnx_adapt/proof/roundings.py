@@ -81,7 +81,10 @@ def _moved(value: Array, rng: np.random.Generator) -> Array:
     terms = max(rows, value.size // max(rows, 1))  # whichever axis is summed over
     by = min(kind.gamma(terms), 1.0) + 2 * kind.unit
     change = by * rng.uniform(-1, 1, value.shape)
-    return (value.astype(np.float64) * (1 + change)).astype(value.dtype)
+    with np.errstate(over="ignore"):
+        moved = (value.astype(np.float64) * (1 + change)).astype(value.dtype)
+    # A mask's largest number stays what it is.
+    return np.where(np.isfinite(moved.astype(np.float64)), moved, value)
 
 
 @dataclass(frozen=True, slots=True)
