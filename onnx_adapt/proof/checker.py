@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx
 
 from onnx_adapt import walk
 from onnx_adapt.files import external_data
 from onnx_adapt.files.payloads import token_index
+from onnx_adapt.graph.index import index_model
 from onnx_adapt.manifest import Slot
 from onnx_adapt.model_file import Model
 
@@ -55,13 +56,37 @@ def complaints(model: Model, slots: Sequence[Slot] = ()) -> list[Complaint]:
 
 
 def new_complaints(base: Model, adapted: Model, slots: Sequence[Slot]) -> list[str]:
-    """What is said of an adapted model and not, of the same place, of its base."""
+    """What is said of an adapted model and not, of the same place, of its base.
+
+    A wrong record of the base can clash with a slot's nodes. It is no fault of theirs, so
+    that what is new is asked again without such records.
+    """
+    new = _compared(base, adapted, slots)
+    stale = index_model(base).stale_records() if new else {}
+    if not stale:
+        return new
+    names = {address.rpartition(":")[2] for address in stale}
+    return _compared(_unrecorded(base, names), _unrecorded(adapted, names), slots)
+
+
+def _compared(base: Model, adapted: Model, slots: Sequence[Slot]) -> list[str]:
     known = {complaint.fault for complaint in complaints(base)}
     return [
         f"{complaint.asked}: {complaint.words}"
         for complaint in complaints(adapted, slots)
         if complaint.fault not in known
     ]
+
+
+def _unrecorded(model: Model, names: Collection[str]) -> Model:
+    """A model without recorded shapes of some tensors."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for scope in walk.scopes(proto.graph):
+        for value in (*scope.graph.value_info, *scope.graph.output):
+            if value.name in names:
+                value.type.tensor_type.ClearField("shape")
+    return replace(model, proto=proto)
 
 
 def _ask_checker(model: Model) -> str:

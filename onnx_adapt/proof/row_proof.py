@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import onnx
 
 from onnx_adapt.adapter import Adapter
 from onnx_adapt.dtypes import DTYPES, Array
@@ -17,7 +20,7 @@ from onnx_adapt.proof.compare import distance, movement
 from onnx_adapt.proof.feeds import Feeds, required_inputs
 from onnx_adapt.report import Check
 from onnx_adapt.runtime import Runner, Values
-from onnx_adapt.swapping.batches import BatchAxes, find_batch, take_rows
+from onnx_adapt.swapping.batches import BatchAxes, Shape, find_batch, take_rows
 from onnx_adapt.swapping.mixing import pack, row_feeds
 
 _ADAPTERS = 3
@@ -66,7 +69,8 @@ class _RowProof:
         self._slots = slots
         self._limit = limit
         self._rng = np.random.default_rng(seed)
-        self._axes = _batch_axes(model)
+        self._recorded = _shapes(model.proto.graph.output)
+        self._axes = find_batch(_shapes(required_inputs(model.proto)), self._recorded, None)
         self._last: tuple[Feeds, int, float] | None = None
 
     def measure(self, feeds: Feeds, rows: int) -> tuple[float, float] | None:
@@ -75,11 +79,15 @@ class _RowProof:
         Returns:
             Both relative to the outputs' largest values; None if there is but one row.
         """
-        batch, count = _widened(self._axes, feeds, rows)
-        names = [name for name, axis in self._axes.outputs.items() if axis is not None]
-        if count < 2 or not names:
+        batch, count = _widened(self._axes, feeds, rows, self._doubtful())
+        if count < 2:
             return None
-        still = self._runner.run(batch, names)
+        still = self._runner.run(batch, list(self._axes.outputs))
+        self._axes = _seen(self._axes, self._recorded, still, count)
+        names = [name for name, axis in self._axes.outputs.items() if axis is not None]
+        if not names:
+            return None
+        still = {name: still[name] for name in names}
         for strength in _STRENGTHS:
             self._last = (batch, count, strength)
             wanted, got = self._runs(batch, count, strength, self._slots, names)
@@ -87,6 +95,13 @@ class _RowProof:
             if moved > _CLEAR * self._limit:
                 break
         return moved, error
+
+    def _doubtful(self) -> set[object]:
+        """The numbers of rows that outputs are recorded with and may not have."""
+        ends = self._axes.outputs
+        return {
+            shape[0] for name, shape in self._recorded.items() if shape and ends[name] is None
+        }
 
     def blamed(self, message: str) -> str:
         """A message with the first slot that fails by itself."""
@@ -135,16 +150,31 @@ class _RowProof:
         return wanted, self._runner.run(fed, names)
 
 
-def _batch_axes(model: Model) -> BatchAxes:
-    inputs, outputs = (
-        {value.name: read_type(value).shape or () for value in values}
-        for values in (required_inputs(model.proto), model.proto.graph.output)
-    )
-    return find_batch(inputs, outputs, None)
+def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, Shape]:
+    """The declared shape of each tensor, empty if there is none."""
+    return {value.name: read_type(value).shape or () for value in values}
 
 
-def _widened(axes: BatchAxes, feeds: Feeds, rows: int) -> tuple[Feeds, int]:
-    """The feeds with at least so many rows, and how many they have."""
+def _seen(
+    axes: BatchAxes, recorded: Mapping[str, Shape], outputs: Values, rows: int
+) -> BatchAxes:
+    """The batch also in outputs that lead with the rows where their record has a number.
+
+    Models are exported for one row and made dynamic at their inputs alone. A record that
+    is right has the number that comes out; that output does not follow the rows.
+    """
+    ends = dict(axes.outputs)
+    for name, shape in recorded.items():
+        if ends[name] is None and shape and isinstance(shape[0], int):
+            follows = np.shape(outputs[name])[:1] == (rows,) != shape[:1]
+            ends[name] = 0 if follows else None
+    return replace(axes, outputs=ends)
+
+
+def _widened(
+    axes: BatchAxes, feeds: Feeds, rows: int, doubtful: set[object]
+) -> tuple[Feeds, int]:
+    """The feeds with at least so many rows and no doubtful number, and how many they have."""
     sizes = {
         np.shape(feeds[name])[axis]
         for name, axis in axes.inputs.items()
@@ -153,9 +183,10 @@ def _widened(axes: BatchAxes, feeds: Feeds, rows: int) -> tuple[Feeds, int]:
     if len(sizes) != 1:
         return feeds, 0
     (count,) = sizes
-    if axes.fixed or not count or count >= rows:
+    wanted = next(n for n in itertools.count(max(count, rows)) if n not in doubtful)
+    if axes.fixed or not count or wanted == count:
         return feeds, count
-    return take_rows(axes, feeds, [i % count for i in range(rows)]), rows
+    return take_rows(axes, feeds, [i % count for i in range(wanted)]), wanted
 
 
 def _random(

@@ -146,7 +146,7 @@ def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
 
     Its checker would complain of the slots' nodes then, as it does of those behind.
     """
-    if index.plain:
+    if index.plain and not index.stale_records():
         return
     proto = index.model.proto
     typed = typed_tensors(proto)

@@ -13,7 +13,7 @@ such a split, and is later merged again or summed over by a product of two tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx
@@ -21,12 +21,13 @@ import onnx
 from onnx_adapt.graph.index import GraphView, ModelIndex
 from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
-from onnx_adapt.graph.layout.links import Link, aligned
+from onnx_adapt.graph.layout.links import SPLIT, Link, aligned
 from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
 from onnx_adapt.graph.layout.operators import links_of, own_axis, signs_of
 from onnx_adapt.graph.layout.signs import Sign, Strength, sign
 from onnx_adapt.graph.layout.spreading import (
     Signs,
+    loss,
     parts_of_merge,
     parts_of_split,
     spread,
@@ -146,10 +147,21 @@ def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> La
     for strength in sorted(Strength, reverse=True):
         equal = (sign for sign in found if sign.strength == strength)
         spread(equal, layout.signs, nearby, layout.lost)
+    _lose_groups(layout, found, nearby)
     _spread_parts(layout, steps, [link for link in links if link.split or link.merged], nearby)
     spread_loss(layout.lost, nearby)
     spread_loss(layout.summed, nearby)
     return layout
+
+
+def _lose_groups(
+    layout: Layout, found: Iterable[Sign], nearby: Mapping[Place, list[Link]]
+) -> None:
+    """Note where a normalisation reads groups: what a Reshape splits off is no whole axis."""
+    for place, axis, node, _, makes in found:
+        for link in nearby.get(place, ()) if node.op_type == _GROUPS and not makes else ():
+            if link.target == place and axis in link.parts:
+                layout.lost.setdefault(place, loss(link, SPLIT))
 
 
 def _spread_parts(

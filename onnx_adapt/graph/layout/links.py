@@ -15,6 +15,9 @@ from onnx_adapt.graph.layout.reshaping import Kept, Size, match, product, sizes
 
 Pairs = Iterable[tuple[int, int]]
 
+SPLIT = "splits or merges"
+"""What a reshape does to an axis that it does not keep."""
+
 
 class Link(NamedTuple):
     """Which axes of a tensor that a node reads are which axes of one that it makes.
@@ -29,6 +32,7 @@ class Link(NamedTuple):
         ends: Axis of the source that the target does not have, and what became of it.
         split: The last axes of both, where that of the source is split; or None.
         merged: The last axes of both, where that of the target is merged; or None.
+        parts: Axes of the target that have a part of an axis of the source.
         keeps: Whether the target has no other axes than the source.
     """
 
@@ -39,6 +43,7 @@ class Link(NamedTuple):
     ends: Mapping[int, str] = MappingProxyType({})
     split: tuple[int, int] | None = None
     merged: tuple[int, int] | None = None
+    parts: frozenset[int] = frozenset()
     keeps: bool = False
 
 
@@ -231,7 +236,11 @@ def reshape(look: Look, step: Step) -> Iterator[Link]:
     kept = match(first, second)
     back = match(second, first)
     last, end = len(first) - 1, len(second) - 1
-    more: dict[str, object] = {"ends": _broken(kept, len(second))}
+    shared = [place for place in kept.broken.values() if place and place[0] < place[1]]
+    more: dict[str, object] = {
+        "ends": _broken(kept, len(second)),
+        "parts": frozenset(k for a, b in shared for k in range(a, b + 1)),
+    }
     if kept.broken.get(last) is not None and (kept.broken[last] or (0, 0))[1] == end:
         more["split"] = (last, end)
     if back.broken.get(end) is not None and (back.broken[end] or (0, 0))[1] == last:
@@ -245,7 +254,7 @@ def _broken(kept: Kept, rank: int) -> dict[int, str]:
     In a matrix, one axis that all of an axis went into is still one of features.
     """
     return {
-        axis: "splits or merges"
+        axis: SPLIT
         for axis, place in kept.broken.items()
         if not (rank <= 2 and place == (rank - 1, rank - 1))
     }

@@ -47,12 +47,13 @@ def spread(
                 if backward and target == axis:
                     waiting.append((link.source, source, sign))
             if forward and lost is not None and axis in link.ends:
-                lost.setdefault(link.target, _loss(link, axis))
+                lost.setdefault(link.target, loss(link, link.ends[axis]))
 
 
-def _loss(link: Link, axis: int) -> str:
+def loss(link: Link, verb: str) -> str:
+    """What became of the axis of features on a link."""
     name = f" {link.node.name!r}" if link.node.name else ""
-    return f"{link.node.op_type}{name} {link.ends[axis]} the axis of its features"
+    return f"{link.node.op_type}{name} {verb} the axis of its features"
 
 
 def spread_loss(lost: MutableMapping[Place, str], nearby: Nearby) -> None:
