@@ -360,7 +360,7 @@ def test_ranges_are_not_calibrated_without_an_adapter(
     options = ["--after", "first", "--calibrate", str(files / "in.npz")]
     code, _, err = cli(capsys, "insert", str(files / "base.onnx"), *options)
     assert code == 2
-    assert "calibrated for an adapter" in err
+    assert "--calibrate widens ranges for an adapter" in err
 
 
 def test_a_widened_range_that_another_tool_took_away_is_damage() -> None:

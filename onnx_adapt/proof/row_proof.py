@@ -114,13 +114,6 @@ class _RowProof:
             shape[0] for name, shape in self._recorded.items() if shape and ends[name] is None
         }
 
-    def _doubtful(self) -> set[object]:
-        """The numbers of rows that outputs are recorded with and may not have."""
-        ends = self._axes.outputs
-        return {
-            shape[0] for name, shape in self._recorded.items() if shape and ends[name] is None
-        }
-
     def blamed(self, message: str) -> str:
         """A message with the first slot that fails by itself."""
         names = [name for name, axis in self._axes.outputs.items() if axis is not None]
