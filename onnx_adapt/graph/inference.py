@@ -63,8 +63,8 @@ def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
     result = _run(copy)
     graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
     values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
-    for value in (value for here in values.values() for value in here):
-        value.name = names.get(value.name, value.name)
+    for here in values.values():
+        _rename(here, names)
     return Inferred(values, cleaning.plain and result is not None)
 
 
@@ -137,20 +137,33 @@ def _tell_apart(main: onnx.GraphProto) -> dict[str, str]:
                 elif name in around:
                     own[name] = name
             names = around.new_child(own)
-            for value in (*body.input, *body.output, *body.value_info, *body.initializer):
-                value.name = names.get(value.name, value.name)
+            _rename((*body.input, *body.output, *body.value_info, *body.initializer), names)
             for inner in body.node:
-                inner.input[:] = [names.get(name, name) for name in inner.input]
-                inner.output[:] = [names.get(name, name) for name in inner.output]
+                for listed in (inner.input, inner.output):
+                    for i, name in enumerate(listed):
+                        if name in names:
+                            listed[i] = names[name]
             waiting += [(inner, names) for inner in body.node]
     return before
 
 
+def _rename(
+    values: Iterable[onnx.ValueInfoProto | onnx.TensorProto], names: Mapping[str, str]
+) -> None:
+    for value in values:
+        if value.name in names:
+            value.name = names[value.name]
+
+
 def _declared(graph: onnx.GraphProto) -> dict[str, None]:
-    """The tensors of a graph that are not of a graph around it."""
+    """The tensors of a graph that are not of a graph around it.
+
+    Protobuf gives a name that is not UTF-8 as bytes; no runtime takes that.
+    """
     values = (*graph.input, *graph.initializer)
     made = (name for node in graph.node for name in node.output if name)
-    return dict.fromkeys((*(value.name for value in values), *made))
+    names = (*(value.name for value in values), *made)
+    return dict.fromkeys(name for name in names if isinstance(name, str))
 
 
 @dataclass(slots=True)
