@@ -27,11 +27,13 @@ from onnx_adapt.errors import AdaptError, SiteRefusedError
 X = weight(3, 4, seed=9)
 
 
-def _proven(proto: onnx.ModelProto, *after: str, **options: object) -> oa.Model:
+def _proven(
+    proto: onnx.ModelProto, *after: str, axis: int | None = None, **options: object
+) -> oa.Model:
     """Insert, verify and remove; gives the adapted model."""
     before = proto.SerializeToString()
     base = oa.Model(proto)
-    adapted = oa.insert(base, after=after)
+    adapted = oa.insert(base, after=after, axis=axis)
     report = oa.verify(base, adapted, **options)
     assert [(c.name, c.detail) for c in report.checks if not c.passed] == []
     assert not any(result.error is None for result in report.slots)
@@ -355,7 +357,7 @@ def test_what_onnx_cannot_infer_is_recorded_for_the_slot(untyped: str, where: st
         f"""<ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 1]>
         g (float[2,3,3,4] x) => (float[2,3,3,4] y{after} = {untyped}  {rest} }}"""
     )
-    _proven(proto, "y" if where == "at the end" else "m")
+    _proven(proto, "y" if where == "at the end" else "m", axis=-1)
 
 
 def test_weights_in_constant_nodes_only_take_slots() -> None:

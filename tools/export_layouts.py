@@ -178,15 +178,14 @@ def cases() -> dict[str, Case]:
 def export(model: nn.Module, x: torch.Tensor, path: Path, *, dynamo: bool, free: bool) -> None:
     """Export one model with a dynamic batch, and dynamic pictures if they are ``free``."""
     axes = {0: "batch", 2: "height", 3: "width"} if free else {0: "batch"}
-    how = (
-        {"dynamic_shapes": [dict.fromkeys(axes, torch.export.Dim.DYNAMIC)]}
-        if dynamo
-        else {"dynamic_axes": {"x": axes, "y": {0: "batch"}}, "do_constant_folding": True}
-    )
+    how: dict[str, object] = {"dynamic_axes": {"x": axes, "y": {0: "batch"}}}
+    if dynamo:
+        how = {"dynamic_shapes": [dict.fromkeys(axes, torch.export.Dim.DYNAMIC)]}
+        how |= {"external_data": False}
+    names = {"input_names": ["x"], "output_names": ["y"]}
     torch.onnx.export(
-        model, (x,), path, dynamo=dynamo, input_names=["x"], output_names=["y"],
-        opset_version=18, verbose=False, **({"external_data": False} if dynamo else {}), **how,
-    )  # fmt: skip
+        model, (x,), path, dynamo=dynamo, opset_version=18, verbose=False, **names, **how
+    )
     proto = onnx.load(path)
     for holder in (proto.graph, *proto.graph.node, *proto.graph.value_info):
         kept = [p for p in holder.metadata_props if "stack_trace" not in p.key]
@@ -195,25 +194,37 @@ def export(model: nn.Module, x: torch.Tensor, path: Path, *, dynamo: bool, free:
     onnx.save(proto, path)
 
 
+class Adapter:
+    """An adapter on what a module gives, its weights made when it is first called.
+
+    Attributes:
+        axis: The axis with the features.
+        down: ``(features, 3)``.
+        up: ``(3, features)``.
+    """
+
+    def __init__(self, axis: int) -> None:
+        """Keep the axis."""
+        self.axis = axis
+        self.down = self.up = torch.empty(0)
+
+    def __call__(self, _: nn.Module, __: object, h: torch.Tensor) -> torch.Tensor:
+        """Give ``h + up(relu(down(h)))``."""
+        h = h.movedim(self.axis, -1)
+        self.down = torch.randn(h.shape[-1], BOTTLENECK)
+        self.up = torch.randn(BOTTLENECK, h.shape[-1])
+        return (h + torch.relu(h @ self.down) @ self.up).movedim(-1, self.axis)
+
+
 def truth(case: Case, x: torch.Tensor) -> dict[str, np.ndarray]:
     """What PyTorch gives, without an adapter and with one after each place."""
     found = {"x": x, "y": case.model(x)}
     for place, axis in case.places.items():
-        module = case.model.get_submodule(place)
-        weights: list[torch.Tensor] = []
-
-        def adapt(_: nn.Module, __: object, h: torch.Tensor, axis: int = axis, kept: list = weights) -> torch.Tensor:  # fmt: skip # noqa: E501
-            h = h.movedim(axis, -1)
-            kept[:] = (
-                torch.randn(h.shape[-1], BOTTLENECK),
-                torch.randn(BOTTLENECK, h.shape[-1]),
-            )
-            return (h + torch.relu(h @ kept[0]) @ kept[1]).movedim(-1, axis)
-
-        hook = module.register_forward_hook(adapt)
+        adapter = Adapter(axis)
+        hook = case.model.get_submodule(place).register_forward_hook(adapter)
         found[f"{place}.y"] = case.model(x)
         hook.remove()
-        found[f"{place}.down"], found[f"{place}.up"] = weights
+        found[f"{place}.down"], found[f"{place}.up"] = adapter.down, adapter.up
     return {name: value.detach().numpy() for name, value in found.items()}
 
 

@@ -14,11 +14,13 @@ such a split, and is later merged again or summed over by a product of two tenso
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx
+import onnx.inliner
 
-from onnx_adapt.graph.index import GraphView, ModelIndex
+from onnx_adapt import walk
+from onnx_adapt.graph.index import GraphView, ModelIndex, index_model
 from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
 from onnx_adapt.graph.layout.links import SPLIT, Link, aligned
@@ -35,6 +37,7 @@ from onnx_adapt.graph.layout.spreading import (
 )
 from onnx_adapt.manifest import slot_of
 
+_MOST_NODES = 1 << 16
 _UNPLACED = "nothing tells which of its axes has the features"
 
 
@@ -136,6 +139,7 @@ def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> La
         slots: For each graph, what the slots on a tensor make of it: inner -> outer. The
             slots' own nodes tell nothing.
     """
+    index = _written_out(index)
     layout = Layout(Look(index, shapes.missing(index)))
     steps = list(_steps(index, marked=bool(slots)))
     links = list(_links(layout.look, steps, slots))
@@ -162,6 +166,18 @@ def _lose_groups(
         for link in nearby.get(place, ()) if node.op_type == _GROUPS and not makes else ():
             if link.target == place and axis in link.parts:
                 layout.lost.setdefault(place, loss(link, SPLIT))
+
+
+def _written_out(index: ModelIndex) -> ModelIndex:
+    """The index with functions inlined, which keeps the names of what calls make."""
+    proto = index.model.proto
+    if not proto.functions or walk.inlines_to_more_than(proto, _MOST_NODES):
+        return index
+    try:
+        inlined = onnx.inliner.inline_local_functions(proto)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError):
+        return index  # what functions compute has no features that anybody knows
+    return index_model(replace(index.model, proto=inlined))
 
 
 def _spread_parts(

@@ -8,18 +8,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layout.look import Look, Step, step_of
-from onnx_adapt.graph.layout.reshaping import Size, product, sizes
+from onnx_adapt.graph.layout.look import MOST_NUMBERS, Look, Numbers, Step, step_of
+from onnx_adapt.graph.layout.reshaping import product
 
 _DEEPEST = 32
-_COPIES = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape"}
-
-Numbers = list[Size | None]
-"""The numbers of a tensor of at most one axis: each a size, or None if unknown."""
+_LARGEST = 1 << 62
+_FOLLOWED = {
+    *(
+        "Cast",
+        "Identity",
+        "Unsqueeze",
+        "Squeeze",
+        "Reshape",
+        "Concat",
+        "Mul",
+        "Gather",
+        "Slice",
+    ),
+}
+"""Operators that make numbers of a shape from numbers of shapes; the first five copy them."""
 
 
 def computed(look: Look, view: GraphView, name: str, depth: int = 0) -> Numbers | None:
     """What the numbers of an integer tensor are, or None if not even how many."""
+    place = look.place(view, name)
+    if place not in look.computed:
+        found = _computed(look, view, name, depth)
+        look.computed[place] = found if found is None or len(found) <= MOST_NUMBERS else None
+    return look.computed[place]
+
+
+def _computed(look: Look, view: GraphView, name: str, depth: int) -> Numbers | None:
     stored = look.numbers(view, name)
     if stored is not None:
         return [(number, ()) for number in stored]
@@ -28,39 +47,46 @@ def computed(look: Look, view: GraphView, name: str, depth: int = 0) -> Numbers 
     if found is None:
         shape = look.shape(view, name)
         if shape is not None and len(shape) == 1 and isinstance(shape[0], int):
-            return [None] * min(shape[0], 64)
+            return [None] * shape[0] if shape[0] <= MOST_NUMBERS else None
         return [None] if shape == () else None
     return found
 
 
 def _made(look: Look, step: Step, depth: int) -> Numbers | None:
     if step.node.op_type == "Shape":
-        shape = look.shape(step.view, step.read(0))
-        if shape is None:
-            return None
-        known = sizes(shape, "/".join(look.place(step.view, step.read(0))))
-        end = step.integer("end", len(known))
-        return list(known[step.integer("start", 0) : end])
-    given = [computed(look, step.view, name, depth) for name in step.inputs]
-    if step.node.op_type == "Concat":
-        return (
-            [n for part in given if part is not None for n in part]
-            if None not in given
-            else None
-        )
-    first = given[0] if given else None
+        name = step.read(0)
+        shape = look.shape(step.view, name)
+        known = look.sizes(step.view, name, shape) if shape is not None else None
+        end = step.integer("end", len(shape or ()))
+        return None if known is None else [*known[step.integer("start", 0) : end]]
+    if step.node.op_type not in _FOLLOWED or not step.inputs:
+        return None
+    first = computed(look, step.view, step.read(0), depth)
     if first is None:
         return None
-    if step.node.op_type in _COPIES:
-        return first
-    if step.node.op_type == "Mul" and given[1] is not None and len(first) == len(given[1]):
-        pairs = zip(first, given[1], strict=True)
-        return [product([a, b]) if a and b else None for a, b in pairs]
-    if step.node.op_type == "Gather":
-        return _gathered(first, look.numbers(step.view, step.read(1)))
-    if step.node.op_type == "Slice":
-        return _sliced(look, step, first)
-    return None
+    match step.node.op_type:
+        case "Concat":
+            rest = [computed(look, step.view, name, depth) for name in step.inputs[1:]]
+            return (
+                None if None in rest else [*first, *(n for part in rest for n in part or ())]
+            )
+        case "Mul":
+            return _multiplied(first, computed(look, step.view, step.read(1), depth))
+        case "Gather":
+            return _gathered(first, look.numbers(step.view, step.read(1)))
+        case "Slice":
+            return _sliced(look, step, first)
+    return first
+
+
+def _multiplied(first: Numbers, second: Numbers | None) -> Numbers | None:
+    if second is None or len(first) != len(second):
+        return None
+    pairs = zip(first, second, strict=True)
+    made = [product([a, b]) if a and b else None for a, b in pairs]
+    return [
+        n if n and abs(n[0]) < _LARGEST and len(n[1]) <= MOST_NUMBERS else None for n in made
+    ]
 
 
 def _gathered(known: Numbers, places: Sequence[int] | None) -> Numbers | None:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import onnx
 
 from onnx_adapt.graph.index import Shape
-from onnx_adapt.graph.layout.computed import Numbers, computed
-from onnx_adapt.graph.layout.look import Look, Place, Step
-from onnx_adapt.graph.layout.reshaping import Kept, Size, match, product, sizes
+from onnx_adapt.graph.layout.computed import computed
+from onnx_adapt.graph.layout.look import Look, Numbers, Place, Step
+from onnx_adapt.graph.layout.reshaping import Kept, Size, match, product
 
 Pairs = Iterable[tuple[int, int]]
 
@@ -229,7 +229,7 @@ def reshape(look: Look, step: Step) -> Iterator[Link]:
     before = look.shape(step.view, step.read(0))
     if before is None or not step.outputs:
         return
-    first = sizes(before, "/".join(look.place(step.view, step.read(0))))
+    first = look.sizes(step.view, step.read(0), before)
     second = _reshaped(look, step, first)
     if second is None:
         return
@@ -263,7 +263,6 @@ def _broken(kept: Kept, rank: int) -> dict[int, str]:
 def _reshaped(look: Look, step: Step, before: list[Size]) -> list[Size] | None:
     """The sizes a reshape gives: those it copies, those it names, those that are known."""
     shape = look.shape(step.view, step.outputs[0])
-    mark = "/".join(look.place(step.view, step.outputs[0]))
     if step.node.op_type == "Flatten":
         axis = step.integer("axis", 1)
         axis += len(before) if axis < 0 else 0
@@ -272,10 +271,10 @@ def _reshaped(look: Look, step: Step, before: list[Size]) -> list[Size] | None:
     wanted: Numbers | None = [(size, ()) for size in named] if named else None
     wanted = wanted or computed(look, step.view, step.read(1))
     if wanted is None:
-        return None if shape is None else sizes(shape, mark)
-    found = sizes(
-        shape if shape and len(shape) == len(wanted) else (None,) * len(wanted), mark
-    )
+        return None if shape is None else look.sizes(step.view, step.outputs[0], shape)
+    trusted = shape is not None and len(shape) == len(wanted)
+    known = shape if shape is not None and trusted else (None,) * len(wanted)
+    found = look.sizes(step.view, step.outputs[0], known)
     for axis, size in enumerate(wanted):
         if size == (0, ()) and not step.integer("allowzero", 0) and axis < len(before):
             found[axis] = before[axis]

@@ -11,11 +11,15 @@ import onnx
 
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.index import GraphView, ModelIndex, Shape
+from onnx_adapt.graph.layout.reshaping import Size, sizes
 
 Place = tuple[str, str]
 """A tensor of a model: the path of the graph that makes it, and its name."""
 
-_MOST_NUMBERS = 64
+Numbers = list[Size | None]
+"""The numbers of an integer tensor: each a size, or None if unknown."""
+
+MOST_NUMBERS = 64
 """No tensor has more axes; a longer list says nothing of them."""
 
 
@@ -62,10 +66,14 @@ class Look:
     Attributes:
         index: The model.
         found: Shapes of tensors that shape inference is silent about.
+        computed: What is known of the numbers of integer tensors; see `computed`.
+        marks: A number for each tensor that sizes are named after.
     """
 
     index: ModelIndex
     found: dict[Place, Shape] = field(default_factory=dict)
+    computed: dict[Place, Numbers | None] = field(default_factory=dict)
+    marks: dict[Place, int] = field(default_factory=dict)
 
     def place(self, view: GraphView, name: str) -> Place:
         """The place of a tensor that can be read in a graph."""
@@ -75,11 +83,16 @@ class Look:
         return (home or view).scope.path, name
 
     def shape(self, view: GraphView, name: str) -> Shape | None:
-        """The shape of a tensor that can be read in a graph, or None."""
+        """The shape of a tensor that can be read in a graph; None if it has too many axes."""
         shape = view.type_of(name).shape if name else None
         if shape is None and name and self.found:
             return self.found.get(self.place(view, name))
-        return shape
+        return None if shape is not None and len(shape) > MOST_NUMBERS else shape
+
+    def sizes(self, view: GraphView, name: str, shape: Shape) -> list[Size]:
+        """The sizes of a tensor, as `reshaping` compares them."""
+        mark = self.marks.setdefault(self.place(view, name), len(self.marks))
+        return sizes(shape, f"?{mark}.")
 
     def rank(self, view: GraphView, name: str) -> int | None:
         """How many axes a tensor has, or None if that is unknown."""
@@ -98,7 +111,7 @@ class Look:
     def numbers(self, view: GraphView, name: str) -> list[int] | None:
         """The integers of a small constant, or None."""
         tensor = view.constant(name) if name else None
-        if tensor is None or math.prod(tensor.dims) > _MOST_NUMBERS:
+        if tensor is None or math.prod(tensor.dims) > MOST_NUMBERS:
             return None
         try:
             values = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()

@@ -12,6 +12,7 @@ from onnx_adapt.graph.layout.signs import (
     Sign,
     Strength,
     Where,
+    centred,
     channels_last,
     einsum_signs,
     embedded,
@@ -79,7 +80,7 @@ FACTS: dict[str, Fact] = {
         "Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Not IsNaN IsInf "
         "BitwiseNot Shrink Dropout Bernoulli Pad Slice Tile CumSum TopK Trilu Compress "
         "ReverseSequence ScatterElements ScatterND Scatter GatherElements LpNormalization "
-        "MeanVarianceNormalization QuantizeLinear DequantizeLinear DynamicQuantizeLinear "
+        "QuantizeLinear DequantizeLinear DynamicQuantizeLinear "
         "QLinearSigmoid QLinearLeakyRelu QLinearSoftmax BiasDropout",
         _SAME,
     ),
@@ -114,6 +115,7 @@ FACTS: dict[str, Fact] = {
     "QLinearConv": Fact(axis=channels_last(0)),
     **_rows("NhwcFusedConv NhwcConv NhwcMaxPool", Fact(axis=LAST)),
     **_rows("BatchNormalization InstanceNormalization GroupNormalization LRN", _NORM),
+    "MeanVarianceNormalization": Fact(links.same, centred),
     **_rows("GroupNorm", Fact(links.same, channels_last(1))),
     "SkipGroupNorm": Fact(links.same, channels_last(1), reads=(0, 3)),
     **_rows("MaxPool AveragePool LpPool MaxUnpool", _POOL),

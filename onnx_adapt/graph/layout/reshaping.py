@@ -23,12 +23,13 @@ Size = tuple[int, tuple[str, ...]]
 """A product of sizes: the number, and the symbols, sorted."""
 
 ONE: Size = (1, ())
+_MOST_AXES = 64
 
 
 def sizes(shape: Shape, mark: str) -> list[Size]:
     """The sizes of a shape; one that is unknown is a symbol that no other shape has."""
     return [
-        (dim, ()) if isinstance(dim, int) else (1, (dim or f"{mark}?{axis}",))
+        (dim, ()) if isinstance(dim, int) else (1, (dim or f"{mark}{axis}",))
         for axis, dim in enumerate(shape)
     ]
 
@@ -57,7 +58,12 @@ class Kept:
 
 
 def match(before: Sequence[Size], after: Sequence[Size]) -> Kept:
-    """Find the axes that a reshape keeps; of a tensor without elements, none."""
+    """Find the axes that a reshape keeps; of a tensor without elements, none.
+
+    No runtime takes as many axes as are left out here.
+    """
+    if max(len(before), len(after)) > _MOST_AXES:
+        return Kept((), {})
     if any(number == 0 for number, _ in (*before, *after)):
         return Kept((), {})
     borders = _borders(before, after)

@@ -82,6 +82,13 @@ def normalised(look: Look, step: Step) -> int | None:
     return -1 if axis == -1 or (rank is not None and axis == rank - 1) else None
 
 
+def centred(look: Look, step: Step) -> int | None:
+    """The one axis, beside the batch, that means and variances are not taken over."""
+    over, rank = step.integers("axes") or [0, 2, 3], look.rank(step.view, step.read(0)) or 0
+    kept = [k for k in range(1, rank) if k not in over and k - rank not in over]
+    return kept[0] if len(kept) == 1 else None
+
+
 def embedded(look: Look, step: Step) -> int | None:
     """The last axis, if rows of a table of floats are looked up."""
     table = look.weight(step, 0)
@@ -97,7 +104,7 @@ def resized(look: Look, step: Step) -> int | None:
     if before is None or after is None or not 3 <= len(before) == len(after):
         return None
     kept = [axis for axis in range(1, len(before)) if before[axis] == after[axis] is not None]
-    if before[0] != after[0] or len(kept) != 1:
+    if len(kept) != 1:
         return None
     return {1: 1, len(before) - 1: -1}.get(kept[0])
 
