@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_adapt.files.external_data import refer
-from onnx_adapt.files.payloads import RAW_DATA
-from onnx_adapt.files.wire import field_head
+from onnx_adapt.model.external_data import refer
+from onnx_adapt.model.payloads import RAW_DATA
+from onnx_adapt.model.wire import field_head
 
 
 def chain(layers: int, width: int) -> onnx.ModelProto:

@@ -29,7 +29,7 @@ from onnx_adapt.serve import build_app
 from onnx_adapt.serve.batcher import Batcher, Job
 from onnx_adapt.serve.running import running
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/fixtures"))
 from serve_clients import free_port, load
 
 LAYERS, QUICK_LAYERS, ADAPTERS, CLIENTS, CLOSE = 72, 6, 8, 100, 1e-3

@@ -13,52 +13,52 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from onnx_adapt.adapter import Adapter
-    from onnx_adapt.adapter_files import load_adapter, save_adapter
-    from onnx_adapt.blending import blend
-    from onnx_adapt.checkpoints import Checkpoint, load_checkpoint
-    from onnx_adapt.conversion import convert
+    from onnx_adapt.adapter.blending import blend
+    from onnx_adapt.adapter.data import Adapter
+    from onnx_adapt.adapter.files import load_adapter, save_adapter
+    from onnx_adapt.adapter.own_weights import make_adapter
+    from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
+    from onnx_adapt.edit.convert import convert
+    from onnx_adapt.edit.fill import bake, extract, fill
+    from onnx_adapt.edit.insert import insert, list_slots, remove
     from onnx_adapt.errors import AdaptError
-    from onnx_adapt.filling import bake, extract, fill
-    from onnx_adapt.manifest import Slot
-    from onnx_adapt.model_file import Model, open_model, save_model
-    from onnx_adapt.own_weights import make_adapter
+    from onnx_adapt.graph.sites import Site, find_sites
+    from onnx_adapt.model.file import Model, open_model, save_model
     from onnx_adapt.proof.calibration import calibrate
-    from onnx_adapt.report import Report
-    from onnx_adapt.rewrite import insert, list_slots, remove
-    from onnx_adapt.session import AdapterSession
-    from onnx_adapt.sites import Site, find_sites
-    from onnx_adapt.standalone import build_adapter
-    from onnx_adapt.verification import verify
+    from onnx_adapt.proof.result import Report
+    from onnx_adapt.proof.verify import verify
+    from onnx_adapt.session.adapter_session import AdapterSession
+    from onnx_adapt.slot.build import build_adapter
+    from onnx_adapt.slot.manifest import Slot
 
 # Where each public name lives: `import onnx_adapt` itself imports nothing heavy.
 _HOMES = {
     "AdaptError": "errors",
-    "Adapter": "adapter",
-    "AdapterSession": "session",
-    "Checkpoint": "checkpoints",
-    "Model": "model_file",
-    "Report": "report",
-    "Site": "sites",
-    "Slot": "manifest",
-    "bake": "filling",
-    "blend": "blending",
-    "build_adapter": "standalone",
+    "Adapter": "adapter.data",
+    "AdapterSession": "session.adapter_session",
+    "Checkpoint": "checkpoints.load",
+    "Model": "model.file",
+    "Report": "proof.result",
+    "Site": "graph.sites",
+    "Slot": "slot.manifest",
+    "bake": "edit.fill",
+    "blend": "adapter.blending",
+    "build_adapter": "slot.build",
     "calibrate": "proof.calibration",
-    "convert": "conversion",
-    "extract": "filling",
-    "fill": "filling",
-    "find_sites": "sites",
-    "insert": "rewrite",
-    "list_slots": "rewrite",
-    "load_adapter": "adapter_files",
-    "load_checkpoint": "checkpoints",
-    "make_adapter": "own_weights",
-    "open_model": "model_file",
-    "remove": "rewrite",
-    "save_adapter": "adapter_files",
-    "save_model": "model_file",
-    "verify": "verification",
+    "convert": "edit.convert",
+    "extract": "edit.fill",
+    "fill": "edit.fill",
+    "find_sites": "graph.sites",
+    "insert": "edit.insert",
+    "list_slots": "edit.insert",
+    "load_adapter": "adapter.files",
+    "load_checkpoint": "checkpoints.load",
+    "make_adapter": "adapter.own_weights",
+    "open_model": "model.file",
+    "remove": "edit.insert",
+    "save_adapter": "adapter.files",
+    "save_model": "model.file",
+    "verify": "proof.verify",
 }
 
 __all__ = [

@@ -14,12 +14,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnx_adapt import rewrite, walk
+from onnx_adapt.edit import insert as rewrite
+from onnx_adapt.edit.weights import drop_named
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import Shape, read_type
-from onnx_adapt.initializers import drop_named
-from onnx_adapt.manifest import SLOT_KEY, Manifest, read_manifest, slot_of, write_manifest
-from onnx_adapt.model_file import Model
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import SLOT_KEY, Manifest, read_manifest, slot_of, write_manifest
 
 _RECORD = "onnx_adapt_record"
 

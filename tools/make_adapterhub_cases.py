@@ -1,6 +1,6 @@
 """Write cases of adapters that AdapterHub's ``adapters`` saved to ``tests/cases/``.
 
-What the files are is told in ``trained_cases.py``. ``make_peft_cases.py`` runs first,
+What the files are is told in ``case_making.py``. ``make_peft_cases.py`` runs first,
 because some cases use a base of its. To make the environment and run the script, from the
 root of the repository::
 
@@ -26,20 +26,7 @@ import adapters
 import torch
 import transformers
 from adapters import AdapterConfig
-from export_fixtures import (
-    BATCH_AXES,
-    TEXT_AXES,
-    VOCABULARY,
-    bert_inputs,
-    build_bert,
-    build_gpt2,
-    build_llama,
-    build_vit,
-    image_inputs,
-    text_inputs,
-)
-from torch import nn
-from trained_cases import (
+from case_making import (
     LOGITS,
     TOKEN_LOGITS,
     Arrays,
@@ -55,6 +42,19 @@ from trained_cases import (
     write_case,
     write_json,
 )
+from export_fixtures import (
+    BATCH_AXES,
+    TEXT_AXES,
+    VOCABULARY,
+    bert_inputs,
+    build_bert,
+    build_gpt2,
+    build_llama,
+    build_vit,
+    image_inputs,
+    text_inputs,
+)
+from torch import nn
 
 LIBRARY = f"adapters {metadata.version('adapters')}"
 NAME = "task"

@@ -42,10 +42,7 @@ import onnx
 import peft
 import torch
 import transformers
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from trained_cases import (
+from case_making import (
     MACHINE_PATH,
     Arrays,
     clean_folder,
@@ -54,6 +51,9 @@ from trained_cases import (
     train,
     write_json,
 )
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "genai"
 CORPUS = ["the cat sat on the mat", "a dog ran to the sea", "one adapter for each task"]

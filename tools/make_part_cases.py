@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as tf
+from case_making import clean_folder, generator, train
 from export_fixtures import Tensors, strip_stack_traces
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from trained_cases import clean_folder, generator, train
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "parts"
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}

@@ -1,6 +1,6 @@
 """Write cases of adapters that PEFT saved to ``tests/cases/``.
 
-What the files are is told in ``trained_cases.py``. To make the environment and run the
+What the files are is told in ``case_making.py``. To make the environment and run the
 script, from the root of the repository::
 
     python -m venv /tmp/peft
@@ -20,21 +20,7 @@ from typing import Any
 
 import peft
 import torch
-from export_fixtures import (
-    BATCH_AXES,
-    TEXT_AXES,
-    Positional,
-    Repeated,
-    bert_inputs,
-    build_bert,
-    build_gpt2,
-    build_llama,
-    build_vit,
-    image_inputs,
-    text_inputs,
-)
-from torch import nn
-from trained_cases import (
+from case_making import (
     LOGITS,
     SEQUENCE,
     TOKEN_LOGITS,
@@ -49,6 +35,20 @@ from trained_cases import (
     write_base,
     write_case,
 )
+from export_fixtures import (
+    BATCH_AXES,
+    TEXT_AXES,
+    Positional,
+    Repeated,
+    bert_inputs,
+    build_bert,
+    build_gpt2,
+    build_llama,
+    build_vit,
+    image_inputs,
+    text_inputs,
+)
+from torch import nn
 
 LIBRARY = f"peft {peft.__version__}"
 RELOADED = 1e-6

@@ -75,7 +75,7 @@ class Bottleneck:
         reads: What it reads: `target`; `residual_input`; `norm` (the target with the
             LayerNorm behind it applied); `sum` (target plus residual input), `normed_sum`.
         parts: The slot's weights by part, in the slot's layout.
-        activation: Name in `onnx_adapt.activations`.
+        activation: Name in `onnx_adapt.slot.activations`.
         norm_after: `term`, `sum` or ''.
     """
 
@@ -94,7 +94,7 @@ class Coupling:
     Attributes:
         module: Path of the embeddings.
         parts: The slot's weights by part.
-        activation: Name in `onnx_adapt.activations`.
+        activation: Name in `onnx_adapt.slot.activations`.
     """
 
     module: str

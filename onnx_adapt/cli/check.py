@@ -9,7 +9,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import emit, print_json, say, say_next
-from onnx_adapt.printable import count, plain
+from onnx_adapt.words import count, plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter
@@ -42,7 +42,7 @@ def command(
       onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
     """
     import onnx_adapt as oa
-    from onnx_adapt.fitting import overlaps
+    from onnx_adapt.adapter.fitting import overlaps
 
     with patience(f"checking {model}"):
         adapters = [oa.load_adapter(file) for file in files]
@@ -95,7 +95,7 @@ def command(
 def _unchecked(model: str, adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     """What could not be checked about each file, for the file does not tell."""
     import onnx_adapt as oa
-    from onnx_adapt.fitting import required_manifest, unchecked
+    from onnx_adapt.adapter.fitting import required_manifest, unchecked
 
     manifest = required_manifest(oa.open_model(model))
     found = {file: unchecked(manifest, adapter) for file, adapter in adapters.items()}
@@ -107,9 +107,9 @@ def _problems(
 ) -> dict[str, list[str]]:
     """What is wrong with each file."""
     import onnx_adapt as oa
+    from onnx_adapt.adapter.fitting import misfits
+    from onnx_adapt.edit.damage import damages
     from onnx_adapt.errors import ExternalDataError
-    from onnx_adapt.fitting import misfits
-    from onnx_adapt.rewriting.damage import damages
 
     try:
         opened = oa.open_model(model)
@@ -139,8 +139,8 @@ def _saturation(
     from onnx_adapt.graph.index import index_model
     from onnx_adapt.graph.quantizers import quantizers_behind
     from onnx_adapt.proof.inputs import inputs_for
+    from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.proof.saturation import check_saturation
-    from onnx_adapt.report import CALIBRATE
 
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)

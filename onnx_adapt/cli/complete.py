@@ -60,7 +60,7 @@ def _adapters(ctx: click.Context) -> Iterable[str]:
 
 
 def _activations(ctx: click.Context) -> Iterable[str]:
-    from onnx_adapt.activations import ACTIVATIONS
+    from onnx_adapt.slot.activations import ACTIVATIONS
 
     return ACTIVATIONS
 

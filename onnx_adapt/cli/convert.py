@@ -8,7 +8,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, size_text
-from onnx_adapt.printable import count
+from onnx_adapt.words import count
 
 
 @click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")
@@ -37,7 +37,7 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.errors import SaveError
-    from onnx_adapt.model_file import keep_files
+    from onnx_adapt.model.file import keep_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []

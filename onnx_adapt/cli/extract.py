@@ -6,7 +6,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, size_text
-from onnx_adapt.printable import count
+from onnx_adapt.words import count
 
 
 @click.command("extract", short_help="Write what a model is filled with to a file.")
@@ -21,7 +21,7 @@ def command(model: str, output: str, name: str, as_json: bool) -> None:
       onnx-adapt extract french.onnx -o fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model_file import keep_files
+    from onnx_adapt.model.file import keep_files
 
     with patience(f"reading {model}"):
         opened = oa.open_model(model)

@@ -8,7 +8,7 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, tell_saved, tell_thin
-from onnx_adapt.printable import count
+from onnx_adapt.words import count
 
 
 @click.command("fill", short_help="Make an adapter the default of a model.")

@@ -20,11 +20,11 @@ from onnx_adapt.cli.show import (
     tell_thin,
 )
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
-from onnx_adapt.printable import count
+from onnx_adapt.words import count
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Model, Report
-    from onnx_adapt.model_file import Saved
+    from onnx_adapt.model.file import Saved
 
 MAX_BOTTLENECK = 1 << 16
 """No adapter is as wide; its weights would not fit into memory."""
@@ -151,10 +151,10 @@ def command(
     Runtime is not written: give --inputs that MODEL runs with, or --no-verify.
     """
     import onnx_adapt as oa
-    from onnx_adapt.adapter_files import encode_adapter
-    from onnx_adapt.files.destination import settle
+    from onnx_adapt.adapter.files import encode_adapter
+    from onnx_adapt.edit.ranges import widened_ranges
+    from onnx_adapt.model.destination import settle
     from onnx_adapt.proof.saturation import range_warnings
-    from onnx_adapt.rewriting.ranges import widened_ranges
 
     base = oa.open_model(model)
     path = Path(model).with_suffix(".adapted.onnx") if output is None else output
@@ -268,7 +268,7 @@ def _refuse_idle(given: str, options: dict[str, object]) -> None:
 
 def _tell_ranges(warnings: list[str], widened: list[str]) -> None:
     """What became of the ranges of a quantised model, or may."""
-    from onnx_adapt.report import CALIBRATE
+    from onnx_adapt.proof.result import CALIBRATE
 
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from onnx_adapt.cli.show import is_quiet
-from onnx_adapt.printable import plain
+from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -9,7 +9,7 @@ import click
 from onnx_adapt.cli.complete import slot_names
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, tell_saved
-from onnx_adapt.printable import count
+from onnx_adapt.words import count
 
 
 @click.command("remove", short_help="Take slots out again; the base comes back.")
@@ -39,7 +39,7 @@ def command(
       onnx-adapt remove model.adapted.onnx -o model.onnx
     """
     import onnx_adapt as oa
-    from onnx_adapt.rewrite import base_notes
+    from onnx_adapt.edit.insert import base_notes
 
     adapted = oa.open_model(model)
     path = Path(model).with_suffix(".removed.onnx") if output is None else output

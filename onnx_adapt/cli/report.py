@@ -14,7 +14,7 @@ from onnx_adapt.errors import SaveError
 
 if TYPE_CHECKING:
     from onnx_adapt import Report
-    from onnx_adapt.overview import Overview
+    from onnx_adapt.report.overview import Overview
 
 
 @click.command("report")
@@ -61,9 +61,9 @@ def command(
       onnx-adapt report model.onnx model.adapted.onnx -o report.html
     """
     import onnx_adapt as oa
-    from onnx_adapt.model_file import keep_files
-    from onnx_adapt.overview import overview
-    from onnx_adapt.report import CALIBRATE
+    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.proof.result import CALIBRATE
+    from onnx_adapt.report.overview import overview
 
     path = Path(output or f"{Path(adapted).with_suffix('')}.report.html")
     if as_json and output:
@@ -119,8 +119,8 @@ def check_page(path: Path, *given: str) -> None:
     Raises:
         AdaptError: If libraries are missing, or it would replace what it is about.
     """
-    from onnx_adapt.files.destination import settle
-    from onnx_adapt.page import require_libraries
+    from onnx_adapt.model.destination import settle
+    from onnx_adapt.report.page import require_libraries
 
     require_libraries()
     settle(path)
@@ -131,8 +131,8 @@ def check_page(path: Path, *given: str) -> None:
 
 def write_page(found: Overview, path: Path) -> None:
     """Write the page and say so."""
-    from onnx_adapt.files.whole_files import write_files
-    from onnx_adapt.page import render
+    from onnx_adapt.model.whole_files import write_files
+    from onnx_adapt.report.page import render
 
     data = render(found).encode()
     write_files([(path.absolute(), [data])])

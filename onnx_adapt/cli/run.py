@@ -17,7 +17,7 @@ from onnx_adapt.cli.show import print_json, print_table, say, say_next
 from onnx_adapt.errors import AdapterError, SaveError
 
 if TYPE_CHECKING:
-    from onnx_adapt.session import Choice
+    from onnx_adapt.session.adapter_session import Choice
 
 _SUFFIXES = (".onnx_adapter", ".safetensors", ".npz")
 _BASE = "-"
@@ -72,7 +72,7 @@ def command(
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
     import onnx_adapt as oa
-    from onnx_adapt.model_file import keep_files
+    from onnx_adapt.model.file import keep_files
     from onnx_adapt.proof.feeds import read_arrays
 
     chosen, names = read_choice(adapter, blend, rows)
@@ -205,9 +205,9 @@ def _write(path: Path, outputs: dict[str, Any]) -> None:
     """Write the outputs by name; the items of a sequence or map by number."""
     import numpy as np
 
-    from onnx_adapt.adapter_files.npz_file import archive
-    from onnx_adapt.files.whole_files import write_files
-    from onnx_adapt.runtime import as_arrays
+    from onnx_adapt.adapter.npz import archive
+    from onnx_adapt.model.whole_files import write_files
+    from onnx_adapt.proof.runner import as_arrays
 
     arrays: dict[str, Any] = {}
     for name, value in outputs.items():

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from onnx_adapt.errors import AdaptError
-from onnx_adapt.printable import plain
+from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Model
-    from onnx_adapt.model_file import Saved
+    from onnx_adapt.model.file import Saved
 
 _QUIET = "onnx_adapt.quiet"
 

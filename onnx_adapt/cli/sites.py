@@ -25,7 +25,7 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
       onnx-adapt sites model.onnx '*.output.dense'
     """
     import onnx_adapt as oa
-    from onnx_adapt.resolve import select_sites
+    from onnx_adapt.graph.resolve import select_sites
 
     with patience(f"reading {model}"):
         sites = select_sites(oa.open_model(model), pattern, all_tensors=all_tensors)

@@ -50,7 +50,7 @@ def command(model: str, as_json: bool) -> None:
       onnx-adapt slots model.adapted.onnx --json
     """
     import onnx_adapt as oa
-    from onnx_adapt.initializers import check_weights
+    from onnx_adapt.edit.weights import check_weights
 
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)

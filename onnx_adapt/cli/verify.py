@@ -54,9 +54,9 @@ def command(
       onnx-adapt verify model.onnx model.adapted.onnx --adapter fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model_file import keep_files
-    from onnx_adapt.overview import overview
-    from onnx_adapt.report import CALIBRATE
+    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.proof.result import CALIBRATE
+    from onnx_adapt.report.overview import overview
 
     if html:
         check_page(Path(html), base, adapted, *inputs, *((adapter,) if adapter else ()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from onnx_adapt import walk
+from onnx_adapt.model import walk
 
 MOST_AXES = 256
 """Four times what ONNX Runtime and numpy take."""

@@ -9,8 +9,8 @@ import onnx
 
 from onnx_adapt.graph.index import GraphView, ModelIndex, text
 from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
-from onnx_adapt.manifest import slot_of
-from onnx_adapt.model_file import read_tensor
+from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.manifest import slot_of
 
 _FUSED = {
     **dict.fromkeys(("BiasGelu", "FastGelu", "BiasAdd", "BiasSplitGelu"), (1, 1)),

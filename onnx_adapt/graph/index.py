@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from onnx_adapt import walk
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.axes import MOST_AXES
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.graph.inference import infer
-from onnx_adapt.manifest import slot_of
-from onnx_adapt.model_file import Model
-from onnx_adapt.walk import Scope
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.walk import Scope
+from onnx_adapt.slot.manifest import slot_of
 
 Shape = tuple[int | str | None, ...]
 

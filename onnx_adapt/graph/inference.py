@@ -16,10 +16,10 @@ from typing import Any
 
 import onnx
 
-from onnx_adapt import walk
 from onnx_adapt.graph.axes import has_endless_shapes
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.stand_ins import Draft, Find, stand_in
+from onnx_adapt.model import walk
 
 _Key = tuple[str, str, str]
 """Domain, name and overload of an operator or function."""

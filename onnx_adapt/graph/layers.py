@@ -11,7 +11,7 @@ import onnx
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.index import VALUE_FREE, GraphView, TensorType, attribute
-from onnx_adapt.manifest import slot_of
+from onnx_adapt.slot.manifest import slot_of
 
 LAST, CHANNELS = -1, 1
 

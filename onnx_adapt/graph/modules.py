@@ -20,7 +20,7 @@ from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.index import GraphView, ModelIndex, text
 from onnx_adapt.graph.layers import is_layer, layer_weight
 from onnx_adapt.graph.value_numbers import ValueNumbers
-from onnx_adapt.manifest import slot_of
+from onnx_adapt.slot.manifest import slot_of
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"

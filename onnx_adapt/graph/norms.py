@@ -11,8 +11,9 @@ import onnx
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.layers import find_weight
-from onnx_adapt.manifest import slot_of
-from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.manifest import slot_of
 
 _WHOLE = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _EPSILON = 1e-5  # of these operators, where they do not say

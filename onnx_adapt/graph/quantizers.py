@@ -16,8 +16,8 @@ import onnx
 from onnx_adapt.dtypes import Array
 from onnx_adapt.graph.index import GraphView, ModelIndex, attribute, text
 from onnx_adapt.graph.layers import is_layer
-from onnx_adapt.manifest import Slot, slot_of
-from onnx_adapt.model_file import read_tensor
+from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.manifest import Slot, slot_of
 
 _KINDS = onnx.TensorProto
 _LIMITS: dict[int, tuple[int, int]] = {

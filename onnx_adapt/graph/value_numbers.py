@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import onnx
 
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.files.payloads import LARGE
-from onnx_adapt.model_file import Model, payload_of, read_payload, read_tensor
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.payloads import LARGE
+from onnx_adapt.model.tensors import payload_of, read_payload, read_tensor
 
 
 @dataclass(slots=True)

@@ -13,18 +13,19 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.dtypes import Array
-from onnx_adapt.fitting import require_fit, required_manifest
+from onnx_adapt.edit.insert import remove
+from onnx_adapt.edit.ranges import Change, widen_ranges
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
-from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.saturation import switched_on
-from onnx_adapt.rewrite import remove
-from onnx_adapt.rewriting.ranges import Change, widen_ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from onnx_adapt import walk
-from onnx_adapt.files import external_data
-from onnx_adapt.files.payloads import token_index
 from onnx_adapt.graph.index import index_model
-from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
+from onnx_adapt.model import external_data, walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.payloads import token_index
+from onnx_adapt.slot.manifest import Slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.runtime import Values, as_arrays
+from onnx_adapt.proof.runner import Values, as_arrays
 
 
 def distance(expected: Sequence[Values], got: Sequence[Values]) -> float:

@@ -15,16 +15,16 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_adapt import walk
 from onnx_adapt.dtypes import Array
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.quantizers import Quantizer, quantizers_behind
-from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.compare import distance
 from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.taps import Tapper
-from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.slot.manifest import Slot
 
 _OFFSETS = (0.0, 0.25, 0.5, 0.75)
 """Of the grid, in steps: one rounding may happen to be lucky, four differ."""

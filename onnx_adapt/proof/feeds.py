@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_adapt.adapter_files import npz_file
+from onnx_adapt.adapter import npz as npz_file
 from onnx_adapt.errors import AdaptError
-from onnx_adapt.files.payloads import Source
 from onnx_adapt.graph.index import TensorType, elem_name, read_type
+from onnx_adapt.model.payloads import Source
 from onnx_adapt.ort import shortened
-from onnx_adapt.suggest import beside
+from onnx_adapt.words import beside
 
 Feeds = dict[str, Any]
 

@@ -14,11 +14,11 @@ import onnx
 
 from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.graph.index import index_model
-from onnx_adapt.model_file import Model
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.feeds import WITHOUT_PROOF, Feeds, check_feeds, inputs_hint, load_feeds
 from onnx_adapt.proof.made_up import Recipe, read_recipe
+from onnx_adapt.proof.runner import Runner, as_arrays
 from onnx_adapt.proof.sizes import Sizes, first_sizes, second_sizes
-from onnx_adapt.runtime import Runner, as_arrays
 
 _SECONDS, _TRIES = 60.0, 400
 """When made-up inputs are given up: after this long in runs, or this many."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_adapt.bounds import Bounded
 from onnx_adapt.dtypes import Array
-from onnx_adapt.manifest import Slot
-from onnx_adapt.oracle import Norm, slot_bounded
+from onnx_adapt.slot.bounds import Bounded
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.oracle import Norm, slot_bounded
 
 
 @dataclass(frozen=True, slots=True)

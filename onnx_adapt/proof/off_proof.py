@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt import walk
 from onnx_adapt.errors import RunError
-from onnx_adapt.manifest import OpenWeight, Slot
-from onnx_adapt.model_file import Model
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.roundings import beyond, kept_apart, shaken
-from onnx_adapt.report import Check
-from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.slot.manifest import OpenWeight, Slot
 
 _SHAKES = 3
 _RANDOM_OPS = {

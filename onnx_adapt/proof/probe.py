@@ -7,23 +7,30 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.edit.base_weights import close_base_weights
+from onnx_adapt.edit.weights import fill_weights, open_weights, read_weights
 from onnx_adapt.errors import SlotError
-from onnx_adapt.fitting import required_manifest
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.norms import own_norm
-from onnx_adapt.initializers import fill_weights, open_weights, read_weights
-from onnx_adapt.manifest import Slot, slot_of, write_manifest
-from onnx_adapt.model_file import Model, read_tensor
-from onnx_adapt.oracle import Norm
-from onnx_adapt.parts import bottleneck_axis, fan_in, neutral_weights, part_shape, row_shape
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.nearness import Nearness, slot_nearness
+from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.taps import Tap, Tapper
-from onnx_adapt.rewriting.base_weights import close_base_weights
-from onnx_adapt.runtime import Runner, Values
-from onnx_adapt.slot import EPSILON
+from onnx_adapt.slot.formula import EPSILON
+from onnx_adapt.slot.manifest import Slot, slot_of, write_manifest
+from onnx_adapt.slot.oracle import Norm
+from onnx_adapt.slot.parts import (
+    bottleneck_axis,
+    fan_in,
+    neutral_weights,
+    part_shape,
+    row_shape,
+)
 
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)

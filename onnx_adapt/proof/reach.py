@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import index_model
-from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.feeds import Feeds, inputs_hint, required_inputs
+from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
-from onnx_adapt.runtime import Runner
+from onnx_adapt.slot.manifest import Slot
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 

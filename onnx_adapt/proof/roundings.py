@@ -15,13 +15,14 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_adapt import walk
-from onnx_adapt.bounds import ARITHMETIC
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
-from onnx_adapt.manifest import OpenWeight, Slot
-from onnx_adapt.model_file import Model, read_tensor
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.proof.runner import Values, as_arrays
 from onnx_adapt.proof.taps import Tapper
-from onnx_adapt.runtime import Values, as_arrays
+from onnx_adapt.slot.bounds import ARITHMETIC
+from onnx_adapt.slot.manifest import OpenWeight, Slot
 
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 _MOVED = 1 << 28

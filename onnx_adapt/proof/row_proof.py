@@ -9,20 +9,20 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import RunError
 from onnx_adapt.graph.index import read_type
-from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
-from onnx_adapt.parts import fan_in, neutral_weights, part_shape
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds, required_inputs
+from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.roundings import Distance, beyond
-from onnx_adapt.report import Check
-from onnx_adapt.runtime import Runner, Values
-from onnx_adapt.swapping.batches import BatchAxes, Shape, find_batch, take_rows
-from onnx_adapt.swapping.mixing import pack, row_feeds
+from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.session.batches import BatchAxes, Shape, find_batch, take_rows
+from onnx_adapt.session.mixing import pack, row_feeds
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.parts import fan_in, neutral_weights, part_shape
 
 _ADAPTERS = 3
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_adapt.adapter import Adapter
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.edit.base_weights import fill_base_weights
+from onnx_adapt.edit.ranges import widened_ranges, with_base_ranges
+from onnx_adapt.edit.weights import fill_weights
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.quantizers import Quantizer, quantizers_behind
-from onnx_adapt.initializers import fill_weights
-from onnx_adapt.manifest import Slot
-from onnx_adapt.model_file import Model
-from onnx_adapt.printable import count
+from onnx_adapt.model.file import Model
 from onnx_adapt.proof.compare import distance
 from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
-from onnx_adapt.report import Check, Saturation
-from onnx_adapt.rewriting.base_weights import fill_base_weights
-from onnx_adapt.rewriting.ranges import widened_ranges, with_base_ranges
-from onnx_adapt.runtime import Runner, Values
+from onnx_adapt.proof.result import Check, Saturation
+from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.words import count
 
 
 def switched_on(model: Model, adapter: Adapter | None) -> Model:

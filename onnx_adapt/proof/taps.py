@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_adapt import walk
-from onnx_adapt.walk import Scope
+from onnx_adapt.model import walk
+from onnx_adapt.model.walk import Scope
 
 _INT64 = onnx.TensorProto.INT64
 

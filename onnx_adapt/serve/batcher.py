@@ -14,9 +14,9 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdaptError, RequestError, RunError
 from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve.protocol import Spec
-from onnx_adapt.session import AdapterSession
-from onnx_adapt.swapping.batches import BatchAxis
-from onnx_adapt.swapping.loaded import as_ort_value
+from onnx_adapt.session.adapter_session import AdapterSession
+from onnx_adapt.session.batches import BatchAxis
+from onnx_adapt.session.loaded import as_ort_value
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",

@@ -18,12 +18,12 @@ from typing import Any
 
 import fsspec
 
-from onnx_adapt.adapter import Adapter
-from onnx_adapt.adapter_files import read_adapter
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.files import read_adapter
+from onnx_adapt.adapter.fitting import manifest_misfits, refuse_misfits, required_manifest
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, SlotError
-from onnx_adapt.fitting import manifest_misfits, refuse_misfits, required_manifest
-from onnx_adapt.model_file import Model, open_model
+from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.serve.choice import is_name
 
 _SUFFIXES = (".safetensors", ".onnx_adapter", ".npz")

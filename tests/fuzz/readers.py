@@ -24,19 +24,19 @@ import onnx
 from google.protobuf.message import DecodeError
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.adapterhub import adapterhub_edits
-from onnx_adapt.checkpoints.peft import peft_edits
-from onnx_adapt.checkpoints.pickles import read_pickled_tensors
-from onnx_adapt.checkpoints.read import name_damage, read_folder
+from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.readers.folder import name_damage, read_folder
+from onnx_adapt.checkpoints.readers.peft import peft_edits
+from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
 from onnx_adapt.cli.run import read_choice
+from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import AdaptError, ModelFileError
-from onnx_adapt.files import payloads
-from onnx_adapt.fingerprint import fingerprint
-from onnx_adapt.manifest import KEY, manifest_from_text, read_manifest
-from onnx_adapt.model_file import payload_of, read_tensor
+from onnx_adapt.model import payloads
+from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.model.tensors import payload_of, read_tensor
+from onnx_adapt.model.walk import tensors
 from onnx_adapt.proof.feeds import read_arrays
-from onnx_adapt.rewriting.damage import damages
-from onnx_adapt.walk import tensors
+from onnx_adapt.slot.manifest import KEY, manifest_from_text, read_manifest
 
 CASES = Path(__file__).parent.parent / "cases"
 ROOM = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None

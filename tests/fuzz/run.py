@@ -17,7 +17,7 @@ from pathlib import Path
 
 import atheris
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "fixtures")]
 
 with atheris.instrument_imports(include=["onnx_adapt", "safetensors", "zipfile"]):
     import mutation

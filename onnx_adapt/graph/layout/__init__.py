@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 import onnx
 import onnx.inliner
 
-from onnx_adapt import walk
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model
 from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
@@ -35,7 +34,8 @@ from onnx_adapt.graph.layout.spreading import (
     spread,
     spread_loss,
 )
-from onnx_adapt.manifest import slot_of
+from onnx_adapt.model import walk
+from onnx_adapt.slot.manifest import slot_of
 
 _MOST_NODES = 1 << 16
 _UNPLACED = "nothing tells which of its axes has the features"

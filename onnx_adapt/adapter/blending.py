@@ -1,0 +1,266 @@
+"""Several adapters as one: the exact blend, with no change to the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.adapter.data import Adapter, same_base
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.slot.parts import COUPLING
+
+_Parts = Mapping[str, Array]
+
+_CLOSED = {
+    **dict.fromkeys(COUPLING, "an invertible adapter's coupling"),
+    **dict.fromkeys(("gate", "gate_bias"), "a gate"),
+    **dict.fromkeys(("after_weight", "after_bias", "switch"), "a normalisation of its term"),
+}
+"""Parts that make a slot's term no sum over its bottleneck."""
+
+
+def blend(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    name: str = "",
+    base: Mapping[str, Array] | None = None,
+) -> Adapter:
+    """Blend adapters: in every slot `target + sum_i weight_i * (target'_i - target)`.
+
+    The projections are concatenated along the bottleneck, `(width, r_1 + r_2 + ...)`, so
+    the blend is exact, and the graph stays as it is. An adapter without weights for some
+    slot leaves it off.
+
+    Args:
+        adapters: The adapters, of one base model.
+        weights: How much of each; any finite numbers.
+        name: What to call the blend; by default its recipe.
+        base: The base's own values of the weights that adapters replace (trained heads).
+            Not needed where the weights sum to 1.
+
+    Raises:
+        AdapterError: If a slot computes what cannot be blended (a gate, a normalisation of
+            the term, an invertible coupling), or the adapters do not belong together.
+
+    Example:
+        >>> import numpy as np, onnx_adapt as oa
+        >>> down, up = np.ones((8, 2), "float32"), np.ones((2, 8), "float32")
+        >>> fr = oa.Adapter("fr", {"fc": {"down": down, "up": up}})
+        >>> both = oa.blend([fr, fr], [0.7, 0.3])
+        >>> both.name, both.weights["fc"]["down"].shape
+        ('0.7*fr + 0.3*fr', (8, 4))
+    """
+    _refuse_misuse(adapters, weights)
+    recipe = name or " + ".join(
+        f"{weight:g}*{adapter.name}" for adapter, weight in zip(adapters, weights, strict=True)
+    )
+    if list(weights) == [1]:
+        only = adapters[0]
+        return Adapter(recipe, only.weights, only.replaced, only.activations, only.fingerprint)
+    slots = dict.fromkeys(slot for adapter in adapters for slot in adapter.weights)
+    activations: dict[str, str] = {}
+    silent = {s for a in adapters for s in a.weights if s not in a.activations}
+    for adapter in adapters:
+        for slot, activation in adapter.activations.items():
+            if activations.setdefault(slot, activation) != activation:
+                raise AdapterError(
+                    f"slot {slot!r} has the activation {activation} in adapter "
+                    f"{adapter.name!r}, {activations[slot]} in another",
+                    hint="adapters of one activation can be blended",
+                )
+    shares = list(zip(adapters, map(float, weights), strict=True))
+    return Adapter(
+        recipe,
+        {
+            slot: blend_slot(
+                slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights]
+            )
+            for slot in slots
+        },
+        _blend_replaced(shares, base),
+        # One ingredient that tells nothing cannot be vouched for by the others.
+        {slot: value for slot, value in activations.items() if slot not in silent},
+        min((adapter.fingerprint for adapter in adapters), key=bool),
+    )
+
+
+def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise AdapterError(
+            f"{len(adapters)} adapters and {len(weights)} weights make no blend",
+            hint="give one weight for each adapter",
+        )
+    refuse_odd_weights(weights)
+    known = [adapter for adapter in adapters if adapter.fingerprint]
+    for adapter in known[1:]:
+        if not same_base(adapter.fingerprint, known[0].fingerprint):
+            raise AdapterError(
+                f"adapters {known[0].name!r} and {adapter.name!r} are for different bases",
+                hint="blend adapters of one base",
+            )
+
+
+def refuse_odd_weights(weights: Iterable[object]) -> None:
+    """Refuse what cannot say how much of an adapter goes into a blend.
+
+    Raises:
+        AdapterError: If one is no finite number.
+    """
+    for weight in weights:
+        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+        try:
+            finite = number and math.isfinite(weight)  # type: ignore[arg-type]
+        except (OverflowError, TypeError):  # 10**400, a complex number
+            finite = False
+        if not finite:
+            raise AdapterError(
+                f"{weight!r} is no weight of a blend", hint="give a finite number, such as 0.7"
+            )
+
+
+def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
+    """The blend of several adapters' weights for one slot.
+
+    Raises:
+        AdapterError: If they cannot be blended.
+    """
+    first = shares[0][0]
+    for parts, _ in shares:
+        if set(parts) != set(first):
+            raise AdapterError(
+                f"slot {slot!r} has the parts {', '.join(first)} in one adapter and "
+                f"{', '.join(parts)} in another",
+                hint="run one at a time, or convert both for a model with the slots of both",
+            )
+    if closed := [part for part in first if part in _CLOSED]:
+        raise AdapterError(
+            f"slot {slot!r} cannot be blended: it has {_CLOSED[closed[0]]}, so its term is no "
+            "sum over the bottleneck",
+            hint="use one adapter at a time, with weight 1",
+        )
+    beside = {"down", "table", "down_bias"} if "norm_weight" not in first else set()
+    if "gain" not in first and all(weight == 1 for _, weight in shares):
+        beside.add("up")
+    wide = [
+        (
+            {p: v if p in beside else np.asarray(v, np.float64) for p, v in parts.items()},
+            weight,
+        )
+        for parts, weight in shares
+    ]
+    if "norm_weight" in first:
+        wide = _fold_norms(slot, wide)
+    return {
+        part: _narrowed(f"{part} of slot {slot!r}", blend_part(part, wide), value.dtype)
+        for part, value in first.items()
+    }
+
+
+def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
+    """A part of a blend in the element type of the adapters."""
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(value, dtype)
+    if not np.isfinite(result).all():
+        raise AdapterError(
+            f"{label} passes what {dtype} holds, or is NaN or infinity already",
+            hint="blend with smaller weights",
+        )
+    return result
+
+
+def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
+    """One part of a blend; `gain` goes into the up-projection.
+
+    Numbers are in float64, but for parts that are only laid side by side.
+    """
+    parts = [share for share, _ in shares]
+    if part in ("down", "table", "down_bias"):
+        channels = part == "down" and parts[0]["down"].ndim > 2
+        axis = 0 if channels or part == "down_bias" else 1
+        return np.concatenate([share[part] for share in parts], axis)
+    if part == "up":
+        channels = parts[0]["up"].ndim > 2
+        scaled = [
+            share["up"]
+            if weight == 1 and "gain" not in share
+            else share["up"] * (_gain(share, "up") * weight)
+            for share, weight in shares
+        ]
+        return np.concatenate(scaled, 1 if channels else 0)
+    if part == "up_bias":
+        terms = [share[part] * _gain(share, part) * weight for share, weight in shares]
+    elif part == "scale":
+        terms = [1 + 0 * parts[0][part]]
+        terms += [(share[part] - 1) * weight for share, weight in shares]
+    elif part in ("residual", "skip"):
+        terms = [share[part] * weight for share, weight in shares]
+    else:  # a gain that is folded away, or a norm that all have in common
+        return np.ones_like(parts[0][part]) if part == "gain" else parts[0][part]
+    return np.asarray(np.sum(terms, axis=0))
+
+
+def _gain(share: Mapping[str, Array], part: str) -> Array | float:
+    """The gain as it multiplies a part that has the width on its only or outer axis."""
+    if "gain" not in share:
+        return 1.0
+    gain, value = share["gain"].reshape(-1), share[part]
+    return gain.reshape(-1, *(1,) * (value.ndim - 1)) if value.ndim > 2 else gain
+
+
+def _fold_norms(
+    slot: str, shares: Sequence[tuple[dict[str, Array], float]]
+) -> list[tuple[dict[str, Array], float]]:
+    """Give all adapters one normalisation: what it is followed by goes into `down`.
+
+    `(x * weight + bias) @ down = x @ (weight * down) + bias @ down`, which wants a
+    `down_bias` to go to.
+    """
+    norms = ("norm_weight", "norm_bias")
+    first = shares[0][0]
+    if all(
+        np.array_equal(parts[part], first[part])
+        for parts, _ in shares
+        for part in norms
+        if part in first
+    ):
+        return list(shares)
+    if "norm_bias" in first and "down_bias" not in first:
+        raise AdapterError(
+            f"slot {slot!r} cannot be blended: each adapter has a normalisation of its own",
+            hint="use one adapter at a time",
+        )
+    folded = []
+    for parts, weight in shares:
+        plain = dict(parts)
+        plain["down"] = parts["norm_weight"][:, None] * parts["down"]
+        plain["norm_weight"] = np.ones_like(parts["norm_weight"])
+        if "norm_bias" in parts:
+            plain["down_bias"] = parts["down_bias"] + parts["norm_bias"] @ parts["down"]
+            plain["norm_bias"] = np.zeros_like(parts["norm_bias"])
+        folded.append((plain, weight))
+    return folded
+
+
+def _blend_replaced(
+    shares: Sequence[tuple[Adapter, float]], base: Mapping[str, Array] | None
+) -> dict[str, Array]:
+    """Weights in place of the base's: `base + sum_i weight_i * (value_i - base)`."""
+    blended: dict[str, Array] = {}
+    for key in dict.fromkeys(key for adapter, _ in shares for key in adapter.replaced):
+        given = [(a.replaced[key], weight) for a, weight in shares if key in a.replaced]
+        value = np.sum([np.asarray(array, np.float64) * w for array, w in given], axis=0)
+        rest = 1 - math.fsum(weight for _, weight in given)
+        if abs(rest) > 1e-9:
+            if base is None or key not in base:
+                raise AdapterError(
+                    f"adapters replace {key!r} of the base, and their weights do not sum to 1",
+                    hint="give the base's own value with `base=`",
+                )
+            value = value + np.asarray(base[key], np.float64) * rest
+        blended[key] = _narrowed(repr(key), value, given[0][0].dtype)
+    return blended

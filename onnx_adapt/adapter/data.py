@@ -1,0 +1,108 @@
+"""An adapter: the weights for the slots of a model, under one name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.slot.manifest import weight_name
+
+_PREFIX = "adapter."
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Weights by slot, and weights that stand in for some of the base's own.
+
+    `make_adapter` makes one of weights of your own that knows what it is for.
+
+    Attributes:
+        name: What the adapter is called.
+        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.formula.part_shape`.
+        replaced: Name of an input -> array: trained heads, biases and the like.
+        activations: Slot -> the activation it was trained with, where known.
+        fingerprint: Identity of the base model, perhaps abbreviated, or '' if unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> down, up = np.zeros((8, 2), "float32"), np.zeros((2, 8), "float32")
+        >>> adapter = Adapter("fr", {"fc": {"down": down, "up": up}})
+        >>> sorted(adapter.feeds())
+        ['adapter.fc.down', 'adapter.fc.up']
+    """
+
+    name: str
+    weights: Mapping[str, Mapping[str, Array]]
+    replaced: Mapping[str, Array] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def feeds(self) -> dict[str, Array]:
+        """Every array by the name of the model input that takes it, sorted."""
+        flat = {
+            weight_name(slot, part): array
+            for slot, parts in self.weights.items()
+            for part, array in parts.items()
+        }
+        return dict(sorted({**flat, **self.replaced}.items()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.feeds().values())
+
+
+def adapter_from_tensors(
+    name: str,
+    tensors: Mapping[str, Array],
+    *,
+    activations: Mapping[str, str] | None = None,
+    fingerprint: str = "",
+) -> Adapter:
+    """Sort arrays by input name into slots and replaced weights.
+
+    Raises:
+        AdapterError: If an array has an element type that no slot can have.
+    """
+    allowed = set(DTYPES.values())
+    weights: dict[str, dict[str, Array]] = {}
+    replaced: dict[str, Array] = {}
+    for key, array in sorted(tensors.items()):
+        if array.dtype not in allowed:
+            raise AdapterError(
+                f"tensor {key!r} of adapter {name!r} is {array.dtype}",
+                hint=f"adapters hold {', '.join(DTYPES)}",
+            )
+        slot, dot, part = key.removeprefix(_PREFIX).rpartition(".")
+        if key.startswith(_PREFIX) and dot and slot:
+            weights.setdefault(slot, {})[part] = np.asarray(array, order="C")
+        else:
+            replaced[key] = np.asarray(array, order="C")
+    return Adapter(name, weights, replaced, dict(activations or {}), fingerprint)
+
+
+_SHORT = "short:"
+
+
+def short_fingerprint(fingerprint: str) -> int:
+    """The first 31 bits of a fingerprint, for formats with no room for more; 0 if none."""
+    if fingerprint.startswith(_SHORT):
+        return int(fingerprint.removeprefix(_SHORT))
+    digits = fingerprint.removeprefix("sha256:")[:8]
+    return int(digits, 16) >> 1 if digits else 0
+
+
+def abbreviated(number: int) -> str:
+    """The fingerprint of which only `short_fingerprint` is left; '' if that is 0."""
+    return f"{_SHORT}{number}" if number > 0 else ""
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints, whole or abbreviated, can be of one model."""
+    if one.startswith(_SHORT) or other.startswith(_SHORT):
+        return short_fingerprint(one) == short_fingerprint(other)
+    return one == other

@@ -1,0 +1,159 @@
+"""Adapters as files: `.safetensors`, ONNX Runtime's `.onnx_adapter`, and `.npz`."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.model.payloads import Source
+from onnx_adapt.model.signatures import HEAD, recognised
+from onnx_adapt.model.whole_files import write_files
+from onnx_adapt.words import beside
+
+_FORMATS = {
+    ".safetensors": "safetensors",
+    ".onnx_adapter": "onnx_adapter",
+    ".npz": "npz",
+}
+_OWN = {
+    ".safetensors": "a safetensors file",
+    ".onnx_adapter": "an .onnx_adapter",
+    ".npz": "an .npz",
+}
+"""How a file of each format is recognised."""
+
+
+def _format(path: Path) -> ModuleType:
+    if path.suffix not in _FORMATS:
+        raise AdapterError(
+            f"{path.name} is of no known adapter format",
+            hint=f"adapter files end in {', '.join(_FORMATS)}",
+        )
+    return import_module(f"onnx_adapt.adapter.{_FORMATS[path.suffix]}")
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """Refuse what is known to be another kind of file than its name says."""
+    found = recognised(head, path.name, adapter=True)
+    if found and not found[0].startswith(_OWN.get(path.suffix, "-")):
+        raise AdapterError(f"{path.name} is {found[0]}, no adapter file", hint=found[1])
+
+
+def load_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter file; its suffix tells the format.
+
+    Raises:
+        AdapterError: If the file is missing, damaged or of another kind.
+
+    Example:
+        >>> load_adapter("fr.txt")
+        Traceback (most recent call last):
+        ...
+        onnx_adapt.errors.AdapterError: fr.txt is of no known adapter format
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise AdapterError(
+            f"{file} is a folder, no adapter file",
+            hint="of a trained adapter's folder `onnx-adapt convert FOLDER --for MODEL.onnx "
+            "-o NAME.safetensors` makes one",
+        )
+    try:
+        if file.suffix not in _FORMATS and file.is_file():
+            with file.open("rb") as stream:
+                _refuse_others(file, stream.read(HEAD))
+        _format(file)  # an unknown suffix is told before a missing file
+        Source.of(file)  # of a device there is no end
+        data = file.read_bytes()
+    except OSError as error:
+        raise AdapterError(
+            f"cannot read {file}: {error.strerror or error}", hint=beside(file)
+        ) from error
+    return read_adapter(data, file)
+
+
+def read_adapter(data: bytes, path: Path) -> Adapter:
+    """Read an adapter from the bytes of its file, mapped ones included.
+
+    Raises:
+        AdapterError: If they are damaged or of another kind.
+    """
+    head = bytes(data[:HEAD])
+    try:
+        adapter: Adapter = _format(path).read(data, path)
+    except AdapterError:
+        _refuse_others(path, head)
+        raise
+    if adapter.replaced and not adapter.weights:
+        _refuse_others(path, head)
+    return adapter
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter file, whole or not at all; its suffix tells the format.
+
+    The same adapter gives the same bytes, every time.
+
+    Raises:
+        AdapterError: If the format cannot hold the adapter.
+        SaveError: If the file cannot be written.
+
+    Example:
+        >>> import numpy as np, tempfile, onnx_adapt as oa
+        >>> down, up = np.zeros((8, 2), "float32"), np.zeros((2, 8), "float32")
+        >>> adapter = oa.Adapter("fr", {"fc": {"down": down, "up": up}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = oa.save_adapter(adapter, folder + "/fr.safetensors")
+        ...     oa.load_adapter(path).name
+        'fr'
+    """
+    file = Path(path).absolute()
+    write_files([(file, [encode_adapter(adapter, file)])])
+    return file
+
+
+def encode_adapter(adapter: Adapter, path: Path) -> bytes:
+    """The bytes of an adapter's file; its suffix tells the format.
+
+    Raises:
+        AdapterError: If the format cannot hold the adapter.
+    """
+    data: bytes = _format(path).write(_plain(adapter), path)
+    return data
+
+
+def _plain(adapter: Adapter) -> Adapter:
+    """The adapter with every array as files have it: little-endian, in C order.
+
+    Raises:
+        AdapterError: If an array is no float array, or a name cannot be text in a file.
+    """
+    allowed = set(DTYPES.values())
+    tensors: dict[str, Array] = {}
+    for name, array in adapter.feeds().items():
+        tensors[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        if tensors[name].dtype not in allowed:
+            raise AdapterError(
+                f"tensor {name!r} of adapter {adapter.name!r} is {array.dtype}",
+                hint=f"adapters hold {', '.join(DTYPES)}",
+            )
+    try:
+        "".join((adapter.name, adapter.fingerprint, *tensors)).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"a name in adapter {adapter.name!r} is no text: {error}",
+            hint="name its slots and weights in Unicode",
+        ) from error
+    return adapter_from_tensors(
+        adapter.name,
+        tensors,
+        activations=adapter.activations,
+        fingerprint=adapter.fingerprint,
+    )

@@ -1,0 +1,220 @@
+"""Whether an adapter fits a model."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_adapt.adapter.data import Adapter, same_base
+from onnx_adapt.dtypes import DTYPES, FLOATS
+from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
+from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.parts import bottleneck_axis, part_shape
+
+if TYPE_CHECKING:
+    from onnx_adapt.model.file import Model
+
+
+def required_manifest(model: Model) -> Manifest:
+    """The manifest of a model that must have slots.
+
+    Raises:
+        SlotError: If it has none.
+    """
+    manifest = read_manifest(model.proto)
+    if manifest is None:
+        raise SlotError(
+            f"{model.label} has no slots", hint="`onnx-adapt insert` puts some into it"
+        )
+    return manifest
+
+
+Replaceable = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and element type of each weight of the base that adapters may replace."""
+
+
+def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> list[str]:
+    """Why an adapter cannot be used with a model; empty if it can.
+
+    Args:
+        model: A model with slots.
+        adapter: The adapter.
+        allow_partial: Do not mind slots that the adapter has no weights for.
+
+    Raises:
+        SlotError: If the model has no slots.
+    """
+    manifest = required_manifest(model)
+    known = {weight.name for weight in manifest.weights}
+    replaceable = {
+        tensor.name: (tuple(tensor.dims), FLOATS.get(tensor.data_type, ""))
+        for tensor in model.proto.graph.initializer
+        if tensor.name in known
+    }
+    return manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
+
+
+def manifest_misfits(
+    manifest: Manifest,
+    replaceable: Replaceable,
+    adapter: Adapter,
+    *,
+    allow_partial: bool = False,
+) -> list[str]:
+    """Why an adapter cannot be used with a model of which only the record is at hand."""
+    found: list[str] = []
+    if adapter.fingerprint and not same_base(adapter.fingerprint, manifest.fingerprint):
+        found.append(
+            "it was made for another base model: its fingerprint is "
+            f"{adapter.fingerprint[:19]}..., the model's {manifest.fingerprint[:19]}..."
+        )
+    slots = {slot.name: slot for slot in manifest.slots}
+    found += [
+        f"the model has no slot {name!r}" for name in adapter.weights if name not in slots
+    ]
+    for name, slot in slots.items():
+        if name in adapter.weights:
+            found += _slot_misfits(slot, adapter)
+        elif not allow_partial:
+            found.append(f"it has no weights for slot {name!r}")
+    found += _replaced_misfits(replaceable, adapter, allow_partial=allow_partial)
+    found += [f"{key!r} holds NaN or infinity" for key in _odd(adapter)]
+    return found
+
+
+_ACTIVATED = frozenset(["down", "table", "f_down"])
+"""What an activation of a slot is applied behind."""
+
+
+def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
+    """What cannot be checked about an adapter, for it does not tell; empty if all can."""
+    found = []
+    if not adapter.fingerprint:
+        found.append("base not checked: the adapter has no fingerprint")
+    silent = [
+        slot.name
+        for slot in manifest.slots
+        if slot.name in adapter.weights and not _ACTIVATED.isdisjoint(slot.parts)
+        if slot.name not in adapter.activations
+    ]
+    if silent:
+        more = ", ..." if len(silent) > 1 else ""
+        found.append(f"activation not checked: the adapter has none for {silent[0]!r}{more}")
+    return found
+
+
+def warn_unchecked(manifest: Manifest, adapter: Adapter, told: set[str]) -> None:
+    """Warn of what cannot be checked about an adapter, where the package was called.
+
+    Args:
+        manifest: The record of the model.
+        adapter: The adapter.
+        told: What has been warned of already, and need not be again.
+    """
+    found = unchecked(manifest, adapter)
+    message = f"adapter {adapter.name!r}: {'; '.join(found)}; make_adapter stamps both"
+    if not found or message in told:
+        return
+    told.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("onnx_adapt."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UncheckedWarning, stacklevel=level)
+
+
+def _odd(adapter: Adapter) -> Iterator[str]:
+    for key, value in adapter.feeds().items():
+        if not np.isfinite(value).all():
+            yield key
+
+
+def _slot_misfits(slot: Slot, adapter: Adapter) -> Iterator[str]:
+    weights = adapter.weights[slot.name]
+    missing = [part for part in slot.parts if part not in weights]
+    extra = [part for part in weights if part not in slot.parts]
+    if missing or extra:
+        yield (
+            f"slot {slot.name!r} has the parts {', '.join(slot.parts)}; the adapter has "
+            f"{', '.join(sorted(weights))}"
+        )
+        return
+    trained = adapter.activations.get(slot.name, slot.activation)
+    if trained != slot.activation:
+        yield f"slot {slot.name!r} computes {slot.activation}, the adapter needs {trained}"
+    sizes: dict[str, int] = {}
+    for part in slot.parts:
+        value, axis = weights[part], bottleneck_axis(slot, part)
+        size = slot.bottleneck
+        if axis is not None and value.ndim > axis:
+            if size and value.shape[axis] != size:
+                yield (
+                    f"slot {slot.name!r} has a fixed bottleneck of {size}, the adapter "
+                    f"{value.shape[axis]}: insert without --bottleneck for any size"
+                )
+                return
+            size = sizes[part] = value.shape[axis]
+        expected = part_shape(slot, part, size)
+        if value.shape != expected:
+            yield f"{slot.weight(part)!r} has shape {list(value.shape)}, not {list(expected)}"
+        if value.dtype != DTYPES[slot.dtype]:
+            yield f"{slot.weight(part)!r} is {value.dtype}, the slot {slot.dtype}"
+    if len(set(sizes.values())) > 1:
+        yield f"the weights for slot {slot.name!r} have different bottlenecks: {sizes}"
+
+
+def _replaced_misfits(
+    replaceable: Replaceable, adapter: Adapter, *, allow_partial: bool
+) -> Iterator[str]:
+    for name, value in adapter.replaced.items():
+        if name not in replaceable:
+            yield f"the model has no replaceable weight {name!r}"
+            continue
+        shape, dtype = replaceable[name]
+        if value.shape != shape:
+            yield f"{name!r} has shape {list(value.shape)}, not {list(shape)}"
+        if str(value.dtype) != dtype:
+            yield f"{name!r} is {value.dtype}, the model's {dtype}"
+    if not allow_partial:
+        missing = [name for name in replaceable if name not in adapter.replaced]
+        yield from (f"it has no {name!r}" for name in missing)
+
+
+def require_fit(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> None:
+    """Raise unless an adapter fits a model.
+
+    Raises:
+        AdapterError: With the first misfits.
+    """
+    found = misfits(model, adapter, allow_partial=allow_partial)
+    refuse_misfits(found, adapter, model.label)
+
+
+def refuse_misfits(found: Sequence[str], adapter: Adapter, label: str) -> None:
+    """Raise if there are any.
+
+    Raises:
+        AdapterError: With the first of them.
+    """
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise AdapterError(
+            f"adapter {adapter.name!r} does not fit {label}: " + "; ".join(found[:3]) + more,
+            hint="`onnx-adapt check` lists everything; --allow-partial leaves slots without "
+            "weights off",
+        )
+
+
+def overlaps(adapters: Sequence[Adapter]) -> list[str]:
+    """Slots and weights that two of several adapters both have."""
+    owner: dict[str, str] = {}
+    found = []
+    for adapter in adapters:
+        for key in adapter.feeds():
+            if key in owner:
+                found.append(f"{key!r} is in adapter {owner[key]!r} and in {adapter.name!r}")
+            owner[key] = adapter.name
+    return found

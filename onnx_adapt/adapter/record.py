@@ -1,0 +1,75 @@
+"""What an adapter file says of itself beside its tensors, as one JSON text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import AdapterError
+
+KEY = "onnx_adapt"
+VERSION = 1
+
+
+def write_record(adapter: Adapter) -> str:
+    """The record of an adapter: name, slots with parts and activation, fingerprint."""
+    slots = {
+        slot: {"parts": sorted(parts), "activation": adapter.activations.get(slot, "")}
+        for slot, parts in sorted(adapter.weights.items())
+    }
+    data = {
+        "format": VERSION,
+        "name": adapter.name,
+        "fingerprint": adapter.fingerprint,
+        "slots": slots,
+    }
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Path) -> Adapter:
+    """Put an adapter together from its record, if it has one, and its tensors.
+
+    Raises:
+        AdapterError: If the record is damaged, too new, or not about these tensors.
+    """
+    if text is None:
+        return adapter_from_tensors(path.stem, tensors)
+    try:
+        data: dict[str, Any] = json.loads(text)
+        version = data["format"]
+        if not isinstance(version, int) or version > VERSION:
+            raise AdapterError(
+                f"{path.name} is an adapter file of format {version}; this version of "
+                f"onnx-adapt reads up to {VERSION}",
+                hint="upgrade: pip install -U onnx-adapt",
+            )
+        slots = {str(s): sorted(map(str, item["parts"])) for s, item in data["slots"].items()}
+        activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
+        name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(
+            f"the record in {path.name} is damaged ({error!r})",
+            hint="write the file again with onnx-adapt",
+        ) from error
+    activations = {slot: value for slot, value in activations.items() if value}
+    adapter = adapter_from_tensors(
+        name, tensors, activations=activations, fingerprint=fingerprint
+    )
+    if slots != {slot: sorted(parts) for slot, parts in adapter.weights.items()}:
+        raise AdapterError(
+            f"the tensors in {path.name} are not those its record names",
+            hint="the file is damaged or was edited; write it again",
+        )
+    return adapter
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

@@ -1,0 +1,80 @@
+"""`.safetensors`: the canonical adapter file (https://github.com/huggingface/safetensors)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.record import KEY, adapter_from_record, write_record
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import AdapterError
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": DTYPES["bfloat16"],
+    "F64": np.dtype(np.float64),
+    **{name: np.dtype(kind) for name, kind in (("I64", np.int64), ("I32", np.int32))},
+    **{name: np.dtype(kind) for name, kind in (("I8", np.int8), ("U8", np.uint8))},
+    **{name: np.dtype(kind) for name, kind in (("I16", np.int16), ("BOOL", np.bool_))},
+}
+
+
+def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
+    """All tensors of a safetensors file; bfloat16 included, which its numpy reader omits.
+
+    Raises:
+        AdapterError: If the bytes are not such a file.
+    """
+    tensors: dict[str, Array] = {}
+    try:
+        _header(data)
+        items: Any = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        for name, item in items:
+            dtype: np.dtype[Any] = _DTYPES[item["dtype"]]
+            tensors[name] = np.frombuffer(item["data"], dtype).reshape(item["shape"])
+    except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{path.name} is not a whole safetensors file: {error}", hint="write it again"
+        ) from error
+    return dict(sorted(tensors.items()))  # the library gives any order
+
+
+def read(data: bytes, path: Path) -> Adapter:
+    """Read an adapter."""
+    tensors = read_tensors(data, path)
+    metadata = _header(data).get("__metadata__") or {}
+    return adapter_from_record(metadata.get(KEY), tensors, path)
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of a file; the library does not mind a name that stands in it twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name is given twice")
+        return dict(pairs)
+
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data):
+        raise ValueError("the header goes past the end")
+    header: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=once)
+    return header
+
+
+def write(adapter: Adapter, path: Path) -> bytes:
+    """The bytes of an adapter; one metadata entry, for the library orders several freely."""
+    # The library reads memory as it lies (its issue 825): strided arrays would be scrambled.
+    tensors = {name: np.asarray(a, order="C") for name, a in adapter.feeds().items()}
+    try:
+        return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(
+            f"{path.name} cannot be written: {error}", hint="use .npz"
+        ) from error

@@ -1,0 +1,177 @@
+"""Trained checkpoints: what PEFT and AdapterHub save, as slots and weights for a graph."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.checkpoints.edits import Edit, Replacement
+from onnx_adapt.checkpoints.modules.by_name import ByName
+from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.modules.cores import refuse_fused
+from onnx_adapt.checkpoints.modules.model_parts import parts_shown
+from onnx_adapt.checkpoints.modules.names import (
+    map_modules,
+    refuse_other_part,
+    refuse_unmapped,
+)
+from onnx_adapt.checkpoints.modules.packed import packed_cores
+from onnx_adapt.checkpoints.placing.opening import open_weight
+from onnx_adapt.checkpoints.placing.place import place
+from onnx_adapt.checkpoints.placing.workshop import Workshop
+from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.readers.folder import (
+    Folder,
+    name_damage,
+    read_folder,
+    read_state_dict,
+)
+from onnx_adapt.checkpoints.readers.peft import peft_edits
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.names import reserved_names
+from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.graph.sites import survey_model
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A trained adapter for one graph: the slots it needs, and the weights for them.
+
+    Attributes:
+        adapter: The weights.
+        slots: The slots, as they are to be inserted.
+        openings: Weights of the base that the adapter replaces.
+        base: Fingerprint of the graph it was placed in.
+    """
+
+    adapter: Adapter
+    slots: tuple[Slot, ...]
+    openings: tuple[Opening, ...]
+    base: str
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    name: str = "",
+    base_weights: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
+
+    Args:
+        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        model: The base, exported without the adapter.
+        name: The adapter's name; by default AdapterHub's, or the folder's.
+        base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
+
+    Raises:
+        CheckpointError: If the method is not supported, or modules are not in the graph.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> folder = "tests/cases/peft_bert_lora_default_ts/adapter"
+        >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
+        4
+    """
+    folder = read_folder(Path(path))
+    with name_damage(folder):
+        edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
+    survey = survey_model(model)
+    refuse_fused(survey, edits)
+    places: ByName | ByValue = ByName(survey, packed_cores(survey))
+    if base_weights is not None:
+        file = Path(base_weights)
+        places = find_by_value(model, survey, read_state_dict(file), file.name)
+    edits, names = _map(folder, edits, places, parts_shown(model.proto, survey.modules.paths))
+    manifest = read_manifest(model.proto)
+    taken = reserved_names(survey.index)
+    taken |= {slot.name for slot in manifest.slots} if manifest else set()
+    shop = Workshop(model, survey, places, names, taken)
+    replaced: dict[str, Array] = {}
+    openings: list[Opening] = []
+    for edit in edits:
+        with name_damage(folder, edit.module):
+            if isinstance(edit, Replacement):
+                _open(shop, edit, openings, replaced)
+                _refuse_opened(openings[-1], manifest)
+            else:
+                place(shop, edit)
+    identity = manifest.fingerprint if manifest else fingerprint(model)
+    adapter = Adapter(
+        name or str(folder.config.get("name") or "") or folder.path.resolve().name,
+        shop.weights,
+        replaced,
+        {slot.name: slot.activation for slot in shop.slots},
+        identity,
+    )
+    return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
+
+
+def _refuse_opened(opening: Opening, manifest: Manifest | None) -> None:
+    """A weight can be replaced by the adapter of one insertion."""
+    if manifest and opening.weight.original in {weight.name for weight in manifest.weights}:
+        raise CheckpointError(
+            f"{opening.weight.original!r} of the model is replaced by an adapter already",
+            hint="`onnx-adapt convert` gives another adapter for the same slots; else insert "
+            "into the base model",
+        )
+
+
+def _open(
+    shop: Workshop, edit: Replacement, openings: list[Opening], replaced: dict[str, Array]
+) -> None:
+    """Make a weight replaceable, once: a head's bias can have two names."""
+    opening, value = open_weight(shop, edit)
+    twin = next((other for other in openings if {*other.uses} & {*opening.uses}), None)
+    if twin is None:
+        openings.append(opening)
+        replaced[opening.weight.name] = value
+    elif not np.array_equal(value, replaced[twin.weight.name]):
+        raise CheckpointError(
+            f"{opening.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
+            "and the checkpoint has two values for it"
+        )
+
+
+def _map(
+    folder: Folder, edits: list[Edit], places: ByName | ByValue, shown: Collection[str]
+) -> tuple[list[Edit], Mapping[str, str]]:
+    """Map the modules of all edits; a head that the graph does not have is left out."""
+    wanted = list(dict.fromkeys(edit.module for edit in edits))
+    known = places.known()
+    head = {key.rpartition(".")[0] for key in folder.head}
+    kind = str(folder.config.get("model_type", ""))
+    names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
+    if not set(wanted) <= names.keys() and (stored := places.stored()):
+        known = [*known, *stored]
+        names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
+    left_out = sorted(head - set(names))
+    if isinstance(places, ByValue):
+        left_out = sorted(head) if places.lacks_head(folder.head, names) else []
+    if left_out and any(module in names for module in wanted if module not in head):
+        _log.warning(
+            "left out the head saved beside the adapter: the graph has no %s",
+            ", ".join(left_out),
+        )
+        edits = [edit for edit in edits if edit.module not in left_out]
+        wanted = [module for module in wanted if module not in left_out]
+    label = places.label if isinstance(places, ByValue) else ""
+    refuse_other_part(wanted, names, known, kind=kind, shown=shown, file=label)
+    refuse_unmapped(wanted, names, known, label)
+    if not edits:
+        raise CheckpointError(f"{folder.path} asks for nothing")
+    return edits, names

@@ -1,0 +1,1 @@
+"""Names and values -> the calls of a module in a graph."""

@@ -1,0 +1,223 @@
+"""Modules of a graph that lost its names, by the values of the base's weights."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.checkpoints.modules.cores import (
+    CORES,
+    Core,
+    Use,
+    core_at,
+    read_matrix,
+    refuse_uncalled,
+)
+from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.norms import BaseNorm
+from onnx_adapt.graph.sites import Survey
+from onnx_adapt.model.file import Model
+
+
+@dataclass(frozen=True, slots=True)
+class ByValue:
+    """Finds modules by the weights that the base had before it was exported.
+
+    Attributes:
+        label: The file of the weights.
+        weights: The base's state dict.
+        found: The calls of each module.
+        norms: The calls of each normalisation.
+        alike: For modules whose weights are in the graph, but not theirs alone, the others.
+        free: The shapes of layers that are no module of the file.
+    """
+
+    label: str
+    weights: Mapping[str, Array]
+    found: Mapping[str, list[Core]]
+    norms: Mapping[str, list[BaseNorm]]
+    alike: Mapping[str, list[str]]
+    free: frozenset[tuple[int, ...]]
+
+    def known(self) -> list[str]:
+        """The modules of the file, and those whose output is a LayerNorm."""
+        modules = dict.fromkeys(key.rpartition(".")[0] for key in self.weights)
+        parents = [m.removesuffix(".LayerNorm") for m in modules if m.endswith(".LayerNorm")]
+        return list(dict.fromkeys([*modules, *parents]))
+
+    def stored(self) -> list[str]:
+        """Other modules: there are none."""
+        return []
+
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+        """The calls of a module, in graph order."""
+        if called:
+            refuse_uncalled(module, self.weights)
+        return self.found.get(module, [])
+
+    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+        """Where a parameter of a normalisation enters the graph.
+
+        Raises:
+            CheckpointError: If the module was not found.
+        """
+        if module not in self.norms:
+            raise self.missing(module)
+        places = (
+            (norm.view, norm.weight if parameter == "weight" else norm.bias)
+            for norm in self.norms[module]
+        )
+        return [Use(view, *place, False) for view, place in places if place is not None]
+
+    def output(self, module: str) -> list[tuple[GraphView, str]]:
+        """What a module hands to the rest of the model, if that is its LayerNorm's output."""
+        norms = self.norms.get(f"{module}.LayerNorm")
+        if norms is None:
+            raise self.missing(f"{module}.LayerNorm")
+        return [(norm.view, norm.output) for norm in norms]
+
+    def missing(self, module: str) -> CheckpointError:
+        """Why a module was not found."""
+        if module in self.alike:
+            others = ", ".join(map(repr, self.alike[module][:3])) or "another"
+            return CheckpointError(
+                f"module {module!r} cannot be told from {others} in the graph: their weights "
+                "are equal",
+                hint="insert the adapter into the model as exported, with its names",
+            )
+        return CheckpointError(
+            f"the weight of module {module!r} in {self.label} is not in the graph",
+            hint="give the weights that were exported; a layer that was fused or quantised "
+            "since has others",
+        )
+
+    def lacks_head(self, head: Mapping[str, Array], names: Mapping[str, str]) -> bool:
+        """Whether the graph has no layer that could be one of a head's."""
+        return not any(
+            key.endswith(".weight")
+            and value.ndim == 2
+            and (
+                names.get(key.removesuffix(".weight")) in self.found
+                or value.shape in self.free
+                or value.shape[::-1] in self.free
+            )
+            for key, value in head.items()
+        )
+
+
+def find_by_value(
+    model: Model, survey: Survey, weights: Mapping[str, Array], label: str
+) -> ByValue:
+    """Find modules by the values of their weights.
+
+    Args:
+        model: The model.
+        survey: Its survey.
+        weights: The base's state dict.
+        label: The name of its file.
+
+    Raises:
+        CheckpointError: If no weight of the base is in the graph.
+    """
+    weights = {_current(key): value for key, value in weights.items()}
+    by_value: dict[bytes, list[Core]] = {}
+    kinds: set[np.dtype[Any]] = set()
+    for view in survey.index.views.values():
+        for node in view.nodes:
+            if node.op_type in CORES and is_layer(view, node):
+                core = core_at(survey, view, node)
+                weight = find_weight(core.view, core.weight)
+                if weight is not None and weight.elem_type in FLOATS:
+                    kinds.add(DTYPES[FLOATS[weight.elem_type]])
+                by_value.setdefault(digest(read_matrix(model, core)), []).append(core)
+    found, alike, claimed = _cores(by_value, kinds, weights)
+    if not claimed:
+        raise CheckpointError(
+            f"none of the weights in {label} is in the graph",
+            hint="give the weights of the very base that was exported, before any training "
+            "or quantisation since",
+        )
+    norms, unclear = norms_by_value(model, survey, weights, found, kinds)
+    free = frozenset(
+        weight.dims
+        for cores in by_value.values()
+        for core in cores
+        if id(core.node) not in claimed
+        if (weight := find_weight(core.view, core.weight)) is not None
+    )
+    return ByValue(label, weights, found, norms, {**alike, **unclear}, free)
+
+
+def _current(key: str) -> str:
+    """A key of a state dict; TensorFlow's names for LayerNorm are in old files."""
+    key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
+
+
+def _cores(
+    by_value: Mapping[bytes, list[Core]],
+    kinds: Iterable[np.dtype[Any]],
+    weights: Mapping[str, Array],
+) -> tuple[dict[str, list[Core]], dict[str, list[str]], set[int]]:
+    """The calls of each module; modules that are alike; and all nodes that have a module."""
+    matrices = {
+        key.rpartition(".")[0]: array
+        for key, array in weights.items()
+        if key.endswith(".weight") and array.ndim >= 2
+    }
+    found = {module: _same(by_value, kinds, array) for module, array in matrices.items()}
+    twins = {
+        module: [other for other in found if found[other] is cores]
+        for module, cores in found.items()
+        if cores
+    }
+    own = {module: _of_module(found[module], twins[module], module) for module in twins}
+    owners = Counter(id(core.node) for cores in own.values() for core in cores)
+    single = {
+        module: cores
+        for module, cores in own.items()
+        if cores and all(owners[id(core.node)] == 1 for core in cores)
+    }
+    alike = {
+        module: [other for other in twins[module] if other != module]
+        for module in own
+        if module not in single
+    }
+    return single, alike, {id(core.node) for cores in found.values() for core in cores}
+
+
+def _same(
+    by_value: Mapping[bytes, list[Core]], kinds: Iterable[np.dtype[Any]], array: Array
+) -> list[Core]:
+    """The cores with a weight's values in any precision; transposed only if none has it."""
+    for turned in (array, array.T):
+        for kind in kinds:
+            if cores := by_value.get(digest(turned.astype(kind))):
+                return cores
+    return []
+
+
+def _of_module(cores: list[Core], twins: list[str], module: str) -> list[Core]:
+    """Of the cores with a module's weight those of its kind; none if nobody can tell.
+
+    A tied table is read by an embedding's Gather and by a head.
+    """
+    embeds = [core for core in cores if core.node.op_type == "Gather"]
+    heads = [core for core in cores if core.node.op_type != "Gather"]
+    if not embeds or not heads:
+        return cores
+    if _EMBEDDING.search(module):
+        return embeds
+    return heads if any(_EMBEDDING.search(twin) for twin in twins) else []
+
+
+_EMBEDDING = re.compile(r"(embed\w*|wte|wpe|shared)$")

@@ -1,0 +1,287 @@
+"""The modules of a checkpoint in the names of a graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx_adapt.checkpoints.modules.model_parts import lost_parts, other_part, parts_of
+from onnx_adapt.errors import CheckpointError
+
+# transformers 5 renamed the modules of ViT and its kin: 4 -> 5.
+_RENAMED = (
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.query", r"layers.\1.attention.q_proj"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.key", r"layers.\1.attention.k_proj"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.value", r"layers.\1.attention.v_proj"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"layers.\1.attention.o_proj"),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"layers.\1.mlp.fc1"),
+    (r"encoder\.layer\.(\d+)\.output\.dense", r"layers.\1.mlp.fc2"),
+)
+_SHOWN = 3
+
+
+def _newer(path: str) -> str:
+    for old, new in _RENAMED:
+        changed, count = re.subn(old, new, path)
+        if count:
+            return changed
+    return path
+
+
+def _older(path: str) -> str:
+    for old, new in _RENAMED:
+        pattern = new.replace(".", r"\.").replace(r"\1", r"(\d+)").replace("\\\\.", "\\.")
+        template = old.replace("\\.", ".").replace(r"(\d+)", r"\1")
+        changed, count = re.subn(pattern, template, path)
+        if count:
+            return changed
+    return path
+
+
+def _built(path: str) -> str:
+    """What onnxruntime-genai's builder makes of a name."""
+    return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
+
+
+def map_modules(
+    wanted: Sequence[str],
+    known: Iterable[str],
+    *,
+    optional: Collection[str] = (),
+    kind: str = "",
+    shown: Collection[str] = (),
+) -> dict[str, str]:
+    """Find each module of a checkpoint among the modules of a graph.
+
+    Either side may have a prefix the other lacks (`bert.`, a wrapper's attribute), but the
+    same one for all modules, so that no module is mistaken for a shorter namesake; and not
+    one that names a part of a model (`model.decoder.`), unless the graph is that part.
+
+    Args:
+        wanted: The checkpoint's modules.
+        known: The graph's.
+        optional: Those of `wanted` that may be missing.
+        kind: The architecture of the model that was trained, if it is known.
+        shown: The parts of a model that the graph shows itself to be.
+
+    Returns:
+        The graph's path for each module that is found; the mapping that finds most wins.
+
+    Raises:
+        CheckpointError: If two mappings find them all, and neither is the likelier.
+    """
+    there = dict.fromkeys(known)
+    needed = set(wanted) - set(optional)
+    best: dict[str, str] = {}
+    likeliest, rival = 0, best
+    for mappings in _mappings(wanted, there, needed, kind):
+        for change, found in mappings:
+            whole = needed <= found.keys()
+            if lost_parts(change.removed, found, shown, kind):
+                continue
+            if (len(found), -change.cost) > (len(best), -likeliest):
+                best, likeliest, rival = found, change.cost, found
+            elif whole and (len(found), change.cost) == (len(best), likeliest):
+                rival = found
+        if needed <= best.keys():
+            break
+    for module in wanted:
+        if needed <= best.keys() and best.get(module) != rival.get(module):
+            raise CheckpointError(
+                f"module {module!r} of the checkpoint can be {best.get(module)!r} or "
+                f"{rival.get(module)!r} in the graph",
+                hint="export the model that the adapter was trained on, without the other",
+            )
+    return best
+
+
+def _mappings(
+    wanted: Sequence[str], there: Collection[str], needed: Collection[str], kind: str
+) -> Iterator[list[tuple[_Change, dict[str, str]]]]:
+    """For each scheme of names the changes of prefix that find modules, and what they find."""
+    for rename in (str, _newer, _older, _built):
+        names = {module: rename(module) for module in wanted}
+        changes = _changes(list(names.values()), there, kind)
+        pairs = [(change, change.applied(names, there)) for change in changes]
+        yield [
+            (change, found)
+            for change, found in pairs
+            if found and (set(needed) <= found.keys() or not change.only_whole)
+        ]
+
+
+def refuse_other_part(
+    wanted: Sequence[str],
+    found: Mapping[str, str],
+    known: Iterable[str],
+    *,
+    kind: str = "",
+    shown: Collection[str] = (),
+    file: str = "",
+) -> None:
+    """Refuse a checkpoint of which more would be found without the name of a part.
+
+    Args:
+        wanted: The checkpoint's modules.
+        found: Those that were found, with their names.
+        known: The graph's modules, or those of a file with its weights.
+        kind: The architecture of the model that was trained, if it is known.
+        shown: The parts of a model that the graph shows itself to be.
+        file: The name of that file.
+
+    Raises:
+        CheckpointError: With the name that would be lost.
+    """
+    there = dict.fromkeys(known)
+    lost = [
+        (change.removed, paths, words)
+        for mappings in _mappings(wanted, there, wanted, kind)
+        for change, paths in mappings
+        if len(paths) > len(found)
+        if (words := lost_parts(change.removed, paths, shown, kind))
+    ]
+    if lost:
+        removed, paths, _ = max(lost, key=lambda item: len(item[1]))
+        parts = list(dict.fromkeys(word for *_, words in lost for word in words))
+        raise other_part(removed, parts, paths, len(wanted), file)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """How the names of a checkpoint become those of a graph.
+
+    Attributes:
+        removed: What each name begins with in the checkpoint.
+        added: What it begins with in the graph instead.
+        only_whole: Whether names so short may meet by accident: all have to be found.
+    """
+
+    removed: str
+    added: str
+    only_whole: bool = False
+
+    @property
+    def cost(self) -> int:
+        """How far the names are apart."""
+        return bool(self.removed) + bool(self.added)
+
+    def applied(self, names: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
+        """The graph's name for each module that the graph then has."""
+        full = {
+            module: self.added + name.removeprefix(self.removed)
+            for module, name in names.items()
+            if name.startswith(self.removed)
+        }
+        return {module: name for module, name in full.items() if name in known}
+
+    def replaces_a_part(self, known: Collection[str]) -> bool:
+        """Whether the prefixes are no two wrappers', but of different parts of a model.
+
+        So it is where the graph has both, or where they differ in the number of a layer.
+        """
+        removed, added = self.removed, self.added
+        nested = added.startswith(removed) or removed.startswith(added)
+        there = any(path.startswith(removed) for path in known)
+        numbers = ([p for p in x.split(".")[1:] if p.isdigit()] for x in (removed, added))
+        return (there and not nested) or next(numbers) != next(numbers)
+
+
+def _changes(names: Sequence[str], known: Collection[str], kind: str) -> list[_Change]:
+    """The changes of prefix with which a name of the checkpoint is one of the graph."""
+    options = {_Change("", ""): None}
+    longest = max((name.count(".") for name in names), default=0)
+    # The names with most parts are the least likely to be found by accident.
+    samples = sorted(set(names), key=lambda name: -name.count("."))[:8]
+    for cut in range(min(longest + 1, 4)):
+        for name in samples:
+            short = ".".join(name.split(".")[cut:])
+            removed = name.removesuffix(short)
+            for path in known if short else ():
+                if path != short and not path.endswith("." + short):
+                    continue
+                # Short enough to be met by accident.
+                vague = "." not in short or short.partition(".")[0].isdigit()
+                numbered = any(map(str.isdigit, removed.split(".")))
+                change = _Change(removed, path.removesuffix(short), vague or numbered)
+                wrong = change.cost > 1 and (vague or change.replaces_a_part(known))
+                if not wrong and not _differ(removed, change.added, kind):
+                    options.setdefault(change, None)
+    return list(options)
+
+
+_ARCHITECTURES = frozenset(
+    [
+        "albert",
+        "bart",
+        "bert",
+        "beit",
+        "clip",
+        "deberta",
+        "deit",
+        "distilbert",
+        "electra",
+        "gpt2",
+        "mpnet",
+        "roberta",
+        "vit",
+    ]
+)
+"""What transformers calls a base model inside a model with a head (`base_model_prefix`)."""
+
+
+def _differ(removed: str, added: str, kind: str) -> bool:
+    """Whether two prefixes name different architectures, whose layers are named alike."""
+    theirs, ours = (
+        {*words} & _ARCHITECTURES for words in ([kind, *removed.split(".")], added.split("."))
+    )
+    return bool(theirs and ours and theirs != ours)
+
+
+def refuse_unmapped(
+    wanted: Sequence[str], found: Mapping[str, str], known: Iterable[str], file: str = ""
+) -> None:
+    """Refuse a checkpoint of which modules are left over.
+
+    Args:
+        wanted: The checkpoint's modules.
+        found: Those that were found, with their names.
+        known: The graph's modules, or those of a file with its weights.
+        file: The name of that file.
+
+    Raises:
+        CheckpointError: With both naming schemes if nothing matched, or with what is left.
+    """
+    left = [module for module in wanted if module not in found]
+    if not left:
+        return
+    unique = list(dict.fromkeys(known))
+    paths = [path for path in unique if path.count(".") > 1] or unique
+    theirs, ours = ", ".join(left[:_SHOWN]), ", ".join(paths[-_SHOWN:]) or "none"
+    if file:
+        raise CheckpointError(
+            f"{len(left)} of {len(wanted)} modules of the checkpoint are not in {file}, so "
+            f"they cannot be found in the graph: {theirs}; the file has {ours}, ...",
+            hint="give the weights of the whole base that was exported, with its head",
+        )
+    if len(left) == len(wanted):
+        raise CheckpointError(
+            f"no module of the checkpoint is in the graph; the checkpoint has {theirs}, ...; "
+            f"the graph has {ours}, ...",
+            hint="is it an adapter for this base? if the graph lost its names, give the "
+            "base's weights with --base-weights model.safetensors",
+        )
+    common = set.intersection(*({*parts_of(module).values()} for module in left))
+    if other := common.difference(*(parts_of(module).values() for module in found)):
+        word = min(other)
+        raise CheckpointError(
+            f"{len(left)} of {len(wanted)} modules of the checkpoint are of {word!r}, and "
+            f"the graph has none of it: {theirs}, ...; the graph has {ours}, ...",
+            hint=f"for this graph alone, leave the keys with {word!r} out of a copy of the "
+            "checkpoint; or export the whole model",
+        )
+    raise CheckpointError(
+        f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "
+        f"{theirs}{', ...' if len(left) > _SHOWN else ''}; the graph has {ours}, ...",
+        hint="the base has fewer layers, is of another architecture, or was optimised",
+    )

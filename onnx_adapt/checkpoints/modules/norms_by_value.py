@@ -1,0 +1,139 @@
+"""Normalisations of a graph that lost its names, by their values and their neighbours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_adapt.checkpoints.modules.cores import CORES, Core, read_weight
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.graph.index import VALUE_FREE, GraphView
+from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.norms import BaseNorm, find_norms
+from onnx_adapt.graph.sites import Survey
+from onnx_adapt.model.file import Model
+
+
+def digest(value: Array) -> bytes:
+    """The identity of a weight's values, in float32, and shape."""
+    plain = np.ascontiguousarray(value, np.float32)
+    return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
+
+
+def norms_by_value(
+    model: Model,
+    survey: Survey,
+    weights: Mapping[str, Array],
+    cores: Mapping[str, list[Core]],
+    kinds: Iterable[np.dtype[Any]],
+) -> tuple[dict[str, list[BaseNorm]], dict[str, list[str]]]:
+    """The calls of each normalisation; and modules that are alike.
+
+    Modules with equal values are told apart by the layers beside them.
+    """
+    there = [n for view in survey.index.views.values() for n in find_norms(model, view)]
+    values = {id(norm): _value(model, norm) for norm in there}
+    stored = (find_weight(norm.view, norm.weight_tensor) for norm in there)
+    kinds = {
+        *kinds,
+        *(DTYPES[FLOATS[w.elem_type]] for w in stored if w and w.elem_type in FLOATS),
+    }
+    wanted = {
+        key.removesuffix(".weight"): _variants(weights, key.removesuffix(".weight"), kinds)
+        for key, array in weights.items()
+        if key.endswith(".weight") and array.ndim == 1
+    }
+    fitting = {
+        module: [norm for norm in there if values[id(norm)] in variants]
+        for module, variants in wanted.items()
+    }
+    near = _Neighbours(there, cores)
+    found: dict[str, list[BaseNorm]] = {}
+    alike: dict[str, list[str]] = {}
+    for module, norms in fitting.items():
+        twins = [other for other in fitting if wanted[other] & wanted[module]]
+        alone = len(twins) == 1 and (len(norms) < 2 or not _is_fresh(weights, module))
+        chosen = norms if alone else near.of(module, norms)
+        if norms and not alone and len(chosen) != 1:
+            alike[module] = [other for other in twins if other != module]
+        elif norms:
+            found[module] = chosen
+    owners = Counter(id(norm) for norms in found.values() for norm in norms)
+    shared = [m for m in found if any(owners[id(norm)] > 1 for norm in found[m])]
+    alike |= {module: [other for other in shared if other != module] for module in shared}
+    return {module: found[module] for module in found if module not in alike}, alike
+
+
+def _is_fresh(weights: Mapping[str, Array], module: str) -> bool:
+    """Whether a normalisation is as it was made: many others can be the same."""
+    return bool(np.ptp(weights[f"{module}.weight"]) == 0)
+
+
+def _value(model: Model, norm: BaseNorm) -> tuple[bytes, bytes]:
+    weight = read_weight(model, norm.view, norm.weight_tensor)
+    bias = read_weight(model, norm.view, norm.bias_tensor) if norm.bias else np.zeros(0)
+    return digest(weight), digest(bias)
+
+
+def _variants(
+    weights: Mapping[str, Array], module: str, kinds: Iterable[np.dtype[Any]]
+) -> set[tuple[bytes, bytes]]:
+    """A normalisation's weight and bias in any precision of the graph."""
+    weight, bias = weights[f"{module}.weight"], weights.get(f"{module}.bias", np.zeros(0))
+    return {(digest(weight.astype(kind)), digest(bias.astype(kind))) for kind in kinds}
+
+
+class _Neighbours:
+    """Which layers are beside a normalisation: those that it reads, and that read it.
+
+    Args:
+        norms: All of the graph.
+        cores: The calls of each module.
+    """
+
+    def __init__(self, norms: list[BaseNorm], cores: Mapping[str, list[Core]]) -> None:
+        self._cores = cores
+        self._made = {norm.output for norm in norms}
+        self._read = {norm.read for norm in norms}
+
+    def of(self, module: str, norms: list[BaseNorm]) -> list[BaseNorm]:
+        """Those normalisations that are beside a layer with the module's own parent."""
+        parent = module.rpartition(".")[0] + "."
+        siblings = {
+            id(core.node)
+            for name, calls in self._cores.items()
+            if name.startswith(parent)
+            for core in calls
+        }
+        return [norm for norm in norms if siblings.intersection(self._beside(norm))]
+
+    def _beside(self, norm: BaseNorm) -> Iterator[int]:
+        """The nodes that can be walked to without passing a layer or a normalisation."""
+        view = norm.view
+        waiting, seen = [norm.read], {norm.read}
+        while waiting:
+            tensor = waiting.pop()
+            made = view.producer(tensor)
+            if made is None or made[0] is not view:
+                continue
+            yield id(made[1])
+            if not self._is_layer(made[1], view) and made[1].op_type not in VALUE_FREE:
+                new = {str(name) for name in made[1].input} - seen - self._made
+                seen |= new
+                waiting += new
+        waiting, seen = [norm.output], {norm.output}
+        while waiting:
+            for node in view.readers(waiting.pop()):
+                yield id(node)
+                if not self._is_layer(node, view) and node.op_type not in VALUE_FREE:
+                    new = {str(name) for name in node.output} - seen - self._read
+                    seen |= new
+                    waiting += new
+
+    def _is_layer(self, node: onnx.NodeProto, view: GraphView) -> bool:
+        return node.op_type in CORES and is_layer(view, node)

@@ -1,0 +1,1 @@
+"""What a checkpoint asks for -> slots with weights in one graph."""

@@ -1,0 +1,175 @@
+"""What is known and made while a checkpoint is placed in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from onnx_adapt.checkpoints.modules.cores import Core, Use
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.names import free_name
+from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
+
+
+class Places(Protocol):
+    """Finds the modules of a checkpoint in a graph, by their paths there."""
+
+    def known(self) -> list[str]:
+        """The modules there are."""
+
+    def stored(self) -> list[str]:
+        """The modules of which no more than a weight's name is known."""
+
+    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+        """The calls of a module, or at least the layers with its weights."""
+
+    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+        """Where a parameter of a normalisation enters the graph."""
+
+    def output(self, module: str) -> list[tuple[GraphView, str]]:
+        """What a module hands to the rest of the model."""
+
+    def missing(self, module: str) -> CheckpointError:
+        """Why a module has no calls."""
+
+
+@dataclass(slots=True)
+class Workshop:
+    """What is known and made while a checkpoint is placed in a graph.
+
+    Attributes:
+        model: The model.
+        survey: Its survey.
+        places: Finds modules.
+        names: The graph's path for each module of the checkpoint.
+        taken: Names that slots already have.
+        slots: The slots so far.
+        weights: Their weights, by slot and part.
+    """
+
+    model: Model
+    survey: Survey
+    places: Places
+    names: Mapping[str, str]
+    taken: set[str]
+    slots: list[Slot] = field(default_factory=list)
+    weights: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+    def calls(self, module: str) -> list[Core]:
+        """The calls of a module of the checkpoint.
+
+        Raises:
+            CheckpointError: If nothing in the graph computes it.
+        """
+        path = self.names[module]
+        found = self.places.cores(path)
+        if not found:
+            raise self.places.missing(path)
+        return found
+
+    def add(
+        self,
+        target: Site,
+        name: str,
+        parts: Mapping[str, Array],
+        *,
+        source: str = "",
+        source_width: int = 0,
+        activation: str = "identity",
+        plus: str = "",
+        norm: str = "",
+        norm_after: str = "",
+        window: tuple[int, ...] = (),
+    ) -> None:
+        """Add a slot with its weights.
+
+        Raises:
+            CheckpointError: If the site cannot take it.
+        """
+        width = target.width
+        if width is None and str(target.refused).startswith("unknown width"):
+            width = _width_of(parts)  # the checkpoint tells what the graph does not
+        elif target.refused is not None:
+            width = None
+        if width is None:
+            raise CheckpointError(
+                f"{name!r}: tensor {target.tensor!r} cannot take an adapter: {target.refused}"
+            )
+        unique = free_name(name, self.taken)
+        self.taken.add(unique)
+        ordered = sorted(parts, key=PARTS.index)
+        inner = f"adapter.{unique}/target"
+        slot = Slot(
+            name=unique,
+            graph=target.graph,
+            node=target.node,
+            tensor=target.tensor,
+            inner=inner,
+            output=target.tensor,
+            source=source if source and source != target.tensor else inner,
+            width=width,
+            source_width=source_width or width,
+            dtype=target.dtype,
+            axis=target.axis or -1,
+            rank=(target.rank or 0) if target.axis == 1 else 0,
+            activation=activation,
+            parts=tuple(ordered),
+            plus=plus,
+            norm=norm,
+            norm_after=norm_after,
+            module=target.module or "",
+            swappable=True,
+            bottleneck=0,
+            window=window,
+        )
+        dtype = DTYPES[target.dtype]
+        weights = {
+            part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
+            for part in ordered
+        }
+        _check_weights(slot, parts, weights)
+        self.slots.append(slot)
+        self.weights[unique] = weights
+
+
+def _check_weights(
+    slot: Slot, given: Mapping[str, Array], weights: Mapping[str, Array]
+) -> None:
+    """Refuse weights that do not fit their slot, or are no numbers."""
+    size = bottleneck_of(slot, weights)
+    for part, value in weights.items():
+        expected = part_shape(slot, part, size)
+        if value.shape != expected or not value.size:
+            raise CheckpointError(
+                f"{slot.name!r}: {part} has shape {list(given[part].shape)}; the graph needs "
+                f"{list(expected)}",
+                hint="is it an adapter for another size of this model?",
+            )
+        if not np.isfinite(value.astype(np.float64)).all():
+            raise CheckpointError(
+                f"{slot.name!r}: {part} holds NaN or infinity in {slot.dtype}",
+                hint="the training diverged, or a setting of the checkpoint is out of range",
+            )
+
+
+def _width_of(parts: Mapping[str, Array]) -> int | None:
+    """The width that a slot's weights have been trained for."""
+    for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
+        if part in parts and parts[part].ndim <= 2:
+            return int(parts[part].shape[axis])
+    return None
+
+
+def _laid_out(slot: Slot, part: str, value: Array) -> Array:
+    """A vector over channels with the trailing ones of Conv's layout."""
+    if slot.axis == 1 and part in ("scale", "gain"):
+        return value.reshape(-1, *(1,) * (slot.rank - 2))
+    return value

@@ -1,0 +1,289 @@
+"""AdapterHub checkpoints (`adapters` 1.3 and older, and adapter-transformers)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.checkpoints.edits import (
+    Bottleneck,
+    Coupling,
+    Edit,
+    LowRank,
+    Replacement,
+    Scaling,
+)
+from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
+from onnx_adapt.checkpoints.readers.hub_places import placement, sub_layer
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import CheckpointError
+
+_KINDS = (
+    *("adapters", "loras", "invertible_adapters", "shared_parameters", "prefix_tunings"),
+    *("prefix_gates", "refts", "prompt_tunings"),
+)
+_REFUSED = {
+    "prefix_tunings": "prefix tuning changes attention, not a layer's output",
+    "prefix_gates": "prefix tuning changes attention, not a layer's output",
+    "prompt_tunings": "prompt tuning lengthens the input",
+    "refts": "ReFT edits hidden states at chosen positions",
+}
+_LEGACY = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
+}
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    "gelu_pytorch_tanh": "gelu_tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **{name: name for name in ("relu", "relu2", "relu6", "quick_gelu", "mish", "tanh")},
+    **dict.fromkeys(("swish", "silu"), "silu"),
+    **dict.fromkeys(("leakyrelu", "leaky_relu"), "leaky_relu"),
+    "sigmoid": "sigmoid",
+    "linear": "identity",
+}
+"""AdapterHub's `non_linearity` (transformers' ACT2FN) in our names."""
+
+_EMBEDDINGS = dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "distilbert", "electra"), "embeddings"
+)
+
+
+def adapterhub_edits(folder: Folder) -> list[Edit]:
+    """What an AdapterHub checkpoint asks for.
+
+    Raises:
+        CheckpointError: If the method or one of its settings is not supported.
+    """
+    config = dict(folder.config.get("config") or {})
+    architecture = config.get("architecture")
+    if architecture not in (None, "lora"):
+        raise CheckpointError(
+            f"architecture {architecture!r} is not supported",
+            hint="bottleneck adapters, LoRA, IA3 and DoRA are",
+        )
+    places = _group(folder)
+    edits: list[Edit] = []
+    shared = {
+        k: v
+        for (_, kind), p in places.items()
+        if kind == "shared_parameters"
+        for k, v in p.items()
+    }
+    for (location, kind), parts in places.items():
+        with name_damage(folder, location):
+            if kind == "adapters":
+                plain = _without_phm(location, parts, shared)
+                edits.append(_bottleneck(location, plain, config, folder))
+            elif kind == "loras":
+                edits.append(_lora(location, parts, config, folder))
+            elif kind == "invertible_adapters":
+                edits.append(_coupling(location, parts, config, folder))
+    if not edits:
+        raise CheckpointError(f"{folder.path} has no adapter weights")
+    return edits + list(_head(folder))
+
+
+def _group(folder: Folder) -> dict[tuple[str, str], dict[str, Array]]:
+    """Sort keys by where the adapter is and of what kind it is."""
+    name = re.escape(str(folder.config.get("name")))
+    pattern = re.compile(rf"^(?:(.*?)\.)?({'|'.join(_KINDS)})\.{name}\.(.+)$")
+    places: dict[tuple[str, str], dict[str, Array]] = {}
+    for key, value in folder.tensors.items():
+        current = ".".join(_LEGACY.get(part, part) for part in key.split("."))
+        match = pattern.match(current)
+        if match is None:
+            raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
+        location, kind, rest = match.groups()
+        if kind in _REFUSED:
+            raise CheckpointError(f"{key!r} is not supported: {_REFUSED[kind]}")
+        places.setdefault((location or "", kind), {})[rest] = value.astype(np.float64)
+    return places
+
+
+def _activation(config: Mapping[str, Any], folder: Folder) -> str:
+    name = str(config.get("non_linearity", "relu")).lower()
+    if "version" not in folder.config:
+        name = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(name, name)
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"non_linearity {name!r} is not supported", hint=f"known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _without_phm(
+    location: str, parts: dict[str, Array], shared: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Compacter's hypercomplex layers as the plain Linears they are."""
+    plain = {key: value for key, value in parts.items() if not _PHM.search(key)}
+    for layer in sorted({m[1] for m in map(_PHM.match, parts) if m}):
+        rule = parts.get(f"{layer}.phm_rule", shared.get("phm_rule"))
+        left, right = (
+            parts.get(f"{layer}.{side}", shared.get(side)) for side in ("W_left", "W_right")
+        )
+        whole = parts.get(f"{layer}.W")
+        if whole is None and left is not None and right is not None:
+            _refuse_large(layer, left.shape[-2] * right.shape[-1] * len(left))
+            whole = left @ right
+        if rule is None or whole is None:
+            raise CheckpointError(
+                f"the hypercomplex layer {layer!r} at {location!r} is incomplete"
+            )
+        _refuse_large(layer, rule[0].size * whole[0].size)
+        matrix = sum(np.kron(rule[i], whole[i]) for i in range(len(rule)))
+        plain[f"{layer}.weight"] = np.asarray(matrix).T
+        if f"{layer}.b" in parts:
+            plain[f"{layer}.bias"] = parts[f"{layer}.b"]
+    return plain
+
+
+def _refuse_large(layer: str, size: int) -> None:
+    """Refuse a layer that small factors blow up, before it is made."""
+    if size > _LARGEST:
+        raise CheckpointError(f"the hypercomplex layer {layer!r} would have {size} numbers")
+
+
+_LARGEST = 2**27
+_PHM = re.compile(r"^(.*)\.(W_left|W_right|W|phm_rule|b)$")
+
+
+def _bottleneck(
+    location: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
+) -> Bottleneck:
+    module, post_ln = sub_layer(location, folder)
+    down = next(k for k, v in parts.items() if k.startswith("adapter_down") and v.ndim == 2)
+    weights = {
+        "down": parts[down].T,
+        "up": parts["adapter_up.weight"].T,
+        "down_bias": parts[down.removesuffix("weight") + "bias"],
+        "up_bias": parts["adapter_up.bias"],
+    }
+    scaling = (
+        parts["scaling"]
+        if "scaling" in parts
+        else number(config.get("scaling", 1.0), "scaling")
+    )
+    weights["up"] = weights["up"] * scaling
+    weights["up_bias"] = weights["up_bias"] * scaling
+    if config.get("ln_before"):
+        weights["norm_weight"] = parts["adapter_norm_before.weight"]
+        weights["norm_bias"] = parts["adapter_norm_before.bias"]
+    if config.get("use_gating"):
+        weights["gate"] = parts["gate.weight"].T
+        weights["gate_bias"] = parts["gate.bias"]
+    norm_after = ""
+    if config.get("ln_after"):
+        weights["after_weight"] = parts["adapter_norm_after.weight"]
+        weights["after_bias"] = parts["adapter_norm_after.bias"]
+        norm_after = "sum" if config.get("adapter_residual_before_ln") else "term"
+    place, reads, extra = placement(config, norm_after, post_ln=post_ln)
+    if "scale" in extra:
+        extra["scale"] = np.zeros(weights["up"].shape[1])
+    weights.update(extra)
+    return Bottleneck(module, place, reads, weights, _activation(config, folder), norm_after)
+
+
+def _lora(
+    module: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
+) -> Edit:
+    if "vera_D" in parts or "vera_B" in parts:
+        raise CheckpointError(f"{module!r}: VeRA is not supported")
+    b = parts["lora_B"]
+    rank, alpha = int(number(config.get("r", 1), "r")), number(config.get("alpha", 1), "alpha")
+    if _before_1_1(folder) and "lora_A" in parts:
+        alpha = float(rank)
+    if config.get("composition_mode") == "scale":
+        if config.get("use_gating"):
+            raise CheckpointError(f"{module!r}: IA3 with use_gating is not supported")
+        return Scaling(module, _fused_vector(module, b.reshape(-1) * alpha, config), False)
+    a = parts["lora_A"]
+    if _is_fused(module):
+        b = _fused_matrix(b, a.shape[0], config)
+    magnitude = parts.get("m.weight")
+    if config.get("use_dora") and (magnitude is None or magnitude.shape != (len(b), 1)):
+        raise CheckpointError(f"{module!r}: DoRA's magnitude m.weight is not ({len(b)}, 1)")
+    gate = (parts["gate.weight"], parts["gate.bias"]) if config.get("use_gating") else None
+    return LowRank(
+        module,
+        a,
+        b,
+        1.0 if gate else alpha / rank,
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+        scales_bias=True,
+        gate=gate,
+    )
+
+
+def _before_1_1(folder: Folder) -> bool:
+    """Whether the library that trained the adapter ignored alpha."""
+    match = re.match(r"adapters\.(\d+)\.(\d+)", str(folder.config.get("version", "")))
+    return match is not None and (int(match[1]), int(match[2])) < (1, 1)
+
+
+def _enabled(config: Mapping[str, Any]) -> list[bool]:
+    return [letter in config.get("attn_matrices", ()) for letter in "qkv"]
+
+
+def _is_fused(module: str) -> bool:
+    return module.rpartition(".")[2] in ("c_attn", "query_key_value", "qkv", "Wqkv", "in_proj")
+
+
+def _fused_vector(module: str, vector: Array, config: Mapping[str, Any]) -> Array:
+    """A vector over the enabled thirds of a fused q, k, v as one over all of them."""
+    enabled = _enabled(config)
+    if not _is_fused(module) or all(enabled):
+        return vector
+    pieces = iter(np.split(vector, sum(enabled)))
+    size = vector.size // sum(enabled)
+    return np.concatenate([next(pieces) if on else np.ones(size) for on in enabled])
+
+
+def _fused_matrix(b: Array, rows: int, config: Mapping[str, Any]) -> Array:
+    """The grouped B of a fused q, k, v as one dense matrix `(out, rows)`."""
+    enabled = _enabled(config)
+    count, rank = sum(enabled), b.shape[1]
+    if count * rank != rows:
+        raise CheckpointError(f"lora_A has {rows} rows, which is not {count} x {rank}")
+    third = b.shape[0] // count
+    dense = np.zeros((3 * third, rows))
+    for block, position in enumerate(i for i, on in enumerate(enabled) if on):
+        rows_of = slice(position * third, (position + 1) * third)
+        taken = b[block * third : (block + 1) * third]
+        dense[rows_of, block * rank : (block + 1) * rank] = taken
+    return dense
+
+
+def _coupling(
+    location: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
+) -> Coupling:
+    kind = str(folder.config.get("model_type"))
+    described = f"{folder.config.get('model_class')} {folder.head_config.get('config')}"
+    if kind not in _EMBEDDINGS or config.get("inv_adapter") != "nice":
+        raise CheckpointError(
+            f"an invertible adapter ({config.get('inv_adapter')}) on a {kind} is not supported"
+        )
+    if re.search(r"MaskedLM|CausalLM|LMHead|masked_lm|causal_lm", described):
+        raise CheckpointError(
+            "an invertible adapter under a language-model head is not supported: the head "
+            "applies its inverse"
+        )
+    names = {"F.0": "f_down", "F.2": "f_up", "G.0": "g_down", "G.2": "g_up"}
+    weights = {part: parts[f"{key}.weight"].T for key, part in names.items()}
+    weights |= {f"{part}_bias": parts[f"{key}.bias"] for key, part in names.items()}
+    module = f"{location}.{_EMBEDDINGS[kind]}" if location else _EMBEDDINGS[kind]
+    return Coupling(module, weights, _activation(config, folder))
+
+
+def _head(folder: Folder) -> Iterator[Replacement]:
+    """A prediction head saved beside the adapter."""
+    for key, value in folder.head.items():
+        module, _, parameter = key.rpartition(".")
+        if parameter in ("weight", "bias") and module:
+            yield Replacement(module, parameter, value)

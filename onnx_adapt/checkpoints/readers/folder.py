@@ -1,0 +1,188 @@
+"""A checkpoint folder as its library saved it: configuration and tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_adapt.adapter.safetensors import read_tensors
+from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import AdapterError, CheckpointError
+from onnx_adapt.model.payloads import Source
+from onnx_adapt.model.signatures import HEAD, recognised
+from onnx_adapt.words import beside
+
+_CONFIG = "adapter_config.json"
+_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+_HUB = ("adapter.safetensors", "pytorch_adapter.bin")
+_HEAD = ("model_head.safetensors", "pytorch_model_head.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a training library saved.
+
+    Attributes:
+        path: The folder.
+        library: `peft` or `adapterhub`.
+        config: Its adapter_config.json.
+        tensors: Its weights by key.
+        head: Weights of a head saved beside the adapter, by key.
+        head_config: The head's configuration.
+    """
+
+    path: Path
+    library: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Array]
+    head: Mapping[str, Array]
+    head_config: Mapping[str, Any]
+
+
+def read_folder(path: Path) -> Folder:
+    """Read a checkpoint folder.
+
+    Raises:
+        CheckpointError: If it is not one, or its files are damaged.
+    """
+    if path.is_file():
+        hint = (
+            f"give its folder, {path.parent}" if (path.parent / _CONFIG).is_file() else _BARE
+        )
+        raise CheckpointError(f"{path} is a file, no folder", hint=hint)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no folder {path}", hint=f"{beside(path)}; {_EXPECTED}"
+        )
+    if not (path / _CONFIG).is_file():
+        inside = sorted(item.parent.name for item in path.glob(f"*/{_CONFIG}"))
+        bare = any((path / name).is_file() for name in (*_PEFT, *_HUB))
+        hint = f"one of its folders? {', '.join(inside)}" if inside else _EXPECTED
+        raise CheckpointError(f"{path} has no {_CONFIG}", hint=_BARE if bare else hint)
+    config = _read_json(path / _CONFIG)
+    if "peft_type" in config:
+        return Folder(path, "peft", config, _read_first(path, _PEFT), {}, {})
+    if not isinstance(config.get("config"), dict) or not config["config"]:
+        raise CheckpointError(
+            f"{path / _CONFIG} is of neither PEFT nor AdapterHub",
+            hint="it has neither `peft_type` nor a `config` with settings",
+        )
+    has_head = any((path / name).is_file() for name in _HEAD)
+    head_file = path / "head_config.json"
+    return Folder(
+        path,
+        "adapterhub",
+        config,
+        _read_first(path, _HUB),
+        _read_first(path, _HEAD) if has_head else {},
+        _read_json(head_file) if head_file.is_file() else {},
+    )
+
+
+_EXPECTED = "give the folder that save_pretrained (PEFT) or save_adapter (AdapterHub) wrote"
+
+
+_BARE = (
+    f"weights alone do not say rank, scale and method: put the {_CONFIG} that was saved with "
+    "them beside them, and give the folder"
+)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data
+
+
+def _read_first(folder: Path, names: tuple[str, ...]) -> dict[str, Array]:
+    for name in names:
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)
+    raise CheckpointError(f"{folder} has none of {', '.join(names)}", hint=_EXPECTED)
+
+
+def read_state_dict(path: Path) -> dict[str, Array]:
+    """The tensors of a `.safetensors` or `.bin` file.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        Source.of(path)  # of a device there is no end
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror or error}", hint=beside(path)
+        ) from error
+    try:
+        if path.suffix == ".safetensors":
+            return read_tensors(data, path)
+        return read_pickled_tensors(data, path)
+    except (AdapterError, CheckpointError) as error:
+        found = recognised(data[:HEAD], path.name)
+        if found and found[0] not in _WEIGHTS:
+            raise CheckpointError(f"{path} is {found[0]}", hint=found[1]) from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+_WEIGHTS = {
+    *("a PyTorch file", "a pickle of Python", "a zip archive", "a safetensors file"),
+    "the weights of a PEFT or AdapterHub adapter",
+}
+"""What `recognised` calls files that weights are in, or that their reader says more of."""
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number of a configuration.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+    ):
+        raise CheckpointError(f"{name} is {value!r}, which is no number")
+    return float(value)
+
+
+_DAMAGE = (
+    *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    StopIteration,  # `next` found no tensor of the kind a module has to have
+)
+
+
+@contextmanager
+def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
+    """Let the code inside read a checkpoint as if it were whole, and say so where it is not.
+
+    Raises:
+        CheckpointError: If a tensor or setting is missing, or of a wrong kind.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        where = f"{folder.path}: {module!r}" if module else str(folder.path)
+        if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+            raise CheckpointError(f"{where} has no {error.args[0]}") from error
+        near = [key for key in folder.tensors if module and module in key]
+        shown = ", ".join(f"{key} {list(folder.tensors[key].shape)}" for key in near[:4])
+        raise CheckpointError(
+            f"{where} is incomplete, or a setting or tensor of it is of a wrong kind"
+            + (f"; it has {shown}" if shown else "")
+        ) from error

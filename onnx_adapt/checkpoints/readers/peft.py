@@ -1,0 +1,215 @@
+"""PEFT checkpoints: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import CheckpointError
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REFUSED = {
+    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
+    "layer_replication": "layers of the base are repeated",
+    "trainable_token_indices": "single rows of the embedding were trained",
+    "target_parameters": "parameters instead of modules were adapted",
+    "use_qalora": "the input is pooled before the adapter",
+    "use_bdlora": "the matrices are block-diagonal",
+    "arrow_config": "adapters are routed at run time",
+    "kasa_config": "the base weights were truncated before training",
+    "monteclora_config": "the adapter is sampled",
+    "velora_config": "the adapter is of another form",
+    "megatron_config": "the model is split over machines",
+}
+_LORA_KEY = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|"
+    r"lora_magnitude_vector|ia3_l)(?:\.(?P<rest>weight|bias|[^.]+\.weight|[^.]+\.bias))?$"
+)
+
+
+def peft_edits(folder: Folder) -> list[Edit]:
+    """What a PEFT checkpoint asks for.
+
+    Raises:
+        CheckpointError: If the method or one of its settings is not supported.
+    """
+    config = folder.config
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "IA3"):
+        raise CheckpointError(
+            f"peft_type {kind} is not supported",
+            hint="LORA (with DoRA, rsLoRA) and IA3 are",
+        )
+    _refuse_settings(config)
+    modules: dict[str, dict[str, Array]] = {}
+    replaced: dict[tuple[str, str], Replacement] = {}
+    for key, value in folder.tensors.items():
+        path = key.removeprefix("base_model.model.")
+        match = _LORA_KEY.match(path)
+        if ".original_module." in path:
+            continue  # PEFT's own copy of a module in modules_to_save, before training
+        if match is None:
+            edit = _replacement(path, key, value)
+            # Of two copies of a trained module the one under its plain name is in force.
+            if path == f"{edit.module}.{edit.parameter}":
+                replaced[edit.module, edit.parameter] = edit
+            else:
+                replaced.setdefault((edit.module, edit.parameter), edit)
+            continue
+        ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
+        if (match["part"] == "ia3_l") != (kind == "IA3"):
+            raise CheckpointError(
+                f"the checkpoint has {key!r}, but its configuration's peft_type {kind} is "
+                "another method",
+                hint="was adapter_config.json copied from another adapter?",
+            )
+        modules.setdefault(match["module"], {})[match["part"] + ending] = value
+    make = _ia3 if kind == "IA3" else _lora
+    edits: list[Edit] = []
+    for module, parts in modules.items():
+        with name_damage(folder, module):
+            edits += make(module, parts, config)
+    return [*edits, *replaced.values()]
+
+
+def _refuse_settings(config: Mapping[str, Any]) -> None:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"init_lora_weights={start!r}: training changed the base model's own weights",
+            hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
+    for name, reason in _REFUSED.items():
+        if config.get(name):
+            raise CheckpointError(
+                f"{name}={config[name]!r} is not supported: {reason}",
+                hint="merge the adapter in PyTorch and export again",
+            )
+
+
+def _replacement(path: str, key: str, value: Array) -> Replacement:
+    module, _, parameter = path.rpartition(".")
+    if parameter not in ("weight", "bias") or not module:
+        raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
+    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(module, parameter, value)
+
+
+_SETTINGS = {"use_dora": "a lora_magnitude_vector", "lora_bias": "a lora_B.bias"}
+
+
+def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
+    names = ("lora_A", "lora_B")
+    if "lora_embedding_A" in parts:
+        names = ("lora_embedding_A", "lora_embedding_B")
+    if any(name not in parts for name in names):
+        raise CheckpointError(f"module {module!r} has {', '.join(parts)}, not {names}")
+    a, b = (parts[name] for name in names)
+    magnitude = parts.get("lora_magnitude_vector")
+    bias = parts.get("lora_B.bias")
+    for setting, part in (("use_dora", magnitude), ("lora_bias", bias)):
+        if config.get(setting) and (part is None or part.size != b.shape[0]):
+            shown = "none" if part is None else list(part.shape)
+            raise CheckpointError(
+                f"module {module!r}: {setting} is set, which needs {_SETTINGS[setting]} of "
+                f"{b.shape[0]} numbers; the checkpoint has {shown}"
+            )
+    scale = _scale(module, a.shape[0], config)
+    yield LowRank(
+        module,
+        a.astype(np.float64),
+        b.astype(np.float64),
+        scale,
+        bias=bias,
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+        norm_scale=scale,
+    )
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """Give alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
+    alpha = config.get("lora_alpha", 8)
+    patterns = config.get("alpha_pattern") or {}
+    rooted = config.get("use_rslora", False)
+    if not isinstance(patterns, dict) or not isinstance(rooted, bool | None):
+        raise CheckpointError(
+            f"alpha_pattern {patterns!r} or use_rslora {rooted!r} is no setting"
+        )
+    for pattern, value in patterns.items():
+        if _is_match(rf"(.*\.)?({pattern})", pattern, module, "alpha_pattern"):
+            alpha = value
+            break
+    if not config.get("rank_pattern") and config.get("r", rank) != rank:
+        raise CheckpointError(
+            f"module {module!r} has rank {rank}; the configuration says r={config['r']}"
+        )
+    return number(alpha, "lora_alpha") / (math.sqrt(rank) if rooted else rank)
+
+
+def _is_match(whole: str, pattern: str, module: str, setting: str) -> bool:
+    """Whether a pattern of a setting, which may be a part of the whole, matches a module.
+
+    Raises:
+        CheckpointError: If it is none, or could take for ever.
+    """
+    refuse_slow(pattern, module, setting)
+    try:
+        return re.fullmatch(whole, module) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{setting} {pattern!r} is no pattern: {error}") from error
+
+
+_REPEATS = re.compile(r"(?<!\\)(?:[*+]|\{\d*,)")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+_OPTIONAL = re.compile(r"(?<![\\(*+?}])\?")
+_MOST_WAYS = 10**11
+
+
+def refuse_slow(pattern: str, module: str, setting: str = "alpha_pattern") -> None:
+    """Refuse a pattern that Python's matcher could take for ever on.
+
+    PEFT's own are names with a number or a wildcard in them.
+
+    Raises:
+        CheckpointError: If it repeats what repeats, or too much.
+    """
+    repeats = len(_REPEATS.findall(pattern))
+    optional, bars = len(_OPTIONAL.findall(pattern)), pattern.count("|")
+    nested = (repeats or optional or bars) and _REPEATED_GROUP.search(pattern)
+    long = len(module) > 500 or len(pattern) > 500
+    # Every group of alternatives multiplies the ways to try; at most as if all were alike.
+    groups = pattern.count("(") + 1
+    if not long:
+        ways = (bars / groups + 1) ** groups * 2.0**optional * len(module) ** min(repeats, 4)
+    if nested or repeats > 4 or long or ways > _MOST_WAYS:
+        raise CheckpointError(
+            f"{setting} {pattern[:80]!r} is too involved for module {module[:80]!r}",
+            hint="write out the names of the modules in it",
+        )
+
+
+def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Iterator[Edit]:
+    vector = parts["ia3_l"]
+    if vector.ndim < 2 or vector.size != max(vector.shape):
+        raise CheckpointError(
+            f"module {module!r}: ia3_l has shape {list(vector.shape)}, which is neither "
+            "(1, in) nor (out, 1)"
+        )
+    on_input = vector.shape[0] == 1  # (1, in) scales the input, (out, 1) the output
+    if vector.size == 1 or vector.ndim > 2:  # of convolutions both are (1, n, 1, ...)
+        on_input = _is_feedforward(module, config.get("feedforward_modules") or [])
+    yield Scaling(module, vector.reshape(-1), on_input)
+
+
+def _is_feedforward(module: str, named: Any) -> bool:
+    """Whether PEFT scales a module's input; it compares the ends of names, or a pattern."""
+    if isinstance(named, str):
+        return _is_match(named, named, module, "feedforward_modules")
+    return any(module.endswith(name) for name in named)

@@ -1,0 +1,78 @@
+"""Weights of the base that adapters may replace: opened, filled and closed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import onnx
+from onnx import helper
+
+from onnx_adapt.adapter.fitting import required_manifest
+from onnx_adapt.dtypes import Array
+from onnx_adapt.edit.weights import drop_named
+from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import tensor_of
+from onnx_adapt.slot.manifest import OpenWeight, write_manifest
+
+
+def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> None:
+    """Make weights of the base replaceable, in place: each an initializer and an input."""
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
+    for opening in openings:
+        weight = opening.weight
+        if weight.copied:
+            proto.graph.initializer.append(opening.default)
+        else:
+            stored[weight.original].name = weight.name
+        if weight.swappable:
+            declared = helper.make_tensor_value_info(
+                weight.name, opening.default.data_type, list(opening.default.dims)
+            )
+            proto.graph.input.append(declared)
+        for graph, node, position in opening.uses:
+            graphs[graph].node[node].input[position] = weight.name
+
+
+def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
+    """Undo `open_base_weights`, in place."""
+    weights = tuple(weights)
+    originals = {weight.name: weight.original for weight in weights}
+    drop_named(proto.graph.input, set(originals))
+    drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
+    for tensor in proto.graph.initializer:
+        if tensor.name in originals:  # no other may be touched: a name can be absent
+            tensor.name = originals[tensor.name]
+    for scope in walk.scopes(proto.graph) if weights else ():
+        for node in scope.graph.node:
+            for position, name in enumerate(node.input):
+                if name in originals:
+                    node.input[position] = originals[name]
+
+
+def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
+    """A model whose replaceable weights have these values as their default.
+
+    The base's own value stays in the model, so that `remove` gives it back.
+
+    Args:
+        model: A model with slots.
+        values: Values by name; each must fit, as `require_fit` has it.
+    """
+    manifest = required_manifest(model)
+    known = {weight.name: weight for weight in manifest.weights}
+    result = model.copy()
+    stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
+    for name, value in values.items():
+        if known[name].copied:
+            stored[name].CopyFrom(tensor_of(name, value))
+            known[name] = replace(known[name], trained=True)
+            continue
+        stored[name].name = known[name].original
+        result.proto.graph.initializer.append(tensor_of(name, value))
+        known[name] = replace(known[name], copied=True, trained=True)
+    write_manifest(result.proto, replace(manifest, weights=tuple(known.values())))
+    return result

@@ -1,0 +1,100 @@
+"""Another trained checkpoint for slots that a model already has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.fitting import require_fit, required_manifest
+from onnx_adapt.checkpoints.load import load_checkpoint
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.edit.insert import remove
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.parts import NEUTRAL, bottleneck_of, neutral_weights
+
+
+def convert(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    name: str = "",
+    base_weights: str | os.PathLike[str] | None = None,
+    allow_partial: bool = False,
+) -> Adapter:
+    """Read a checkpoint as an adapter for a model that has slots for it.
+
+    Args:
+        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        model: The model with slots.
+        name: The adapter's name; by default AdapterHub's, or the folder's.
+        base_weights: The base's weights, for a graph that lost its names.
+        allow_partial: Leave slots off that the checkpoint has nothing for.
+
+    Raises:
+        CheckpointError: If the checkpoint needs a slot that the model does not have.
+        AdapterError: If it leaves slots without weights.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> case = "tests/cases/peft_bert_lora_default_ts"
+        >>> base = oa.open_model(case + "/base.onnx")
+        >>> checkpoint = oa.load_checkpoint(case + "/adapter", base)
+        >>> model = oa.insert(base, checkpoint=checkpoint)
+        >>> len(oa.convert(case + "/adapter", model, name="again").weights)
+        4
+    """
+    manifest = required_manifest(model)
+    base = remove(model)
+    checkpoint = load_checkpoint(path, base, name=name, base_weights=base_weights)
+    free = list(manifest.slots)
+    weights: dict[str, dict[str, Array]] = {}
+    activations = {}
+    for wanted in checkpoint.slots:
+        slot = _counterpart(wanted, free)
+        if slot is None:
+            raise CheckpointError(
+                f"{model.label} has no slot like {wanted.name!r} at {wanted.tensor!r} with "
+                f"the parts {', '.join(wanted.parts)}",
+                hint="insert --adapter makes a model with the slots this checkpoint needs",
+            )
+        free.remove(slot)
+        given = checkpoint.adapter.weights[wanted.name]
+        absent = neutral_weights(slot, bottleneck_of(wanted, given))
+        dtype = DTYPES[slot.dtype]
+        weights[slot.name] = {
+            part: np.ascontiguousarray(given.get(part, absent[part]), dtype)
+            for part in slot.parts
+        }
+        activations[slot.name] = wanted.activation
+    adapter = replace(
+        checkpoint.adapter,
+        weights=weights,
+        activations=activations,
+        fingerprint=manifest.fingerprint,
+    )
+    require_fit(model, adapter, allow_partial=allow_partial)
+    return adapter
+
+
+def _counterpart(wanted: Slot, slots: Sequence[Slot]) -> Slot | None:
+    """The slot that computes what is wanted; it may have more parts, not fewer."""
+    alike = [slot for slot in slots if _same_form(wanted, slot)]
+    alike.sort(key=lambda slot: slot.name != wanted.name)
+    return alike[0] if alike else None
+
+
+def _same_form(wanted: Slot, slot: Slot) -> bool:
+    ours, theirs = (
+        (s.graph, s.tensor, s.axis, s.width, s.source_width, s.norm, s.norm_after, s.window)
+        for s in (slot, wanted)
+    )
+    own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
+    reads = own and (slot.source == slot.inner or slot.source == wanted.source)
+    fixed = set(slot.parts) - set(wanted.parts) <= set(NEUTRAL)
+    return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

@@ -1,0 +1,277 @@
+"""Put planned slots into a graph and take them out: the edit itself.
+
+A slot goes in by a rename: the producer's output gets a new name and the slot's output
+the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
+recorded types and the order of nodes all stay right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnx_adapt.dtypes import ELEM_TYPES, Array
+from onnx_adapt.edit.damage import foreign_readers
+from onnx_adapt.edit.plan import norm_nodes
+from onnx_adapt.edit.weights import add_weights, check_model_weights, drop_named
+from onnx_adapt.errors import ManifestError, SlotError
+from onnx_adapt.graph.index import UNKNOWN, GraphView, ModelIndex, default_opset
+from onnx_adapt.graph.inference import typed_tensors
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.manifest import (
+    SLOT_KEY,
+    Manifest,
+    OpenWeight,
+    Slot,
+    read_manifest,
+    slot_of,
+    write_manifest,
+)
+
+_log = logging.getLogger(__name__)
+
+_OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
+
+
+def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
+    """The manifest of a model, or a new one that describes it as a base.
+
+    Raises:
+        SlotError: If what the manifest names is not all there.
+    """
+    known = read_manifest(model.proto)
+    if known is not None:
+        check_model_weights(model.proto, known)
+        return known
+    ir_version = model.proto.ir_version
+    # A version of 0 that is written out comes back as none at all.
+    canonical = model.canonical and (ir_version or not model.proto.HasField("ir_version"))
+    return Manifest(fingerprint(model), ir_version, bool(canonical), inlined, ())
+
+
+def put_in(
+    model: Model,
+    index: ModelIndex,
+    known: Manifest,
+    slots: Sequence[Slot],
+    weights: Mapping[str, Mapping[str, Array]],
+) -> Model:
+    """Put planned slots into a model that is the caller's to change.
+
+    Raises:
+        SlotError: If a slot makes no sense.
+    """
+    opset = default_opset(model.proto)
+    for slot in slots:
+        check_slot(slot, opset)
+    for twice in _given_twice(index):
+        _log.warning("initializer %r is there more than once; the last one counts", twice)
+    placed = _put_nodes(index, slots, known.slots, opset)
+    _record_targets(index, slots)
+    if model.proto.ir_version < _OLDEST_IR:
+        known = replace(known, inputs=_take_inputs(model.proto, known.weights))
+        model.proto.ir_version = _OLDEST_IR
+    for slot in slots:
+        add_weights(model.proto, slot, weights[slot.name])
+    write_manifest(model.proto, replace(known, slots=placed))
+    return model
+
+
+def _given_twice(index: ModelIndex) -> list[str]:
+    """Initializers that ONNX's rule of single assignment forbids; ONNX Runtime takes them."""
+    found: list[str] = []
+    for view in index.views.values():
+        names = Counter(tensor.name for tensor in view.scope.graph.initializer)
+        found += [name for name, count in names.items() if count > 1]
+    return found
+
+
+def _take_inputs(
+    proto: onnx.ModelProto, opened: Sequence[OpenWeight]
+) -> tuple[tuple[int, str], ...]:
+    """Let weights be weights alone, in place; before IR 4 they had to be inputs as well."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    stored |= {weight.original for weight in opened}
+    stored -= {weight.name for weight in opened}
+    inputs = proto.graph.input
+    found = [(i, value) for i, value in enumerate(inputs) if value.name in stored]
+    taken = tuple((i, value.SerializeToString().hex()) for i, value in found)
+    drop_named(inputs, stored)
+    return taken
+
+
+def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
+    """Undo what insertion did to a model of an IR before 4, in place.
+
+    Raises:
+        ManifestError: If what it was is not recorded as it should be.
+    """
+    for place, declared in inputs:
+        try:
+            value = onnx.ValueInfoProto.FromString(bytes.fromhex(declared))
+        except DecodeError as error:
+            raise ManifestError(f"the record of input {place} is damaged: {error}") from error
+        proto.graph.input.insert(place, value)
+
+
+def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Write down that a batched slot's output, and the terms of it, are as its target.
+
+    What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and
+    would not fuse the sum with what follows.
+    """
+    view = index.views[slot.graph]
+    graph = view.scope.graph
+    made = {node.output[0] for node in nodes[:-1]}
+    terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
+    there = {value.name for value in (*graph.value_info, *graph.output)}
+    known = view.inferred.get(slot.tensor, UNKNOWN)
+    inputs = index.main.scope.graph.input
+    symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
+    shape = [d if isinstance(d, int) or d in symbols else None for d in known.shape or ()]
+    for name in sorted({slot.output, *terms} - there) if shape else ():
+        _record(view, graph, slot, name, shape)
+
+
+def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
+    """Write down the types of slots' targets where ONNX, given the model, infers none.
+
+    Its checker would complain of the slots' nodes then, as it does of those behind.
+    """
+    if index.plain and not index.stale_records():
+        return
+    proto = index.model.proto
+    typed = typed_tensors(proto)
+    graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
+    for slot in slots:
+        if slot.inner not in typed.get(slot.graph, ()):
+            view = index.views[slot.graph]
+            _record(view, graphs[slot.graph], slot, slot.inner, None)
+
+
+def _record(
+    view: GraphView,
+    graph: onnx.GraphProto,
+    slot: Slot,
+    name: str,
+    shape: Sequence[int | str | None] | None,
+) -> None:
+    """Write down the type of a tensor of a slot, which is its target's."""
+    elem_type = view.type_of(slot.tensor).elem_type or ELEM_TYPES[slot.dtype]
+    declared = onnx.helper.make_tensor_value_info(name, elem_type, shape)
+    declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
+    graph.value_info.append(declared)
+
+
+def _put_nodes(
+    index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
+) -> tuple[Slot, ...]:
+    """Put the nodes of new slots into the graphs, in place.
+
+    Returns:
+        All slots of the model; one that another was stacked on has a new output name.
+    """
+    outputs = {(slot.graph, slot.output): slot for slot in known}
+    # Bodies before the graphs around them: rewriting a graph copies the bodies in it.
+    for path, view in reversed(index.views.items()):
+        here = [slot for slot in slots if slot.graph == path]
+        if not here:
+            continue
+        maker: dict[str, onnx.NodeProto] = {}
+        added: dict[int, list[onnx.NodeProto]] = {}
+        for slot in here:
+            position = view.producers[slot.tensor]
+            producer = maker.get(slot.tensor, view.nodes[position])
+            rename_output(producer, slot.tensor, slot.inner)
+            below = outputs.pop((path, slot.tensor), None)
+            if below is not None:
+                _log.warning("slot %r is stacked on slot %r", slot.name, below.name)
+                outputs[path, slot.inner] = replace(below, output=slot.inner)
+            copied = norm_nodes(index, slot)
+            norm = copied[-1] if copied else None
+            nodes = [*copied[:-1], *slot_nodes(slot, opset, norm)]
+            if slot.batched:
+                _declare_shapes(index, slot, nodes)
+            maker[slot.tensor] = nodes[-1]
+            outputs[path, slot.tensor] = slot
+            added.setdefault(position, []).extend(nodes)
+        merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
+        _set_nodes(view.scope.graph, merged)
+    order = {slot.name: i for i, slot in enumerate((*known, *slots))}
+    return tuple(sorted(outputs.values(), key=lambda slot: order[slot.name]))
+
+
+def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
+    """Give one output of a node another name."""
+    for i, name in enumerate(node.output):
+        if name == old:
+            node.output[i] = new
+
+
+def take_out(
+    proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
+) -> tuple[Slot, ...]:
+    """Delete the nodes of slots and reconnect what was around them, in place.
+
+    Returns:
+        The slots that stay.
+
+    Raises:
+        SlotError: If another tool moved the nodes, or put others among them.
+    """
+    if foreign := foreign_readers(proto, [slot for slot in slots if slot.name in doomed]):
+        raise SlotError(
+            foreign[0], hint="another tool put it there; start from the base model"
+        )
+    current = {slot.name: slot for slot in slots}
+    for scope in reversed(list(walk.scopes(proto.graph))):
+        recorded = scope.graph.value_info
+        for i in reversed(range(len(recorded))):
+            if slot_of(recorded[i]) in doomed:
+                del recorded[i]
+        present = {slot_of(node) for node in scope.graph.node} & doomed
+        if not present:
+            continue
+        # In order of insertion, so that of stacked slots the innermost goes first.
+        here = [slot.name for slot in slots if slot.name in present]
+        made = {(slot_of(node), name) for node in scope.graph.node for name in node.output}
+        for name in here:
+            if (name, current[name].output) not in made:
+                raise _damaged(current[name])
+        nodes = [node for node in scope.graph.node if slot_of(node) not in here]
+        makers = {name: node for node in nodes for name in node.output}
+        for name in here:
+            gone = current.pop(name)
+            if gone.inner not in makers:
+                raise _damaged(gone)
+            rename_output(makers[gone.inner], gone.inner, gone.output)
+            makers[gone.output] = makers[gone.inner]
+            for other in current.values():
+                if other.graph == gone.graph and other.output == gone.inner:
+                    current[other.name] = replace(other, output=gone.output)
+                    break
+        _set_nodes(scope.graph, nodes)
+    if left := doomed & set(current):
+        raise _damaged(current[min(left)])
+    return tuple(current.values())
+
+
+def _damaged(slot: Slot) -> SlotError:
+    return SlotError(
+        f"slot {slot.name!r} is damaged: its nodes are not where they were inserted",
+        hint="another tool rewrote the graph; start from the base model",
+    )

@@ -1,0 +1,246 @@
+"""From a site and a recipe to the description of a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_adapt.errors import SiteError
+from onnx_adapt.graph.choice import Choice
+from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name
+from onnx_adapt.graph.layout import given_axis
+from onnx_adapt.graph.norms import find_norms, one_node
+from onnx_adapt.graph.resolve import resolve_tensor
+from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.slot.formula import mark_node
+from onnx_adapt.slot.manifest import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every slot of one insertion has in common.
+
+    Attributes:
+        activation: Between the projections.
+        parts: The slots' weights.
+        source: Name of the tensor the adapter reads; '' is the target itself.
+        axis: The feature axis, if the user names it.
+        norm: Name of the base's normalisation to re-apply to the source, or ''.
+        norm_after: What the slots' own normalisation wraps: `term`, `sum` or ''.
+        swappable: Whether weights can be fed.
+        bottleneck: Inner size, or 0 to leave it to each adapter.
+        seed: For fresh weights.
+        batched: Whether one run can give each row of a batch another adapter.
+    """
+
+    activation: str = "relu"
+    parts: tuple[str, ...] = ("down", "up")
+    source: str = ""
+    axis: int | None = None
+    norm: str = ""
+    norm_after: str = ""
+    swappable: bool = True
+    bottleneck: int = 0
+    seed: int = 0
+    batched: bool = False
+
+
+def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot:
+    """Describe the slot that a recipe gives at one site.
+
+    Raises:
+        SiteError: If the source or the normalisation does not fit the site.
+    """
+    site = choice.site
+    inner = f"adapter.{name}/target"
+    source, source_width = inner, site.width or 0
+    if recipe.source:
+        read = _source_site(survey, recipe)
+        if read.address != site.address:
+            source, source_width = read.tensor, _check_source(survey, site, read)
+    return Slot(
+        name=name,
+        graph=site.graph,
+        node=site.node,
+        tensor=site.tensor,
+        inner=inner,
+        output=site.tensor,
+        source=source,
+        width=site.width or 0,
+        source_width=source_width,
+        dtype=site.dtype,
+        axis=site.axis or -1,
+        rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
+        activation=recipe.activation,
+        parts=recipe.parts,
+        norm=_norm_tensor(survey, site, recipe.norm, source_width),
+        norm_after=recipe.norm_after,
+        module=site.module or "",
+        swappable=recipe.swappable,
+        bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
+        batched=recipe.batched,
+    )
+
+
+def _source_site(survey: Survey, recipe: Recipe) -> Site:
+    """The tensor that the adapter reads; an axis that the user names is its too."""
+    read = _input_site(survey, recipe.source, recipe.axis)
+    if read is None:
+        read = resolve_tensor(survey, recipe.source)
+        read = read if recipe.axis is None else survey.on_axis(read, recipe.axis)
+    return read
+
+
+def _input_site(survey: Survey, name: str, axis: int | None) -> Site | None:
+    """An input of the model as a place to read from."""
+    main = survey.index.main
+    inputs = {value.name for value in main.scope.graph.input} - set(main.constants)
+    if name not in inputs:
+        return None
+    known = main.type_of(name)
+    rank = len(known.shape) if known.shape else None
+    features = survey.layout.of(main, name) if axis is None else given_axis(axis, rank)
+    at = features.axis
+    size = (
+        known.shape[at] if known.shape and at is not None and at < len(known.shape) else None
+    )
+    return Site(
+        address=f"main:{name}",
+        node="",
+        op="",
+        tensor=name,
+        module=None,
+        width=size if isinstance(size, int) else None,
+        dtype=elem_name(known.elem_type),
+        axis=features.axis,
+        refused=features.refused,
+        graph="main",
+        rank=rank,
+        layer=False,
+        core=-1,
+    )
+
+
+def _check_source(survey: Survey, site: Site, read: Site) -> int:
+    """Check that a source can be read at a site and lines up with it.
+
+    Returns:
+        The source's width.
+
+    Raises:
+        SiteError: If it is computed later, elsewhere, or has another leading shape.
+    """
+    what = f"source {read.tensor!r}"
+    if read.axis is None:
+        raise SiteError(
+            f"{what} cannot be read by an adapter: {read.refused}",
+            hint="if you know its feature axis, say so: --axis -1 or --axis 1",
+        )
+    if read.dtype != site.dtype or read.width is None or read.axis != site.axis:
+        raise SiteError(
+            f"{what} ({read.dtype or 'unknown type'}, width {read.width}, axis {read.axis}) "
+            f"does not fit target {site.tensor!r} ({site.dtype}, axis {site.axis})",
+            hint="the source must be a tensor of the same type and layout",
+        )
+    view = survey.index.views[site.graph]
+    home = view.home(read.tensor)
+    if home is None or home.scope.path != read.graph:
+        raise SiteError(
+            f"{what} cannot be read where target {site.tensor!r} is computed",
+            hint=f"name a tensor of graph {site.graph} or of one around it",
+        )
+    if not _comes_before(view, home, read.tensor, site.tensor):
+        raise SiteError(
+            f"{what} is computed after target {site.tensor!r}",
+            hint="an adapter can only read what is there before its target",
+        )
+    theirs = home.type_of(read.tensor).shape
+    ours = view.type_of(site.tensor).shape
+    if theirs is not None and ours is not None:
+        axis = (site.axis or -1) % len(ours) if ours else 0
+        a = [d for i, d in enumerate(theirs) if i != axis]
+        b = [d for i, d in enumerate(ours) if i != axis]
+        declared = _declared_symbols(survey)
+        clash = any(
+            p != q
+            for p, q in zip(a, b, strict=False)
+            if all(isinstance(d, int) or d in declared for d in (p, q))
+        )
+        if len(theirs) != len(ours) or clash:
+            raise SiteError(
+                f"{what} has shape {list(theirs)} and target {site.tensor!r} {list(ours)}",
+                hint="all axes but the feature axis must be the same",
+            )
+    return read.width
+
+
+def _declared_symbols(survey: Survey) -> set[int | str | None]:
+    """Symbols of the model's own inputs; others were made up by inference."""
+    main = survey.index.main
+    names = [value.name for value in main.scope.graph.input]
+    return {d for n in names for d in main.type_of(n).shape or () if isinstance(d, str)}
+
+
+def _comes_before(view: GraphView, home: GraphView, source: str, target: str) -> bool:
+    position = view.producers[target]
+    if view is home and home.producers.get(source) == position:
+        return True  # another output of the same node
+    while view is not home and view.parent is not None:
+        position = view.scope.owner
+        view = view.parent
+    return home.producers.get(source, -1) < position
+
+
+def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
+    """The output of the base's normalisation that a name means."""
+    if not name:
+        return ""
+    found = resolve_tensor(survey, name)
+    if found.op not in ("LayerNormalization", "RMSNormalization"):
+        raise SiteError(
+            f"{name!r} is a {found.op}, not a LayerNormalization or RMSNormalization",
+            hint="name the node of the normalisation to re-apply",
+        )
+    view = survey.index.views[found.graph]
+    node = view.nodes[found.core]
+    here = survey.index.views[site.graph]
+    for weight in node.input[1:]:
+        if weight and here.constant(weight) is None:
+            raise SiteError(f"the weights of normalisation {name!r} are not constant here")
+    weight_width = here.constant(node.input[1]) if len(node.input) > 1 else None
+    if weight_width is not None and list(weight_width.dims) != [width]:
+        raise SiteError(
+            f"normalisation {name!r} is {list(weight_width.dims)} wide, the source {width}",
+            hint="name the normalisation of a tensor as wide as the source",
+        )
+    return str(node.output[0])
+
+
+def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
+    """The base's normalisation that a slot re-applies, last; before it its Constants.
+
+    The Constants are copies of the slot's own, for theirs may stand behind the slot.
+    """
+    if not slot.norm:
+        return []
+    here = index.views[slot.graph]
+    home = next(v for v in (here, *index.views.values()) if slot.norm in v.producers)
+    norm = onnx.NodeProto()
+    norm.CopyFrom(home.nodes[home.producers[slot.norm]])
+    if norm.op_type in ("Mul", "Add"):
+        base = next(n for n in find_norms(index.model, home) if n.output == slot.norm)
+        weights = [base.weight_tensor, *filter(None, [base.bias_tensor])]
+        norm = one_node(base.read, weights, base.output, base.epsilon)
+    constants = []
+    for position, name in enumerate(norm.input):
+        made = here.producer(name) if position and name else None
+        if made is not None and made[1].op_type == "Constant":
+            copy = onnx.NodeProto()
+            copy.CopyFrom(made[1])
+            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            norm.input[position] = copy.output[0] = copy.name
+            del copy.metadata_props[:]
+            mark_node(copy, slot)
+            constants.append(copy)
+    return [*constants, norm]

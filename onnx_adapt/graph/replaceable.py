@@ -1,0 +1,24 @@
+"""How a weight of the base becomes one that adapters can replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_adapt.slot.manifest import OpenWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a weight of the base becomes replaceable.
+
+    Attributes:
+        weight: The record of it.
+        default: The tensor it has while nothing is fed: the base's value.
+        uses: Who reads it: graph, index of the node, position of the input.
+    """
+
+    weight: OpenWeight
+    default: onnx.TensorProto
+    uses: tuple[tuple[str, int, int], ...]

@@ -1,0 +1,286 @@
+"""From what a user writes to sites: an address, a node, a tensor, a module, a glob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from onnx_adapt.errors import (
+    AmbiguousSiteError,
+    SiteNotFoundError,
+    SiteRefusedError,
+)
+from onnx_adapt.graph.calls import module_calls
+from onnx_adapt.graph.choice import (
+    Choice,
+    _listing,
+    ambiguous,
+    none_usable,
+    require_usable,
+)
+from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.index import GraphView, text
+from onnx_adapt.graph.modules import match_path
+from onnx_adapt.graph.sites import Site, Survey, survey_model
+from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import slot_of
+from onnx_adapt.words import nearest
+
+_GLOB = re.compile(r"[*?]")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What names mean in a model.
+
+    Attributes:
+        choices: The sites, in the order they were named; globs last.
+        skipped: Sites that a glob matched and that cannot take an adapter.
+    """
+
+    choices: tuple[Choice, ...]
+    skipped: tuple[Site, ...]
+
+
+def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) -> Resolution:
+    """Find the sites that names mean.
+
+    A name is tried as a site's address, a node's name, a tensor's name, a PyTorch module
+    path, and a glob over these: `*` stays within one part of a path, `**` does not. A
+    site named twice is chosen twice; a glob adds only what is not chosen yet, and takes
+    every call of a module that runs several times. An `axis` that the user names is the
+    feature axis of each site.
+
+    Raises:
+        SiteNotFoundError: If nothing has the name; the hint lists the nearest.
+        AmbiguousSiteError: If a name that is no glob means several places.
+        SiteRefusedError: If the place cannot take an adapter.
+    """
+
+    def laid(choice: Choice) -> Choice:
+        site = choice.site if axis is None else survey.on_axis(choice.site, axis)
+        return replace(choice, site=site)
+
+    choices: list[Choice] = []
+    skipped: dict[str, Site] = {}
+    globs: list[str] = []
+    for name in names:
+        choice = _exact(survey, name)
+        if choice is not None:
+            choices.append(require_usable(survey, laid(choice)))
+        elif _GLOB.search(name):
+            globs.append(name)
+        else:
+            raise _not_found(survey, name)
+    for pattern in globs:
+        hits = [laid(hit) for hit in _glob(survey, pattern)]
+        usable = [hit for hit in hits if hit.refused is None]
+        if not usable:
+            raise none_usable(survey, pattern, hits) if hits else _not_found(survey, pattern)
+        taken = {choice.site.address for choice in choices}
+        choices += [hit for hit in usable if hit.site.address not in taken]
+        skipped.update((h.site.address, h.site) for h in hits if h.refused)
+    return Resolution(tuple(choices), tuple(skipped.values()))
+
+
+def resolve_tensor(survey: Survey, name: str) -> Site:
+    """The one tensor that a name means, for reading: it may be any float tensor.
+
+    Raises:
+        SiteError: As `resolve` does, globs not being allowed.
+    """
+    choice = _exact(survey, name)
+    if choice is None:
+        raise _not_found(survey, name)
+    return choice.site
+
+
+def select_sites(
+    model: Model, pattern: str | None = None, *, all_tensors: bool = False
+) -> list[Site]:
+    """The sites that `onnx-adapt sites MODEL PATTERN` shows.
+
+    A pattern without `*` or `?` matches any part of an address, node, tensor or module.
+
+    Raises:
+        SiteNotFoundError: If the pattern matches nothing.
+    """
+    survey = survey_model(model)
+    sites = [site for site in survey.sites if all_tensors or site.layer]
+    if pattern is None:
+        return sites
+    if _GLOB.search(pattern):
+        plain, path = _matcher(pattern, "/"), _matcher(pattern, ".")
+        inside = {choice.site.address for choice in _module_hits(survey, pattern)}
+        found = [
+            site
+            for site in sites
+            if site.address in inside
+            or path(site.module or "")
+            or any(map(plain, _labels(site)))
+        ]
+    else:
+        found = [site for site in sites if any(pattern in name for name in _labels(site))]
+    if not found:
+        raise _not_found(survey, pattern)
+    return found
+
+
+def _labels(site: Site) -> tuple[str, ...]:
+    return site.address, site.node, *site.also, site.tensor, site.module or ""
+
+
+def _exact(survey: Survey, name: str) -> Choice | None:
+    if name in survey.by_address:
+        return replace(_choice(survey.by_address[name]), literal=True)
+    for find in (_by_node, _by_tensor, _by_module):
+        choices = find(survey, name)
+        if len(choices) > 1:
+            raise ambiguous(name, [choice.site for choice in choices])
+        if choices:
+            return choices[0]
+    hidden = survey.hidden.get(name)
+    return _choice(hidden[0]) if hidden else None
+
+
+def _choice(site: Site) -> Choice:
+    """A site, with a name that is the same when an exporter numbers its nodes otherwise."""
+    if site.module:
+        name = site.module if site.layer else f"{site.module}.{site.op.lower()}"
+        return Choice(site, name)
+    return Choice(site, site.node or site.tensor)
+
+
+def _by_node(survey: Survey, name: str) -> list[Choice]:
+    """The site after a node: its first output, and for a layer that with the bias."""
+    found = []
+    for view, i in survey.by_node.get(name, ()):
+        layers = survey.layers_of.get((view.scope.path, i))
+        output = next(output for output in view.nodes[i].output if output)
+        settled = survey.settled(view.scope.path, output)
+        found.append(_choice(layers[0] if layers else survey.site(view, settled)))
+    return found
+
+
+def _by_tensor(survey: Survey, name: str) -> list[Choice]:
+    found = []
+    for path, view in survey.index.views.items():
+        if name not in view.producers:
+            continue
+        tensor = survey.settled(path, name)
+        inserted = slot_of(view.nodes[view.producers[tensor]])
+        if not inserted or f"{path}:{tensor}" in survey.by_address:
+            found.append(replace(_choice(survey.site(view, tensor)), literal=True))
+    return found
+
+
+def _by_module(survey: Survey, name: str) -> list[Choice]:
+    found = []
+    for path in match_path(survey.modules.paths, name):
+        choices = _module_choices(survey, path)
+        graphs = [choice.site.graph for choice in choices]
+        if len(graphs) > len(set(graphs)):
+            sites = [choice.site for choice in choices]
+            raise AmbiguousSiteError(
+                f"module {path!r} runs {len(sites)} times: {_listing(sites)}",
+                hint="name each call by its address, with one --after each",
+            )
+        found += choices
+    return found
+
+
+def _module_choices(survey: Survey, path: str) -> list[Choice]:
+    """The output of a module, of each of its calls if it runs several times."""
+    found = []
+    for view, tensors in module_calls(survey.modules, path):
+        for tensor in tensors:
+            site = survey.site(view, survey.settled(view.scope.path, tensor))
+            _refuse_fused(survey, view, site, path)
+            if not site.layer:  # such as the product of integers, rescaled
+                behind = bias_behind(survey.index, view, site.tensor, site.width)
+                site = replace(site, before_bias=behind)
+            found.append(Choice(site, path))
+    return found
+
+
+def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> None:
+    """A node that swallowed what is behind a module may have the module's name.
+
+    TorchScript names a Conv with its BatchNorm after the Conv alone; ONNX Runtime's
+    FusedGemm and FusedConv hold an activation.
+    """
+    for layer in survey.layers_of.get((site.graph, site.core), ()):
+        node = view.nodes[site.core]
+        normed = node.op_type == "Conv" and any(
+            text(name).startswith("onnx::Conv_") for name in node.input[1:2]
+        )
+        active = any(item.name == "activation" and item.s for item in node.attribute)
+        if (normed or active) and layer.module == path and layer.tensor == site.tensor:
+            what = "normalisation" if normed else "activation"
+            raise SiteRefusedError(
+                f"module {path!r} has no output of its own: the {what} behind it was "
+                f"fused into node {site.node!r}",
+                hint=f"--after {site.node} inserts after both",
+            )
+
+
+def _glob(survey: Survey, pattern: str) -> list[Choice]:
+    plain = _matcher(pattern, "/")
+
+    def named(sites: Iterable[Site]) -> list[Choice]:
+        return [
+            _choice(site)
+            for site in sites
+            if any(plain(name) for name in (site.address, site.node, *site.also, site.tensor))
+        ]
+
+    layers = named(site for site in survey.sites if site.layer)
+    hits = layers or _module_hits(survey, pattern) or named(survey.sites)
+    # What no site is for, such as a node that makes integers, still has a reason to give.
+    return hits or [
+        _choice(survey.site(view, survey.settled(path, output)))
+        for path, view in survey.index.views.items()
+        for node in view.nodes
+        for output in node.output
+        if output and not slot_of(node) and (plain(text(node.name)) or plain(output))
+    ]
+
+
+def _module_hits(survey: Survey, pattern: str) -> list[Choice]:
+    for match in (_matcher(pattern, "."), _matcher("**." + pattern, ".")):
+        paths = [path for path in survey.modules.paths if match(path)]
+        hits = {c.site.address: c for path in paths for c in _module_choices(survey, path)}
+        if hits:
+            return list(hits.values())
+    return []
+
+
+def _matcher(pattern: str, separator: str) -> Callable[[str], bool]:
+    parts = {"**": ".*", "*": f"[^{re.escape(separator)}]*", "?": "."}
+    pieces = re.split(r"(\*\*|\*|\?)", "**" if pattern == "*" else pattern)
+    text = "".join(parts.get(piece) or re.escape(piece) for piece in pieces)
+    expression = re.compile(text, re.DOTALL)
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def _not_found(survey: Survey, name: str) -> SiteNotFoundError:
+    main = survey.index.main
+    if name in main.types and name not in main.producers:
+        kind = "a weight" if name in main.constants else "an input"
+        return SiteNotFoundError(
+            f"{name!r} is {kind} of the model; an adapter goes after a node",
+            hint="name the node that reads it, or see `onnx-adapt sites`",
+        )
+    called = "matches" if _GLOB.search(name) else "is called"
+    wide = re.sub(r"\*+", "**", name)
+    if wide != name and (hits := _glob(survey, wide)):
+        return SiteNotFoundError(
+            f"no node, tensor or module {called} {name!r}",
+            hint=f"`*` stays within one part of a path; {wide!r} matches {len(hits)} places",
+        )
+    first = 0 if ":" in name else 1  # an address is only like an address
+    others = (label for site in survey.sites for label in _labels(site)[first:])
+    near = nearest(name, (*survey.modules.paths, *others))
+    hint = f"nearest: {', '.join(near)}" if near else "see `onnx-adapt sites` for all names"
+    return SiteNotFoundError(f"no node, tensor or module {called} {name!r}", hint=hint)

@@ -1,0 +1,322 @@
+"""The places of a model that can take an adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import onnx
+
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.errors import ManifestError
+from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.index import (
+    GraphView,
+    ModelIndex,
+    TensorType,
+    elem_name,
+    index_model,
+    text,
+)
+from onnx_adapt.graph.layers import (
+    KINDS,
+    bias_add,
+    feature_width,
+    inherited_type,
+    is_layer,
+    weight_width,
+)
+from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
+from onnx_adapt.graph.modules import ModuleIndex, index_modules
+from onnx_adapt.graph.refusals import rank_of, refusal
+from onnx_adapt.model import walk
+from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import read_manifest, slot_of
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A tensor of a model where an adapter can go.
+
+    Attributes:
+        address: Unique in the model: the graph's path, a colon, the tensor.
+        node: Name of the node; for a layer the node with the weight.
+        op: Operator type of that node.
+        tensor: The tensor. For a layer with a separate bias Add it is the Add's output.
+        module: PyTorch module path, or None if the exporter left no trace.
+        width: Size of the feature axis, or None if unknown.
+        dtype: Element type, or '' if unknown.
+        axis: The feature axis: -1, or 1 for channels; None if nothing tells.
+        refused: Why no adapter can go here, or None.
+        graph: Path of the graph the tensor is in.
+        rank: Number of axes, or None if unknown.
+        layer: Whether the site is the output of a layer.
+        core: Index of the node in its graph.
+        also: Names of other nodes that stand for it: that of the bias Add.
+        before_bias: Where the layer's bias is added, if that is behind the tensor. An
+            adapter after the layer cannot go here, one after the tensor can.
+    """
+
+    address: str
+    node: str
+    op: str
+    tensor: str
+    module: str | None
+    width: int | None
+    dtype: str
+    axis: int | None
+    refused: str | None
+    graph: str
+    rank: int | None
+    layer: bool
+    core: int
+    also: tuple[str, ...] = ()
+    before_bias: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why no adapter can go after the layer or module that this is, or None."""
+        return self.refused or self.before_bias
+
+    def as_dict(self) -> dict[str, object]:
+        """What `onnx-adapt sites --json` prints of a site."""
+        return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
+
+
+_PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")
+
+
+def find_sites(model: Model, *, all_tensors: bool = False) -> list[Site]:
+    """Find the places that can take an adapter, and those that cannot with the reason.
+
+    Args:
+        model: The model to look at.
+        all_tensors: List every float tensor, not only the outputs of layers.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> model = oa.open_model("models/dnsmos-p808.onnx")
+        >>> [(s.op, s.width) for s in oa.find_sites(model)][-2:]
+        [('MatMul', 64), ('MatMul', 1)]
+    """
+    survey = survey_model(model)
+    return survey.sites if all_tensors else [site for site in survey.sites if site.layer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """Everything known about the places of a model.
+
+    Attributes:
+        index: Tensors and nodes.
+        modules: PyTorch modules.
+        layout: Where the features of each tensor are.
+        outer: For each graph, what all slots on a site's tensor made of it: inner -> outer.
+        sites: All sites: layers and every other float tensor, in graph order.
+        by_address: The sites by their address.
+        by_node: The nodes that make something, by name: graph and index.
+        layers_of: The outputs of each layer, by graph and node.
+        hidden: The sites inside functions, by the names of their nodes and tensors.
+    """
+
+    index: ModelIndex
+    modules: ModuleIndex
+    layout: Layout
+    outer: dict[str, dict[str, str]]
+    sites: list[Site] = field(default_factory=list)
+    by_address: dict[str, Site] = field(default_factory=dict)
+    by_node: dict[str, list[tuple[GraphView, int]]] = field(default_factory=dict)
+    layers_of: dict[tuple[str, int], list[Site]] = field(default_factory=dict)
+    hidden: dict[str, list[Site]] = field(default_factory=dict)
+
+    def site(self, view: GraphView, tensor: str) -> Site:
+        """The site of any tensor that a node of `view` makes, refused or not."""
+        address = f"{view.scope.path}:{tensor}"
+        if address in self.by_address:
+            return self.by_address[address]
+        return _site(self, view, view.producers[tensor], tensor)
+
+    def on_axis(self, site: Site, axis: int) -> Site:
+        """The same place with its features on an axis that the user names."""
+        view = self.index.views.get(site.graph)
+        if view is None:
+            return site  # inside a function, refused
+        given = given_axis(axis, site.rank)
+        moved = _site(self, view, site.core, site.tensor, layer=site.layer, given=given)
+        return replace(moved, also=site.also, before_bias=site.before_bias)
+
+    def settled(self, graph: str, tensor: str) -> str:
+        """The tensor's value after all slots on it."""
+        return self.outer.get(graph, {}).get(tensor, tensor)
+
+
+def survey_model(model: Model) -> Survey:
+    """Index a model and find all its sites."""
+    index = index_model(model)
+    _tell_stale(index)
+    outer: dict[str, dict[str, str]] = {}
+    manifest = read_manifest(model.proto)
+    for slot in manifest.slots if manifest else ():
+        if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
+            outer.setdefault(slot.graph, {})[slot.inner] = slot.output
+    layout = find_layout(index, outer)
+    outer = {path: _outermost(names) for path, names in outer.items()}
+    survey = Survey(index, index_modules(index), layout, outer)
+    for view in index.views.values():
+        survey.sites.extend(_graph_sites(survey, view))
+        for i, node in enumerate(view.nodes):
+            if node.name and any(node.output) and not slot_of(node):
+                survey.by_node.setdefault(text(node.name), []).append((view, i))
+    for site in survey.sites:
+        if site.layer:
+            survey.layers_of.setdefault((site.graph, site.core), []).append(site)
+    for site in _function_sites(model.proto):
+        survey.sites.append(site)
+        for name in filter(None, (site.node, site.tensor)):
+            survey.hidden.setdefault(name, []).append(site)
+    survey.by_address.update((site.address, site) for site in survey.sites)
+    return survey
+
+
+def _tell_stale(index: ModelIndex) -> None:
+    """Say once that a model records what cannot be; nothing else depends on it."""
+    stale = index.stale_records()
+    for address, (record, known) in list(stale.items())[:1]:
+        _log.warning(
+            "the model records %s for %r, but %s follows from its inputs and weights%s; "
+            "its records are not used",
+            *(_in_words(record), address, _in_words(known)),
+            f" (and so for {len(stale) - 1} more)" if len(stale) > 1 else "",
+        )
+
+
+def _in_words(known: TensorType) -> str:
+    sizes = ", ".join("?" if dim is None else str(dim) for dim in known.shape or ())
+    return f"{elem_name(known.elem_type)}[{sizes if known.shape is not None else '...'}]"
+
+
+def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
+    """Where each chain of slots that are stacked on each other ends.
+
+    Raises:
+        ManifestError: If one comes back to where it was.
+    """
+    ends: dict[str, str] = {}
+    for tensor in outer:
+        chain = []
+        while tensor in outer and tensor not in ends:
+            chain.append(tensor)
+            tensor = outer[tensor]
+            if len(chain) > len(outer):
+                raise ManifestError(f"the slots on {tensor!r} are stacked in a circle")
+        ends.update(dict.fromkeys(chain, ends.get(tensor, tensor)))
+    return ends
+
+
+_MANY_OUTPUTS = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
+
+
+def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
+    path = view.scope.path
+    found: dict[str, Site] = {}
+    for i, node in enumerate(view.nodes):
+        if not is_layer(view, node):
+            continue
+        outputs = node.output if node.op_type in _MANY_OUTPUTS else node.output[:1]
+        for output in filter(_is_name, outputs):
+            inner = survey.settled(path, output)
+            bias = bias_add(view, node, inner, weight_width(view, node))
+            tensor = survey.settled(path, bias or inner)
+            if tensor not in found:
+                found[tensor] = _site(survey, view, i, tensor, layer=True, bias=bias)
+    for i, node in enumerate(view.nodes):
+        for output in filter(_is_name, () if slot_of(node) else node.output):
+            tensor = survey.settled(path, output)
+            if tensor not in found and view.type_of(output).elem_type in (0, *FLOATS):
+                found[tensor] = _site(survey, view, i, tensor)
+    return sorted(found.values(), key=lambda site: site.core)
+
+
+def _is_name(name: str | bytes) -> bool:
+    """Whether an output is there; a name that is no text could not be written again."""
+    return isinstance(name, str) and name != ""
+
+
+def _site(
+    survey: Survey,
+    view: GraphView,
+    core: int,
+    tensor: str,
+    *,
+    layer: bool = False,
+    bias: str | None = None,
+    given: Features | None = None,
+) -> Site:
+    node = view.nodes[core]
+    path = view.scope.path
+    known = view.type_of(tensor)
+    known = TensorType(known.elem_type or inherited_type(view, node), known.shape)
+    rank = rank_of(view, node, known)
+    features = given or _features(survey, view, node, tensor, layer)
+    axis, width = features.axis, None
+    if axis is not None:
+        width = feature_width(view, node if layer else None, tensor, axis)
+    told = weight_width(view, node) if layer and axis is not None else None
+    if given and not given.refused and None not in (width, told) and width != told:
+        reason = f"its axis {axis} has {width} entries, but the layer's weight gives {told}"
+        features = Features(axis, reason)
+    adding = view.producer(bias) if bias else None
+    site = Site(
+        address=f"{path}:{tensor}",
+        node=text(node.name),
+        op=node.op_type,
+        tensor=tensor,
+        module=survey.modules.scopes[path][core],
+        width=width,
+        dtype=elem_name(known.elem_type),
+        axis=axis,
+        refused=None,
+        graph=path,
+        rank=rank,
+        layer=layer,
+        core=core,
+        also=(text(adding[1].name),) if adding else (),
+    )
+    behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
+    refused = refusal(view, site, known, features)
+    return replace(site, refused=refused, before_bias=behind)
+
+
+def _features(
+    survey: Survey, view: GraphView, node: onnx.NodeProto, tensor: str, layer: bool
+) -> Features:
+    if layer:
+        return survey.layout.of_layer(view, node, tensor)
+    return survey.layout.of(view, tensor)
+
+
+def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
+    for function in proto.functions:
+        label = f"function {function.domain}::{function.name}"
+        label += f"::{function.overload}" if function.overload else ""
+        for scope in walk.scopes(onnx.GraphProto(node=function.node), label):
+            for core, node in enumerate(scope.graph.node):
+                for tensor in filter(_is_name, node.output):
+                    yield Site(
+                        address=f"{scope.path}:{tensor}",
+                        node=text(node.name),
+                        op=node.op_type,
+                        tensor=tensor,
+                        module=None,
+                        width=None,
+                        dtype="",
+                        axis=None,
+                        refused=f"inside the model-local {label}",
+                        graph=scope.path,
+                        rank=None,
+                        layer=node.op_type in KINDS,
+                        core=core,
+                    )

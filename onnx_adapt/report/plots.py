@@ -1,0 +1,228 @@
+"""The plots of a page: pygal draws them, the page's style sheet colours them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from onnx_adapt.report.numbers import power
+from onnx_adapt.report.overview import Overview, SlotView
+from onnx_adapt.words import plain
+
+_EXTRA = ("text-overlay", "tooltip-overlay")
+"""What pygal draws for its scripts, which the page does not have."""
+
+_TICKS = 6
+_LETTERS = 13
+"""Size of letters; pygal leaves room for them."""
+
+Dot = dict[str, Any]
+Series = tuple[list[Dot], bool]
+"""Dots or the corners of a line, and whether it is a line."""
+
+
+def map_plot(overview: Overview) -> str:
+    """The layers of the base along its depth by their width, and the slots on them."""
+    layers = [
+        {
+            "value": (layer.depth, math.log2(layer.width)),
+            "tooltip": f"{plain(layer.name or layer.op)}: {layer.op}, width {layer.width}",
+        }
+        for layer in overview.layers
+    ]
+    slots = [
+        _dot(
+            number,
+            view,
+            view.depth,
+            math.log2(max(view.slot.width, 1)),
+            f"width {view.slot.width}",
+        )
+        for number, view in enumerate(overview.slots, 1)
+    ]
+    found = [dot["value"][1] for dot in [*layers, *slots]]
+    powers = _whole(min(found, default=0), max(found, default=1))
+    return _plot(
+        "map",
+        [(layers, False), (slots, False)],
+        [(exponent, f"{2**exponent}") for exponent in powers],
+        _round_steps(0, max(overview.nodes, 1)),
+        "depth: nodes of the base before it",
+        "width",
+    )
+
+
+def error_plot(overview: Overview) -> str:
+    """The error of each slot against the oracle, and what it may be."""
+    numbered = list(enumerate(overview.slots, 1))
+    measured = {
+        n: (view.result.error, view.result.tolerance)
+        for n, view in numbered
+        if view.result is not None
+        and view.result.error is not None
+        and view.result.tolerance is not None
+    }
+    errors = [error for error, _ in measured.values()]
+    low, high = _decades([*errors, *(limit for _, limit in measured.values())])
+    good: list[Dot] = []
+    bad: list[Dot] = []
+    for n, view in numbered:
+        if n in measured:
+            error, limit = measured[n]
+            place = _clipped(error, low, high)
+            dot = _dot(n, view, n, place, f"error {power(error)}, tolerance {power(limit)}")
+            (good if error <= limit else bad).append(dot)
+    ends = [
+        {"value": (n + side, _clipped(limit, low, high))}
+        for n, (_, limit) in measured.items()
+        for side in (-0.5, 0.5)
+    ]
+    return _plot(
+        "error",
+        [(ends, True), (good, False), (bad, False)],
+        _powers(low, high, zero=0.0 in errors),
+        _round_steps(1, len(numbered)),
+        "slot",
+        "error",
+    )
+
+
+def effect_plot(overview: Overview) -> str:
+    """How far each slot moves the outputs: with random weights, and with the adapter's."""
+    numbered = list(enumerate(overview.slots, 1))
+    probed = {n: view.result.effect for n, view in numbered if view.result is not None}
+    moved = {n: view.moved for n, view in numbered}
+    known = [e for e in [*probed.values(), *moved.values()] if e is not None]
+    low, high = _decades(known)
+    series = []
+    for values, what in ((probed, "random weights"), (moved, "the adapter")):
+        dots = []
+        for n, view in numbered:
+            value = values.get(n)
+            if value is not None:
+                place = _clipped(value, low, high)
+                dots.append(_dot(n, view, n, place, f"{what}: moves {power(value)}"))
+        series.append((dots, False))
+    return _plot(
+        "effect",
+        series,
+        _powers(low, high, zero=0 in known),
+        _round_steps(1, len(numbered)),
+        "slot",
+        "effect",
+    )
+
+
+def _dot(number: int, view: SlotView, x: float, y: float, text: str) -> Dot:
+    return {
+        "value": (x, y),
+        "xlink": {"href": f"#slot-{number}", "tabindex": "-1"},
+        "tooltip": f"{number}. {plain(view.slot.name)}: {text}",
+    }
+
+
+def _plot(
+    name: str,
+    series: Iterable[Series],
+    y_labels: list[tuple[float, str]],
+    x_labels: list[int],
+    x_title: str,
+    y_title: str,
+) -> str:
+    """One plot as SVG without styles or scripts, so that the page's own apply."""
+    pygal = _pygal()
+    from pygal.etree import etree
+    from pygal.style import Style
+
+    chart = pygal.XY(
+        css=[],
+        js=[],
+        style=Style(label_font_size=_LETTERS, title_font_size=_LETTERS),
+        width=480,
+        height=260,
+        margin=8,
+        show_legend=False,
+        stroke=False,
+        dots_size=4,
+        x_title=x_title,
+        y_title=y_title,
+        range=(y_labels[0][0] - 0.3, y_labels[-1][0] + 0.3),
+        xrange=(x_labels[0] - 0.5, x_labels[-1] + 0.5),
+    )
+    chart.uuid = name
+    chart.y_labels = [{"value": value, "label": label} for value, label in y_labels]
+    chart.x_labels = [{"value": value, "label": str(value)} for value in x_labels]
+    for number, (dots, is_line) in enumerate(series):
+        chart.add(str(number), dots, stroke=is_line, show_dots=not is_line)
+    root = chart.render_tree()
+    _strip(root)
+    root.set("aria-hidden", "true")  # the text beside it says the same
+    text = etree.tostring(root, encoding="unicode")
+    return str(text).replace("xlink:href", "href")
+
+
+def _pygal() -> Any:
+    """The module, without the finder of plugins that it leaves behind.
+
+    Up to Python 3.11 that makes every later import that fails a warning.
+    """
+    import pygal
+
+    fixer = pygal.PluginImportFixer
+    sys.meta_path[:] = [item for item in sys.meta_path if not isinstance(item, fixer)]
+    return pygal
+
+
+def _strip(root: Any) -> None:
+    """Take out comments, styles, scripts and what belongs to them."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _is_extra(parent, child) or (child.tag == "title" and parent is root):
+                parent.remove(child)
+
+
+def _is_extra(parent: Any, child: Any) -> bool:
+    if not isinstance(child.tag, str) or child.tag in ("defs", "desc"):
+        return True
+    if child.tag == "title":
+        return bool(parent.get("class") == "guides")
+    return any(name in _EXTRA for name in child.get("class", "").split())
+
+
+def _decades(values: Iterable[float]) -> tuple[int, int]:
+    """The powers of ten around the values; those that are 0 or odd have none."""
+    logs = [math.log10(v) for v in values if v > 0 and math.isfinite(v)]
+    low, high = math.floor(min(logs, default=-8)), math.ceil(max(logs, default=0))
+    return low - (low == high), high
+
+
+def _clipped(value: float, low: int, high: int) -> float:
+    """Where a value is on the axis: 0 below the lowest power, NaN above the highest."""
+    if value == 0:
+        return low - 1
+    if not math.isfinite(value):
+        return high + 0.2
+    return math.log10(value)
+
+
+def _powers(low: int, high: int, *, zero: bool) -> list[tuple[float, str]]:
+    step = max(1, math.ceil((high - low) / _TICKS))
+    labels: list[tuple[float, str]] = [(e, f"1e{e}") for e in range(low, high + step, step)]
+    return [(low - 1, "0"), *labels] if zero else labels
+
+
+def _whole(low: float, high: float) -> list[int]:
+    first, last = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+    step = max(1, math.ceil((last - first) / _TICKS))
+    return list(range(first, last + step, step))  # the last is at or above all
+
+
+def _round_steps(first: int, last: int) -> list[int]:
+    """Some whole numbers from the first to the last, by 1, 2 or 5 times a power of ten."""
+    wanted = max(1, (last - first) / _TICKS)
+    power_of_ten = 10 ** math.floor(math.log10(wanted))
+    step = next(m * power_of_ten for m in (1, 2, 5, 10) if m * power_of_ten >= wanted)
+    inner = range(-(-first // step) * step, last + 1, step)
+    return sorted({first, last, *(n for n in inner if last - n >= step / 2 or n == last)})

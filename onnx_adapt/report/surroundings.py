@@ -1,0 +1,166 @@
+"""The graph around a slot, before it was inserted and after, as something to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from onnx_adapt.graph.index import GraphView, TensorType, elem_name, text
+from onnx_adapt.graph.layers import is_layer
+from onnx_adapt.slot.manifest import Slot, slot_of
+
+_READERS = 3
+"""How many readers of a tensor are shown."""
+
+BASE, NEW, OTHER = "base", "new", "other"
+"""Where a part of a graph comes from: the base, this slot, another slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A weight that a node reads.
+
+    Attributes:
+        name: Its tensor.
+        type: Element type and shape: `float32[64, r]`.
+    """
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A node or a tensor.
+
+    Attributes:
+        kind: `node` or `tensor`.
+        name: Its name in the model; a node may have none.
+        label: A node's operator, a tensor's element type and shape.
+        origin: `base`, `new` or `other`.
+        weights: What a node reads that is constant or a weight of an adapter.
+    """
+
+    kind: str
+    name: str
+    label: str
+    origin: str
+    weights: tuple[Constant, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """A part of a graph.
+
+    Attributes:
+        boxes: Nodes and tensors.
+        edges: From which box to which, by number.
+        hidden: How many more nodes read the last tensor.
+    """
+
+    boxes: tuple[Box, ...]
+    edges: tuple[tuple[int, int], ...]
+    hidden: int
+
+
+def surroundings_before(view: GraphView | None, slot: Slot) -> Surroundings | None:
+    """The graph of the base around a slot's site; None if the base has no such tensor."""
+    if view is None or slot.tensor not in view.producers:
+        return None
+    return _around(view, slot, _site(view, slot.tensor), slot.tensor)
+
+
+def surroundings_after(view: GraphView, slot: Slot) -> Surroundings:
+    """The graph of the adapted model around a slot."""
+    own = [node for node in view.nodes if slot_of(node) == slot.name]
+    return _around(view, slot, _site(view, slot.inner) + own, slot.output)
+
+
+def _site(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
+    """The node that makes a tensor; where it is no layer (a bias), what it reads as well."""
+    if tensor not in view.producers:
+        return []
+    node = view.nodes[view.producers[tensor]]
+    read = [] if is_layer(view, node) or slot_of(node) else dict.fromkeys(node.input)
+    makers = {view.producers[name] for name in read if name in view.producers}
+    return [*(view.nodes[i] for i in sorted(makers)[:_READERS]), node]
+
+
+def _makes_weight(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether what a node makes is shown in the nodes that read it."""
+    return any(view.weight(name) is not None for name in node.output)
+
+
+def _around(
+    view: GraphView, slot: Slot, inner: Sequence[onnx.NodeProto], last: str
+) -> Surroundings:
+    readers = view.readers(last)
+    sketch = _Sketch(view, slot)
+    for node in (node for node in inner if not _makes_weight(view, node)):
+        sketch.add(node, [name for name in node.input if name], list(node.output))
+    for node in readers[:_READERS]:
+        sketch.add(node, [last], [])
+    return Surroundings(
+        tuple(sketch.boxes), tuple(dict.fromkeys(sketch.edges)), len(readers[_READERS:])
+    )
+
+
+@dataclass(slots=True)
+class _Sketch:
+    """Boxes and edges while they are collected."""
+
+    view: GraphView
+    slot: Slot
+    boxes: list[Box] = field(default_factory=list)
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    tensors: dict[str, int] = field(default_factory=dict)
+
+    def add(self, node: onnx.NodeProto, inputs: list[str], outputs: list[str]) -> None:
+        weights = [name for name in dict.fromkeys(inputs) if self._is_weight(name)]
+        number = len(self.boxes)
+        self.boxes.append(
+            Box(
+                "node",
+                text(node.name),
+                text(node.op_type),
+                self._origin(node),
+                tuple(Constant(name, self._type(name)) for name in weights),
+            )
+        )
+        for name in inputs:
+            if name not in weights:
+                self.edges.append((self._tensor(name), number))
+        for name in filter(None, outputs):
+            self.edges.append((number, self._tensor(name)))
+
+    def _is_weight(self, name: str) -> bool:
+        return self.view.weight(name) is not None or name in self.slot.inputs
+
+    def _tensor(self, name: str) -> int:
+        if name not in self.tensors:
+            made = self.view.producers.get(name)
+            origin = BASE if made is None else self._origin(self.view.nodes[made])
+            self.tensors[name] = len(self.boxes)
+            self.boxes.append(Box("tensor", text(name), self._type(name), origin))
+        return self.tensors[name]
+
+    def _origin(self, node: onnx.NodeProto) -> str:
+        owner = slot_of(node)
+        return NEW if owner == self.slot.name else OTHER if owner else BASE
+
+    def _type(self, name: str) -> str:
+        return type_text(self.view.type_of(name), self.slot, empty=name in self.slot.inputs)
+
+
+def type_text(known: TensorType, slot: Slot, *, empty: bool = False) -> str:
+    """An element type and shape: `float32[n, 64]`; the slot's own bottleneck is `r`.
+
+    A weight that may be `empty` has a bottleneck of 0 by default: that is `r` as well.
+    """
+    if known.shape is None:
+        return elem_name(known.elem_type) or "?"
+    free = {slot.symbol, 0} if empty else {slot.symbol}
+    dims = ("r" if dim in free else "?" if dim is None else dim for dim in known.shape)
+    return f"{elem_name(known.elem_type)}[{', '.join(map(str, dims))}]"

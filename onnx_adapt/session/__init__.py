@@ -1,0 +1,1 @@
+"""One session, many adapters: loaded, swapped, blended, one for each row."""

@@ -1,0 +1,295 @@
+"""ONNX Runtime's session on a model with slots, and which of its weights can be fed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_adapt.adapter.fitting import Replaceable
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import RunError, SlotError
+from onnx_adapt.model import borrowed as lenders
+from onnx_adapt.model.signatures import HEAD, recognised
+from onnx_adapt.ort import failures, onnxruntime, shortened, without_slot_warnings
+from onnx_adapt.session.loaded import stamp_of
+from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
+from onnx_adapt.words import beside
+
+if TYPE_CHECKING:
+    from onnx_adapt.model.file import Model
+
+_ELEM_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
+
+
+class Engine:
+    """ONNX Runtime on a model, and what of the model can be fed.
+
+    Args:
+        model: Its path, or the model in memory.
+        providers: Execution providers; by default the CPU.
+        options: Session options, or None.
+
+    Attributes:
+        label: What to call the model.
+        inputs: The declared shape of each input that must be fed.
+        outputs: The declared shape of each output.
+        manifest: The record of its slots, or None.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the model.
+        ExternalDataError: If the base of a thin model is another one now.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model,
+        providers: Sequence[Any] | None,
+        options: Any,
+    ) -> None:
+        self._failures = failures()
+        self.label, self._session = _start(model, providers, options)
+        self.inputs = {item.name: item.shape for item in self._session.get_inputs()}
+        self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
+        record = self._session.get_modelmeta().custom_metadata_map.get(KEY)
+        self.manifest = manifest_from_text(record) if record else None
+        self._slots: tuple[Manifest, Replaceable] | None = None
+
+    @property
+    def session(self) -> Any:
+        """ONNX Runtime's session.
+
+        Raises:
+            RunError: If it was closed.
+        """
+        if self._session is None:
+            raise RunError("the session is closed", hint="make a new AdapterSession")
+        return self._session
+
+    def close(self) -> None:
+        """Let go of the model; runs that are under way hold it until they end."""
+        self._session = None
+
+    def asked(self, outputs: Sequence[str] | None) -> list[str]:
+        """The names of the outputs to compute.
+
+        Raises:
+            RunError: If the model has no such output, or the session was closed.
+        """
+        _ = self.session
+        if outputs is None:
+            return list(self.outputs)
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        if not names:
+            raise RunError("no output is asked for", hint="leave outputs= out for all of them")
+        if unknown := [name for name in names if name not in self.outputs]:
+            raise RunError(
+                f"{self.label} has no output {unknown[0]!r}",
+                hint=f"it has {', '.join(self.outputs)}",
+            )
+        return names
+
+    def run(
+        self, names: list[str], feeds: Mapping[str, Any], options: Any = None
+    ) -> list[Any]:
+        """Run the model once.
+
+        Raises:
+            RunError: If it does not take the feeds.
+        """
+        session = self.session
+        try:
+            return list(session.run(names, feeds, options))
+        except self._failures as error:
+            raise self._refused(error) from error
+
+    def run_with_ort_values(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Run the model once, OrtValues in and out.
+
+        Raises:
+            RunError: If it does not take the feeds.
+        """
+        session = self.session
+        try:
+            return list(session.run_with_ort_values(names, feeds))
+        except self._failures as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> RunError:
+        wanted = ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())
+        return RunError(
+            f"{self.label} does not run: {shortened(error)}",
+            hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
+        )
+
+    def slots(self) -> tuple[Manifest, Replaceable]:
+        """The slots and weights that can be fed.
+
+        Raises:
+            SlotError: If there are none, or another tool took their inputs away.
+        """
+        if self._slots is None:
+            declared = {
+                item.name: item for item in self.session.get_overridable_initializers()
+            }
+            required = self.inputs.keys()
+            self._slots = _swappable(self.manifest, declared, required, self.label)
+        return self._slots
+
+
+def native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The feeds in this machine's byte order: ONNX Runtime reads any array as if it were.
+
+    Raises:
+        RunError: If they are no feeds.
+    """
+    if not isinstance(feeds, Mapping):
+        raise RunError(
+            f"the feeds are of type {type(feeds).__name__}", hint="give {input name: array}"
+        )
+    odd = [
+        name for name, v in feeds.items() if isinstance(v, np.ndarray) and not v.dtype.isnative
+    ]
+    if not odd:
+        return feeds
+    turned = {name: feeds[name].astype(feeds[name].dtype.newbyteorder("=")) for name in odd}
+    return {**feeds, **turned}
+
+
+def _start(
+    model: str | os.PathLike[str] | Model, providers: Sequence[Any] | None, options: Any
+) -> tuple[str, Any]:
+    """Start ONNX Runtime; what to call the model, and the session."""
+    ort = onnxruntime()
+    given: str | bytes
+    if isinstance(model, str | os.PathLike):
+        label, given = Path(model).name, os.fspath(model)
+        if not Path(model).is_file():
+            hint = "name the .onnx file in it" if Path(model).is_dir() else beside(Path(model))
+            raise RunError(f"there is no model {given}", hint=hint)
+    else:
+        label, given, options = _in_memory(model, options)
+    chosen = [providers] if isinstance(providers, str) else list(providers or [_CPU])
+    try:
+        with without_slot_warnings() as unwanted:
+            session = ort.InferenceSession(given, options, providers=chosen)
+            metadata = session.get_modelmeta().custom_metadata_map
+            unwanted.update(_weight_names(metadata.get(KEY)))
+    except failures() as error:
+        if found := recognised(_head(given), label):
+            raise RunError(f"{label} is {found[0]}, no ONNX model", hint=found[1]) from error
+        raise RunError(
+            f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
+            hint="`onnx-adapt check` says whether a file that it needs is missing",
+        ) from error
+    record = metadata.get(lenders.KEY)
+    if record and isinstance(given, str):
+        lenders.check_lenders(Path(given).parent, record, label)
+    return label, session
+
+
+def _head(given: str | bytes) -> bytes:
+    """The first bytes of a model that was given by its path or whole."""
+    if isinstance(given, bytes):
+        return given[:HEAD]
+    with open(given, "rb") as file:
+        return file.read(HEAD)
+
+
+_CPU = "CPUExecutionProvider"
+
+
+def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
+    from onnx_adapt.model.file import Model as Opened
+    from onnx_adapt.model.references import model_bytes
+
+    if not isinstance(model, Opened):
+        raise RunError(
+            f"{type(model).__name__} is no model", hint="give a path, or an onnx_adapt.Model"
+        )
+    options = onnxruntime().SessionOptions() if options is None else options
+    return model.label, model_bytes(model, options), options
+
+
+def _weight_names(record: str | None) -> set[str]:
+    """The weights of slots, those that replace the base's, and those that are replaced."""
+    if not record:
+        return set()
+    manifest = manifest_from_text(record)
+    names = {name for slot in manifest.slots for name in slot.inputs}
+    return names | {name for w in manifest.weights for name in (w.name, w.original)}
+
+
+def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str, Array]]:
+    """A way to the base's own values of weights that adapters replace: they are in its file.
+
+    Raises:
+        RunError: When they are asked for, if the file is another one by then.
+    """
+    path = Path(model).absolute() if isinstance(model, str | os.PathLike) else None
+    stamp = stamp_of(path) if path else None
+
+    def read() -> dict[str, Array]:
+        from onnx_adapt.model.file import Model, open_model
+        from onnx_adapt.model.tensors import read_tensor
+
+        if path and stamp_of(path) != stamp:
+            raise RunError(
+                f"{path} is another file than this session has loaded",
+                hint="start a new session; a blend of trained heads needs the base's own",
+            )
+        opened = model if isinstance(model, Model) else open_model(path or "")
+        manifest = read_manifest(opened.proto)
+        stored = {tensor.name: tensor for tensor in opened.proto.graph.initializer}
+        return {
+            weight.name: read_tensor(
+                opened, stored[weight.original if weight.copied else weight.name]
+            )
+            for weight in (manifest.weights if manifest else ())
+        }
+
+    return read
+
+
+def _swappable(
+    manifest: Manifest | None,
+    declared: Mapping[str, Any],
+    required: Collection[str],
+    label: str,
+) -> tuple[Manifest, Replaceable]:
+    if manifest is None:
+        raise SlotError(f"{label} has no slots", hint="`onnx-adapt insert` puts some into it")
+    slots = tuple(slot for slot in manifest.slots if slot.swappable)
+    weights = tuple(weight for weight in manifest.weights if weight.swappable)
+    if not slots and not weights:
+        raise SlotError(
+            f"the slots of {label} are baked: their weights are constants",
+            hint="insert without --baked to swap adapters",
+        )
+    names = [name for slot in slots for name in slot.inputs]
+    for name in names + [weight.name for weight in weights]:
+        if name in required:
+            raise SlotError(
+                f"input {name!r} of {label} has no default any more: it must be fed",
+                hint="another tool took the initializer away; insert into the base again",
+            )
+        if name not in declared:
+            raise SlotError(
+                f"{label} is not swappable any more: input {name!r} was stripped from it",
+                hint="simplifiers do this; run them on the base first, then insert",
+            )
+    replaceable = {
+        weight.name: (tuple(item.shape), _ELEM_TYPES.get(item.type, item.type))
+        for weight in weights
+        if (item := declared[weight.name])
+    }
+    return replace(manifest, slots=slots, weights=weights), replaceable

@@ -1,0 +1,123 @@
+"""Several adapters in one run of a batched model, each on rows of its own.
+
+The adapters lie side by side along the bottleneck, as in a blend; a mask says which units
+belong to a row, and with which weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_adapt.adapter.blending import blend_part, blend_slot
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.dtypes import DTYPES, Array
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.slot.manifest import ROW_PARTS, Slot
+from onnx_adapt.slot.parts import bottleneck_of, neutral_weights, row_shape
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSlot:
+    """One slot of a pack.
+
+    Attributes:
+        slot: The slot.
+        sizes: How many units of the bottleneck each adapter has.
+        moves: How far each adapter moves the parts that are vectors from where they are
+            while it is off: `(adapters, size)` in float64.
+    """
+
+    slot: Slot
+    sizes: tuple[int, ...]
+    moves: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Adapters side by side.
+
+    Attributes:
+        adapter: The weights that all rows share.
+        slots: The slots that any of the adapters has weights for.
+    """
+
+    adapter: Adapter
+    slots: tuple[PackedSlot, ...]
+
+
+def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
+    """Lay adapters side by side.
+
+    Args:
+        slots: The slots of a model; all are batched.
+        adapters: Adapters that fit the model.
+
+    Raises:
+        AdapterError: If they cannot share a run: one replaces weights of the base, or they
+            have normalisations of their own.
+    """
+    for adapter in adapters:
+        if adapter.replaced:
+            raise AdapterError(
+                f"adapter {adapter.name!r} replaces {min(adapter.replaced)!r} of the base, "
+                "which all rows of a run share",
+                hint="run the rows of each adapter by themselves",
+            )
+    packed, weights = [], {}
+    for slot in slots:
+        given = [adapter.weights.get(slot.name) for adapter in adapters]
+        there = [parts for parts in given if parts is not None]
+        if there:
+            shared = blend_slot(slot.name, [(parts, 1.0) for parts in there])
+            off = neutral_weights(slot)
+            vectors = [part for part in slot.parts if part in ROW_PARTS and part != "up"]
+            weights[slot.name] = shared | {part: off[part] for part in vectors}
+            sizes = tuple(bottleneck_of(slot, parts) if parts else 0 for parts in given)
+            moves = {part: _moves(part, off[part], given) for part in vectors}
+            packed.append(PackedSlot(slot, sizes, moves))
+    name = " | ".join(adapter.name for adapter in adapters)
+    return Pack(Adapter(name, weights), tuple(packed))
+
+
+def _moves(part: str, off: Array, given: Sequence[Mapping[str, Array] | None]) -> Array:
+    """How far each adapter moves one part."""
+    still = off.astype(np.float64)
+    rows = []
+    for parts in given:
+        moved = still
+        if parts is not None:
+            wide = {key: np.asarray(value, np.float64) for key, value in parts.items()}
+            moved = blend_part(part, [(wide, 1.0)])
+        rows.append((moved - still).reshape(-1))
+    return np.stack(rows)
+
+
+def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
+    """What each row has of its own in a run of a pack.
+
+    Args:
+        packed: The pack.
+        shares: How much of each adapter each row gets: `(rows, adapters)`.
+
+    Returns:
+        Arrays by input name.
+    """
+    feeds: dict[str, Array] = {}
+    masks: dict[tuple[tuple[int, ...], tuple[int, ...], str], Array] = {}
+    for item in packed.slots:
+        slot = item.slot
+        dtype = DTYPES[slot.dtype]
+        if "up" in slot.parts:
+            shape = row_shape(slot, "mask", len(shares), sum(item.sizes))
+            key = (item.sizes, shape, slot.dtype)
+            if key not in masks:
+                masks[key] = np.repeat(shares, item.sizes, 1).reshape(shape).astype(dtype)
+            feeds[slot.weight("mask")] = masks[key]
+        for part, moves in item.moves.items():
+            value = shares @ moves + (part == "scale")
+            shape = row_shape(slot, ROW_PARTS[part], len(shares), 0)
+            feeds[slot.weight(ROW_PARTS[part])] = value.reshape(shape).astype(dtype)
+    return feeds

@@ -1,1 +1,0 @@
-"""The parts of a session: adapters loaded, blended, mixed, bound and run."""
