@@ -212,7 +212,7 @@ def test_opening_is_the_reverse_of_baking_for_trained_weights_of_the_base_too(
     tmp_path: Path,
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    filled = oa.fill(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     baked = bake_weights(filled)
     _in_step(baked)
     assert baked.proto.graph.input == base.proto.graph.input

@@ -168,7 +168,14 @@ def test_every_error_says_what_to_do_about_it() -> None:
 PUBLIC = [
     *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract", "fill"),
-    *("find_sites", "insert", "list_slots", "load_adapter", "load_checkpoint"),
+    *(
+        "find_sites",
+        "insert",
+        "insert_checkpoint",
+        "list_slots",
+        "load_adapter",
+        "load_checkpoint",
+    ),
     *("make_adapter", "open_model", "remove", "save_adapter", "save_model", "verify"),
 ]
 
