@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from onnx_adapt.edit.graft import manifest_of, put_in
+from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.edit.plan import Recipe, plan_slot
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.graph.index import require_finite
@@ -19,6 +19,7 @@ from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.resolve import resolve
 from onnx_adapt.graph.sites import Site, Survey, survey_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import PARTS, fresh_weights, neutral_weights
 
@@ -90,18 +91,15 @@ def insert(
     if isinstance(parts, str):
         parts = (parts,)
     extra = ("down_bias", "up_bias") if bias else ()
-    recipe = Recipe(
-        activation=activation,
+    form = Form(
         parts=tuple(sorted({*parts, *extra}, key=_part_order)),
-        source=source,
-        axis=axis,
-        norm=norm,
+        activation=activation,
         norm_after=norm_after,
         swappable=not baked,
         bottleneck=bottleneck or (BAKED_BOTTLENECK if baked else 0),
-        seed=seed,
         batched=batched,
     )
+    recipe = Recipe(form, source=source, axis=axis, norm=norm, seed=seed)
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
@@ -137,7 +135,7 @@ def _insert(
         else neutral_weights(slot)
         for slot in slots
     }
-    return put_in(result, survey.index, known, slots, weights)
+    return insert_slots(result, survey.index, known, slots, weights)
 
 
 def _tell_axis(survey: Survey, site: Site) -> None:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.edit.base_weights import open_base_weights
-from onnx_adapt.edit.graft import manifest_of, put_in
+from onnx_adapt.edit.base_weights import make_replaceable
+from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import ModelIndex, index_model
-from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
@@ -54,7 +54,7 @@ def insert_checkpoint(
         )
     result = model.copy()
     adapter = checkpoint.adapter
-    openings = [_baked_opening(o, adapter) if baked else o for o in checkpoint.openings]
+    plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)
     slots = [
         replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.name]))
@@ -65,9 +65,9 @@ def insert_checkpoint(
     if batched:
         slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
     weights = {s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in slots}
-    open_base_weights(result.proto, openings)
-    opened = (*known.weights, *(opening.weight for opening in openings))
-    return put_in(result, index, replace(known, weights=opened), slots, weights)
+    make_replaceable(result.proto, plans)
+    weights_of_base = (*known.weights, *(plan.weight for plan in plans))
+    return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)
 
 
 def _rank(index: ModelIndex, slot: Slot) -> int:
@@ -75,8 +75,8 @@ def _rank(index: ModelIndex, slot: Slot) -> int:
     return len(index.views[slot.graph].type_of(slot.tensor).shape or ())
 
 
-def _baked_opening(opening: Opening, adapter: Adapter) -> Opening:
+def _baked_plan(plan: ReplacementPlan, adapter: Adapter) -> ReplacementPlan:
     """The trained value as a constant; the base's stays beside it, for `remove`."""
-    weight = replace(opening.weight, copied=True, swappable=False, trained=True)
+    weight = replace(plan.weight, copied=True, swappable=False, trained=True)
     value = tensor_of(weight.name, adapter.replaced[weight.name])
-    return replace(opening, weight=weight, default=value)
+    return replace(plan, weight=weight, default=value)

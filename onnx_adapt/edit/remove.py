@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnx_adapt.edit.base_weights import close_base_weights
-from onnx_adapt.edit.graft import restore_inputs, take_out
+from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
 from onnx_adapt.edit.insert import list_slots
-from onnx_adapt.edit.ranges import restore_ranges
+from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model import elsewhere as moved
@@ -45,14 +45,14 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     check_model_weights(model.proto, manifest)
     doomed = set(by_name if slots is None else slots)
     result = model.copy()
-    kept = take_out(result.proto, manifest.slots, doomed)
+    kept = remove_nodes(result.proto, manifest.slots, doomed)
     drop_weights(result.proto, [by_name[name] for name in doomed])
     if kept:
         write_manifest(result.proto, replace(manifest, slots=kept))
         return result
-    close_base_weights(result.proto, manifest.weights)
-    restore_ranges(result.proto, manifest.widened)
-    restore_inputs(result.proto, manifest.inputs)
+    undo_replaceable(result.proto, manifest.weights)
+    undo_widening(result.proto, manifest.widened)
+    undo_dropped_inputs(result.proto, manifest.inputs)
     write_manifest(result.proto, None)
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:

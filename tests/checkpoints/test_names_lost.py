@@ -176,7 +176,7 @@ def test_equal_normalisations_are_told_apart_by_the_layers_beside_them(
     off = run(path, {**case.inputs(), **found.adapter.feeds()})
     on = run(tmp_path / "by_name.onnx", {**case.inputs(), **by_name.adapter.feeds()})
     np.testing.assert_allclose(off["logits"], on["logits"], 1e-4, 1e-4)
-    assert len(found.openings) == len(by_name.openings)
+    assert len(found.replacements) == len(by_name.replacements)
 
 
 def test_equal_normalisations_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_head_that_the_graph_lacks_is_left_out_with_a_note(
     if not listed:
         weights = {k: v for k, v in weights.items() if "classifier" not in k}
     _, found = _adapted(base, case.adapter, weights, tmp_path)
-    assert found.openings == ()
+    assert found.replacements == ()
     assert "the graph has no classifier" in caplog.text
 
 
