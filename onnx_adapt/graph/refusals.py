@@ -12,14 +12,12 @@ from onnx_adapt.graph.index import (
     TensorType,
 )
 from onnx_adapt.graph.layers import (
-    CHANNELS,
-    KINDS,
-    LAST,
     find_weight,
     float_downstream,
     layer_weight,
 )
 from onnx_adapt.graph.layout import Features
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
 
 if TYPE_CHECKING:
     from onnx_adapt.graph.sites import Site
@@ -30,7 +28,8 @@ def rank_of(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | N
     if known.shape is not None:
         return len(known.shape)
     weight = layer_weight(view, node)
-    conv = KINDS[node.op_type].width in ("first", "deconv") if weight else False
+    convolutions = (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
+    conv = weight is not None and OPERATORS[node.op_type].layout in convolutions
     return len(weight.dims) if weight and conv else None
 
 

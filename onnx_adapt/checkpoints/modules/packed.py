@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.cores import CORES, Core, core_at
+from onnx_adapt.checkpoints.modules.cores import Core, core_at
 from onnx_adapt.graph.index import attribute
-from onnx_adapt.graph.layers import is_layer, weight_width
+from onnx_adapt.graph.layers import is_module_call, weight_width
 from onnx_adapt.graph.sites import Survey
 
 _PACKED = "qkv_proj"
@@ -29,7 +29,7 @@ def packed_cores(survey: Survey) -> dict[str, list[Core]]:
         }
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
             around, _, leaf = (scope or "").rpartition(".")
-            if leaf != _PACKED or node.op_type not in CORES or not is_layer(view, node):
+            if leaf != _PACKED or not is_module_call(view, node):
                 continue
             core = core_at(survey, view, node)
             attention = attentions.get(core.output)

@@ -11,7 +11,8 @@ from onnx_adapt.checkpoints.placing.workshop import Workshop
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import KINDS, find_weight
+from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import Opening
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import OpenWeight
@@ -93,7 +94,7 @@ def _is_alone(shop: Workshop, uses: list[Use]) -> bool:
 def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
     found: list[Use] = []
     for core in shop.places.cores(module, called=False):
-        kind = KINDS[core.node.op_type]
+        operator = OPERATORS[core.node.op_type]
         if core.span is not None:
             raise CheckpointError(
                 f"the checkpoint replaces '{module}.{parameter}', which is packed with "
@@ -101,9 +102,9 @@ def _uses(shop: Workshop, module: str, parameter: str) -> list[Use]:
                 hint="build the model with --extra_options fuse_qkv=false",
             )
         if parameter == "weight":
-            found.append(Use(core.view, core.node, kind.weight, core.stored_in_out))
-        elif 0 <= kind.bias < len(core.node.input) and core.node.input[kind.bias]:
-            found.append(Use(core.view, core.node, kind.bias, False))
+            found.append(Use(core.view, core.node, operator.weight, core.stored_in_out))
+        elif operator.bias is not None and operator.has_bias(core.node):
+            found.append(Use(core.view, core.node, operator.bias, False))
         else:
             found += _added_bias(core.view, core.raw, core.output)
     return found or shop.places.norm_uses(module, parameter)
