@@ -20,7 +20,6 @@ from onnx_adapt.graph.index import (
     text,
 )
 from onnx_adapt.graph.layers import (
-    KINDS,
     bias_add,
     feature_width,
     inherited_type,
@@ -29,8 +28,8 @@ from onnx_adapt.graph.layers import (
 )
 from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
 from onnx_adapt.graph.modules import ModuleIndex, index_modules
-from onnx_adapt.graph.refusals import rank_of, refusal
-from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.operators import OPERATORS
+from onnx_adapt.graph.site import Site, rank_of, refusal
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest, slot_of
@@ -165,16 +164,13 @@ def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
     return ends
 
 
-_MANY_OUTPUTS = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
-
-
 def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
     path = view.scope.path
     found: dict[str, Site] = {}
     for i, node in enumerate(view.nodes):
         if not is_layer(view, node):
             continue
-        outputs = node.output if node.op_type in _MANY_OUTPUTS else node.output[:1]
+        outputs = node.output[: OPERATORS[node.op_type].outputs]
         for output in filter(_is_name, outputs):
             inner = survey.settled(path, output)
             bias = bias_add(view, node, inner, weight_width(view, node))
@@ -266,6 +262,6 @@ def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
                         refused=f"inside the model-local {label}",
                         graph=scope.path,
                         rank=None,
-                        layer=node.op_type in KINDS,
+                        layer=node.op_type in OPERATORS,
                         core=core,
                     )
