@@ -8,13 +8,20 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, size_text
+from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")
 @click.argument("checkpoint", type=click.Path())
 @click.option("--for", "model", required=True, type=click.Path(), help="The adapted model.")
-@click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file; its suffix tells the format: {suffix_list()}.",
+)
 @click.option("--name", default="", help="What to call the adapter.")
 @click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
 @click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
@@ -29,8 +36,6 @@ def command(
     as_json: bool,
 ) -> None:
     """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for slots that exist.
-
-    The suffix of the output tells the format: .safetensors, .onnx_adapter or .npz.
 
     \b
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter

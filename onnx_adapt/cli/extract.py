@@ -6,12 +6,19 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, size_text
+from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("extract", short_help="Write what a model is filled with to a file.")
 @click.argument("model", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file; its suffix tells the format: {suffix_list()}.",
+)
 @click.option("--name", default="", help="What to call the adapter.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(model: str, output: str, name: str, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from onnx_adapt.graph.resolve import resolve_tensor
 from onnx_adapt.graph.sites import Site, Survey
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import inner_name, node_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         SiteError: If the source or the normalisation does not fit the site.
     """
     site = choice.site
-    inner = f"adapter.{name}/target"
+    inner = inner_name(name)
     source, source_width = inner, site.width or 0
     if recipe.source:
         read = _source_site(survey, recipe)
@@ -238,7 +239,7 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
         if made is not None and made[1].op_type == "Constant":
             copy = onnx.NodeProto()
             copy.CopyFrom(made[1])
-            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            copy.name = node_name(slot.name, f"norm_constant_{position}")
             norm.input[position] = copy.output[0] = copy.name
             del copy.metadata_props[:]
             mark_node(copy, slot)

@@ -16,6 +16,7 @@ from onnx_adapt.graph.names import free_name
 from onnx_adapt.graph.sites import Site, Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import inner_name
 from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
 
 
@@ -106,7 +107,7 @@ class Workshop:
         unique = free_name(name, self.taken)
         self.taken.add(unique)
         ordered = sorted(parts, key=PARTS.index)
-        inner = f"adapter.{unique}/target"
+        inner = inner_name(unique)
         slot = Slot(
             name=unique,
             graph=target.graph,
