@@ -42,7 +42,7 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.errors import SaveError
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
@@ -53,7 +53,7 @@ def command(
         )
     with patience(f"reading {checkpoint}"):
         opened = oa.open_model(model)
-        keep_files(opened, output)
+        protect_files(opened, output)
         adapter = oa.convert(
             checkpoint,
             opened,

@@ -28,11 +28,11 @@ def command(model: str, output: str, name: str, as_json: bool) -> None:
       onnx-adapt extract french.onnx -o fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
 
     with patience(f"reading {model}"):
         opened = oa.open_model(model)
-        keep_files(opened, output)
+        protect_files(opened, output)
         adapter = oa.extract(opened, name=name)
     path = oa.save_adapter(adapter, output)
     if as_json:

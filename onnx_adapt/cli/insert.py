@@ -154,7 +154,7 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.adapter.files import encode_adapter
     from onnx_adapt.edit.ranges import widened_ranges
-    from onnx_adapt.model.destination import settle
+    from onnx_adapt.model.destination import resolve_destination
     from onnx_adapt.proof.saturation import range_warnings
 
     base = oa.open_model(model)
@@ -212,7 +212,7 @@ def command(
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate)
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
-    settle(path)  # before a proof that may take long
+    resolve_destination(path)  # before a proof that may take long
     warnings = [] if calibrate else range_warnings(adapted, slots)
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None

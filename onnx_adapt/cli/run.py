@@ -72,14 +72,14 @@ def command(
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.feeds import read_arrays
 
     chosen, names = read_choice(adapter, blend, rows)
     files = {name: _file(Path(model), name) for name in names}
     _refuse_output(output, model, inputs, *files.values())
     if output is not None and Path(output).exists():
-        keep_files(oa.open_model(model), output)
+        protect_files(oa.open_model(model), output)
     feeds = read_arrays(Path(inputs))
     with (
         patience(f"running {model}"),

@@ -24,7 +24,7 @@ from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.replaceable import Opening
 from onnx_adapt.graph.resolve import resolve
 from onnx_adapt.graph.sites import Site, Survey, survey_model
-from onnx_adapt.model import elsewhere as moved
+from onnx_adapt.model.externalise import internalise
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.model.tensors import tensor_of
@@ -301,7 +301,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:
         result.proto.ClearField("ir_version")  # the base had none
-    payloads = moved.move_in(model.path, result.proto, model.payloads)
+    payloads = internalise(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 
 
