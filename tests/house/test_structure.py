@@ -41,7 +41,6 @@ DOORS = {
     "starlette": {"serve"},
     "jinja2": {"report"},
     "pygal": {"report"},
-    "grandalf": {"report"},
 }
 
 
