@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import onnx
@@ -58,7 +59,11 @@ class OffProof:
     tell: Callable[[str], None]
 
     def check(self, model: Model) -> Check:
-        """Compare the outputs of a model with its slots off with the base's."""
+        """Compare the outputs of a model with its slots off with the base's.
+
+        Raises:
+            RunError: If the model does not run, with inputs that the base runs with.
+        """
         found = {False: "", True: ""}
         passed = True
         for optimised in found:
@@ -84,12 +89,13 @@ class OffProof:
         if not optimised and self._is_exact():
             return wavers if self._base_wavers() else (False, ", where not one bit may differ")
         self.tell("running the base with the slots' tensors kept apart")
-        kept = self._run(kept_apart(self.base, self.slots, self.weights), optimised)
-        if distance(kept, got) == 0:
-            return True, ", as the base is that keeps the slots' tensors apart"
+        known = [self.expected[optimised], self.expected[not optimised]]
+        with suppress(RunError):  # a base that does not run with more outputs than its own
+            known.append(self._run(kept_apart(self.base, self.slots, self.weights), optimised))
+            if distance(known[-1], got) == 0:
+                return True, ", as the base is that keeps the slots' tensors apart"
         if self._base_wavers():
             return wavers
-        known = [self.expected[optimised], self.expected[not optimised], kept]
         found = beyond(known, got)
         for number in range(_SHAKES):
             if found.within:

@@ -48,7 +48,7 @@ def test_a_moved_base_moves_weights_of_sums():
     base = _rms_norm(np.float32)
     gain = {t.name: t for t in shaken(base, 0).proto.graph.initializer}["gain"]
     assert (numpy_helper.to_array(gain) != np.linspace(1, 2, 8).astype(np.float32)).any()
-    assert TensorProto.FLOAT == gain.data_type
+    assert gain.data_type == TensorProto.FLOAT
 
 
 def test_a_run_that_gives_no_number_where_others_do_widens_and_narrows_nothing():
