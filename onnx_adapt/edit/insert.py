@@ -23,7 +23,8 @@ from onnx_adapt.graph.index import ModelIndex, index_model, require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.replaceable import Opening
 from onnx_adapt.graph.resolve import resolve
-from onnx_adapt.graph.sites import Site, Survey, survey_model
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model import elsewhere as moved
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint

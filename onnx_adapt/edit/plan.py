@@ -12,7 +12,8 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
 
@@ -132,7 +133,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",

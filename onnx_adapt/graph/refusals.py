@@ -22,7 +22,7 @@ from onnx_adapt.graph.layers import (
 from onnx_adapt.graph.layout import Features
 
 if TYPE_CHECKING:
-    from onnx_adapt.graph.sites import Site
+    from onnx_adapt.graph.site import Site
 
 
 def rank_of(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | None:

@@ -20,11 +20,9 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.runner import Values, as_arrays
-from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.bounds import ARITHMETIC
 from onnx_adapt.slot.manifest import OpenWeight, Slot
 
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 _MOVED = 1 << 28
 """So many bytes of weights are moved at most, the smallest first."""
 
@@ -32,25 +30,47 @@ _MOVED = 1 << 28
 def kept_apart(base: Model, slots: Sequence[Slot], weights: Sequence[OpenWeight]) -> Model:
     """The base with what slots keep ONNX Runtime from: fusing across their tensors.
 
-    The tensors are outputs too, and weights that adapters may replace are inputs: not
-    constants, as in the adapted model.
+    A number that is zero, and an input so that ONNX Runtime cannot know it, is added to each
+    of the tensors. What is fused on either side of it is fused on that side of a slot: an
+    8-bit weight becomes a MatMulNBits, for instance, where its input is not quantised just
+    before. Weights that adapters may replace are inputs too, as in the adapted model.
     """
     result = base.copy()
-    tapper = Tapper(result.proto)
-    paths = {scope.path for scope in walk.scopes(result.proto.graph)}
-    for slot in slots:
-        if slot.graph in paths:
-            tapper.tap(slot.graph, slot.tensor, _ELEM_TYPES[slot.dtype])
+    graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
+    for dtype in {slot.dtype for slot in slots}:
+        zero = numpy_helper.from_array(np.zeros((), DTYPES[dtype]), _zero(dtype))
+        result.proto.graph.initializer.append(zero)
+        _declare_input(result.proto, zero)
+    for tensor, dtype, graph in {(slot.tensor, slot.dtype, slot.graph) for slot in slots}:
+        if graph in graphs:
+            _add_zero(graphs[graph], tensor, _zero(dtype))
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     inputs = {value.name for value in result.proto.graph.input}
     for weight in weights:
-        tensor = stored.get(weight.original)
-        if weight.swappable and tensor is not None and tensor.name not in inputs:
-            value = onnx.helper.make_tensor_value_info(
-                tensor.name, tensor.data_type, list(tensor.dims)
-            )
-            result.proto.graph.input.append(value)
+        original = stored.get(weight.original)
+        if weight.swappable and original is not None and original.name not in inputs:
+            _declare_input(result.proto, original)
     return result
+
+
+def _zero(dtype: str) -> str:
+    return f"kept_apart/zero/{dtype}"
+
+
+def _declare_input(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    dims = list(tensor.dims)
+    value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, dims)
+    proto.graph.input.append(value)
+
+
+def _add_zero(graph: onnx.GraphProto, tensor: str, zero: str) -> None:
+    """Rename what makes a tensor, and make the tensor of it and zero, right behind."""
+    for place, node in enumerate(graph.node):
+        if tensor in node.output:
+            kept = f"kept_apart/{tensor}"
+            node.output[list(node.output).index(tensor)] = kept
+            graph.node.insert(place + 1, onnx.helper.make_node("Add", [kept, zero], [tensor]))
+            return
 
 
 def shaken(base: Model, seed: int) -> Model:

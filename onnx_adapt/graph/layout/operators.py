@@ -60,6 +60,7 @@ _LAYER_NORM = Fact(links.same, normalised)
 _SKIP_NORM = Fact(links.broadcast, LAST, reads=(0, 1), makes=(0, 3))
 _BIASED = Fact(links.same, LAST, strength=Strength.LINEAR)
 _ATTENTION = Fact(axis=LAST, reads=(0, 1, 2))
+_PACKED_LINEAR = Fact(links.product_of_matrices, LAST, strength=Strength.LINEAR)
 _RECURRENT = Fact(axis=LAST, reads=(0, 5, 6), makes=(0, 1, 2))
 
 
@@ -105,8 +106,12 @@ FACTS: dict[str, Fact] = {
     "Gather": Fact(links.gather, embedded, reads=()),
     "GatherBlockQuantized": Fact(axis=LAST, reads=()),
     "Einsum": Fact(links.einsum, more=einsum_signs),
-    **_rows("MatMul FusedMatMul MatMulInteger DynamicQuantizeMatMul", _linear(1, "transA")),
-    **_rows("MatMulIntegerToFloat MatMulNBits MatMulBnb4", _linear(1)),
+    **_rows(
+        "MatMul FusedMatMul TransposeMatMul MatMulInteger DynamicQuantizeMatMul",
+        _linear(1, "transA"),
+    ),
+    **_rows("MatMulIntegerToFloat GemmFastGelu", _linear(1)),
+    **_rows("MatMulNBits MatMulBnb4", _PACKED_LINEAR),
     "QLinearMatMul": _linear(3),
     **_rows("Gemm FusedGemm GemmFloat8", _linear(1, "transA")),
     "QGemm": _linear(3, "transA"),
@@ -131,8 +136,11 @@ FACTS: dict[str, Fact] = {
     **_rows("BiasGelu FastGelu BiasAdd BiasSplitGelu", _BIASED),
     **_rows("Attention MultiHeadAttention GroupQueryAttention", _ATTENTION),
     **_rows("PackedMultiHeadAttention DecoderMaskedMultiHeadAttention", _ATTENTION),
+    "SparseAttention": _ATTENTION,
     **_rows("QAttention PackedAttention DecoderMaskedSelfAttention", Fact(axis=LAST)),
+    **_rows("LongformerAttention DecoderAttention", Fact(axis=LAST)),
     **_rows("RotaryEmbedding MoE QMoE", Fact(links.same, LAST)),
+    "GemmaRotaryEmbedding": Fact(axis=LAST, reads=(1, 3), makes=(0, 1)),
     **_rows("LSTM GRU RNN DynamicQuantizeLSTM", _RECURRENT),
 }
 """Operators by type; the domain does not matter."""
