@@ -81,11 +81,13 @@ def shaken(base: Model, seed: int) -> Model:
     The computed sum of `n` products is the exact one for weights that differ by up to
     `gamma_n`, relative to each (Higham, section 3.1), so outputs of such a base are a measure
     of its roundings where no other run of it differs. A weight of a narrow type moves to
-    the next number.
+    the next number. A single number stays: it is no term of a sum but a setting, such as
+    an exponent, and a negative number to the power of 2.0000002 is NaN.
     """
     rng = np.random.default_rng(seed)
     result = base.copy()
-    tensors = [t for t in walk.tensors(result.proto) if t.data_type in FLOATS]
+    floats = (t for t in walk.tensors(result.proto) if t.data_type in FLOATS)
+    tensors = [tensor for tensor in floats if np.prod(tensor.dims) > 1]
     left = _MOVED
     for tensor in sorted(tensors, key=lambda tensor: int(np.prod(tensor.dims))):
         dtype = DTYPES[FLOATS[tensor.data_type]]
@@ -158,6 +160,17 @@ def beyond(
     return worst
 
 
+def is_finite_where(base: Sequence[Values], got: Sequence[Values]) -> bool:
+    """Whether outputs are numbers wherever the base's are."""
+    return all(
+        _comparable(a, b) and not np.any(np.isfinite(_real(a)) & ~np.isfinite(_real(b)))
+        for one, other in zip(base, got, strict=True)
+        for name in one
+        for a, b in zip(as_arrays(one[name]), as_arrays(other[name]), strict=False)
+        if a.dtype.kind not in "OSU"
+    )
+
+
 def _comparable(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
 
@@ -172,7 +185,7 @@ def _outside(known: Sequence[Array], array: Array) -> Distance:
     value, *wide = (_real(item) for item in (array, *known))
     with np.errstate(invalid="ignore"):
         same = [(item == value) | (np.isnan(item) & np.isnan(value)) for item in wide]
-        low, high = np.minimum.reduce(wide), np.maximum.reduce(wide)
+        low, high = np.fmin.reduce(wide), np.fmax.reduce(wide)  # NaN is no side
         far = np.where(
             np.logical_or.reduce(same),
             0.0,
