@@ -8,6 +8,7 @@ from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.feeds import Feeds, inputs_hint, required_inputs
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
@@ -16,7 +17,9 @@ from onnx_adapt.slot.manifest import Slot
 _ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 
-def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds]) -> list[str]:
+def unreached_slots(
+    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], providers: Providers
+) -> list[str]:
     """The slots in bodies of If, Loop and Scan that never ran with any of the inputs.
 
     Raises:
@@ -31,7 +34,7 @@ def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds])
         slot.name: tapper.tap(slot.graph, slot.inner, _ELEM_TYPES[slot.dtype])
         for slot in inside
     }
-    runner = Runner(tapped, optimised=True)
+    runner = Runner(tapped, providers, optimised=True)
     seen: set[str] = set()
     for item in feeds:
         got = runner.run(item)
