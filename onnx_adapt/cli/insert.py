@@ -162,14 +162,11 @@ def command(
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
         checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
-        adapted = oa.insert(
-            base,
-            after=after,
-            checkpoint=checkpoint,
-            baked=not swappable,
-            batched=batched,
-            **slot,
-        )
+        how = {"baked": not swappable, "batched": batched}
+        if checkpoint:
+            adapted = oa.insert_checkpoint(base, checkpoint, **how)
+        else:
+            adapted = oa.insert(base, after=after, **how, **slot)
     if calibrate and trained is not None:
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate, provider=provider)

@@ -43,7 +43,7 @@ def command(
       onnx-adapt remove model.adapted.onnx -o model.onnx
     """
     import onnx_adapt as oa
-    from onnx_adapt.edit.insert import base_notes
+    from onnx_adapt.edit.remove import base_notes
 
     adapted = oa.open_model(model)
     path = output_path(model, output, "removed")
