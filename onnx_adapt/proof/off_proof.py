@@ -10,6 +10,7 @@ from onnx_adapt.dtypes import ELEM_TYPES
 from onnx_adapt.errors import RunError
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.result import Check
@@ -47,6 +48,7 @@ class OffProof:
         expected: The base's outputs for them, by whether ONNX Runtime may optimise.
         seed: Of random changes of weights.
         tell: Told what is being done.
+        providers: Where the models run.
     """
 
     base: Model
@@ -56,6 +58,7 @@ class OffProof:
     expected: dict[bool, list[Values]]
     seed: int
     tell: Callable[[str], None]
+    providers: Providers
 
     def check(self, model: Model) -> Check:
         """Compare the outputs of a model with its slots off with the base's.
@@ -118,7 +121,7 @@ class OffProof:
 
     def _run(self, model: Model, optimised: bool) -> list[Values]:
         """The outputs from a session that is gone afterwards: weights are in memory once."""
-        runner = Runner(model, optimised=optimised)
+        runner = Runner(model, self.providers, optimised=optimised)
         names = list(self.expected[True][0])
         return [runner.run(feeds, names) for feeds in self.feeds]
 

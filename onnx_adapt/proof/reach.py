@@ -10,6 +10,7 @@ from onnx_adapt.dtypes import ELEM_TYPES
 from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import index_model, read_type
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.feeds import Feeds, inputs_hint, required_inputs
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
@@ -17,7 +18,9 @@ from onnx_adapt.session.batches import find_batch
 from onnx_adapt.slot.manifest import Slot
 
 
-def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds]) -> list[str]:
+def unreached_slots(
+    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], providers: Providers
+) -> list[str]:
     """The slots in bodies of If, Loop and Scan that never ran with any of the inputs.
 
     Raises:
@@ -32,7 +35,7 @@ def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds])
         slot.name: tapper.tap(slot.graph, slot.inner, ELEM_TYPES[slot.dtype])
         for slot in inside
     }
-    runner = Runner(tapped, optimised=True)
+    runner = Runner(tapped, providers, optimised=True)
     seen: set[str] = set()
     for item in feeds:
         got = runner.run(item)

@@ -16,6 +16,7 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.weights import read_weights
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import Runner
@@ -128,7 +129,12 @@ def fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
 
 
 def measure_costs(
-    base: Model, adapted: Model, feeds: Feeds, weights: Weights, extra: Feeds
+    base: Model,
+    adapted: Model,
+    feeds: Feeds,
+    weights: Weights,
+    extra: Feeds,
+    providers: Providers = CPU,
 ) -> Costs:
     """Count and time what the slots add.
 
@@ -138,15 +144,16 @@ def measure_costs(
         feeds: Inputs of the base.
         weights: Weights of the slots; see `weights_on`.
         extra: Those of them, and of the base's own, that are fed; see `fed`.
+        providers: Where the models run.
 
     Raises:
         RunError: If a model does not run.
     """
     manifest = required_manifest(adapted)
-    ran = trace(adapted, {**feeds, **extra})
+    ran = trace(adapted, {**feeds, **extra}, providers)
     rest = [item for item in ran if not item.slot]
     opened = {weight.name for weight in manifest.weights}
-    runs, times = _time(base, adapted, feeds, extra)
+    runs, times = _time(base, adapted, feeds, extra, providers)
     return Costs(
         slots=tuple(
             SlotCost(
@@ -185,13 +192,13 @@ def _size(tensor: onnx.TensorProto) -> int:
 
 
 def _time(
-    base: Model, adapted: Model, feeds: Feeds, extra: Feeds
+    base: Model, adapted: Model, feeds: Feeds, extra: Feeds, providers: Providers
 ) -> tuple[int, tuple[Latency, Latency, Latency]]:
     """Time base, off and on by turns: what slows the machine down slows down all three."""
-    on = Runner(adapted, optimised=True)
+    on = Runner(adapted, providers, optimised=True)
     neutral = neutral_model(adapted)
-    off = on if neutral is adapted else Runner(neutral, optimised=True)
-    plain = Runner(base, optimised=True)
+    off = on if neutral is adapted else Runner(neutral, providers, optimised=True)
+    plain = Runner(base, providers, optimised=True)
     names = plain.outputs
     calls: list[Callable[[], object]] = [
         lambda: plain.run(feeds, names),

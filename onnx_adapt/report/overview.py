@@ -15,12 +15,13 @@ from onnx_adapt.errors import RunError
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.layers import is_layer, weight_width
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.result import Report, SlotResult
-from onnx_adapt.proof.runner import Runner
+from onnx_adapt.proof.runner import ProviderArgument, Runner, proof_providers
 from onnx_adapt.proof.verify import Stage, verify
 from onnx_adapt.report.costs import Costs, SlotCost, Weights, fed, measure_costs, weights_on
 from onnx_adapt.report.surroundings import (
@@ -120,6 +121,7 @@ def overview(
     bottleneck: int = BOTTLENECK,
     strict: bool = False,
     seed: int = 0,
+    provider: ProviderArgument = None,
     stage: Stage | None = None,
 ) -> Overview:
     """Verify an adapted model and measure what its slots cost.
@@ -132,6 +134,7 @@ def overview(
         bottleneck: Counted and timed where slots are empty and there is no adapter.
         strict: As for `verify`.
         seed: As for `verify`.
+        provider: As for `verify`; the time is taken on it too.
         stage: Told what is being done.
 
     Raises:
@@ -144,7 +147,14 @@ def overview(
         if not any(slot.batched for slot in slots):  # of these the weights are only fed
             adapted = fill(adapted, adapter)
     report = verify(
-        base, adapted, inputs=inputs, strict=strict, seed=seed, adapter=adapter, stage=stage
+        base,
+        adapted,
+        inputs=inputs,
+        strict=strict,
+        seed=seed,
+        adapter=adapter,
+        provider=provider,
+        stage=stage,
     )
     if list_slots(base):
         base = remove(base)
@@ -152,31 +162,41 @@ def overview(
     costs, moved = None, {}
     if report.slots:
         tell("counting and timing")
-        feeds = inputs_for(base, inputs, seed)
+        providers = proof_providers(provider)
+        feeds = inputs_for(base, inputs, seed, providers)
         extra = fed(adapted, weights, adapter)
-        costs = _costs(base, adapted, feeds[0], weights, extra)
+        costs = _costs(base, adapted, feeds[0], weights, extra, providers)
         if adapter is not None and costs is not None:
             tell("turning on the adapter slot by slot")
-            moved = _movements(adapted, slots, weights, feeds)
+            moved = _movements(adapted, slots, weights, feeds, providers)
     return _assembled(base, adapted, report, adapter, costs, moved)
 
 
 def _costs(
-    base: Model, adapted: Model, feeds: Feeds, weights: Weights, extra: Feeds
+    base: Model,
+    adapted: Model,
+    feeds: Feeds,
+    weights: Weights,
+    extra: Feeds,
+    providers: Providers,
 ) -> Costs | None:
     """The costs; None where the model runs with slots off but not so (verify says why)."""
     try:
-        return measure_costs(base, adapted, feeds, weights, extra)
+        return measure_costs(base, adapted, feeds, weights, extra, providers)
     except RunError:
         return None
 
 
 def _movements(
-    adapted: Model, slots: Sequence[Slot], weights: Weights, feeds: Sequence[Feeds]
+    adapted: Model,
+    slots: Sequence[Slot],
+    weights: Weights,
+    feeds: Sequence[Feeds],
+    providers: Providers,
 ) -> dict[str, float]:
     """How far each slot alone moves the outputs, with the weights it has."""
     neutral = neutral_model(adapted)
-    runner = Runner(neutral, optimised=True)
+    runner = Runner(neutral, providers, optimised=True)
     still = [runner.run(item) for item in feeds]
     moved = {}
     for slot in slots:

@@ -18,6 +18,7 @@ from onnx_adapt.graph.index import text
 from onnx_adapt.graph.operations import NodeRun, Shape
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.report.flops import flops, is_free, is_in_table
@@ -43,7 +44,9 @@ class Ran:
     counted: bool
 
 
-def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
+def trace(
+    model: Model, feeds: Mapping[str, Any], providers: Providers = CPU
+) -> tuple[Ran, ...]:
     """Run a model once as it stands and count what its nodes do.
 
     Nodes that only move data are left out. Nodes in the body of a Loop are there once for
@@ -52,6 +55,7 @@ def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
     Args:
         model: The model.
         feeds: Arrays by input name.
+        providers: Where to run it.
 
     Raises:
         RunError: If ONNX Runtime refuses the model or the inputs.
@@ -72,7 +76,7 @@ def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
             found.append(_unseen(scope))
     if not taps:
         return tuple(found)
-    runner = Runner(tapped, optimised=False, shapes_first=True)
+    runner = Runner(tapped, providers, optimised=False, shapes_first=True)
     sizes = runner.run(feeds, [output for _, _, output in taps])
     for nodes, names, output in taps:
         for shapes in _read(names, sizes[output].tolist()):
