@@ -1,4 +1,4 @@
-"""Another trained checkpoint for slots that a model already has."""
+"""Convert a trained checkpoint into an adapter for slots that a model already has."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def convert(
 
 
 def _counterpart(wanted: Slot, slots: Sequence[Slot]) -> Slot | None:
-    """The slot that computes what is wanted; it may have more parts, not fewer."""
+    """Find the slot that computes what is wanted; it may have more parts, but not fewer."""
     alike = [slot for slot in slots if _same_form(wanted, slot)]
     alike.sort(key=lambda slot: slot.name != wanted.name)
     return alike[0] if alike else None

@@ -140,7 +140,7 @@ def _insert(
 
 
 def _tell_axis(survey: Survey, site: Site) -> None:
-    """Warn of an axis that the user named and the operators around it do not."""
+    """Warn if the operators around a site suggest another axis than the user named."""
     told = survey.by_address.get(site.address, site)
     if told.axis not in (None, site.axis):
         _log.warning(
@@ -150,7 +150,7 @@ def _tell_axis(survey: Survey, site: Site) -> None:
 
 
 def _inlined_name(survey: Survey, name: str) -> str:
-    """What a name inside a function is after inlining: ONNX's inliner adds `__1`, `__2`."""
+    """Find what a name inside a function has become: ONNX's inliner adds `__1`, `__2`, ..."""
     nodes = [node.name for view in survey.index.views.values() for node in view.nodes]
     tensors = [tensor for view in survey.index.views.values() for tensor in view.producers]
     for names in (nodes, tensors):
@@ -169,11 +169,11 @@ def _inlined_name(survey: Survey, name: str) -> str:
 
 
 def inline_model(model: Model) -> Model:
-    """The model with its model-local functions inlined.
+    """Inline the model-local functions of a model.
 
     Raises:
         RunError: If ONNX cannot inline them.
-        ModelFileError: If there would be no end of nodes.
+        ModelFileError: If inlining would never end, or give too many nodes.
     """
     require_finite(model)
     try:
@@ -187,7 +187,7 @@ def inline_model(model: Model) -> Model:
 
 
 def list_slots(model: Model) -> tuple[Slot, ...]:
-    """The slots of a model, in order of insertion, as its manifest has them.
+    """List the slots of a model, in order of insertion.
 
     Raises:
         ManifestError: If the manifest is damaged or too new.

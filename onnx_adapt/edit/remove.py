@@ -1,4 +1,4 @@
-"""Take slots out of a model: the base comes back byte for byte."""
+"""Remove slots from a model; without any slot it is the base again, byte for byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnx_adapt.slot.manifest import read_manifest, write_manifest
 
 
 def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
-    """Take slots out of a model; with the last one the base comes back.
+    """Remove slots from a model; when the last one is gone it is the base again.
 
     Args:
         model: The model; it is left as it was.
@@ -62,7 +62,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
 
 
 def base_notes(adapted: Model, result: Model) -> list[str]:
-    """Why the model that `remove` gave is not the base byte for byte; empty if it is.
+    """Explain why the result of `remove` is not the base byte for byte; empty if it is.
 
     Raises:
         ModelFileError: If data of the model cannot be read.

@@ -1,4 +1,4 @@
-"""Modules of a graph by the traces of its exporter: scopes, and names of weights."""
+"""Find modules by what exporters leave in a graph: scopes, and names of weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ByName:
     packed: Mapping[str, list[LayerCall]]
 
     def known(self) -> list[str]:
-        """The modules that ran."""
+        """The paths of all modules that the graph has nodes of."""
         return [*self.survey.modules.paths, *self.packed]
 
     def stored(self) -> list[str]:
@@ -65,11 +65,11 @@ class ByName:
         return found
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
-        """What a module hands to the rest of the model."""
+        """The tensors that a module passes to the rest of the model, each with its graph."""
         return module_output(self.survey.modules, module)
 
     def missing(self, module: str) -> CheckpointError:
-        """Why a module has no calls."""
+        """The error that says why a module has no calls."""
         return CheckpointError(
             f"module {module!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
             hint="was the model optimised or quantised? insert into it as exported",
@@ -77,7 +77,7 @@ class ByName:
 
 
 def _refuse_folded(call: LayerCall, module: str) -> None:
-    """TorchScript keeps the names of convolutions, but of those with a BatchNorm folded in."""
+    """Refuse a Conv without its name: TorchScript drops it where it folds a BatchNorm in."""
     if call.node.op_type == "Conv" and _weight_name(call).startswith("onnx::"):
         raise CheckpointError(
             f"node {call.node.name!r} of module {module!r} has another weight than the "
@@ -88,7 +88,7 @@ def _refuse_folded(call: LayerCall, module: str) -> None:
 
 
 def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]:
-    """The layers whose stored weight or bias still has the module's name.
+    """Find the layers whose stored weight or bias still has the module's name.
 
     Raises:
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
@@ -129,7 +129,7 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
 
 
 def _refuse_unsure(call: LayerCall, module: str) -> None:
-    """Without scopes a bias may be one that a BatchNorm brought: names stay, values do not."""
+    """Refuse a Conv without a scope: a BatchNorm may have changed its weight, not its name."""
     if call.node.op_type == "Conv" and any(call.node.input[2:]):
         raise CheckpointError(
             f"the graph does not tell whether a BatchNorm was folded into {call.node.name!r}, "
@@ -140,12 +140,12 @@ def _refuse_unsure(call: LayerCall, module: str) -> None:
 
 
 def _holds(one: str, other: str) -> bool:
-    """Whether one of two modules is in the other, so that it may use the other's weights."""
+    """Whether one of two modules contains the other, so that it may use its weights."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _named_parameters(survey: Survey) -> list[str]:
-    """Modules that stored tensors are named after: `X` for `X.weight` and `X.bias`."""
+    """List the modules whose stored weight or bias has their name: `X` for `X.weight`."""
     names = (name for view in survey.index.views.values() for name in view.constants)
     return [
         module
@@ -162,7 +162,7 @@ def _weight_name(call: LayerCall) -> str:
 def _norm_inputs(
     view: GraphView, nodes: list[onnx.NodeProto], parameter: str
 ) -> list[ParameterInput]:
-    """A normalisation's parameters, in one node or decomposed into Mul and Add."""
+    """Find a normalisation's weight or bias, in one node or in the Mul and Add of several."""
     position = 1 if parameter == "weight" else 2
     whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
     if whole:
@@ -172,7 +172,7 @@ def _norm_inputs(
         for i, name in enumerate(node.input):
             weight = find_weight(view, name)
             vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
-            # What is stored under another name was made of it, such as Gemma's 1 + weight.
+            # A tensor with another name was computed, such as Gemma's 1 + weight.
             if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
                 return [ParameterInput(view, node, i, False)]
     return []

@@ -66,7 +66,7 @@ class LayerCall:
 
     @property
     def raw(self) -> str:
-        """The node's own output: without the bias where that is a separate Add."""
+        """The node's own output, before the bias if that is a separate Add."""
         return str(self.node.output[0])
 
     @property
@@ -163,14 +163,14 @@ def refuse_fused(survey: Survey, edits: Iterable[Edit]) -> None:
 
 
 def _needs_linears_alone(edit: Edit) -> bool:
-    """Whether an edit changes a Linear, or an embedding; the builder may change norms."""
+    """Whether an edit changes Linears or embeddings only; the builder may change norms."""
     if isinstance(edit, Replacement):
         return edit.value.ndim > 1
     return isinstance(edit, LowRank | Scaling)
 
 
 def _keeps_linears(node: onnx.NodeProto) -> bool:
-    """Whether a fused node has taken in no Linear, nor the bias of one."""
+    """Whether a fused node contains neither a Linear nor the bias of one."""
     if node.op_type == "SkipSimplifiedLayerNormalization":
         return not any(node.input[3:4])
     return node.op_type == "GroupQueryAttention"
@@ -242,7 +242,7 @@ _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}
 
 
 def block_output(survey: Survey, call: LayerCall, module: str) -> str:
-    """A module's output as the rest of the model sees it (behind Reshapes)."""
+    """Find a module's output as the rest of the model reads it, behind any Reshapes."""
     for view, tensor in module_output(survey.modules, module):
         if view is call.view and module in survey.modules.paths:
             return survey.settled(view.scope.path, tensor)

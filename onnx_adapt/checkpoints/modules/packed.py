@@ -24,7 +24,7 @@ _PACKED = "qkv_proj"
 
 
 def packed_calls(survey: Survey) -> dict[str, list[LayerCall]]:
-    """The `q_proj`, `k_proj` and `v_proj` inside each `qkv_proj`, by module path.
+    """Find the `q_proj`, `k_proj` and `v_proj` inside each `qkv_proj`, by module path.
 
     How many columns belong to each follows from the heads of the attention that reads them.
     """

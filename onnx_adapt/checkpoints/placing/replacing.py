@@ -1,4 +1,4 @@
-"""Find the weights of the base that a checkpoint replaces: heads, biases, norms."""
+"""Plan the replacement of weights of the base: heads, biases, norms."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _elem_type(item: ParameterInput) -> int:
 
 
 def _is_alone(placement: Placement, inputs: list[ParameterInput]) -> bool:
-    """Whether nobody but these inputs reads the tensor, and it is in the main graph."""
+    """Whether only these inputs read the tensor, and it is stored in the main graph."""
     tensor, known = inputs[0].tensor, {(id(item.node), item.position) for item in inputs}
     home = inputs[0].view.home(tensor)
     if home is not placement.survey.index.main or tensor in home.outputs:
