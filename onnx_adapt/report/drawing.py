@@ -13,11 +13,11 @@ from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.words import plain
 
 _LETTER, _LINE = 6.7, 15
-"""Size of a letter and a line of the page's monospaced font at 11 pixels."""
+"""Width of a letter and height of a line, in pixels, of the page's monospaced font."""
 
 _PADDING = 9
 _LONGEST = 27
-"""Letters of a name that are shown; the end tells names apart."""
+"""A longer name is shown by its end, because names mostly begin alike."""
 
 _STRAIGHT = 0.05
 """A slant of less than this, in pixels, is not seen."""
@@ -28,9 +28,9 @@ class Line:
     """One line of text.
 
     Attributes:
-        text: What is shown.
+        text: The text that is shown.
         style: `op`, `name`, `type` or `weight`.
-        whole: The whole name where only its end is shown, or ''.
+        whole: The whole name if only its end is shown, else ''.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A box with its place: the middle of its left edge is at `x`, its top at `y`."""
+    """A box in the drawing; its top left corner is at `x`, `y`."""
 
     box: Box
     lines: tuple[Line, ...]
@@ -50,21 +50,21 @@ class Shape:
     height: float
 
     def baselines(self) -> Iterator[tuple[float, Line]]:
-        """Where each line of text is written."""
+        """The baseline of each line of text, from top to bottom."""
         for number, line in enumerate(self.lines):
             yield self.y + _PADDING + _LINE * number + 8, line
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture.
+    """Part of a graph, ready to be written as SVG.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
+        width: Width in pixels.
+        height: Height in pixels.
         shapes: The boxes.
-        paths: Each edge as the data of an SVG path, and whether it is new.
-        hidden: How many readers are left out.
+        paths: For each edge the data of an SVG path, and whether the slot added the edge.
+        hidden: How many readers of the last tensor are left out.
     """
 
     width: float
@@ -75,7 +75,7 @@ class Drawing:
 
     @property
     def summary(self) -> str:
-        """What is in it, for those who do not see it."""
+        """A description of the drawing for screen readers."""
         nodes = [shape.box for shape in self.shapes if shape.box.kind == "node"]
         text = ", ".join(
             f"{box.label}{'' if box.origin == BASE else f' ({box.origin})'}" for box in nodes
@@ -84,7 +84,7 @@ class Drawing:
 
 
 def draw(part: Surroundings, slot: Slot) -> Drawing:
-    """Place the boxes and edges of a part of a graph."""
+    """Draw the graph around a slot."""
     texts = [tuple(_lines(box, slot)) for box in part.boxes]
     sizes = [_size(lines) for lines in texts]
     layout = lay_out(sizes, part.edges)
@@ -121,6 +121,7 @@ def _path(route: Sequence[Point]) -> str:
 
 
 def _lines(box: Box, slot: Slot) -> Iterator[Line]:
+    """The text in a box: a tensor's name and type, or a node's operator, name and weights."""
     if box.kind == "tensor":
         yield _name(box.name, slot, "name")
         yield Line(_shortened(plain(box.label), 34), "type")
@@ -134,7 +135,7 @@ def _lines(box: Box, slot: Slot) -> Iterator[Line]:
 
 
 def _name(name: str, slot: Slot, style: str) -> Line:
-    """The end of a name; what all names of the slot begin with is left out."""
+    """The end of a name, without the prefix that all names of the slot share."""
     own = name.removeprefix(slot_prefix(slot.name))
     shown = own[1:] if own != name and own[:1] in (".", "/") else name
     short = _shortened(plain(shown), _LONGEST)
