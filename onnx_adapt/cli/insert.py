@@ -188,20 +188,23 @@ def command(
             checkpoint = oa.load_checkpoint(
                 adapter, base, name=name, base_weights=base_weights
             )
-        adapted = oa.insert(
-            base,
-            after=after,
-            checkpoint=checkpoint,
-            activation=activation,
-            bias=bias,
-            source=source,
-            axis=axis,
-            bottleneck=bottleneck,
-            baked=not swappable,
-            batched=batched,
-            seed=seed,
-            inline_functions=inline_functions,
-        )
+            adapted = oa.insert_checkpoint(
+                base, checkpoint, baked=not swappable, batched=batched
+            )
+        else:
+            adapted = oa.insert(
+                base,
+                after=after,
+                activation=activation,
+                bias=bias,
+                source=source,
+                axis=axis,
+                bottleneck=bottleneck,
+                baked=not swappable,
+                batched=batched,
+                seed=seed,
+                inline_functions=inline_functions,
+            )
     trained = trained or (checkpoint.adapter if checkpoint else None)
     if calibrate and trained is None:
         raise click.UsageError(

@@ -29,7 +29,7 @@ from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import (
     SLOT_KEY,
     Manifest,
-    OpenWeight,
+    ReplaceableWeight,
     Slot,
     read_manifest,
     slot_of,
@@ -57,7 +57,7 @@ def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
     return Manifest(fingerprint(model), ir_version, bool(canonical), inlined, ())
 
 
-def put_in(
+def insert_slots(
     model: Model,
     index: ModelIndex,
     known: Manifest,
@@ -74,10 +74,10 @@ def put_in(
         check_slot(slot, opset)
     for twice in _given_twice(index):
         _log.warning("initializer %r is there more than once; the last one counts", twice)
-    placed = _put_nodes(index, slots, known.slots, opset)
+    placed = _insert_nodes(index, slots, known.slots, opset)
     _record_targets(index, slots)
     if model.proto.ir_version < _OLDEST_IR:
-        known = replace(known, inputs=_take_inputs(model.proto, known.weights))
+        known = replace(known, inputs=_drop_weight_inputs(model.proto, known.weights))
         model.proto.ir_version = _OLDEST_IR
     for slot in slots:
         add_weights(model.proto, slot, weights[slot.name])
@@ -94,13 +94,13 @@ def _given_twice(index: ModelIndex) -> list[str]:
     return found
 
 
-def _take_inputs(
-    proto: onnx.ModelProto, opened: Sequence[OpenWeight]
+def _drop_weight_inputs(
+    proto: onnx.ModelProto, replaceable: Sequence[ReplaceableWeight]
 ) -> tuple[tuple[int, str], ...]:
     """Let weights be weights alone, in place; before IR 4 they had to be inputs as well."""
     stored = {tensor.name for tensor in proto.graph.initializer}
-    stored |= {weight.original for weight in opened}
-    stored -= {weight.name for weight in opened}
+    stored |= {weight.original for weight in replaceable}
+    stored -= {weight.name for weight in replaceable}
     inputs = proto.graph.input
     found = [(i, value) for i, value in enumerate(inputs) if value.name in stored]
     taken = tuple((i, value.SerializeToString().hex()) for i, value in found)
@@ -108,7 +108,7 @@ def _take_inputs(
     return taken
 
 
-def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
+def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
     """Undo what insertion did to a model of an IR before 4, in place.
 
     Raises:
@@ -171,7 +171,7 @@ def _record(
     graph.value_info.append(declared)
 
 
-def _put_nodes(
+def _insert_nodes(
     index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
 ) -> tuple[Slot, ...]:
     """Put the nodes of new slots into the graphs, in place.
@@ -222,7 +222,7 @@ def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
             node.output[i] = new
 
 
-def take_out(
+def remove_nodes(
     proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
 ) -> tuple[Slot, ...]:
     """Delete the nodes of slots and reconnect what was around them, in place.

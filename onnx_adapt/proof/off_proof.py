@@ -14,7 +14,7 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.roundings import beyond, kept_apart, shaken
 from onnx_adapt.proof.runner import Runner, Values
-from onnx_adapt.slot.manifest import OpenWeight, Slot
+from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
 _SHAKES = 3
 _RANDOM_OPS = {
@@ -50,7 +50,7 @@ class OffProof:
 
     base: Model
     slots: Sequence[Slot]
-    weights: Sequence[OpenWeight]
+    weights: Sequence[ReplaceableWeight]
     feeds: Sequence[Feeds]
     expected: dict[bool, list[Values]]
     seed: int

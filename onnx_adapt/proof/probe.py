@@ -9,8 +9,8 @@ import numpy as np
 
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
-from onnx_adapt.edit.base_weights import close_base_weights
-from onnx_adapt.edit.weights import fill_weights, open_weights, read_weights
+from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.norms import own_norm
@@ -54,7 +54,7 @@ def neutral_model(model: Model) -> Model:
     trained = [weight for weight in manifest.weights if weight.trained]
     if trained:
         result = result.copy() if result is model else result
-        close_base_weights(result.proto, trained)
+        undo_replaceable(result.proto, trained)
         rest = tuple(weight for weight in manifest.weights if not weight.trained)
         write_manifest(result.proto, replace(manifest, weights=rest))
     return result
@@ -105,11 +105,11 @@ class Probe:
         self._rng = np.random.default_rng(seed)
         self._own = read_weights(model, slots)
         self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
-        opened = open_weights(model)
-        index = index_model(opened)
+        swappable = make_swappable(model)
+        index = index_model(swappable)
         neutral = {slot.name: neutral_weights(slot) for slot in slots}
-        opened = fill_weights(opened, neutral)
-        tapper = Tapper(opened.proto)
+        swappable = fill_weights(swappable, neutral)
+        tapper = Tapper(swappable.proto)
         self._taps: dict[str, _SlotTaps] = {}
         for slot in slots:
             view = index.views[slot.graph]
@@ -129,7 +129,7 @@ class Probe:
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(
-            replace(opened, path=model.path), optimised=True, fuse_quantised=False
+            replace(swappable, path=model.path), optimised=True, fuse_quantised=False
         )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}

@@ -22,13 +22,15 @@ from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.runner import Values, as_arrays
 from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.bounds import ARITHMETIC
-from onnx_adapt.slot.manifest import OpenWeight, Slot
+from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
 _MOVED = 1 << 28
 """So many bytes of weights are moved at most, the smallest first."""
 
 
-def kept_apart(base: Model, slots: Sequence[Slot], weights: Sequence[OpenWeight]) -> Model:
+def kept_apart(
+    base: Model, slots: Sequence[Slot], weights: Sequence[ReplaceableWeight]
+) -> Model:
     """The base with what slots keep ONNX Runtime from: fusing across their tensors.
 
     The tensors are outputs too, and weights that adapters may replace are inputs: not

@@ -13,8 +13,9 @@ import onnx
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit
 from onnx_adapt.edit.damage import foreign_readers
-from onnx_adapt.edit.insert import inline_model, list_slots, remove
+from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.graph.index import read_type

@@ -10,7 +10,7 @@ from sites_models import layers, model
 from slot_models import run
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.modules.cores import core_at, read_bias, read_matrix
+from onnx_adapt.checkpoints.modules.calls import call_at, read_bias, read_matrix
 from onnx_adapt.graph.layers import is_module_call
 from onnx_adapt.graph.operations import NodeRun
 from onnx_adapt.graph.operators import OPERATORS, Operator, WeightLayout
@@ -60,7 +60,7 @@ def test_a_new_row_can_be_the_call_of_a_module() -> None:
     survey = survey_model(made)
     node = survey.index.main.nodes[0]
     assert is_module_call(survey.index.main, node)
-    call = core_at(survey, survey.index.main, node)
+    call = call_at(survey, survey.index.main, node)
     assert (call.data, call.weight, call.output) == ("x", "w", "h")
     assert (call.sizes, call.stored_in_out) == ((4, 6), False)
     stored = {tensor.name: tensor for tensor in made.proto.graph.initializer}
@@ -115,7 +115,7 @@ def test_the_weight_of_a_transposed_fused_matmul_is_read_as_pytorch_has_it() -> 
     text = "g (float[2,4] x) => (float[2,6] y) {y = com.microsoft.FusedMatMul<transB=1>(x, w)}"
     made = model(text, "w 6 4")
     survey = survey_model(made)
-    call = core_at(survey, survey.index.main, survey.index.main.nodes[0])
+    call = call_at(survey, survey.index.main, survey.index.main.nodes[0])
     matrix = read_matrix(made, call)
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     np.testing.assert_allclose(run(made, {"x": x})[0], x @ matrix.T)

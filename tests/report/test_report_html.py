@@ -81,7 +81,7 @@ def mlp() -> Overview:
 def trained() -> tuple[oa.Model, oa.Model, oa.Adapter]:
     base = oa.open_model(CASE / "base.onnx")
     checkpoint = oa.load_checkpoint(CASE / "adapter", base, name="fr")
-    return base, oa.insert(base, checkpoint=checkpoint), checkpoint.adapter
+    return base, oa.insert_checkpoint(base, checkpoint), checkpoint.adapter
 
 
 @pytest.fixture(scope="module")

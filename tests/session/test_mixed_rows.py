@@ -36,8 +36,8 @@ def _models(case: str) -> tuple[oa.Model, oa.Model, oa.Adapter]:
     """A trained case with ordinary slots, with batched ones, and its adapter."""
     base = oa.open_model(CASES[case].base)
     checkpoint = oa.load_checkpoint(CASES[case].adapter, base, name="trained")
-    plain = oa.insert(base, checkpoint=checkpoint)
-    batched = oa.insert(base, checkpoint=checkpoint, batched=True)
+    plain = oa.insert_checkpoint(base, checkpoint)
+    batched = oa.insert_checkpoint(base, checkpoint, batched=True)
     return plain, batched, checkpoint.adapter
 
 
