@@ -56,12 +56,12 @@ class LayerCall:
 
     @property
     def data(self) -> str:
-        """The tensor the layer reads: for an embedding the ids."""
+        """The tensor that the layer reads; the ids for an embedding."""
         return str(self.node.input[OPERATORS[self.node.op_type].data])
 
     @property
     def weight(self) -> str:
-        """The input that is the weight."""
+        """The name of the weight that the node reads."""
         return str(self.node.input[OPERATORS[self.node.op_type].weight])
 
     @property
@@ -224,7 +224,7 @@ def read_matrix(model: Model, call: LayerCall) -> Array:
 
 
 def read_bias(model: Model, call: LayerCall) -> Array | None:
-    """A bias inside a call's own node, or None."""
+    """Read the bias inside a call's own node; None if it has none there."""
     operator = OPERATORS[call.node.op_type]
     if operator.bias is None or not operator.has_bias(call.node):
         return None

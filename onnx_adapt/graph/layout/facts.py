@@ -24,7 +24,7 @@ from onnx_adapt.graph.layout.signs import (
     resized,
     sign,
 )
-from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, Operator, WeightLayout
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +137,14 @@ def fact_of(op: str) -> Fact | None:
     """What is known of an operator, or None."""
     fact = FACTS.get(op)
     if fact is None and op in OPERATORS:
-        return _of_weights(OPERATORS[op])
+        return _of_weights(op)
     return fact
 
 
 @cache
-def _of_weights(operator: Operator) -> Fact:
+def _of_weights(op: str) -> Fact:
     """What the row of an operator with weights says of axes."""
+    operator = OPERATORS[op]
     match operator.layout:
         case WeightLayout.IN_OUT | WeightLayout.BY_TRANS_B:
             return _linear(operator.weight)
@@ -183,7 +184,11 @@ def _unknown(look: Look, step: Step) -> Iterator[Link]:
 def own_axis(look: Look, step: Step) -> int | None:
     """Where an operator puts the features of what it makes, or None if it does not say."""
     fact = fact_of(step.node.op_type)
-    if fact is None or not step.outputs:
+    return _axis(fact, look, step) if fact else None
+
+
+def _axis(fact: Fact, look: Look, step: Step) -> int | None:
+    if not step.outputs:
         return None
     return fact.axis(look, step) if callable(fact.axis) else fact.axis
 
@@ -195,7 +200,7 @@ def signs_of(look: Look, step: Step) -> Iterator[Sign]:
         return
     if fact.more is not None:
         yield from fact.more(look, step)
-    axis = own_axis(look, step)
+    axis = _axis(fact, look, step)
     if axis is None:
         return
     for position in fact.reads:
