@@ -162,7 +162,7 @@ def command(
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
         checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
-        how = {"baked": not swappable, "batched": batched}
+        how: dict[str, Any] = {"baked": not swappable, "batched": batched}
         if checkpoint:
             adapted = oa.insert_checkpoint(base, checkpoint, **how)
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import onnx
 
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph.choice import Choice
-from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name
+from onnx_adapt.graph.index import GraphView, ModelIndex, Shape, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
@@ -126,24 +127,36 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
             f"{what} is computed after target {site.tensor!r}",
             hint="an adapter can only read what is there before its target",
         )
-    theirs = home.type_of(read.tensor).shape
-    ours = view.type_of(site.tensor).shape
-    if theirs is not None and ours is not None:
-        axis = (site.axis or -1) % len(ours) if ours else 0
-        a = [d for i, d in enumerate(theirs) if i != axis]
-        b = [d for i, d in enumerate(ours) if i != axis]
-        declared = _declared_symbols(survey)
-        clash = any(
-            p != q
-            for p, q in zip(a, b, strict=False)
-            if all(isinstance(d, int) or d in declared for d in (p, q))
+    shapes = home.type_of(read.tensor).shape, view.type_of(site.tensor).shape
+    if not _same_rows(*shapes, site.axis or -1, _declared_symbols(survey)):
+        theirs, ours = (list(shape or ()) for shape in shapes)
+        raise SiteError(
+            f"{what} has shape {theirs} and target {site.tensor!r} {ours}",
+            hint="all axes but the feature axis must be the same",
         )
-        if len(theirs) != len(ours) or clash:
-            raise SiteError(
-                f"{what} has shape {list(theirs)} and target {site.tensor!r} {list(ours)}",
-                hint="all axes but the feature axis must be the same",
-            )
     return read.width
+
+
+def _same_rows(
+    theirs: Shape | None,
+    ours: Shape | None,
+    axis: int,
+    declared: Collection[int | str | None],
+) -> bool:
+    """Whether two shapes can be the same in all axes but one.
+
+    A symbol differs from another dimension only if the model's inputs declare it.
+    """
+    if theirs is None or ours is None:
+        return True
+    if len(theirs) != len(ours):
+        return False
+    feature = axis % len(ours) if ours else 0
+    return not any(
+        p != q
+        for i, (p, q) in enumerate(zip(theirs, ours, strict=True))
+        if i != feature and all(isinstance(d, int) or d in declared for d in (p, q))
+    )
 
 
 def _declared_symbols(survey: Survey) -> set[int | str | None]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.report.numbers import by_unit, count, power, seconds, share
 from onnx_adapt.report.overview import Overview
 from onnx_adapt.words import plain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def render(overview: Overview) -> str:
@@ -28,34 +32,12 @@ def render(overview: Overview) -> str:
         True
     """
     require_libraries()
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from onnx_adapt.report.drawing import draw
     from onnx_adapt.report.plots import effect_plot, error_plot, map_plot
 
-    def shown(value: object) -> object:
-        known = isinstance(value, str) and not isinstance(value, Markup)
-        return plain(str(value)) if known else value
-
-    environment = Environment(
-        autoescape=True,
-        finalize=shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., object]] = {
-        "by_unit": by_unit,
-        "count": count,
-        "power": power,
-        "seconds": seconds,
-        "share": share,
-        "draw": draw,
-    }
-    environment.filters.update(filters)
     folder = files(__package__)
-    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    template = _environment().from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(
         overview=overview,
         report=overview.report,
@@ -85,3 +67,33 @@ def require_libraries() -> None:
                 f"the report page needs {name}, which is not installed",
                 hint="pip install 'onnx-adapt[report]', or take the data with --json",
             )
+
+
+def _environment() -> Environment:
+    """The settings and the filters of the template; control characters are escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from onnx_adapt.report.drawing import draw
+
+    def shown(value: object) -> object:
+        known = isinstance(value, str) and not isinstance(value, Markup)
+        return plain(str(value)) if known else value
+
+    environment = Environment(
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., object]] = {
+        "by_unit": by_unit,
+        "count": count,
+        "power": power,
+        "seconds": seconds,
+        "share": share,
+        "draw": draw,
+    }
+    environment.filters.update(filters)
+    return environment
