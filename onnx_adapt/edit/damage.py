@@ -16,7 +16,7 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
-from onnx_adapt.slot.parts import bottleneck_axis
+from onnx_adapt.slot.weights import bottleneck_axis
 
 
 def damages(model: Model) -> list[str]:

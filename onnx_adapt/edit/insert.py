@@ -29,7 +29,8 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot, read_manifest, write_manifest
-from onnx_adapt.slot.parts import PARTS, bottleneck_of, fresh_weights, neutral_weights
+from onnx_adapt.slot.parts import in_order
+from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -72,7 +73,7 @@ def insert(
             which puts the trained weights in.
         activation: One of `onnx_adapt.slot.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
-        parts: The weights each slot has; see `onnx_adapt.slot.formula.PARTS`.
+        parts: The weights each slot has; see `onnx_adapt.slot.parts.PARTS`.
         source: A tensor for the adapter to read in place of the target.
         axis: The feature axis of every place, and of the source: -1 for the last one, or
             1 for channels. By default the one that the operators around a place tell.
@@ -112,7 +113,7 @@ def insert(
     extra = ("down_bias", "up_bias") if bias else ()
     recipe = Recipe(
         activation=activation,
-        parts=tuple(sorted({*parts, *extra}, key=_part_order)),
+        parts=in_order({*parts, *extra}),
         source=source,
         axis=axis,
         norm=norm,
@@ -126,10 +127,6 @@ def insert(
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
     return _insert(model, names, recipe, inline_functions=inline_functions)
-
-
-def _part_order(part: str) -> tuple[int, str]:
-    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
 
 
 def _insert(

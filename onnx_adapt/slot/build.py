@@ -10,7 +10,7 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import fresh_weights
+from onnx_adapt.slot.weights import fresh_weights
 
 _OPSET, _IR_VERSION = 17, 8
 

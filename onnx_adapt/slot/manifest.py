@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.parts import RowForm, part_of
 
 if TYPE_CHECKING:
     import onnx
@@ -22,16 +23,6 @@ FORMAT = 1
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
-
-
-ROW_PARTS = {
-    "up": "mask",
-    **{part: f"row_{part}" for part in ("up_bias", "scale", "residual", "skip")},
-}
-"""What a batched slot has beside some of its weights: a value for each row of the batch.
-
-`mask` multiplies the units of the bottleneck, `row_scale` the scale; the others are added.
-They are no weights: no adapter has them, and a run with one adapter does not feed them."""
 
 
 def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
@@ -112,11 +103,15 @@ class Slot:
         return f"r_{self.name}"
 
     @property
+    def row_forms(self) -> dict[str, RowForm]:
+        """What a batched slot has for each row of a batch, by name."""
+        parts = self.parts if self.batched else ()
+        return {row.name: row for part in parts if (row := part_of(part).row)}
+
+    @property
     def row_parts(self) -> tuple[str, ...]:
-        """What a batched slot has for each row; see `ROW_PARTS`."""
-        if not self.batched:
-            return ()
-        return tuple(ROW_PARTS[part] for part in self.parts if part in ROW_PARTS)
+        """The names of what a batched slot has for each row of a batch."""
+        return tuple(self.row_forms)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from onnx_adapt.graph.names import free_name
 from onnx_adapt.graph.sites import Site, Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
+from onnx_adapt.slot.parts import PARTS, in_order
+from onnx_adapt.slot.weights import bottleneck_of, part_shape
 
 
 class Places(Protocol):
@@ -105,7 +106,7 @@ class Workshop:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
-        ordered = sorted(parts, key=PARTS.index)
+        ordered = in_order(parts)
         inner = f"adapter.{unique}/target"
         slot = Slot(
             name=unique,
@@ -121,7 +122,7 @@ class Workshop:
             axis=target.axis or -1,
             rank=(target.rank or 0) if target.axis == 1 else 0,
             activation=activation,
-            parts=tuple(ordered),
+            parts=ordered,
             plus=plus,
             norm=norm,
             norm_after=norm_after,
@@ -162,14 +163,15 @@ def _check_weights(
 
 def _width_of(parts: Mapping[str, Array]) -> int | None:
     """The width that a slot's weights have been trained for."""
-    for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
-        if part in parts and parts[part].ndim <= 2:
-            return int(parts[part].shape[axis])
+    for name in in_order(parts):
+        shape, value = PARTS[name].shape, parts[name]
+        if "width" in shape and value.ndim == len(shape):
+            return int(value.shape[shape.index("width")])
     return None
 
 
 def _laid_out(slot: Slot, part: str, value: Array) -> Array:
     """A vector over channels with the trailing ones of Conv's layout."""
-    if slot.axis == 1 and part in ("scale", "gain"):
+    if slot.axis == 1 and PARTS[part].channels == ("width", "ones"):
         return value.reshape(-1, *(1,) * (slot.rank - 2))
     return value
