@@ -8,21 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
-from onnx_adapt.edit.damage import foreign_readers
 from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.graph.index import read_type
 from onnx_adapt.model.file import Model, open_model
-from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.ort import Providers, runtime_version
-from onnx_adapt.proof.checker import new_complaints
+from onnx_adapt.proof.comparison import checker_check, graph_check, interface_check
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.off_proof import OffProof
@@ -101,12 +97,15 @@ def verify(
     if adapter is not None:
         require_fit(after, adapter)
     tell("comparing the interfaces")
-    checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
+    checks = [
+        interface_check(before.proto, after.proto, manifest),
+        graph_check(before, after, manifest),
+    ]
     proof = _Proof(before, after, manifest, inputs, seed, tell, providers)
     if checks[0].passed:
         checks += proof.checks(adapter, weights=weights)
     tell("asking the ONNX checker")
-    checks.append(_checker(before, after, manifest))
+    checks.append(checker_check(before, after, manifest))
     return Report(
         before.label,
         "the result" if after.path == before.path else after.label,
@@ -123,43 +122,6 @@ def verify(
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of an input; of a sequence or map how many items it has."""
     return (len(value),) if isinstance(value, list | dict) else np.shape(value)
-
-
-def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
-    """The same inputs and outputs by name, type and shape, but for the slots' weights."""
-    own = {name for slot in manifest.slots for name in slot.inputs}
-    own |= {weight.name for weight in manifest.weights}
-    sides = []
-    for proto in (base, adapted):
-        stored = {tensor.name for tensor in proto.graph.initializer} if own else set()
-        ins = [v for v in proto.graph.input if v.name not in own | stored]
-        sides.append({"input": ins, "output": list(proto.graph.output)})
-    wrong = []
-    for kind in ("input", "output"):
-        theirs, ours = (
-            {v.name: (read_type(v), v.type.SerializeToString()) for v in side[kind]}
-            for side in sides
-        )
-        wrong += [f"{kind} {name!r} is gone" for name in theirs if name not in ours]
-        wrong += [f"{kind} {name!r} is new" for name in ours if name not in theirs]
-        wrong += [
-            f"{kind} {name!r} was {theirs[name][0]} and is {ours[name][0]}"
-            for name in theirs
-            if name in ours and theirs[name][1] != ours[name][1]
-        ]
-    both = " and ".join(count(len(sides[0][kind]), kind) for kind in sides[0])
-    return Check("interface", not wrong, "; ".join(wrong) or f"the same: {both}")
-
-
-def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
-    """Without its slots the adapted model is the base, wherever these inputs may lead."""
-    if manifest.inlined and base.proto.functions:
-        base = inline_model(base)
-    if foreign := foreign_readers(adapted.proto, manifest.slots):
-        return Check("graph", False, foreign[0])
-    same = fingerprint(remove(adapted)) == fingerprint(base)
-    what = "the base" if same else "another model"
-    return Check("graph", same, f"without its slots it is {what}")
 
 
 @dataclass(slots=True)
@@ -351,11 +313,3 @@ def _effect_check(results: Sequence[SlotResult]) -> Check:
     warnings = tuple(f"slot {name!r} moves no output for these inputs" for name in still)
     detail = f"{len(moving)} of {len(results)} slots move the outputs"
     return Check("effect", bool(moving), detail, warnings)
-
-
-def _checker(base: Model, adapted: Model, manifest: Manifest) -> Check:
-    """The checker and strict shape inference say nothing new."""
-    if manifest.inlined and base.proto.functions:
-        base = inline_model(base)
-    new = new_complaints(base, adapted, manifest.slots)
-    return Check("checker", not new, "; ".join(new[:4]) or "nothing new to report")
