@@ -17,7 +17,8 @@ from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.graph.index import require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.resolve import resolve
-from onnx_adapt.graph.sites import Site, Survey, survey_model
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest

@@ -12,7 +12,8 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, Shape, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot

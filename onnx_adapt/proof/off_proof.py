@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import onnx
-
+from onnx_adapt.dtypes import ELEM_TYPES
 from onnx_adapt.errors import RunError
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
@@ -23,7 +22,7 @@ _RANDOM_OPS = {
     *("Bernoulli", "Multinomial", "Dropout"),
 }
 _QUANTISED_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "QLinearMatMul"}
-_HALVES = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+_HALVES = {ELEM_TYPES[name]: name for name in ("float16", "bfloat16")}
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
 from onnx_adapt.errors import SlotError
@@ -37,8 +37,6 @@ _STRENGTHS = (1.0, 10.0, 100.0)
 """Quantised models swallow small changes: a slot gets three chances to move an output."""
 
 _NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 
 def neutral_model(model: Model) -> Model:
@@ -117,7 +115,7 @@ class Probe:
             view = index.views[slot.graph]
             names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
             elem_types = [
-                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+                view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names
             ]
             taps = [
                 tapper.tap(slot.graph, name, elem_type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.dtypes import ELEM_TYPES
 from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
@@ -12,8 +12,6 @@ from onnx_adapt.proof.feeds import Feeds, inputs_hint, required_inputs
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.manifest import Slot
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 
 def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds]) -> list[str]:
@@ -28,7 +26,7 @@ def unreached_slots(model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds])
     tapped = model.copy()
     tapper = Tapper(tapped.proto)
     taps = {
-        slot.name: tapper.tap(slot.graph, slot.inner, _ELEM_TYPES[slot.dtype])
+        slot.name: tapper.tap(slot.graph, slot.inner, ELEM_TYPES[slot.dtype])
         for slot in inside
     }
     runner = Runner(tapped, optimised=True)

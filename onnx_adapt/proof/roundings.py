@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, FLOATS, Array
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
@@ -24,7 +24,6 @@ from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.bounds import ARITHMETIC
 from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 _MOVED = 1 << 28
 """So many bytes of weights are moved at most, the smallest first."""
 
@@ -42,7 +41,7 @@ def kept_apart(
     paths = {scope.path for scope in walk.scopes(result.proto.graph)}
     for slot in slots:
         if slot.graph in paths:
-            tapper.tap(slot.graph, slot.tensor, _ELEM_TYPES[slot.dtype])
+            tapper.tap(slot.graph, slot.tensor, ELEM_TYPES[slot.dtype])
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     inputs = {value.name for value in result.proto.graph.input}
     for weight in weights:

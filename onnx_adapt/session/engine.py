@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.fitting import Replaceable
-from onnx_adapt.dtypes import Array
+from onnx_adapt.dtypes import ORT_TYPES, Array
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.model import borrowed as lenders
 from onnx_adapt.model.signatures import HEAD, recognised
@@ -22,13 +22,6 @@ from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
-
-_ELEM_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
 
 
 class Engine:
@@ -288,7 +281,7 @@ def _swappable(
                 hint="simplifiers do this; run them on the base first, then insert",
             )
     replaceable = {
-        weight.name: (tuple(item.shape), _ELEM_TYPES.get(item.type, item.type))
+        weight.name: (tuple(item.shape), ORT_TYPES.get(item.type, item.type))
         for weight in weights
         if (item := declared[weight.name])
     }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_adapt.checkpoints.modules.calls import (
-    CALL_OPERATORS,
     LayerCall,
     ParameterInput,
     call_at,
@@ -16,8 +15,9 @@ from onnx_adapt.checkpoints.modules.calls import (
 )
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.modules import module_output
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -49,7 +49,7 @@ class ByName:
         for path, view in self.survey.index.views.items():
             scopes = self.survey.modules.scopes[path]
             for scope, node in zip(scopes, view.nodes, strict=True):
-                if scope == module and node.op_type in CALL_OPERATORS and is_layer(view, node):
+                if scope == module and is_module_call(view, node):
                     found.append(call_at(self.survey, view, node))
                     _refuse_folded(found[-1], module)
         found = found or self.packed.get(module, [])
@@ -97,11 +97,11 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
     found: list[tuple[LayerCall, str | None]] = []
     for path, view in survey.index.views.items():
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if node.op_type not in CALL_OPERATORS or not is_layer(view, node):
+            if not is_module_call(view, node):
                 continue
             call = call_at(survey, view, node)
-            kind = KINDS[node.op_type]
-            inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
+            bias = OPERATORS[node.op_type].bias
+            inside = [] if bias is None else list(node.input[bias : bias + 1])
             added = [n for r in view.readers(call.raw) if r.op_type == "Add" for n in r.input]
             if _weight_name(call) == f"{module}.weight" or f"{module}.bias" in inside + added:
                 found.append((call, scope))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.checkpoints.modules.calls import (
-    CALL_OPERATORS,
     LayerCall,
     ParameterInput,
     call_at,
@@ -22,7 +21,7 @@ from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -149,7 +148,7 @@ def find_by_value(
     kinds: set[np.dtype[Any]] = set()
     for view in survey.index.views.values():
         for node in view.nodes:
-            if node.op_type in CALL_OPERATORS and is_layer(view, node):
+            if is_module_call(view, node):
                 call = call_at(survey, view, node)
                 weight = find_weight(call.view, call.weight)
                 if weight is not None and weight.elem_type in FLOATS:

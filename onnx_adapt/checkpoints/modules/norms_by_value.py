@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import CALL_OPERATORS, LayerCall, read_weight
+from onnx_adapt.checkpoints.modules.calls import LayerCall, read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.graph.index import VALUE_FREE, GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm, find_norms
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -149,4 +149,4 @@ class _Neighbours:
                     waiting += new
 
     def _is_layer(self, node: onnx.NodeProto, view: GraphView) -> bool:
-        return node.op_type in CALL_OPERATORS and is_layer(view, node)
+        return is_module_call(view, node)

@@ -13,7 +13,8 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.names import free_name
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.manifest import Slot
