@@ -17,6 +17,7 @@ from onnx_adapt.graph.sites import Survey
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import node_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
         if made is not None and made[1].op_type == "Constant":
             copy = onnx.NodeProto()
             copy.CopyFrom(made[1])
-            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            copy.name = node_name(slot.name, f"norm_constant_{position}")
             norm.input[position] = copy.output[0] = copy.name
             del copy.metadata_props[:]
             mark_node(copy, slot)

@@ -33,6 +33,7 @@ from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
 
 Stage = Callable[[str], None]
@@ -264,7 +265,7 @@ class _Proof:
 
     def _with_slot(self, message: str) -> str:
         """A message of ONNX Runtime with the slot whose node it names."""
-        named = [s.name for s in self.slots if f"adapter.{s.name}/" in message]
+        named = [s.name for s in self.slots if node_name(s.name, "") in message]
         return f"slot {named[0]!r}: {message}" if named else message
 
 

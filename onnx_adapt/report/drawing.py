@@ -8,6 +8,7 @@ from typing import Any
 
 from onnx_adapt.report.surroundings import BASE, Box, Surroundings
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.words import plain
 
 _LETTER, _LINE = 6.7, 15
@@ -177,7 +178,7 @@ def _lines(box: Box, slot: Slot) -> Iterator[Line]:
 
 def _name(name: str, slot: Slot, style: str) -> Line:
     """The end of a name; what all names of the slot begin with is left out."""
-    own = name.removeprefix(f"adapter.{slot.name}")
+    own = name.removeprefix(slot_prefix(slot.name))
     shown = own[1:] if own != name and own[:1] in (".", "/") else name
     short = _shortened(plain(shown), _LONGEST)
     return Line(short, style, "" if short == name else plain(name))
