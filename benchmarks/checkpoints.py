@@ -18,7 +18,7 @@ import numpy as np
 from measuring import ADAPT, Command, CommandError, Cost, Finding, Part, Table, run, try_all
 from setting import ROOT, Setting, alone
 
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 EXPORTERS = ("torchscript", "dynamo")
 

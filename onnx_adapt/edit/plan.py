@@ -105,7 +105,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",

@@ -16,6 +16,7 @@ from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.norms import own_norm
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.nearness import Nearness, slot_nearness
@@ -94,11 +95,17 @@ class Probe:
         model: The adapted model.
         slots: Its slots.
         outputs: The model's own outputs.
-        seed: Of the random weights.
+        seed: The seed of the random weights.
+        providers: Where the model runs.
     """
 
     def __init__(
-        self, model: Model, slots: Sequence[Slot], outputs: Sequence[str], seed: int
+        self,
+        model: Model,
+        slots: Sequence[Slot],
+        outputs: Sequence[str],
+        seed: int,
+        providers: Providers,
     ) -> None:
         self._slots = slots
         self._outputs = list(outputs)
@@ -129,7 +136,10 @@ class Probe:
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(
-            replace(swappable, path=model.path), optimised=True, fuse_quantised=False
+            replace(swappable, path=model.path),
+            providers,
+            optimised=True,
+            fuse_quantised=False,
         )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}

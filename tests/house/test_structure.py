@@ -45,7 +45,6 @@ DOORS = {
     "starlette": {"serve"},
     "jinja2": {"report"},
     "pygal": {"report"},
-    "grandalf": {"report"},
 }
 
 
