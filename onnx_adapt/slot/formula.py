@@ -19,6 +19,8 @@ reshapes to that tensors of another rank.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 
@@ -64,14 +66,7 @@ def check_slot(slot: Slot, opset: int) -> None:
         raise SlotError(f"slot {slot.name!r} has both 'table' and 'down'")
     if not parts:
         raise SlotError(f"slot {slot.name!r} has no parts")
-    fits = (
-        slot.norm_after in ("", "term", "sum")
-        and bool(slot.norm_after) == ("after_weight" in parts)
-        and (slot.norm_after == "sum") == ("switch" in parts)
-        and ("down" in parts or not slot.norm)
-        and (bool(slot.plus) or "residual" not in parts)
-    )
-    if not fits:
+    if not _fits_its_form(slot, parts):
         raise SlotError(f"slot {slot.name!r}: its parts do not fit its form")
     last_only = any(PARTS[part].channels is None for part in slot.parts)
     if slot.axis == 1 and (last_only or slot.norm):
@@ -81,6 +76,17 @@ def check_slot(slot: Slot, opset: int) -> None:
             f"the model uses opset {opset}; slots need 7 or newer",
             hint="convert it with onnx.version_converter",
         )
+
+
+def _fits_its_form(slot: Slot, parts: Collection[str]) -> bool:
+    """Whether the parts agree with the fields that say where a norm or a sum is."""
+    return (
+        slot.norm_after in ("", "term", "sum")
+        and bool(slot.norm_after) == ("after_weight" in parts)
+        and (slot.norm_after == "sum") == ("switch" in parts)
+        and ("down" in parts or not slot.norm)
+        and (bool(slot.plus) or "residual" not in parts)
+    )
 
 
 def _check_batched(slot: Slot) -> None:
