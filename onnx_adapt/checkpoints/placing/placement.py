@@ -106,8 +106,8 @@ class Placement:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
-        slot = new_slot(unique, target, replace(form, parts=in_order(parts)), width=width)
-        ordered = slot.parts
+        ordered = in_order(parts)
+        slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
         weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
