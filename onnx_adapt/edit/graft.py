@@ -126,17 +126,27 @@ def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProt
     """Write down that a batched slot's output, and the terms of it, are as its target.
 
     What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and
-    would not fuse the sum with what follows.
+    would not fuse the sum with what follows. Where no symbol of the inputs can be inferred
+    for an axis, the one that the base records for its tensor is repeated.
     """
     view = index.views[slot.graph]
     graph = view.scope.graph
     made = {node.output[0] for node in nodes[:-1]}
     terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
     there = {value.name for value in (*graph.value_info, *graph.output)}
-    known = view.inferred.get(slot.tensor, UNKNOWN)
+    known = view.inferred.get(slot.tensor, UNKNOWN).shape or ()
+    recorded = view.records.get(slot.tensor, UNKNOWN).shape or ()
     inputs = index.main.scope.graph.input
     symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
-    shape = [d if isinstance(d, int) or d in symbols else None for d in known.shape or ()]
+    pairs = zip(known, recorded if len(recorded) == len(known) else known, strict=True)
+    shape = [
+        size
+        if isinstance(size, int) or size in symbols
+        else other
+        if other in symbols
+        else None
+        for size, other in pairs
+    ]
     for name in sorted({slot.output, *terms} - there) if shape else ():
         _record(view, graph, slot, name, shape)
 

@@ -17,6 +17,7 @@ from onnx_adapt.graph.sites import Survey
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import node_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",
@@ -210,7 +211,7 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
         if made is not None and made[1].op_type == "Constant":
             copy = onnx.NodeProto()
             copy.CopyFrom(made[1])
-            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            copy.name = node_name(slot.name, f"norm_constant_{position}")
             norm.input[position] = copy.output[0] = copy.name
             del copy.metadata_props[:]
             mark_node(copy, slot)

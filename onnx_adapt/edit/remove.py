@@ -11,7 +11,7 @@ from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
-from onnx_adapt.model import elsewhere as moved
+from onnx_adapt.model.externalise import internalise
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import read_manifest, write_manifest
@@ -57,7 +57,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:
         result.proto.ClearField("ir_version")  # the base had none
-    payloads = moved.move_in(model.path, result.proto, model.payloads)
+    payloads = internalise(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.names import weight_name
 
 if TYPE_CHECKING:
     import onnx
@@ -40,11 +41,6 @@ def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
         if entry.key == SLOT_KEY:
             return str(entry.value)
     return ""
-
-
-def weight_name(slot: str, part: str) -> str:
-    """The name of one weight of a slot in a model, in a file, and as an input."""
-    return f"adapter.{slot}.{part}"
 
 
 @dataclass(frozen=True, slots=True)

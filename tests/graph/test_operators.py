@@ -28,9 +28,9 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPERATORS, "BlockMatMul", BLOCK_MATMUL)
 
 
-def _graph(core: str) -> oa.Model:
+def _graph(call: str) -> oa.Model:
     return model(
-        f"g (float[B,S,4] x) => (float[B,S,D] out) {{h = com.microsoft.{core} y = Add(h, a) "
+        f"g (float[B,S,4] x) => (float[B,S,D] out) {{h = com.microsoft.{call} y = Add(h, a) "
         "out = com.microsoft.QuickGelu(y)}",
         *("w 6 4", "v 4 6", "b 6", "a 6"),
     )
@@ -41,9 +41,9 @@ def test_an_operator_that_is_not_in_the_table_is_no_layer() -> None:
 
 
 @pytest.mark.usefixtures("_known")
-@pytest.mark.parametrize("core", ["BlockMatMul<transB=1>(x, x, w)", "BlockMatMul(x, x, v)"])
-def test_a_new_row_makes_sites_with_width_axis_and_bias(core: str) -> None:
-    (site,) = layers(_graph(core)).values()
+@pytest.mark.parametrize("call", ["BlockMatMul<transB=1>(x, x, w)", "BlockMatMul(x, x, v)"])
+def test_a_new_row_makes_sites_with_width_axis_and_bias(call: str) -> None:
+    (site,) = layers(_graph(call)).values()
     assert (site.op, site.tensor, site.width, site.axis) == ("BlockMatMul", "y", 6, -1)
     assert (site.dtype, site.refused) == ("float32", None)
 

@@ -1,6 +1,7 @@
 """The house stands: imports point down, one door per third party, a small public API."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from onnx_adapt import errors
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "words"),
+    ("errors", "dtypes", "formats", "words"),
     ("model",),
     ("ort", "slot"),
     ("adapter",),
@@ -44,7 +45,6 @@ DOORS = {
     "starlette": {"serve"},
     "jinja2": {"report"},
     "pygal": {"report"},
-    "grandalf": {"report"},
 }
 
 
@@ -173,6 +173,22 @@ def test_files_and_functions_stay_small() -> None:
         if len(path.read_text(encoding="utf-8").splitlines()) > 350
     ]
     assert long_files == []
+
+
+def _begins_like_a_slot(node: ast.AST) -> bool:
+    """Whether a literal, an f-string's first piece included, is a beginning of slot names."""
+    text = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(text, str) and re.match(r"adapter\\?\.($|[^a-z])", text) is not None
+
+
+def test_the_names_of_slots_are_built_and_parsed_in_one_module() -> None:
+    holders = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _begins_like_a_slot(node)
+    }
+    assert holders == {"slot/names.py"}
 
 
 def _raised(tree: ast.Module) -> Iterator[ast.Call]:
