@@ -80,6 +80,14 @@ def decomposed_norm(model: Model, view: GraphView, node: onnx.NodeProto) -> Base
     """The normalisation that ends with a Mul by its weight, and maybe an Add of its bias.
 
     That is `x / sqrt(mean(x * x) + epsilon) * weight`, with `x` minus its mean in a LayerNorm.
+    It is followed from its end to its start. For example, of
+
+        m = ReduceMean(x)    c = Sub(x, m)     p = Pow(c, 2)       v = ReduceMean(p)
+        e = Add(v, 1e-5)     r = Sqrt(e)       d = Div(c, r)       y = Mul(d, weight)
+
+    the Mul leads to the Div, this to `c` and by Sqrt and Add to the mean `v` of a square. What
+    is squared must be what is divided, `c`. It is a Sub of a mean, so this is a LayerNorm of
+    `x`; without the Sub it would be an RMSNorm of `c`.
     """
     position = next((i for i, name in enumerate(node.input) if _is_vector(view, name)), None)
     if position is None or len(node.input) != 2:

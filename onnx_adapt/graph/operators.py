@@ -181,7 +181,7 @@ _TABLE = Operator(
     outputs=1,
     keeps_type=True,
     module_call=False,
-    operations=operations.lookup,
+    operations=operations.table_lookup,
 )
 _RECURRENT = Operator(
     weight=1,
@@ -244,7 +244,7 @@ OPERATORS: dict[str, Operator] = {
     "GatherBlockQuantized": replace(
         _TABLE,
         layout=WeightLayout.PACKED_TABLE,
-        operations=operations.dequantised_lookup,
+        operations=operations.quantised_table_lookup,
     ),
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,

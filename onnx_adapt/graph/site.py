@@ -37,7 +37,7 @@ class Site:
         graph: Path of the graph the tensor is in.
         rank: Number of axes, or None if unknown.
         layer: Whether the site is the output of a layer.
-        core: Index of the node in its graph.
+        node_index: Index of the node in its graph.
         also: Names of other nodes that stand for it: that of the bias Add.
         before_bias: Where the layer's bias is added, if that is behind the tensor. An
             adapter after the layer cannot go here, one after the tensor can.
@@ -55,7 +55,7 @@ class Site:
     graph: str
     rank: int | None
     layer: bool
-    core: int
+    node_index: int
     also: tuple[str, ...] = ()
     before_bias: str | None = None
 
