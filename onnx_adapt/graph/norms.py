@@ -11,6 +11,7 @@ import onnx
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import slot_of
@@ -67,13 +68,16 @@ def find_norms(model: Model, view: GraphView) -> Iterator[BaseNorm]:
 
 
 def _whole(view: GraphView, node: onnx.NodeProto) -> BaseNorm | None:
-    if find_weight(view, node.input[1]) is None:
+    operator = OPERATORS[node.op_type]
+    if find_weight(view, node.input[operator.weight]) is None:
         return None
-    bias = (node, 2) if len(node.input) > 2 and node.input[2] else None
+    bias = None
+    if operator.bias is not None and operator.has_bias(node):
+        bias = node, operator.bias
     epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), _EPSILON)
     centred = node.op_type == "LayerNormalization"
     read, output = str(node.input[0]), str(node.output[0])
-    return BaseNorm(view, read, output, (node, 1), bias, epsilon, centred)
+    return BaseNorm(view, read, output, (node, operator.weight), bias, epsilon, centred)
 
 
 def decomposed_norm(model: Model, view: GraphView, node: onnx.NodeProto) -> BaseNorm | None:

@@ -71,6 +71,11 @@ class Operator:
     module_call: bool
     operations: Operations
 
+    @property
+    def convolves(self) -> bool:
+        """Whether its weight is that of a convolution, with as many axes as its output."""
+        return self.layout in (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
+
     def has_bias(self, node: onnx.NodeProto) -> bool:
         """Whether a node of this operator has a bias as an input of its own."""
         return self.bias is not None and any(node.input[self.bias : self.bias + 1])

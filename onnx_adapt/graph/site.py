@@ -17,7 +17,7 @@ from onnx_adapt.graph.layers import (
     layer_weight,
 )
 from onnx_adapt.graph.layout import Features
-from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,8 @@ def rank_of(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | N
     if known.shape is not None:
         return len(known.shape)
     weight = layer_weight(view, node)
-    convolutions = (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
-    conv = weight is not None and OPERATORS[node.op_type].layout in convolutions
-    return len(weight.dims) if weight and conv else None
+    convolves = weight is not None and OPERATORS[node.op_type].convolves
+    return len(weight.dims) if weight and convolves else None
 
 
 def refusal(view: GraphView, site: Site, known: TensorType, features: Features) -> str | None:

@@ -10,6 +10,7 @@ from onnx_adapt.graph.layers import layer_weight, weight_width
 from onnx_adapt.graph.layout import links
 from onnx_adapt.graph.layout.facts import fact_of
 from onnx_adapt.graph.layout.lookup import Lookup, Place, Step, step_of
+from onnx_adapt.graph.operators import CHANNELS, OPERATORS
 
 _RESIZING = {
     *("Pad", "Slice", "Split", "Tile", "TopK", "Compress", "GatherElements", "Resize"),
@@ -39,9 +40,11 @@ def _made(lookup: Lookup, step: Step) -> Shape | None:
     given = [lookup.shape(view, name) for name in step.inputs if name]
     first = given[0] if given else None
     weight = layer_weight(view, node)
-    if weight is not None and "Conv" in node.op_type:
-        rest = (None,) * (len(weight.dims) - 2)
-        return (first[0] if first else None, weight_width(view, node), *rest)
+    operator = OPERATORS.get(node.op_type)
+    if weight is not None and operator is not None and operator.convolves:
+        rows, places = first[0] if first else None, (None,) * (len(weight.dims) - 2)
+        width = weight_width(view, node)
+        return (rows, width, *places) if operator.axis == CHANNELS else (rows, *places, width)
     if first is None or fact is None:
         return None
     if fact.links is links.same:
