@@ -10,8 +10,8 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.graph.axes import MOST_AXES
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
+from onnx_adapt.graph.endless_shapes import MOST_AXES
 from onnx_adapt.graph.inference import infer
 from onnx_adapt.graph.liveness import inputs_read
 from onnx_adapt.model import walk
