@@ -25,7 +25,7 @@ import thin
 from measuring import Part
 from showing import from_json, missed, to_json, to_markdown
 
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -25,7 +25,7 @@ from measuring import Command, Finding, Part, Table, in_turn, one_thread, ratio,
 from setting import Setting, alone
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 from fetch_models import fetch  # isort: skip
 

@@ -36,7 +36,7 @@ from measuring import (
 from peers import LIBRARIES, insertion
 from setting import Setting, alone
 
-from onnx_adapt.cli.show import say, size_text
+from onnx_adapt.cli.outputs import say, size_text
 
 from fetch_models import fetch  # isort: skip
 

@@ -25,7 +25,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import print_table, say
+from onnx_adapt.cli.outputs import print_table, say
 
 WIDTH, LAYERS = 768, 24
 CASES = (

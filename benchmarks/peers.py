@@ -10,7 +10,7 @@ from pathlib import Path
 
 from measuring import Command
 
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = HERE / "peers.txt"

@@ -20,7 +20,7 @@ from measuring import Part, Table, in_turn, one_thread, ratio
 from setting import Setting, alone
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 BOTTLENECK = 16
 FULL = (

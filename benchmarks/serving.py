@@ -23,7 +23,7 @@ from dense_models import WIDTH, base_model, random_adapter
 from ray import serve
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import print_table, say
+from onnx_adapt.cli.outputs import print_table, say
 from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve import build_app
 from onnx_adapt.serve.batcher import Batcher, Job

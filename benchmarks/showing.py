@@ -12,7 +12,7 @@ from typing import Any
 
 from measuring import Finding, Part, Table
 
-from onnx_adapt.cli.show import print_table
+from onnx_adapt.cli.outputs import print_table
 
 FINDINGS = ("value", "of", "goal", "best (to worst), and details")
 

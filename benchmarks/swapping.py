@@ -28,7 +28,7 @@ from measuring import Finding, Part, Table, in_turn, one_thread, same
 from setting import Setting, alone
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 LAYERS, BOTTLENECK = 24, 64
 LOAD = 1.0

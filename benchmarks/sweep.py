@@ -25,7 +25,7 @@ from pathlib import Path
 from real_feeds import MAKERS, feeds
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import print_table, say
+from onnx_adapt.cli.outputs import print_table, say
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from fetch_models import fetch

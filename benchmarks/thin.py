@@ -23,7 +23,7 @@ from measuring import ADAPT, Command, Finding, Part, measure, same
 from setting import Setting, alone
 
 import onnx_adapt as oa
-from onnx_adapt.cli.show import say, size_text
+from onnx_adapt.cli.outputs import say, size_text
 
 _SESSIONS = """
 import json, re, sys, time, numpy, onnxruntime

@@ -1,4 +1,7 @@
-"""The door to ONNX Runtime: its import, its exceptions, its words, its warnings."""
+"""The one door to ONNX Runtime: its import, its providers, starting and running a session.
+
+No other module builds an InferenceSession or calls its `run`. Nothing here imports ONNX.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
-from onnx_adapt.errors import UnprovableError
+from onnx_adapt.errors import RunError, UnprovableError
 
 
 def onnxruntime() -> Any:
-    """The module.
+    """Import ONNX Runtime.
 
     Raises:
         UnprovableError: If it is not installed.
@@ -35,15 +39,174 @@ def runtime_version() -> str:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its exceptions have no class of their own in common."""
+    """The exceptions that ONNX Runtime raises; they have no base class in common."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = [value for value in vars(state).values() if isinstance(value, type)]
     return (RuntimeError, ValueError, *(kind for kind in kinds if issubclass(kind, Exception)))
 
 
+_SUFFIX = "ExecutionProvider"
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An execution provider: what runs a model's nodes, such as the CPU or a GPU.
+
+    Attributes:
+        name: ONNX Runtime's name, such as `CUDAExecutionProvider`.
+        options: Its options as pairs of texts, such as `("device_id", "1")`.
+    """
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+
+Providers = tuple[Provider, ...]
+"""Providers in order of preference. ONNX Runtime runs on the CPU what none of them takes."""
+
+CPU: Providers = (Provider(f"CPU{_SUFFIX}"),)
+
+ProviderChoice = str | tuple[str, Mapping[str, Any]]
+"""One provider as a caller writes it: `cuda`, `cuda:device_id=1`, or `("cuda", {...})`."""
+
+
+def read_providers(given: ProviderChoice | Iterable[ProviderChoice] | None) -> Providers:
+    """Read which execution providers are meant; the CPU where none is given.
+
+    Args:
+        given: One provider or several in order of preference. A name is ONNX Runtime's own
+            or its start in any case: `cuda` means `CUDAExecutionProvider`.
+
+    Raises:
+        RunError: If this build of ONNX Runtime does not have one of them.
+
+    Example:
+        >>> read_providers("cpu")[0].name
+        'CPUExecutionProvider'
+    """
+    if given is None:
+        return CPU
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+        given = [(given[0], given[1])]
+    return tuple(_read_provider(item) for item in given) or CPU
+
+
+def _read_provider(given: ProviderChoice) -> Provider:
+    name, options = _split(given) if isinstance(given, str) else given
+    present = onnxruntime().get_available_providers()
+    wanted = name.lower().removesuffix(_SUFFIX.lower())
+    for known in present:
+        if known.removesuffix(_SUFFIX).lower() == wanted:
+            pairs = ((str(key), str(value)) for key, value in options.items())
+            return Provider(known, tuple(pairs))
+    raise RunError(
+        f"ONNX Runtime {runtime_version()} has no execution provider {name!r} here",
+        hint=f"this build has {', '.join(present)}; another provider needs another build, "
+        "such as the package onnxruntime-gpu for CUDA",
+    )
+
+
+def _split(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the options in `cuda:device_id=1,use_tf32=0`.
+
+    Raises:
+        RunError: If an option has no value.
+    """
+    name, _, rest = text.partition(":")
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RunError(
+                f"{item!r} is not an option of a provider",
+                hint="write NAME:key=value,key=value, such as cuda:device_id=1",
+            )
+        options[key] = value
+    return name, options
+
+
+def start_session(
+    model: str | bytes, options: Any, providers: Providers, *, label: str, hint: str
+) -> Any:
+    """Start an InferenceSession on a model that runs on these providers.
+
+    Args:
+        model: The path of a model, or its bytes.
+        options: ONNX Runtime's SessionOptions, or None.
+        providers: Where to run it, in order of preference.
+        label: What errors call the model.
+        hint: What to do if ONNX Runtime cannot load it.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the model, or one of the providers does not start:
+            then the session would silently run on the CPU.
+        UnprovableError: If ONNX Runtime is not installed.
+    """
+    ort = onnxruntime()
+    chosen = [(item.name, dict(item.options)) for item in providers]
+    try:
+        session = ort.InferenceSession(model, options, providers=chosen, enable_fallback=0)
+    except failures() as error:
+        raise RunError(
+            f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
+            hint=hint,
+        ) from error
+    running = session.get_providers()
+    for item in providers:
+        if item.name not in running:
+            raise RunError(
+                f"{item.name} does not start: {label} would run on {', '.join(running)}",
+                hint="install the driver and the libraries that this provider needs",
+            )
+    return session
+
+
+def run_session(
+    session: Any,
+    outputs: Sequence[str],
+    feeds: Mapping[str, Any],
+    *,
+    label: str,
+    run_options: Any = None,
+) -> list[Any]:
+    """Run a session once; the values of the outputs, in order.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the inputs or fails.
+    """
+    try:
+        return list(session.run(list(outputs), dict(feeds), run_options))
+    except failures() as error:
+        raise _refused(session, label, error) from error
+
+
+def run_ort_values(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], *, label: str
+) -> list[Any]:
+    """Run a session once with OrtValues as inputs and outputs.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the inputs or fails.
+    """
+    try:
+        return list(session.run_with_ort_values(list(outputs), dict(feeds)))
+    except failures() as error:
+        raise _refused(session, label, error) from error
+
+
+def _refused(session: Any, label: str, error: Exception) -> RunError:
+    wanted = ", ".join(f"{item.name} {item.shape}" for item in session.get_inputs())
+    return RunError(
+        f"{label} does not run: {shortened(error)}",
+        hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
+    )
+
+
 def shortened(error: object) -> str:
-    """A message on one line, and not without end."""
+    """A message on one line, cut after 400 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " ..."
 
@@ -54,22 +217,23 @@ _SLOT_WARNING = re.compile(
 )
 _redirected = threading.Lock()
 _stderr: list[int] = []
-"""Where stderr really goes while it is redirected."""
+"""The file descriptor of the real stderr while it is redirected."""
 
 
 @contextlib.contextmanager
 def without_slot_warnings() -> Iterator[set[str]]:
-    """Let everything on stderr through but the warnings ONNX Runtime has for some weights.
+    """Hide the warnings that ONNX Runtime prints about the weights of slots.
 
-    These are inputs with a default, and what a filled or baked adapter replaces.
+    It warns of initializers that are also inputs, and of initializers that a filled or
+    baked adapter replaces. Both are meant here.
 
-    It writes to the file descriptor and has no filter, only a severity, which would
-    silence every other warning about the model as well. What others write meanwhile
-    comes out when the session stands.
+    ONNX Runtime writes to the file descriptor of stderr and has no filter by message. Its
+    severity level would silence every other warning about the model as well. So stderr is
+    redirected to a file for a while, and everything else in it is written out at the end.
 
     Yields:
-        The names of these weights, to be filled while they become known. Where that fails
-        for an error, none of these warnings comes through.
+        A set for the names of these weights; the caller fills it as they become known. If
+        the block raises an error, all warnings of these two kinds are hidden.
     """
     unwanted: set[str] = set()
     with _redirected, contextlib.ExitStack() as stack:
@@ -97,14 +261,14 @@ def without_slot_warnings() -> Iterator[set[str]]:
 
 
 def _scratch() -> IO[bytes]:
-    """A file that never blocks: a pipe would, with ONNX Runtime holding the interpreter."""
+    """A file in memory; a full pipe would block, as ONNX Runtime holds the interpreter."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("stderr"), "w+b")
     return tempfile.TemporaryFile()
 
 
 def _is_about(line: bytes, names: set[str] | None) -> bool:
-    """Whether a line is the warning about one of these weights, or about any."""
+    """Whether a line is a warning about one of these weights, or about any if None."""
     found = _SLOT_WARNING.search(line)
     if found is None:
         return False
@@ -112,7 +276,7 @@ def _is_about(line: bytes, names: set[str] | None) -> bool:
 
 
 def _restore_after_fork() -> None:
-    """A child of fork has its own stderr, and no thread that would let go of the lock."""
+    """Give a forked child its stderr back; no thread of its own would release the lock."""
     global _redirected
     _redirected = threading.Lock()
     if _stderr:

@@ -24,14 +24,13 @@ from onnx_adapt.adapter.data import (
     short_fingerprint,
 )
 from onnx_adapt.adapter.record import adapter_from_record, write_record
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, FLOATS, Array
 from onnx_adapt.errors import AdapterError
 
 _IDENTIFIER = b"TORT"
 _ALIGNMENT = 64
 _RECORD = 60
 """The number of the record's field, which the schema is unlikely to reach."""
-_NUMBERS = {name: number for number, name in FLOATS.items()}
 _INT, _UNSIGNED, _COUNT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")
 _FIELDS = struct.Struct("<4H")
 
@@ -173,6 +172,6 @@ def _write_parameter(builder: flatbuffers.Builder, name: str, array: Array) -> i
     builder.StartObject(4)
     builder.PrependUOffsetTRelativeSlot(0, label, 0)
     builder.PrependUOffsetTRelativeSlot(1, dims, 0)
-    builder.PrependInt32Slot(2, _NUMBERS[str(array.dtype)], 0)
+    builder.PrependInt32Slot(2, ELEM_TYPES[str(array.dtype)], 0)
     builder.PrependUOffsetTRelativeSlot(3, data, 0)
     return int(builder.EndObject())

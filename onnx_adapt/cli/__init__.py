@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from onnx_adapt import __version__
-from onnx_adapt.cli.show import be_quiet, drop_output, say
+from onnx_adapt.cli.outputs import be_quiet, drop_output, say
 from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
@@ -21,9 +21,9 @@ _COMMANDS = (
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"
-"""What the completion scripts of shells set when they ask."""
+"""The environment variable by which completion scripts ask for completions."""
 
-_HELP = "`onnx-adapt --help` tells what can be done, and how"
+_HELP = "`onnx-adapt --help` lists the commands"
 
 
 def _be_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -37,9 +37,9 @@ _QUIET = click.Option(
     is_eager=True,
     expose_value=False,
     callback=_be_quiet,
-    help="Say nothing on stderr but errors.",
+    help="Print nothing but errors on stderr.",
 )
-"""Of the program and of every command: people write it at either end of a line."""
+"""An option of the program and of every command, as people write it at either place."""
 
 
 class _Commands(click.Group):
@@ -77,16 +77,16 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="onnx-adapt")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Put adapters into exported ONNX models, prove them, take them out again.
+    """Insert adapters into exported ONNX models, prove them, and remove them again.
 
     \b
       onnx-adapt sites model.onnx
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
       onnx-adapt verify model.onnx model.adapted.onnx
 
-    `onnx-adapt completion bash` (zsh, fish) prints a script that completes all names.
+    `onnx-adapt completion bash` (or zsh, fish) prints a completion script for your shell.
 
-    Exit status: 0 done, 1 ran and the answer is no, 2 could not do it.
+    Exit status: 0 if it is done, 1 if a check failed, 2 if it could not be done.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help(), err=True)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _show_notes() -> None:
-    """Show what the library logs, such as sites that a glob left out, and warns of."""
+    """Print what the library logs and the warnings it issues."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -142,9 +142,9 @@ def _show_notes() -> None:
 
 
 def fail(message: str, hint: str = "") -> int:
-    """Print an error and what to do about it; return the exit status.
+    """Print an error and its hint; return the exit status.
 
-    No command runs any more, so this is said under `--quiet` too.
+    The command has ended by now, so `--quiet` does not hide this.
     """
     say(f"error: {message}")
     if hint:

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import click
 
+from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names
-from onnx_adapt.cli.show import print_json, say, say_next, tell_saved
+from onnx_adapt.cli.outputs import print_json, say, say_next, tell_saved
 
 
 @click.command("build", short_help="Build an adapter as a model of its own.")
 @click.argument("hidden_size", type=int)
-@click.option("--bottleneck", default=64, show_default=True, help="The inner size.")
+@click.option(
+    "--bottleneck", default=64, show_default=True, help="The inner size of the adapter."
+)
 @click.option(
     "--activation",
     default="relu",
     show_default=True,
-    help="Between projections.",
+    help="The activation between the two projections.",
     shell_complete=activation_names,
 )
-@click.option("--name", default="adapter", show_default=True, help="Start of layer names.")
-@click.option("--bias/--no-bias", default=True, help="Give both projections a bias.")
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of the random down-projection.",
+    "--name", default="adapter", show_default=True, help="The prefix of layer names."
 )
-@click.option("-o", "--output", type=click.Path(), help="Default: NAME.onnx.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--bias/--no-bias", default=True, help="Give both projections a bias.")
+@options.seed
+@click.option(
+    "-o", "--output", type=click.Path(), help="The file to write; by default NAME.onnx."
+)
+@options.as_json
 def command(
     hidden_size: int,
     bottleneck: int,
@@ -39,7 +40,9 @@ def command(
     output: str | None,
     as_json: bool,
 ) -> None:
-    """Build an adapter as a model of its own: (batch, HIDDEN_SIZE) to the same.
+    """Build an adapter as a model of its own.
+
+    Its input and its output have the shape (batch, HIDDEN_SIZE).
 
     \b
       onnx-adapt build 384 --bottleneck 64 -o adapter.onnx

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import emit, print_json, say, say_next
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import emit, print_json, say, say_next
 from onnx_adapt.words import count, plain
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 @click.command("check", short_help="Check that slots are whole and adapters fit.")
 @click.argument("model", type=click.Path())
 @click.argument("files", nargs=-1, type=click.Path())
-@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
-@click.option("--allow-partial", is_flag=True, help="Do not mind slots without weights.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.inputs
+@options.allow_partial
+@options.provider
+@options.as_json
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -28,15 +30,17 @@ def command(
     files: tuple[str, ...],
     inputs: tuple[str, ...],
     allow_partial: bool,
+    provider: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Check that MODEL's slots are whole and that the adapters in FILES fit them.
 
-    Names, shapes, element types, coverage, overlap, fingerprint, NaN; slots that are still
-    swappable; symbols and recorded shapes; whether the files that MODEL's weights are in
-    are there and the same. A quantised MODEL is run: do the adapters' values fit the ranges
-    that it was calibrated for? Exit status 1 if anything is wrong. A file that does not tell
-    its base or activations is ok, with a line that says what was not checked.
+    For MODEL this checks that its slots are still swappable, that its symbols and recorded
+    shapes are consistent, and that the files with its weights are there and unchanged. For
+    each adapter it checks names, shapes, element types, coverage, overlap, the base's
+    fingerprint and NaN. A quantised MODEL is also run, to see whether the values of the
+    adapters fit the ranges that it was calibrated for. The exit status is 1 if anything is
+    wrong. If a file does not record its base or activations, a line says so.
 
     \b
       onnx-adapt check adapted.onnx fr.safetensors de.onnx_adapter
@@ -48,52 +52,65 @@ def command(
         adapters = [oa.load_adapter(file) for file in files]
         named = dict(zip(files, adapters, strict=True))
         problems = _problems(model, named, allow_partial)
-        notes = {} if any(problems.values()) else _saturation(model, named, inputs, problems)
+        notes: dict[str, list[str]] = {}
+        if not any(problems.values()):
+            notes = _saturation(model, named, inputs, provider, problems)
         silent = _unchecked(model, named) if any(f in problems for f in files) else {}
     together = overlaps(adapters)
     wrong = any(problems.values())
     if as_json:
-        print_json(
-            {
-                "passed": not wrong,
-                "problems": problems,
-                "unchecked": silent,
-                "overlaps": together,
-                "notes": notes,
-            }
-        )
+        found = {"problems": problems, "unchecked": silent, "overlaps": together}
+        print_json({"passed": not wrong, **found, "notes": notes})
     else:
-        for place, found in problems.items():
-            emit(f"{plain(place)}: {'ok' if not found else count(len(found), 'problem')}")
-            for text in (*found, *silent.get(place, ())):
-                emit(f"  {plain(text)}")
+        _show(problems, silent)
+    _tell_notes(notes)
+    if problems[model]:
+        say(
+            "hint: run tools that rewrite a graph before `insert`; docs/after-other-tools.md "
+            "says which of them keep slots, and in which order to run each"
+        )
+    for text in together[:3] if len(adapters) > 1 else ():
+        say(f"note: feed only one at a time: {text}")
+    good = [file for file in files if not problems.get(file)]
+    _suggest(model, good if not problems[model] else [])
+    if wrong:
+        ctx.exit(1)
+
+
+def _show(
+    problems: Mapping[str, Sequence[str]], unchecked: Mapping[str, Sequence[str]]
+) -> None:
+    """Print the problems of each file, and what could not be checked about it."""
+    for place, found in problems.items():
+        emit(f"{plain(place)}: {'ok' if not found else count(len(found), 'problem')}")
+        for text in (*found, *unchecked.get(place, ())):
+            emit(f"  {plain(text)}")
+
+
+def _tell_notes(notes: Mapping[str, Sequence[str]]) -> None:
+    """Print the first notes about each file."""
     for place, found in notes.items():
         for text in found[:3]:
             say(f"note: {place}: {text}")
         if len(found) > 3:
             say(f"note: {place}: {len(found) - 3} slots more; --json has all")
-    if problems[model]:
-        say(
-            "hint: tools that rewrite a graph come before `insert`; docs/after-other-tools.md "
-            "says which keep slots, and the order for each"
-        )
-    for text in together[:3] if len(adapters) > 1 else ():
-        say(f"note: feed only one at a time: {text}")
-    good = [file for file in files if not problems.get(file)]
-    if good and not problems[model]:
-        if all(slot.swappable for slot in oa.list_slots(oa.open_model(model))):
-            again = "--adapter", good[0], "--compare", "base"
-            say_next("run", model, "--inputs", "x.npz", *again)
-        else:
-            say_next("fill", model, good[0])
-    else:
+
+
+def _suggest(model: str, fitting: Sequence[str]) -> None:
+    """Suggest what to do with an adapter that fits, or with a model none fits."""
+    import onnx_adapt as oa
+
+    if not fitting:
         say_next("slots", model)
-    if wrong:
-        ctx.exit(1)
+    elif all(slot.swappable for slot in oa.list_slots(oa.open_model(model))):
+        again = "--adapter", fitting[0], "--compare", "base"
+        say_next("run", model, "--inputs", "x.npz", *again)
+    else:
+        say_next("fill", model, fitting[0])
 
 
 def _unchecked(model: str, adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
-    """What could not be checked about each file, for the file does not tell."""
+    """What could not be checked about each file because it does not record it."""
     import onnx_adapt as oa
     from onnx_adapt.adapter.fitting import required_manifest, unchecked
 
@@ -127,9 +144,10 @@ def _saturation(
     model: str,
     adapters: Mapping[str, Adapter],
     inputs: tuple[str, ...],
+    provider: tuple[str, ...],
     problems: dict[str, list[str]],
 ) -> dict[str, list[str]]:
-    """Add what adapters drive out of the ranges of a quantised model to its problems.
+    """Add the adapters whose values leave the ranges of a quantised model to the problems.
 
     Returns:
         Notes about it, by the adapter's file.
@@ -140,19 +158,21 @@ def _saturation(
     from onnx_adapt.graph.quantizers import quantizers_behind
     from onnx_adapt.proof.inputs import inputs_for
     from onnx_adapt.proof.result import CALIBRATE
+    from onnx_adapt.proof.runner import proof_providers
     from onnx_adapt.proof.saturation import check_saturation
 
+    providers = proof_providers(provider)
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)
     if not adapters or not quantizers_behind(index_model(opened), slots):
         return {}
     try:
-        feeds = inputs_for(oa.remove(opened), inputs or None)
+        feeds = inputs_for(oa.remove(opened), inputs or None, providers=providers)
     except UnprovableError as error:
         return {model: [f"what saturates was not counted: {error.message} ({error.hint})"]}
     notes: dict[str, list[str]] = {}
     for file, adapter in adapters.items():
-        found, _ = check_saturation(opened, slots, adapter, feeds)
+        found, _ = check_saturation(opened, slots, adapter, feeds, providers)
         if found is not None and not found.passed:
             problems.setdefault(file, []).append(f"{found.detail} ({CALIBRATE})")
         if found is not None and found.warnings:

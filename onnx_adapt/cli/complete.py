@@ -1,4 +1,4 @@
-"""What a shell offers when TAB is pressed; where nothing can be read, nothing."""
+"""The completions that a shell offers for names in a model; none if it cannot be read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Offer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def _offer(names: Callable[[click.Context], Iterable[str]], *, files: bool = False) -> Offer:
-    """Offer the names that begin as what was typed, and files if there is no such name."""
+    """Offer the names that begin with what was typed; files if there is no such name."""
 
     def complete(
         ctx: click.Context, param: click.Parameter, incomplete: str
@@ -34,12 +34,12 @@ def _offer(names: Callable[[click.Context], Iterable[str]], *, files: bool = Fal
 
 
 def _typable(name: str) -> bool:
-    """Shells take a line apart at spaces, and bash at colons too."""
+    """Whether a shell keeps a name in one piece; all split at spaces, bash at colons too."""
     return not any(c == ":" or c.isspace() or not c.isprintable() for c in name)
 
 
 def _sites(ctx: click.Context) -> Iterable[str]:
-    """The modules and nodes that can take a slot."""
+    """The modules and nodes after which a slot can go."""
     import onnx_adapt as oa
 
     good = [site for site in oa.find_sites(_model(ctx)) if site.reason is None]
@@ -72,7 +72,7 @@ def _model(ctx: click.Context) -> Model:
 
 
 def _path(ctx: click.Context) -> Path:
-    """The model: click has not counted it yet while an option waits for its value."""
+    """The path of the model; click may not have parsed it yet."""
     return Path(ctx.params["model"] or ctx.args[0]).expanduser()
 
 

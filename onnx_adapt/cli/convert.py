@@ -6,26 +6,33 @@ from pathlib import Path
 
 import click
 
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, say, say_next, size_text
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")
 @click.argument("checkpoint", type=click.Path())
-@click.option("--for", "model", required=True, type=click.Path(), help="The adapted model.")
+@click.option(
+    "--for",
+    "model",
+    required=True,
+    type=click.Path(),
+    help="The model with the slots to fill.",
+)
 @click.option(
     "-o",
     "--output",
     required=True,
     type=click.Path(),
-    help=f"The adapter file; its suffix tells the format: {suffix_list()}.",
+    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
 )
-@click.option("--name", default="", help="What to call the adapter.")
-@click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
-@click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.adapter_name
+@options.base_weights
+@options.allow_partial
+@options.as_json
 def command(
     checkpoint: str,
     model: str,
@@ -35,22 +42,17 @@ def command(
     allow_partial: bool,
     as_json: bool,
 ) -> None:
-    """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for slots that exist.
+    """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for the slots of a model.
 
     \b
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
     """
     import onnx_adapt as oa
-    from onnx_adapt.errors import SaveError
     from onnx_adapt.model.file import protect_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
-    if Path(output).exists() and any(file.samefile(output) for file in read if file.exists()):
-        raise SaveError(
-            f"the output {output} would replace a file that is read",
-            hint="choose another path with -o",
-        )
+    refuse_to_replace(output, *read)
     with patience(f"reading {checkpoint}"):
         opened = oa.open_model(model)
         protect_files(opened, output)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import (
+    output_path,
+    print_json,
+    refuse_to_replace,
+    say,
+    say_next,
+    tell_saved,
+    tell_thin,
+)
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, say, say_next, tell_saved, tell_thin
 from onnx_adapt.words import count
 
 
 @click.command("fill", short_help="Make an adapter the default of a model.")
 @click.argument("model", type=click.Path())
 @click.argument("file", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.filled.onnx.")
-@click.option("--baked", is_flag=True, help="Freeze the weights: no inputs any more.")
-@click.option("--allow-partial", is_flag=True, help="Leave slots without weights as they are.")
-@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
-@click.option("--thin", is_flag=True, help="Leave the weights where they are; see insert.")
-@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="The file to write; by default MODEL.filled.onnx.",
+)
+@click.option(
+    "--baked", is_flag=True, help="Turn the weights into constants, which cannot be fed."
+)
+@options.allow_partial
+@options.keep_external
+@click.option(
+    "--thin", is_flag=True, help="Refer to the weights in MODEL; see `insert --help`."
+)
+@options.force
+@options.as_json
 def command(
     model: str,
     file: str,
@@ -38,15 +54,11 @@ def command(
       onnx-adapt fill adapted.onnx fr.safetensors -o french.onnx --baked
     """
     import onnx_adapt as oa
-    from onnx_adapt.errors import SaveError
 
     adapter = oa.load_adapter(file)
     opened = oa.open_model(model)
-    path = Path(model).with_suffix(".filled.onnx") if output is None else output
-    if Path(path).exists() and Path(path).samefile(file):
-        raise SaveError(
-            f"the output would replace the adapter {file}", hint="choose another path with -o"
-        )
+    path = output_path(model, output, "filled")
+    refuse_to_replace(path, file)
     result = oa.fill(opened, adapter, allow_partial=allow_partial)
     if baked:
         result = oa.bake(result)

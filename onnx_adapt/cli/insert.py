@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
+from onnx_adapt.cli.inserted import show_inserted
+from onnx_adapt.cli.outputs import file_label, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import (
-    file_label,
-    print_json,
-    print_table,
-    say,
-    say_next,
-    tell_saved,
-    tell_thin,
-)
-from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 from onnx_adapt.formats import format_names, suffix_of
-from onnx_adapt.words import count
 
 if TYPE_CHECKING:
-    from onnx_adapt import Adapter, Model, Report
-    from onnx_adapt.model.file import Saved
+    from onnx_adapt import Adapter, Checkpoint, Model, Report
 
-MAX_BOTTLENECK = 1 << 16
-"""No adapter is as wide; its weights would not fit into memory."""
-
-_MOST_WARNINGS = 3
-"""About ranges: a quantised model has one for each slot, and they say the same."""
+_ONLY_WITH_AFTER = (
+    *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
+)
+_ONLY_WITH_CHECKPOINT = ("name", "base_weights", "file_format")
+_NOT_WITH_BATCHED = ("swappable", "bottleneck")
+"""The options that have no effect without another one, or with it."""
 
 
 def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -48,70 +41,85 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     "--after",
     multiple=True,
     shell_complete=site_names,
-    help="Address, node, tensor, module path or glob (`*` within a part of a path, `**` "
-    "across). Repeatable.",
+    help="Where to insert a slot: an address, node, tensor, module path or glob (`*` matches "
+    "within a part of a path, `**` across parts). Repeatable.",
 )
-@click.option("--adapter", type=click.Path(), help="A PEFT or AdapterHub folder, instead.")
+@click.option(
+    "--adapter",
+    type=click.Path(),
+    help="A PEFT or AdapterHub folder: insert the slots that it needs.",
+)
 @click.option(
     "--calibrate",
     multiple=True,
     type=click.Path(),
-    help="An .npz to run a quantised MODEL with: its ranges are widened for the adapter "
-    "(with --after, of the adapter file that --adapter names).",
+    help="An .npz to run a quantised MODEL with. Its ranges are widened so that they hold the "
+    "values of --adapter, which with --after is an adapter file. Repeatable.",
 )
-@click.option("--name", default="", help="What to call that adapter.")
-@click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
+@options.adapter_name
+@options.base_weights
 @click.option(
     "--format",
     "file_format",
     default=format_names()[0],
+    show_default=True,
     type=click.Choice(format_names()),
-    help="Of the adapter's file.",
+    help="The format of the adapter file that is written.",
 )
-@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
-@click.option("--swappable/--baked", default=True, help="Weights fed per run, or constants.")
 @click.option(
-    "--batched", is_flag=True, help="Let one run give each row of a batch another adapter."
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="The file to write; by default MODEL.adapted.onnx.",
+)
+@click.option(
+    "--swappable/--baked",
+    default=True,
+    help="Whether the weights can be fed at each run or are constants.",
+)
+@click.option(
+    "--batched", is_flag=True, help="Let each row of a batch have an adapter of its own."
 )
 @click.option(
     "--bottleneck",
-    type=click.IntRange(max=MAX_BOTTLENECK),
-    help="Fix the inner size; it starts as the identity.",
+    type=click.IntRange(max=options.MAX_BOTTLENECK),
+    help="Fix the inner size; the slot then starts with random weights that change nothing.",
 )
 @click.option(
     "--activation",
     default="relu",
     show_default=True,
-    help="Between projections.",
+    help="The activation between the two projections.",
     shell_complete=activation_names,
 )
 @click.option("--bias", is_flag=True, help="Give both projections a bias.")
-@click.option("--source", default="", help="A tensor for the adapter to read instead.")
+@click.option("--source", default="", help="The tensor that the adapter reads instead.")
 @click.option(
     "--axis",
     metavar="[-1|last|1]",
     callback=_axis,
-    help="The feature axis, where you know it: the last one, or 1 for channels.",
+    help="The feature axis, if it cannot be found: the last one, or 1 for channels.",
 )
+@options.seed
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of the random down-projection.",
+    "--inline-functions", is_flag=True, help="Inline the model's own functions first."
 )
-@click.option("--inline-functions", is_flag=True, help="Inline model-local functions first.")
-@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz to verify with.")
-@click.option("--no-verify", is_flag=True, help="Do not run the result in ONNX Runtime.")
-@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
+@options.inputs
+@click.option("--no-verify", is_flag=True, help="Do not prove the result in ONNX Runtime.")
+@options.provider
+@options.keep_external
 @click.option(
     "--thin",
     is_flag=True,
-    help="Leave the weights in MODEL's file and refer to it: a few kB, beside MODEL.",
+    help="Refer to the weights in MODEL's file instead of copying them; the result is a few "
+    "kB and needs MODEL beside it.",
 )
-@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.force
+@options.as_json
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str,
     after: tuple[str, ...],
     adapter: str | None,
@@ -122,19 +130,14 @@ def command(
     output: str | None,
     swappable: bool,
     batched: bool,
-    bottleneck: int | None,
-    activation: str,
-    bias: bool,
-    source: str,
-    axis: int | None,
-    seed: int,
-    inline_functions: bool,
     inputs: tuple[str, ...],
     no_verify: bool,
+    provider: tuple[str, ...],
     keep_external: bool,
     thin: bool,
     force: bool,
     as_json: bool,
+    **slot: Any,
 ) -> None:
     """Insert an adapter slot into MODEL after each named place.
 
@@ -146,168 +149,141 @@ def command(
       onnx-adapt insert model.onnx --adapter trained/ --batched
       onnx-adapt insert qdq.onnx --adapter trained/ --calibrate inputs.npz
 
-    With --adapter, the slots that a trained checkpoint needs, and its weights beside the
-    output as OUTPUT.NAME.safetensors (with --baked inside it). With --thin, the output needs
-    MODEL beside it; `onnx-adapt pack` makes it whole. A result that cannot be proven in ONNX
-    Runtime is not written: give --inputs that MODEL runs with, or --no-verify.
+    With --adapter, the slots that a trained checkpoint needs are inserted. Its weights are
+    written beside the output as OUTPUT.NAME.safetensors, or into it with --baked. A --thin
+    output needs MODEL beside it; `onnx-adapt pack` makes it independent. A result that
+    cannot be proven in ONNX Runtime is not written: give --inputs that MODEL runs with, or
+    --no-verify.
     """
     import onnx_adapt as oa
-    from onnx_adapt.adapter.files import encode_adapter
-    from onnx_adapt.edit.ranges import widened_ranges
     from onnx_adapt.model.destination import resolve_destination
-    from onnx_adapt.proof.saturation import range_warnings
 
+    _refuse_conflicts(ctx)
     base = oa.open_model(model)
-    path = Path(model).with_suffix(".adapted.onnx") if output is None else output
-    before = {slot.name for slot in oa.list_slots(base)}
-    trained = oa.load_adapter(adapter) if adapter and after and calibrate else None
-    if bool(after) == bool(adapter) and trained is None:
-        raise click.UsageError(
-            "give either --after, a place that `onnx-adapt sites` lists, or --adapter"
-        )
-    _refuse_idle(
-        "--after" if after else "--adapter",
-        {"bias": bias, "activation": activation != "relu", "bottleneck": bottleneck}
-        | {
-            "source": source,
-            "axis": axis is not None,
-            "seed": seed,
-            "inline-functions": inline_functions,
-        }
-        if not after
-        else {
-            "name": name,
-            "base-weights": base_weights,
-            "format": file_format != format_names()[0],
-        },
-    )
-    if batched:
-        _refuse_idle("--batched", {"baked": not swappable, "bottleneck": bool(bottleneck)})
+    path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
-        checkpoint = None
-        if adapter and not after:
-            checkpoint = oa.load_checkpoint(
-                adapter, base, name=name, base_weights=base_weights
+        checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
+        if checkpoint:
+            adapted = oa.insert_checkpoint(
+                base, checkpoint, baked=not swappable, batched=batched
             )
-        adapted = oa.insert(
-            base,
-            after=after,
-            checkpoint=checkpoint,
-            activation=activation,
-            bias=bias,
-            source=source,
-            axis=axis,
-            bottleneck=bottleneck,
-            baked=not swappable,
-            batched=batched,
-            seed=seed,
-            inline_functions=inline_functions,
-        )
-    trained = trained or (checkpoint.adapter if checkpoint else None)
-    if calibrate and trained is None:
-        raise click.UsageError(
-            "--calibrate widens ranges for an adapter; give it with --adapter as well"
-        )
+        else:
+            adapted = oa.insert(
+                base, after=after, baked=not swappable, batched=batched, **slot
+            )
     if calibrate and trained is not None:
         with patience("measuring what the adapter brings"):
-            adapted = oa.calibrate(adapted, trained, calibrate)
-    slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+            adapted = oa.calibrate(adapted, trained, calibrate, provider=provider)
     resolve_destination(path)  # before a proof that may take long
-    warnings = [] if calibrate else range_warnings(adapted, slots)
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None
-        given = inputs or calibrate
-        proof = None if no_verify else _prove(base, adapted, given, used, stage)
-        weights = None
-        if checkpoint is not None and swappable:
-            place = Path(path).absolute()
-            label = file_label(checkpoint.adapter)
-            weights = place.parent / f"{place.stem}.{label}{suffix_of(file_format)}"
+        given = base, adapted, inputs or calibrate or None, used, provider
+        proof = None if no_verify else _prove(*given, stage)
+        weights = _weights_beside(path, checkpoint, file_format) if swappable else []
         saved = oa.save_model(
             adapted,
             path,
             overwrite=force,
             keep_external=keep_external,
             thin=thin,
-            beside=[(weights, [encode_adapter(checkpoint.adapter, weights)])]
-            if checkpoint and weights
-            else [],
+            beside=weights,
             progress=progress,
         )
-    widened = widened_ranges(adapted)
-    if as_json:
-        print_json(
-            {
-                "output": str(saved.path),
-                "adapter": str(weights) if weights else None,
-                "size": saved.size,
-                "data": [str(file) for file in saved.data],
-                "weights_in": [str(file) for file in saved.weights_in],
-                "verified": proof is not None,
-                "warnings": warnings,
-                "widened": widened,
-                "slots": [slot_dict(slot) for slot in slots],
-            }
-        )
-    else:
-        print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
-    _tell(base, saved, proof)
-    _tell_ranges(warnings, widened)
+    files = [file for file, _ in weights]
+    calibrated = bool(calibrate)
+    show_inserted(base, adapted, saved, proof, files, calibrated=calibrated, as_json=as_json)
     if thin:
         tell_thin(base, saved)
-    if weights is not None:
-        say(f"wrote {weights}; feed its tensors by name, or `onnx-adapt fill` them in")
-    say_next("verify", model, path, *(word for file in inputs for word in ("--inputs", file)))
+    say_next("verify", model, path, *(word for item in inputs for word in ("--inputs", item)))
 
 
-def _refuse_idle(given: str, options: dict[str, object]) -> None:
-    """Refuse options that would have no effect."""
-    idle = [f"--{name}" for name, value in options.items() if value]
+def _refuse_conflicts(ctx: click.Context) -> None:
+    """Refuse options that contradict each other or would have no effect.
+
+    Raises:
+        UsageError: If there are some.
+    """
+    after, adapter, calibrate = (ctx.params[key] for key in ("after", "adapter", "calibrate"))
+    if bool(after) == bool(adapter) and not (after and calibrate):
+        raise click.UsageError(
+            "give either --after, a place that `onnx-adapt sites` lists, or --adapter"
+        )
+    if calibrate and not adapter:
+        raise click.UsageError(
+            "--calibrate widens ranges for an adapter; give it with --adapter as well"
+        )
+    if after:
+        _refuse_idle(ctx, "--after", _ONLY_WITH_CHECKPOINT)
+    else:
+        _refuse_idle(ctx, "--adapter", _ONLY_WITH_AFTER)
+    if ctx.params["batched"]:
+        _refuse_idle(ctx, "--batched", _NOT_WITH_BATCHED)
+
+
+def _refuse_idle(ctx: click.Context, given: str, names: Sequence[str]) -> None:
+    """Refuse options that were given but have no effect."""
+    params = {param.name: param for param in ctx.command.params}
+    idle = []
+    for name in names:
+        param, value = params[name], ctx.params[name]
+        written = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if written and value != param.get_default(ctx):
+            idle.append((param.secondary_opts if value is False else param.opts)[0])
     if idle:
         raise click.UsageError(f"{', '.join(idle)} has no effect with {given}")
 
 
-def _tell_ranges(warnings: list[str], widened: list[str]) -> None:
-    """What became of the ranges of a quantised model, or may."""
-    from onnx_adapt.proof.result import CALIBRATE
+def _read_adapter(
+    base: Model, adapter: str | None, after: Sequence[str], name: str, weights: str | None
+) -> tuple[Checkpoint | None, Adapter | None]:
+    """The checkpoint to insert, if no place is given, and the adapter that is meant."""
+    import onnx_adapt as oa
 
-    for text in warnings[:_MOST_WARNINGS]:
-        say(f"warning: {text}")
-    if len(warnings) > _MOST_WARNINGS:
-        say(
-            f"warning: the same of {len(warnings) - _MOST_WARNINGS} more slots; --json has all"
-        )
-    if warnings:
-        say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
-    if widened:
-        say(f"widened the ranges of {count(len(widened), 'QuantizeLinear node')}")
+    if not adapter:
+        return None, None
+    if after:
+        return None, oa.load_adapter(adapter)
+    checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=weights)
+    return checkpoint, checkpoint.adapter
 
 
 def _prove(
     base: Model,
     adapted: Model,
-    inputs: tuple[str, ...],
+    inputs: Sequence[str] | None,
     adapter: Adapter | None,
+    provider: Sequence[str],
     stage: Callable[[str], None],
 ) -> Report:
-    """Check the result before anything is written; what cannot be proven is not written."""
+    """Verify the result before it is written.
+
+    Raises:
+        MismatchError: If a check fails.
+    """
     import onnx_adapt as oa
 
     report = oa.verify(
-        base, adapted, inputs=inputs or None, weights=False, adapter=adapter, stage=stage
+        base,
+        adapted,
+        inputs=inputs,
+        weights=False,
+        adapter=adapter,
+        provider=provider,
+        stage=stage,
     )
     for text in report.warnings:
         say(f"warning: {text}")
     return report.raise_for_mismatch()
 
 
-def _tell(base: Model, saved: Saved, proof: Report | None) -> None:
-    if proof is not None:
-        detail = next(check.detail for check in proof.checks if check.name == "off")
-        say(f"verified against {base.label}: {detail}")
-    tell_saved(saved)
-    if not base.canonical:
-        say(
-            f"note: {base.label} is not encoded as protobuf encodes it; removing the slots "
-            "gives the same model, but not the same bytes"
-        )
+def _weights_beside(
+    path: Path, checkpoint: Checkpoint | None, file_format: str
+) -> list[tuple[Path, Any]]:
+    """The file for a checkpoint's weights beside the output, with its contents."""
+    from onnx_adapt.adapter.files import encode_adapter
+
+    if checkpoint is None:
+        return []
+    label = file_label(checkpoint.adapter)
+    file = path.absolute().parent / f"{path.stem}.{label}{suffix_of(file_format)}"
+    return [(file, [encode_adapter(checkpoint.adapter, file)])]

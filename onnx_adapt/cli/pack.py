@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import output_path, print_json, say_next, tell_saved
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, say_next, tell_saved
 
 
-@click.command("pack", short_help="Make a thin model whole.")
+@click.command("pack", short_help="Copy the weights of a thin model into it.")
 @click.argument("model", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.packed.onnx.")
-@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
-@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="The file to write; by default MODEL.packed.onnx.",
+)
+@options.keep_external
+@options.force
+@options.as_json
 def command(
     model: str, output: str | None, keep_external: bool, force: bool, as_json: bool
 ) -> None:
-    """Make a thin MODEL whole: what it would be without --thin, byte for byte.
+    """Copy the weights that a thin MODEL refers to into one file.
 
-    Data that the base itself keeps in files beside it stays in them.
+    The result is the same, byte for byte, as without --thin. Weights that the base itself
+    stores as external data stay in the files beside it.
 
     \b
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense --thin
@@ -33,7 +38,7 @@ def command(
     thin = oa.open_model(model)
     if not thin.weights_in:
         raise SaveError(f"{thin.label} is not thin", hint="it can be used as it is")
-    path = Path(model).with_suffix(".packed.onnx") if output is None else output
+    path = output_path(model, output, "packed")
     with patience() as (progress, _):
         saved = oa.save_model(
             thin, path, overwrite=force, keep_external=keep_external, progress=progress

@@ -1,4 +1,4 @@
-"""What is going on, on a terminal, once work has lasted over a second."""
+"""A progress bar on a terminal, shown for work that takes more than a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
-from onnx_adapt.cli.show import is_quiet
+from onnx_adapt.cli.outputs import is_quiet
 from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ PATIENCE = 1.0
 
 
 class _Watch:
-    """What is being done and how far it is; it appears when a second has passed."""
+    """The stage and the progress of the work, drawn once a second has passed."""
 
     def __init__(self, doing: str) -> None:
         self._state: tuple[str, int | None, int | None] = (doing, None, None)
@@ -73,7 +73,7 @@ class _Watch:
 
 
 def _bar(screen: IO[str]) -> Progress:
-    """A bar that fits: on a narrow terminal only what is done, and for how long."""
+    """A bar that fits the terminal; a narrow one shows only the stage and the time."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -102,13 +102,13 @@ def _megabytes(size: int) -> str:
 def patience(
     doing: str = "working",
 ) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """Show what is going on, on a terminal, once work has lasted over a second.
+    """Show progress on a terminal while the work takes more than a second.
 
     Args:
-        doing: What is going on at first.
+        doing: The name of the first stage.
 
     Yields:
-        A function to tell about bytes (done, total), and one to tell about stages.
+        A function to call with bytes (done, total), and one to call with the stage.
     """
     if is_quiet() or sys.stderr is None or not sys.stderr.isatty():
         yield (lambda done, total: None), (lambda text: None)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import slot_names
+from onnx_adapt.cli.outputs import output_path, print_json, say, say_next, tell_saved
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, say, say_next, tell_saved
 from onnx_adapt.words import count
 
 
-@click.command("remove", short_help="Take slots out again; the base comes back.")
+@click.command("remove", short_help="Remove slots and restore the base.")
 @click.argument("model", type=click.Path())
 @click.option(
     "--slot",
     "names",
     multiple=True,
     shell_complete=slot_names,
-    help="A slot to remove; by default all.",
+    help="A slot to remove; by default all. Repeatable.",
 )
-@click.option("-o", "--output", type=click.Path(), help="Default: MODEL.removed.onnx.")
-@click.option("--keep-external", is_flag=True, help="Do not copy external data.")
-@click.option("--force", is_flag=True, help="Let the output replace MODEL.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="The file to write; by default MODEL.removed.onnx.",
+)
+@options.keep_external
+@options.force
+@options.as_json
 def command(
     model: str,
     names: tuple[str, ...],
@@ -33,16 +37,16 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Take slots out of MODEL; without the last one it is the base, byte for byte.
+    """Remove slots from MODEL; without any slot it is the base again, byte for byte.
 
     \b
       onnx-adapt remove model.adapted.onnx -o model.onnx
     """
     import onnx_adapt as oa
-    from onnx_adapt.edit.insert import base_notes
+    from onnx_adapt.edit.remove import base_notes
 
     adapted = oa.open_model(model)
-    path = Path(model).with_suffix(".removed.onnx") if output is None else output
+    path = output_path(model, output, "removed")
     result = oa.remove(adapted, slots=names or None)
     with patience() as (progress, _):
         saved = oa.save_model(

@@ -7,38 +7,39 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.insert import MAX_BOTTLENECK
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, say, size_text
-from onnx_adapt.errors import SaveError
 
 if TYPE_CHECKING:
     from onnx_adapt import Report
     from onnx_adapt.report.overview import Overview
 
 
-@click.command("report")
+@click.command("report", short_help="Show a verified model on an HTML page.")
 @click.argument("base", type=click.Path())
 @click.argument("adapted", type=click.Path())
-@click.option("--adapter", type=click.Path(), help="A file to turn the slots on with.")
-@click.option("-o", "--output", type=click.Path(), help="Default: ADAPTED.report.html.")
-@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
+@click.option(
+    "--adapter", type=click.Path(), help="An adapter file to turn the slots on with."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="The page to write; by default ADAPTED.report.html.",
+)
+@options.inputs
 @click.option(
     "--bottleneck",
-    type=click.IntRange(min=1, max=MAX_BOTTLENECK),
+    type=click.IntRange(min=1, max=options.MAX_BOTTLENECK),
     default=8,
     show_default=True,
-    help="Measured where slots are empty.",
+    help="The bottleneck to measure in slots without weights.",
 )
-@click.option("--strict", is_flag=True, help="A slot that moves nothing is a failure.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of made-up inputs and weights.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the data instead.")
+@options.strict
+@options.seed
+@options.provider
+@options.as_json
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -50,12 +51,14 @@ def command(
     bottleneck: int,
     strict: bool,
     seed: int,
+    provider: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Verify ADAPTED against BASE and show it all on one HTML page.
+    """Verify ADAPTED against BASE and show the result on one HTML page.
 
-    A verdict, a map, the graph around each slot before and after, its error and effect,
-    what the slots cost. With --json, what the page shows as one JSON document.
+    The page shows the verdict, a map of the model, the graph around each slot before and
+    after, the error and the effect of each slot, and what the slots cost. With --json the
+    same data is printed as one JSON document instead.
 
     \b
       onnx-adapt report model.onnx model.adapted.onnx -o report.html
@@ -81,6 +84,7 @@ def command(
             bottleneck=bottleneck,
             strict=strict,
             seed=seed,
+            provider=provider,
             stage=stage,
         )
     if as_json:
@@ -98,12 +102,12 @@ def command(
 
 
 def saturates(report: Report) -> bool:
-    """Whether all is right with a model but that the adapter's values do not fit."""
+    """Whether the saturation check is the only one that failed."""
     return [check.name for check in report.checks if not check.passed] == ["saturation"]
 
 
 def verdict(report: Report) -> str:
-    """What a report comes to, in one sentence."""
+    """The verdict of a report in one sentence."""
     if saturates(report):
         return (
             f"{report.adapted} is {report.base} plus its slots, but this adapter's values do "
@@ -114,23 +118,21 @@ def verdict(report: Report) -> str:
 
 
 def check_page(path: Path, *given: str) -> None:
-    """Refuse a page that cannot be made, before the work is done.
+    """Refuse a page that cannot be written, before the work is done.
 
     Raises:
-        AdaptError: If libraries are missing, or it would replace what it is about.
+        AdaptError: If libraries are missing, or the page would replace a file that is read.
     """
     from onnx_adapt.model.destination import resolve_destination
     from onnx_adapt.report.page import require_libraries
 
     require_libraries()
     resolve_destination(path)
-    for item in given:
-        if path.exists() and Path(item).exists() and path.samefile(item):
-            raise SaveError(f"the page would replace {path}", hint="choose another name")
+    refuse_to_replace(path, *given)
 
 
 def write_page(found: Overview, path: Path) -> None:
-    """Write the page and say so."""
+    """Write the page and print its path."""
     from onnx_adapt.model.whole_files import write_files
     from onnx_adapt.report.page import render
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import adapter_names
+from onnx_adapt.cli.outputs import print_json, print_table, refuse_to_replace, say, say_next
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, print_table, say, say_next
 from onnx_adapt.errors import AdapterError, SaveError
-from onnx_adapt.formats import FORMATS, adapter_files, suffix_list
+from onnx_adapt.formats import FORMATS, adapter_files
 
 if TYPE_CHECKING:
     from onnx_adapt.session.adapter_session import Choice
@@ -25,26 +26,42 @@ _BASE = "-"
 
 @click.command("run", short_help="Run a model with one adapter or several.")
 @click.argument("model", type=click.Path())
-@click.option("--inputs", required=True, type=click.Path(), help="An .npz by input name.")
+@click.option(
+    "--inputs",
+    required=True,
+    type=click.Path(),
+    help="An .npz with an array for each input of the model.",
+)
 @click.option(
     "--adapter",
     shell_complete=adapter_names,
-    help=f"A {suffix_list()} file, or the NAME of MODEL.NAME with such a suffix.",
+    help="An adapter file, or the name of one beside MODEL.",
 )
-@click.option("--blend", help="Several with weights: a=0.7,b=0.3.")
-@click.option("--rows", help="One for each row of the batch, `-` for the base: a,b,-.")
-@click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
-@click.option("--batch-axis", type=click.IntRange(min=0), help="If it cannot be found.")
+@click.option("--blend", help="Several adapters with weights, such as a=0.7,b=0.3.")
+@click.option(
+    "--rows", help="One adapter for each row of the batch, such as a,b,- where - is the base."
+)
+@options.allow_partial
+@click.option(
+    "--batch-axis",
+    type=click.IntRange(min=0),
+    help="The axis of the batch, if it cannot be found.",
+)
 @click.option("-o", "--output", type=click.Path(), help="Write the outputs to an .npz.")
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Runs to time, after one that is not timed.",
+    help="How many runs to time, after one that is not timed.",
 )
-@click.option("--compare", type=click.Choice(["base"]), help="How far the adapter moves.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "--compare",
+    type=click.Choice(["base"]),
+    help="Also show how far the outputs are from those of the base.",
+)
+@options.provider
+@options.as_json
 def command(
     model: str,
     inputs: str,
@@ -56,11 +73,13 @@ def command(
     output: str | None,
     repeat: int,
     compare: str | None,
+    provider: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run MODEL on inputs, with an adapter, a blend of some, or one for each row.
+    """Run MODEL with an adapter, a blend of several, or one adapter for each row.
 
-    An adapter is a file, or the NAME in the name of a file such as MODEL.NAME.safetensors.
+    An adapter is given by its file, or by NAME if the file is MODEL.NAME.safetensors
+    (or .onnx_adapter, .npz).
 
     \b
       onnx-adapt run adapted.onnx --inputs x.npz --adapter fr --compare base
@@ -83,7 +102,7 @@ def command(
     feeds = read_arrays(Path(inputs))
     with (
         patience(f"running {model}"),
-        oa.AdapterSession(model, batch_axis=batch_axis) as session,
+        oa.AdapterSession(model, providers=provider, batch_axis=batch_axis) as session,
     ):
         for name, file in files.items():
             session.load(name, file, allow_partial=allow_partial)
@@ -102,7 +121,7 @@ def command(
 def read_choice(
     adapter: str | None, blend: str | None, rows: str | None
 ) -> tuple[Choice | Sequence[Choice], list[str]]:
-    """What to run with, and the adapters that it names."""
+    """The choice of adapters, and the names in it."""
     if adapter is not None:
         return adapter, [adapter]
     if blend is not None:
@@ -195,9 +214,7 @@ def _refuse_output(output: str | None, *given: str | Path) -> None:
         return
     if Path(output).suffix != ".npz":
         raise SaveError(f"{output} is no .npz", hint="give the outputs a name such as y.npz")
-    for path in given:
-        if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
-            raise SaveError(f"the outputs would replace {path}", hint="choose another name")
+    refuse_to_replace(output, *given)
 
 
 def _write(path: Path, outputs: dict[str, Any]) -> None:

@@ -7,28 +7,89 @@ from typing import Any
 
 import click
 
-from onnx_adapt.cli.show import say
+from onnx_adapt.cli.outputs import say
 
 
-@click.command("serve", short_help="Serve a model and a folder of adapters.")
+@click.command("serve", short_help="Serve a model and a folder of adapters over HTTP.")
 @click.argument("model", type=click.Path())
 @click.option("--adapters", required=True, help="The folder of adapters: a path or a URL.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--address", help="A Ray cluster to join; by default Ray starts here.")
-@click.option("--name", default="", help="What the base is called; else as its file.")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=1, help="CPUs of each replica.")
-@click.option("--gateways", type=click.IntRange(1), default=1, help="Processes for HTTP.")
-@click.option("--max-adapters", type=click.IntRange(1), default=32, help="In each replica.")
-@click.option("--batching/--no-batching", default=True, help="Join concurrent requests.")
-@click.option("--batch-axis", type=click.IntRange(0), help="If it is not called `batch`.")
-@click.option("--max-batch-size", type=click.IntRange(1), default=64, help="In rows.")
-@click.option("--batch-wait-ms", type=click.FloatRange(0), default=0.0, help="For others.")
-@click.option("--max-body-mb", type=click.FloatRange(0.001), default=64.0)
-@click.option("--timeout-s", type=click.FloatRange(0.001), default=60.0)
-@click.option("--poll-s", type=click.FloatRange(0.05), default=1.0, help="Between looks.")
-@click.option("--metrics-port", type=click.IntRange(1, 65535), help="For Prometheus.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="The address to listen on; 0.0.0.0 is all.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen on.",
+)
+@click.option("--address", help="The Ray cluster to join; by default Ray is started here.")
+@click.option("--name", default="", help="The name of the base; by default that of its file.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many copies of the model to run.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, help="How many CPUs each replica uses."
+)
+@click.option(
+    "--gateways", type=click.IntRange(1), default=1, help="How many processes serve HTTP."
+)
+@click.option(
+    "--max-adapters",
+    type=click.IntRange(1),
+    default=32,
+    help="How many adapters each replica keeps loaded.",
+)
+@click.option(
+    "--batching/--no-batching", default=True, help="Run concurrent requests as one batch."
+)
+@click.option(
+    "--batch-axis",
+    type=click.IntRange(0),
+    help="The axis of the batch, if its dimension is not called `batch`.",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(1),
+    default=64,
+    help="The most rows in a batch and in a request.",
+)
+@click.option(
+    "--batch-wait-ms",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="How long the first request of a batch waits for others.",
+)
+@click.option(
+    "--max-body-mb",
+    type=click.FloatRange(0.001),
+    default=64.0,
+    help="The largest request in megabytes.",
+)
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(0.001),
+    default=60.0,
+    help="How long a request may take.",
+)
+@click.option(
+    "--poll-s",
+    type=click.FloatRange(0.05),
+    default=1.0,
+    help="How often to look for new adapters, in seconds.",
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65535),
+    help="The port for metrics in the format of Prometheus.",
+)
 def command(
     model: str,
     host: str,
@@ -39,8 +100,8 @@ def command(
 ) -> None:
     """Serve MODEL and a folder of adapters over HTTP.
 
-    Until it is interrupted. Open Inference Protocol 2, as of KServe and Triton. Adapters
-    that appear in the folder, or change, are checked and served.
+    The server speaks the Open Inference Protocol 2, like KServe and Triton, and runs until
+    it is interrupted. New and changed adapters in the folder are checked and then served.
 
     \b
       onnx-adapt serve adapted.onnx --adapters adapters/

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import click
 
+from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import site_names
+from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.show import print_json, print_table, say, say_next
 
 
-@click.command("sites", short_help="List the places that can take an adapter.")
+@click.command("sites", short_help="List the sites where an adapter can go.")
 @click.argument("model", type=click.Path())
 @click.argument("pattern", required=False, shell_complete=site_names)
 @click.option(
-    "--all", "all_tensors", is_flag=True, help="Every float tensor, not only layers."
+    "--all",
+    "all_tensors",
+    is_flag=True,
+    help="List every float tensor, not only the outputs of layers.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.as_json
 def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -> None:
-    """List the places of MODEL that can take an adapter.
+    """List the sites of MODEL: the tensors that can take an adapter.
 
-    PATTERN is a part of a name, or a glob over addresses, nodes, tensors and modules.
+    PATTERN is a part of a name, or a glob. It is matched against addresses, nodes, tensors
+    and modules.
 
     \b
       onnx-adapt sites model.onnx '*.output.dense'

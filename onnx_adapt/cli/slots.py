@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnx_adapt.cli.show import print_json, print_table, say, say_next
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
     from onnx_adapt import Slot
@@ -34,7 +35,7 @@ def slot_row(slot: Slot) -> tuple[object, ...]:
 
 
 def slot_dict(slot: Slot) -> dict[str, object]:
-    """One slot for `--json`, with the names its weights are fed by."""
+    """One slot for `--json`, with the input names of its weights."""
     names = {part: slot.weight(part) for part in slot.parts}
     rows = {part: slot.weight(part) for part in slot.row_parts}
     return {**asdict(slot), "weights": names, "rows": rows}
@@ -42,9 +43,9 @@ def slot_dict(slot: Slot) -> dict[str, object]:
 
 @click.command("slots", short_help="List the slots of a model.")
 @click.argument("model", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.as_json
 def command(model: str, as_json: bool) -> None:
-    """List the slots of MODEL, as its manifest has them.
+    """List the slots of MODEL, as recorded in its manifest.
 
     \b
       onnx-adapt slots model.adapted.onnx --json

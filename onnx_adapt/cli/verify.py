@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnx_adapt.cli import options
+from onnx_adapt.cli.outputs import emit, print_json, print_table, say, say_next
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.report import check_page, saturates, verdict, write_page
-from onnx_adapt.cli.show import emit, print_json, print_table, say, say_next
 
 if TYPE_CHECKING:
     from onnx_adapt import Report
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
 @click.command("verify", short_help="Prove that a model is its base plus slots.")
 @click.argument("base", type=click.Path())
 @click.argument("adapted", type=click.Path())
-@click.option("--inputs", multiple=True, type=click.Path(), help="An .npz by input name.")
-@click.option("--adapter", type=click.Path(), help="A file: do its values fit the ranges?")
-@click.option("--strict", is_flag=True, help="A slot that moves nothing is a failure.")
+@options.inputs
 @click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of made-up inputs and weights.",
+    "--adapter",
+    type=click.Path(),
+    help="An adapter file: check that its values fit the quantised ranges.",
 )
-@click.option("--html", type=click.Path(), help="Write `report`'s page to this file as well.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.strict
+@options.seed
+@options.provider
+@click.option(
+    "--html", type=click.Path(), help="Also write the HTML page of `report` to this file."
+)
+@options.as_json
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -39,15 +41,17 @@ def command(
     adapter: str | None,
     strict: bool,
     seed: int,
+    provider: tuple[str, ...],
     html: str | None,
     as_json: bool,
 ) -> None:
     """Prove in ONNX Runtime that ADAPTED is BASE plus exactly its slots.
 
-    Same interface; same outputs with the slots off; with random weights every slot's
-    output is the float64 formula's; the outputs move; the checker has nothing new to say.
-    With --adapter (or slots that are filled or baked) of a quantised BASE, the values with
-    the adapter on are held against the ranges that BASE was calibrated for.
+    The interface must be the same. The outputs with the slots off must be the same. With
+    random weights, each slot must compute what the float64 formula gives, and must change
+    the outputs. The ONNX checker must have no new complaint. For a quantised BASE and an
+    adapter (--adapter, or one that ADAPTED is filled with), the values must also fit the
+    ranges that BASE was calibrated for.
 
     \b
       onnx-adapt verify model.onnx model.adapted.onnx
@@ -62,6 +66,7 @@ def command(
         check_page(Path(html), base, adapted, *inputs, *((adapter,) if adapter else ()))
     with patience(f"reading {adapted}") as (_, stage):
         given: dict[str, Any] = {"inputs": inputs or None, "strict": strict, "seed": seed}
+        given["provider"] = provider
         if adapter:
             given["adapter"] = oa.load_adapter(adapter)
         if html:
@@ -115,5 +120,6 @@ def _show(report: Report) -> None:
         for item in report.shapes
         if item
     )
-    say(f"ONNX Runtime {report.runtime}" + (f", inputs {shapes}" if shapes else ""))
+    where = f"ONNX Runtime {report.runtime} on {', '.join(report.providers)}"
+    say(where + (f", inputs {shapes}" if shapes else ""))
     say(verdict(report))

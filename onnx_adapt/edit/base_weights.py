@@ -1,4 +1,4 @@
-"""Weights of the base that adapters may replace: opened, filled and closed again."""
+"""Replaceable weights: weights of the base that an adapter may bring its own values for."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from onnx import helper
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.weights import drop_named
-from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
-from onnx_adapt.slot.manifest import OpenWeight, write_manifest
+from onnx_adapt.slot.manifest import ReplaceableWeight, write_manifest
 
 
-def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> None:
-    """Make weights of the base replaceable, in place: each an initializer and an input."""
+def make_replaceable(proto: onnx.ModelProto, plans: Iterable[ReplacementPlan]) -> None:
+    """Make weights of the base replaceable, in place: each becomes an input as well."""
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
-    for opening in openings:
-        weight = opening.weight
+    for plan in plans:
+        weight = plan.weight
         if weight.copied:
-            proto.graph.initializer.append(opening.default)
+            proto.graph.initializer.append(plan.default)
         else:
             stored[weight.original].name = weight.name
         if weight.swappable:
             declared = helper.make_tensor_value_info(
-                weight.name, opening.default.data_type, list(opening.default.dims)
+                weight.name, plan.default.data_type, list(plan.default.dims)
             )
             proto.graph.input.append(declared)
-        for graph, node, position in opening.uses:
+        for graph, node, position in plan.readers:
             graphs[graph].node[node].input[position] = weight.name
 
 
-def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
-    """Undo `open_base_weights`, in place."""
+def undo_replaceable(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight]) -> None:
+    """Undo `make_replaceable`, in place."""
     weights = tuple(weights)
     originals = {weight.name: weight.original for weight in weights}
     drop_named(proto.graph.input, set(originals))
     drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
     for tensor in proto.graph.initializer:
-        if tensor.name in originals:  # no other may be touched: a name can be absent
+        if tensor.name in originals:  # setting a name would make an absent one present
             tensor.name = originals[tensor.name]
     for scope in walk.scopes(proto.graph) if weights else ():
         for node in scope.graph.node:
@@ -54,13 +54,13 @@ def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) ->
 
 
 def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
-    """A model whose replaceable weights have these values as their default.
+    """Give replaceable weights new default values.
 
-    The base's own value stays in the model, so that `remove` gives it back.
+    The base's own values stay in the model, so that `remove` can restore them.
 
     Args:
         model: A model with slots.
-        values: Values by name; each must fit, as `require_fit` has it.
+        values: Values by name; `require_fit` has checked that they fit.
     """
     manifest = required_manifest(model)
     known = {weight.name: weight for weight in manifest.weights}

@@ -1,4 +1,4 @@
-"""Another trained checkpoint for slots that a model already has."""
+"""Convert a trained checkpoint into an adapter for slots that a model already has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.checkpoints.load import load_checkpoint
 from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.edit.insert import remove
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
@@ -45,7 +45,7 @@ def convert(
         >>> case = "tests/cases/peft_bert_lora_default_ts"
         >>> base = oa.open_model(case + "/base.onnx")
         >>> checkpoint = oa.load_checkpoint(case + "/adapter", base)
-        >>> model = oa.insert(base, checkpoint=checkpoint)
+        >>> model = oa.insert_checkpoint(base, checkpoint)
         >>> len(oa.convert(case + "/adapter", model, name="again").weights)
         4
     """
@@ -83,7 +83,7 @@ def convert(
 
 
 def _counterpart(wanted: Slot, slots: Sequence[Slot]) -> Slot | None:
-    """The slot that computes what is wanted; it may have more parts, not fewer."""
+    """Find the slot that computes what is wanted; it may have more parts, but not fewer."""
     alike = [slot for slot in slots if _same_form(wanted, slot)]
     alike.sort(key=lambda slot: slot.name != wanted.name)
     return alike[0] if alike else None

@@ -1,50 +1,42 @@
-"""From a site and a recipe to the description of a slot."""
+"""Plan slots: turn a site and what the user asked for into the description of a slot."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph.choice import Choice
-from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name
+from onnx_adapt.graph.index import GraphView, ModelIndex, Shape, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
+from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.names import inner_name, node_name
+from onnx_adapt.slot.names import node_name
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What every slot of one insertion has in common.
+    """What the user asks of every slot of one insertion.
 
     Attributes:
-        activation: Between the projections.
-        parts: The slots' weights.
+        form: What the slots have in common, but for the tensors that they read.
         source: Name of the tensor the adapter reads; '' is the target itself.
         axis: The feature axis, if the user names it.
         norm: Name of the base's normalisation to re-apply to the source, or ''.
-        norm_after: What the slots' own normalisation wraps: `term`, `sum` or ''.
-        swappable: Whether weights can be fed.
-        bottleneck: Inner size, or 0 to leave it to each adapter.
-        seed: For fresh weights.
-        batched: Whether one run can give each row of a batch another adapter.
+        seed: Seed of the fresh weights.
     """
 
-    activation: str = "relu"
-    parts: tuple[str, ...] = ("down", "up")
+    form: Form
     source: str = ""
     axis: int | None = None
     norm: str = ""
-    norm_after: str = ""
-    swappable: bool = True
-    bottleneck: int = 0
     seed: int = 0
-    batched: bool = False
 
 
 def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot:
@@ -54,38 +46,18 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         SiteError: If the source or the normalisation does not fit the site.
     """
     site = choice.site
-    inner = inner_name(name)
-    source, source_width = inner, site.width or 0
+    source, source_width = "", site.width or 0
     if recipe.source:
         read = _source_site(survey, recipe)
         if read.address != site.address:
             source, source_width = read.tensor, _check_source(survey, site, read)
-    return Slot(
-        name=name,
-        graph=site.graph,
-        node=site.node,
-        tensor=site.tensor,
-        inner=inner,
-        output=site.tensor,
-        source=source,
-        width=site.width or 0,
-        source_width=source_width,
-        dtype=site.dtype,
-        axis=site.axis or -1,
-        rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
-        activation=recipe.activation,
-        parts=recipe.parts,
-        norm=_norm_tensor(survey, site, recipe.norm, source_width),
-        norm_after=recipe.norm_after,
-        module=site.module or "",
-        swappable=recipe.swappable,
-        bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
-        batched=recipe.batched,
-    )
+    norm = _norm_tensor(survey, site, recipe.norm, source_width)
+    form = replace(recipe.form, source=source, source_width=source_width, norm=norm)
+    return new_slot(name, site, form)
 
 
 def _source_site(survey: Survey, recipe: Recipe) -> Site:
-    """The tensor that the adapter reads; an axis that the user names is its too."""
+    """Find the tensor that the adapter reads, on the axis that the user named, if any."""
     read = _input_site(survey, recipe.source, recipe.axis)
     if read is None:
         read = resolve_tensor(survey, recipe.source)
@@ -94,7 +66,7 @@ def _source_site(survey: Survey, recipe: Recipe) -> Site:
 
 
 def _input_site(survey: Survey, name: str, axis: int | None) -> Site | None:
-    """An input of the model as a place to read from."""
+    """Describe an input of the model as a site to read from; None if no input has the name."""
     main = survey.index.main
     inputs = {value.name for value in main.scope.graph.input} - set(main.constants)
     if name not in inputs:
@@ -133,7 +105,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",
@@ -158,26 +130,29 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         )
     theirs = home.type_of(read.tensor).shape
     ours = view.type_of(site.tensor).shape
-    if theirs is not None and ours is not None:
-        axis = (site.axis or -1) % len(ours) if ours else 0
-        a = [d for i, d in enumerate(theirs) if i != axis]
-        b = [d for i, d in enumerate(ours) if i != axis]
-        declared = _declared_symbols(survey)
-        clash = any(
-            p != q
-            for p, q in zip(a, b, strict=False)
-            if all(isinstance(d, int) or d in declared for d in (p, q))
-        )
-        if len(theirs) != len(ours) or clash:
-            raise SiteError(
-                f"{what} has shape {list(theirs)} and target {site.tensor!r} {list(ours)}",
-                hint="all axes but the feature axis must be the same",
-            )
-    return read.width
+    if theirs is None or ours is None or _line_up(survey, site, theirs, ours):
+        return read.width
+    raise SiteError(
+        f"{what} has shape {list(theirs)} and target {site.tensor!r} {list(ours)}",
+        hint="all axes but the feature axis must be the same",
+    )
+
+
+def _line_up(survey: Survey, site: Site, one: Shape, other: Shape) -> bool:
+    """Whether two shapes agree on all axes but the feature axis, as far as they are known."""
+    if len(one) != len(other):
+        return False
+    features = (site.axis or -1) % len(other) if other else 0
+    declared = _declared_symbols(survey)
+    return not any(
+        p != q
+        for i, (p, q) in enumerate(zip(one, other, strict=True))
+        if i != features and all(isinstance(d, int) or d in declared for d in (p, q))
+    )
 
 
 def _declared_symbols(survey: Survey) -> set[int | str | None]:
-    """Symbols of the model's own inputs; others were made up by inference."""
+    """The symbolic dimensions of the model's own inputs; inference makes up the others."""
     main = survey.index.main
     names = [value.name for value in main.scope.graph.input]
     return {d for n in names for d in main.type_of(n).shape or () if isinstance(d, str)}
@@ -194,7 +169,7 @@ def _comes_before(view: GraphView, home: GraphView, source: str, target: str) ->
 
 
 def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
-    """The output of the base's normalisation that a name means."""
+    """Find the output of the normalisation of the base that a name means."""
     if not name:
         return ""
     found = resolve_tensor(survey, name)
@@ -219,9 +194,9 @@ def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
 
 
 def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
-    """The base's normalisation that a slot re-applies, last; before it its Constants.
+    """Copy the nodes of the base's normalisation that a slot re-applies, its Constants first.
 
-    The Constants are copies of the slot's own, for theirs may stand behind the slot.
+    The Constants are copied because those of the base may come after the slot in the graph.
     """
     if not slot.norm:
         return []

@@ -16,8 +16,8 @@ from onnx import helper
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.dtypes import Array
-from onnx_adapt.edit.insert import remove
 from onnx_adapt.edit.ranges import Change, widen_ranges
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model.file import Model
@@ -25,6 +25,7 @@ from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.proof.probe import neutral_model
+from onnx_adapt.proof.runner import ProviderArgument, proof_providers
 from onnx_adapt.proof.saturation import switched_on
 
 
@@ -36,7 +37,13 @@ class Range:
     zero: Array
 
 
-def calibrate(model: Model, adapter: Adapter, inputs: Inputs | Sequence[Inputs]) -> Model:
+def calibrate(
+    model: Model,
+    adapter: Adapter,
+    inputs: Inputs | Sequence[Inputs],
+    *,
+    provider: ProviderArgument = None,
+) -> Model:
     """Widen the ranges of a quantised model with slots so that they hold an adapter's values.
 
     Only the ranges of QuantizeLinear nodes behind slots that the values leave are changed;
@@ -46,6 +53,7 @@ def calibrate(model: Model, adapter: Adapter, inputs: Inputs | Sequence[Inputs])
         model: The model with slots; it is left as it was.
         adapter: The adapter that the ranges are for, with weights for the slots.
         inputs: What to measure with: an `.npz` file or arrays by name, or several.
+        provider: The execution provider to measure on, as for `verify`.
 
     Raises:
         AdapterError: If the adapter does not fit.
@@ -56,20 +64,21 @@ def calibrate(model: Model, adapter: Adapter, inputs: Inputs | Sequence[Inputs])
         >>> base = oa.open_model("tests/qdq/dense_uint8/base.onnx")
         >>> trained = oa.load_checkpoint("tests/qdq/dense_uint8/adapter", base)
         >>> inputs = {"x": np.load("tests/qdq/dense_uint8/truth.npz")["x"]}
-        >>> wide = oa.calibrate(oa.insert(base, checkpoint=trained), trained.adapter, inputs)
+        >>> wide = oa.calibrate(oa.insert_checkpoint(base, trained), trained.adapter, inputs)
         >>> oa.verify(base, wide, adapter=trained.adapter, inputs=inputs).passed
         True
     """
     require_fit(model, adapter)
+    providers = proof_providers(provider)
     feeds = given_feeds(remove(model), inputs)
     off = neutral_model(model)
-    ranges = ranges_of(off, required_manifest(model).slots, feeds)
+    ranges = ranges_of(off, required_manifest(model).slots, feeds, providers)
     if ranges is None:
         return model
     on = switched_on(model, adapter)
     runs = [(off, False), (on, False), (on, True)]  # rounding moves values out as well
     sides = [
-        observe(ranges.endless(side, rounded=rounded), ranges.quantizers, feeds)[0]
+        observe(ranges.endless(side, rounded=rounded), ranges.quantizers, feeds, providers)[0]
         for side, rounded in runs
     ]
     index = index_model(model)

@@ -20,6 +20,7 @@ from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.quantizers import Quantizer, quantizers_behind
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.runner import Runner, Values
@@ -97,7 +98,7 @@ Bounds = tuple[Array | None, Array | None]
 
 
 def observe(
-    model: Model, quantizers: Sequence[Quantizer], feeds: Iterable[Feeds]
+    model: Model, quantizers: Sequence[Quantizer], feeds: Iterable[Feeds], providers: Providers
 ) -> tuple[list[Seen], list[Values]]:
     """Run a model, and read what its quantizers are given.
 
@@ -110,7 +111,7 @@ def observe(
         tapper.tap(q.graph, q.tensor, helper.np_dtype_to_tensor_dtype(q.scale.dtype))
         for q in quantizers
     ]
-    runner = Runner(tapped, optimised=False)
+    runner = Runner(tapped, providers, optimised=False)
     own = [value.name for value in model.proto.graph.output]
     found = [Seen() for _ in quantizers]
     outputs: list[Values] = []
@@ -235,6 +236,7 @@ class Ranges:
         ends: The ends of their ranges that are the model's own.
         outputs: The model's outputs then, for each set of inputs.
         feeds: The inputs.
+        providers: Where the model runs.
     """
 
     off: Model
@@ -243,6 +245,7 @@ class Ranges:
     ends: list[Ends]
     outputs: list[Values]
     feeds: list[Feeds]
+    providers: Providers
 
     @property
     def ranks(self) -> list[int]:
@@ -269,11 +272,11 @@ class Ranges:
 
     def rounding(self, model: Model) -> float:
         """How far rounding moves the outputs of a model of the same graph, at most."""
-        exact = Runner(self.endless(model, rounded=False), optimised=False)
+        exact = Runner(self.endless(model, rounded=False), self.providers, optimised=False)
         names = [value.name for value in model.proto.graph.output]
         wanted = [exact.run(item, names) for item in self.feeds]
         del exact
-        rough = Runner(self.endless(model, rounded=True), optimised=False)
+        rough = Runner(self.endless(model, rounded=True), self.providers, optimised=False)
         types = {str(q.scale.dtype): q.scale.dtype for q in self.quantizers}
         worst = 0.0
         for part in _OFFSETS:
@@ -283,11 +286,13 @@ class Ranges:
         return worst
 
 
-def ranges_of(off: Model, slots: Sequence[Slot], feeds: list[Feeds]) -> Ranges | None:
+def ranges_of(
+    off: Model, slots: Sequence[Slot], feeds: list[Feeds], providers: Providers
+) -> Ranges | None:
     """Run a model with its slots off; None if no slot runs into a calibrated range."""
     quantizers = quantizers_behind(index_model(off), slots)
     if not quantizers:
         return None
-    seen, outputs = observe(off, quantizers, feeds)
+    seen, outputs = observe(off, quantizers, feeds, providers)
     ends = [own_ends(q, s) for q, s in zip(quantizers, seen, strict=True)]
-    return Ranges(off, quantizers, seen, ends, outputs, feeds)
+    return Ranges(off, quantizers, seen, ends, outputs, feeds, providers)

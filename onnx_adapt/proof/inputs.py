@@ -15,6 +15,7 @@ import onnx
 from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.feeds import WITHOUT_PROOF, Feeds, check_feeds, inputs_hint, load_feeds
 from onnx_adapt.proof.made_up import Recipe, read_recipe
 from onnx_adapt.proof.runner import Runner, as_arrays
@@ -32,7 +33,10 @@ Inputs = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def inputs_for(
-    base: Model, given: Inputs | Sequence[Inputs] | None = None, seed: int = 0
+    base: Model,
+    given: Inputs | Sequence[Inputs] | None = None,
+    seed: int = 0,
+    providers: Providers = CPU,
 ) -> list[Feeds]:
     """The inputs that `verify` runs a base with: those given, or some that are made up.
 
@@ -40,20 +44,21 @@ def inputs_for(
         AdaptError: If those given do not fit, or none can be made up.
         UnprovableError: If the base does not run here at all.
     """
-    return feeds_for(base, base_runner(base), given, seed)
+    return feeds_for(base, base_runner(base, providers), given, seed)
 
 
-def base_runner(base: Model) -> Runner:
+def base_runner(base: Model, providers: Providers) -> Runner:
     """The base in ONNX Runtime, optimised.
 
     Raises:
         UnprovableError: If it does not run here at all.
     """
     try:
-        return Runner(base, optimised=True)
+        return Runner(base, providers, optimised=True)
     except RunError as error:
+        where = ", ".join(provider.name for provider in providers)
         raise UnprovableError(
-            error.message, hint=f"a proof runs the base on the CPU; {WITHOUT_PROOF}"
+            error.message, hint=f"a proof runs the base on {where}; {WITHOUT_PROOF}"
         ) from error
 
 

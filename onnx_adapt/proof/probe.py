@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
-from onnx_adapt.edit.base_weights import close_base_weights
-from onnx_adapt.edit.weights import fill_weights, open_weights, read_weights
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
+from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.norms import own_norm
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.nearness import Nearness, slot_nearness
@@ -38,8 +39,6 @@ _STRENGTHS = (1.0, 10.0, 100.0)
 
 _NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
 
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
-
 
 def neutral_model(model: Model) -> Model:
     """The model with every slot off; the model itself if its slots are off already."""
@@ -56,7 +55,7 @@ def neutral_model(model: Model) -> Model:
     trained = [weight for weight in manifest.weights if weight.trained]
     if trained:
         result = result.copy() if result is model else result
-        close_base_weights(result.proto, trained)
+        undo_replaceable(result.proto, trained)
         rest = tuple(weight for weight in manifest.weights if not weight.trained)
         write_manifest(result.proto, replace(manifest, weights=rest))
     return result
@@ -96,28 +95,34 @@ class Probe:
         model: The adapted model.
         slots: Its slots.
         outputs: The model's own outputs.
-        seed: Of the random weights.
+        seed: The seed of the random weights.
+        providers: Where the model runs.
     """
 
     def __init__(
-        self, model: Model, slots: Sequence[Slot], outputs: Sequence[str], seed: int
+        self,
+        model: Model,
+        slots: Sequence[Slot],
+        outputs: Sequence[str],
+        seed: int,
+        providers: Providers,
     ) -> None:
         self._slots = slots
         self._outputs = list(outputs)
         self._rng = np.random.default_rng(seed)
         self._own = read_weights(model, slots)
         self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
-        opened = open_weights(model)
-        index = index_model(opened)
+        swappable = make_swappable(model)
+        index = index_model(swappable)
         neutral = {slot.name: neutral_weights(slot) for slot in slots}
-        opened = fill_weights(opened, neutral)
-        tapper = Tapper(opened.proto)
+        swappable = fill_weights(swappable, neutral)
+        tapper = Tapper(swappable.proto)
         self._taps: dict[str, _SlotTaps] = {}
         for slot in slots:
             view = index.views[slot.graph]
             names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
             elem_types = [
-                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+                view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names
             ]
             taps = [
                 tapper.tap(slot.graph, name, elem_type)
@@ -131,7 +136,10 @@ class Probe:
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(
-            replace(opened, path=model.path), optimised=True, fuse_quantised=False
+            replace(swappable, path=model.path),
+            providers,
+            optimised=True,
+            fuse_quantised=False,
         )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}

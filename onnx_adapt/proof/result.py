@@ -95,6 +95,7 @@ class Report:
         strict: Whether warnings count as failures.
         saturation: The quantizers with more values outside their range when the adapter is
             on than when it is off.
+        providers: The execution providers that the models ran on.
     """
 
     base: str
@@ -105,6 +106,7 @@ class Report:
     runtime: str
     strict: bool
     saturation: tuple[Saturation, ...] = ()
+    providers: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -145,6 +147,7 @@ class Report:
             "base": self.base,
             "adapted": self.adapted,
             "runtime": self.runtime,
+            "providers": list(self.providers),
             "strict": self.strict,
             "checks": [asdict(check) for check in self.checks],
             "slots": [

@@ -14,6 +14,7 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import RunError
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds, required_inputs
 from onnx_adapt.proof.result import Check
@@ -31,7 +32,12 @@ _CLEAR = 10
 
 
 def check_rows(
-    model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], spread: float, seed: int
+    model: Model,
+    slots: Sequence[Slot],
+    feeds: Sequence[Feeds],
+    spread: float,
+    seed: int,
+    providers: Providers,
 ) -> Check:
     """Rows with another adapter each, in one run, are as in runs with one adapter for all.
 
@@ -48,9 +54,10 @@ def check_rows(
         slots: The batched slots.
         feeds: Inputs that the model runs with.
         spread: How far the base's own outputs are apart, relative to their largest value.
-        seed: Of the random adapters.
+        seed: The seed of the random adapters.
+        providers: Where the model runs.
     """
-    proof = _RowProof(model, slots, spread, seed)
+    proof = _RowProof(model, slots, spread, seed, providers)
     try:
         found = [proof.measure(item, _ADAPTERS + i) for i, item in enumerate(feeds)]
     except RunError as error:
@@ -72,8 +79,15 @@ def check_rows(
 class _RowProof:
     """The runs behind the check."""
 
-    def __init__(self, model: Model, slots: Sequence[Slot], spread: float, seed: int) -> None:
-        self._runner = Runner(model, optimised=True)
+    def __init__(
+        self,
+        model: Model,
+        slots: Sequence[Slot],
+        spread: float,
+        seed: int,
+        providers: Providers,
+    ) -> None:
+        self._runner = Runner(model, providers, optimised=True)
         self._slots = slots
         self._spread = spread
         self._rng = np.random.default_rng(seed)

@@ -3,38 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from onnx_adapt.errors import RunError
 from onnx_adapt.model import external_data
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.runtime_bytes import MAPPED, model_bytes
-from onnx_adapt.ort import failures, onnxruntime, shortened
+from onnx_adapt.ort import (
+    ProviderChoice,
+    Providers,
+    onnxruntime,
+    read_providers,
+    run_session,
+    start_session,
+)
 
 _NO_PREPACKING = "session.disable_prepacking"
 
 _NO_QUANTISED_FUSION = "session.disable_quant_qdq"
 
+_EXACT = {"CUDAExecutionProvider": ("use_tf32", "0")}
+"""The option that makes a provider compute in the type of its tensors.
+
+TF32 keeps 10 of the 23 bits of a float32. The bounds of the proof assume all of them.
+"""
 
 Values = dict[str, Any]
 """Arrays by name; a sequence output is a list, a map output a dict."""
 
+ProviderArgument = ProviderChoice | Sequence[ProviderChoice] | None
+"""The `provider` argument of a proof; None is the CPU."""
 
-class Runner:
-    """A model in ONNX Runtime on the CPU.
 
-    Args:
-        model: The model; nothing of it is copied but the graph.
-        optimised: Whether ONNX Runtime may optimise the graph (its default level).
-        shapes_first: Whether a Shape runs as soon as its tensor is there. In the order that
-            ONNX Runtime has by default, a tensor waits in memory for its Shape.
-        fuse_quantised: Whether that may make integer operators of quantised ones. Its pass
-            for that breaks some models with more outputs than they had.
+def proof_providers(given: ProviderArgument) -> Providers:
+    """The execution providers for a proof; CUDA computes without TF32 unless told otherwise.
 
     Raises:
-        RunError: If ONNX Runtime refuses the model.
+        RunError: If this build of ONNX Runtime does not have one of them.
+    """
+    return in_full_precision(read_providers(given))
+
+
+def in_full_precision(providers: Providers) -> Providers:
+    """The providers with TF32 turned off where no option decides about it."""
+    return tuple(
+        replace(provider, options=(*provider.options, exact))
+        if (exact := _EXACT.get(provider.name)) and exact[0] not in dict(provider.options)
+        else provider
+        for provider in providers
+    )
+
+
+class Runner:
+    """A model in ONNX Runtime.
+
+    Args:
+        model: The model; only its graph is copied, never its weights.
+        providers: Where to run it.
+        optimised: Whether ONNX Runtime may optimise the graph (its default level).
+        shapes_first: Run a Shape node as soon as its tensor is there. In the default order
+            of ONNX Runtime a tensor stays in memory until its Shape node has run.
+        fuse_quantised: Whether ONNX Runtime may replace quantised operators by integer
+            ones. This pass breaks some models to which outputs were added.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the model or a provider does not start.
         UnprovableError: If ONNX Runtime is not installed, or cannot be told where the
             weights are.
     """
@@ -42,6 +77,7 @@ class Runner:
     def __init__(
         self,
         model: Model,
+        providers: Providers,
         *,
         optimised: bool,
         shapes_first: bool = False,
@@ -62,20 +98,14 @@ class Runner:
         beside = (item.length or 0 for item in external_data.references(model.proto))
         if sum(place.length for place in model.payloads) + sum(beside) > MAPPED:
             options.add_session_config_entry(_NO_PREPACKING, "1")
-        data = model_bytes(model, options)
-        known = failures()
-        self._failures = known
-        try:
-            self._session = ort.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"]
-            )
-        except known as error:
-            raise RunError(
-                f"ONNX Runtime {ort.__version__} cannot load {model.label}: "
-                f"{shortened(error)}",
-                hint="`onnx-adapt check` says whether its slots are whole; a base may need "
-                "operators or providers that are not here",
-            ) from error
+        self._session = start_session(
+            model_bytes(model, options),
+            options,
+            providers,
+            label=model.label,
+            hint="`onnx-adapt check` says whether its slots are whole; a base may need "
+            "operators or providers that are not here",
+        )
         self.outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Values:
@@ -85,14 +115,7 @@ class Runner:
             RunError: If ONNX Runtime refuses the inputs or fails.
         """
         names = list(self.outputs if outputs is None else outputs)
-        try:
-            values = self._session.run(names, dict(feeds))
-        except self._failures as error:
-            wanted = ", ".join(f"{i.name} {i.shape}" for i in self._session.get_inputs())
-            raise RunError(
-                f"{self._label} does not run: {shortened(error)}",
-                hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
-            ) from error
+        values = run_session(self._session, names, feeds, label=self._label)
         return dict(zip(names, values, strict=True))
 
 

@@ -13,6 +13,7 @@ from onnx_adapt.edit.weights import fill_weights
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.quantizers import Quantizer, quantizers_behind
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance
 from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.feeds import Feeds
@@ -44,7 +45,11 @@ def range_warnings(model: Model, slots: Sequence[Slot]) -> list[str]:
 
 
 def check_ranges(
-    off: Model, slots: Sequence[Slot], feeds: list[Feeds], expected: Sequence[list[Values]]
+    off: Model,
+    slots: Sequence[Slot],
+    feeds: list[Feeds],
+    expected: Sequence[list[Values]],
+    providers: Providers,
 ) -> Check:
     """Whether a model with widened ranges still computes what its base does.
 
@@ -57,18 +62,19 @@ def check_ranges(
         slots: The slots.
         feeds: Inputs to run it with.
         expected: The base's outputs, not optimised and optimised.
+        providers: Where the model runs.
     """
     allowed = distance(*expected)
     for side in (with_base_ranges(off), off):
-        ranges = ranges_of(side, slots, feeds)
+        ranges = ranges_of(side, slots, feeds, providers)
         if ranges is not None:
-            runner = Runner(ranges.endless(side, rounded=True), optimised=False)
+            runner = Runner(ranges.endless(side, rounded=True), providers, optimised=False)
             free = [runner.run(item, list(ranges.outputs[0])) for item in feeds]
             del runner
             allowed += ranges.rounding(side) + distance(ranges.outputs, free)
     worst = 0.0
     for optimised, wanted in zip((False, True), expected, strict=True):
-        runner = Runner(off, optimised=optimised)
+        runner = Runner(off, providers, optimised=optimised)
         got = [runner.run(item, list(wanted[0])) for item in feeds]
         worst = max(worst, distance(wanted, got))
         del runner
@@ -80,7 +86,11 @@ def check_ranges(
 
 
 def check_saturation(
-    adapted: Model, slots: Sequence[Slot], adapter: Adapter | None, feeds: list[Feeds]
+    adapted: Model,
+    slots: Sequence[Slot],
+    adapter: Adapter | None,
+    feeds: list[Feeds],
+    providers: Providers,
 ) -> tuple[Check | None, tuple[Saturation, ...]]:
     """Whether an adapter's values fit the calibrated ranges behind the slots.
 
@@ -93,6 +103,7 @@ def check_saturation(
         slots: The slots.
         adapter: The adapter; without one, what the model was filled or baked with.
         feeds: Inputs to run it with.
+        providers: Where the model runs.
 
     Returns:
         The check, and where more saturates; no check if there is no adapter, or if no
@@ -102,10 +113,10 @@ def check_saturation(
     if adapter is None and off is adapted:
         return None, ()
     on = switched_on(adapted, adapter)
-    ranges = ranges_of(off, slots, feeds)
+    ranges = ranges_of(off, slots, feeds, providers)
     if ranges is None:
         return None, ()
-    seen, _ = observe(on, ranges.quantizers, feeds)
+    seen, _ = observe(on, ranges.quantizers, feeds, providers)
     pairs = zip(ranges.quantizers, ranges.ends, ranges.seen, seen, strict=True)
     more = tuple(
         _saturation(quantizer, _share(before, ends), _share(after, ends), after)
@@ -118,7 +129,7 @@ def check_saturation(
     names = [value.name for value in on.proto.graph.output]
     got = []
     for model in (ranges.endless(on, rounded=True), ranges.as_wide_as_off(on)):
-        runner = Runner(model, optimised=False)
+        runner = Runner(model, providers, optimised=False)
         got.append([runner.run(item, names) for item in feeds])
         del runner
     lost, allowed = distance(*got), ranges.rounding(on)

@@ -11,27 +11,28 @@ import numpy as np
 import onnx
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import require_fit
+from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.edit.damage import foreign_readers
-from onnx_adapt.edit.insert import inline_model, list_slots, remove
+from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.model.fingerprint import fingerprint
-from onnx_adapt.ort import runtime_version
+from onnx_adapt.ort import Providers, runtime_version
 from onnx_adapt.proof.checker import new_complaints
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.off_proof import OffProof
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
-from onnx_adapt.proof.reach import unreached_slots
+from onnx_adapt.proof.reach import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
 from onnx_adapt.proof.row_proof import check_rows
-from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.proof.runner import ProviderArgument, Runner, Values, proof_providers
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
-from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
 
@@ -48,6 +49,7 @@ def verify(
     seed: int = 0,
     weights: bool = True,
     adapter: Adapter | None = None,
+    provider: ProviderArgument = None,
     stage: Stage | None = None,
 ) -> Report:
     """Prove that an adapted model is its base plus exactly its slots.
@@ -62,16 +64,20 @@ def verify(
         adapted: The model with slots, or its path.
         inputs: An `.npz` file or arrays by name, or several; made up if not given.
         strict: Let a slot that moves nothing for these inputs fail the report.
-        seed: Of the made-up inputs and weights.
+        seed: The seed of the made-up inputs and weights.
         weights: Run the checks that turn slots on; without them only interface, graph, off
             and checker are checked.
         adapter: Check as well that this adapter's values fit the ranges that a quantised
             base was calibrated for. Without one, that of a filled or baked model is.
-        stage: Told what is being done.
+        provider: The execution provider to run both models on, such as `"cuda"` or
+            `("cuda", {"device_id": 1})`, or several in order of preference; by default the
+            CPU. On CUDA, TF32 is off unless an option `use_tf32` is given.
+        stage: Called with what is being done, before it is done.
 
     Raises:
         AdapterError: If the adapter does not fit.
         AdaptError: If a model or input cannot be used at all; a mismatch is no error.
+        RunError: If a provider is not there, or does not start.
         UnprovableError: If the base does not run here, or without `weights` no slot is
             reached: then nothing is proven.
 
@@ -84,56 +90,33 @@ def verify(
     """
     if seed < 0:
         raise SlotError(f"a seed of {seed} is not possible", hint="give 0 or more")
+    providers = proof_providers(provider)
     before = base if isinstance(base, Model) else open_model(base)
     after = adapted if isinstance(adapted, Model) else open_model(adapted)
     tell = stage or (lambda _: None)
-    manifest = read_manifest(after.proto)
-    if manifest is None:
-        raise SlotError(f"{after.label} has no slots", hint="`onnx-adapt insert` adds some")
+    manifest = required_manifest(after)
     check_model_weights(after.proto, manifest)
     if list_slots(before):
         before = remove(before)
-    tell("comparing the interfaces")
-    checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
-    shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
-    results: tuple[SlotResult, ...] = ()
-    saturation: tuple[Saturation, ...] = ()
     if adapter is not None:
         require_fit(after, adapter)
+    tell("comparing the interfaces")
+    checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
+    proof = _Proof(before, after, manifest, inputs, seed, tell, providers)
     if checks[0].passed:
-        tell("running the base")
-        proof = _Proof(before, after, manifest, inputs, seed, tell)
-        proof.run_base()
-        shapes = tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
-        checks.append(proof.off())
-        if not weights:
-            left = unreached_slots(after, manifest.slots, proof.feeds)
-            unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
-            checks[-1] = replace(checks[-1], warnings=unseen)
-        if manifest.widened:
-            off, expected = neutral_model(after), (proof.expected[False], proof.expected[True])
-            checks.append(check_ranges(off, manifest.slots, proof.feeds, expected))
-        if any(slot.batched for slot in manifest.slots):
-            checks.append(proof.rows())
-        if weights and manifest.slots:
-            on, effect, results = proof.on()
-            checks += [on, effect]
-        if weights or adapter is not None:
-            tell("counting what saturates with the adapter on")
-            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.feeds)
-            checks += [fits] if fits else []
+        checks += proof.checks(adapter, weights=weights)
     tell("asking the ONNX checker")
     checks.append(_checker(before, after, manifest))
-    label = "the result" if after.path == before.path else after.label
     return Report(
         before.label,
-        label,
+        "the result" if after.path == before.path else after.label,
         tuple(checks),
-        results,
-        shapes,
+        proof.results,
+        tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds),
         runtime_version(),
         strict,
-        saturation,
+        proof.saturation,
+        tuple(provider.name for provider in providers),
     )
 
 
@@ -181,7 +164,12 @@ def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
 
 @dataclass(slots=True)
 class _Proof:
-    """The runs of one verification."""
+    """The runs of one verification.
+
+    Attributes:
+        filled: The inputs without those that are an empty batch, which slots see nothing of.
+        runs: Whether the adapted model runs at all; known once `off` has been checked.
+    """
 
     base: Model
     adapted: Model
@@ -189,20 +177,60 @@ class _Proof:
     given: Inputs | Sequence[Inputs] | None
     seed: int
     tell: Stage
+    providers: Providers
     feeds: list[Feeds] = field(default_factory=list)
     expected: dict[bool, list[Values]] = field(default_factory=dict)
+    filled: list[Feeds] = field(default_factory=list)
+    runs: bool = True
+    results: tuple[SlotResult, ...] = ()
+    saturation: tuple[Saturation, ...] = ()
 
-    def run_base(self) -> None:
-        """Run the base at both levels; where no inputs are given, find some that run.
+    def checks(self, adapter: Adapter | None, *, weights: bool) -> list[Check]:
+        """Run both models, and keep what was measured of each slot.
+
+        Args:
+            adapter: The adapter that the ranges of a quantised base must hold, or None.
+            weights: Whether to run the checks that turn slots on.
 
         Raises:
-            UnprovableError: If the base does not run here at all.
+            UnprovableError: If the base does not run here, or nothing would be proven.
         """
-        runner = base_runner(self.base)
+        self._run_base()
+        found = [self._off(reached=weights)]
+        if not self.runs:
+            return found
+        if self.manifest.widened:
+            off, expected = (
+                neutral_model(self.adapted),
+                (self.expected[False], self.expected[True]),
+            )
+            found.append(check_ranges(off, self.slots, self.feeds, expected, self.providers))
+        if any(slot.batched for slot in self.slots):
+            found.append(self._rows())
+        if weights and self.slots:
+            on, effect, self.results = self._on()
+            found += [on, effect]
+        if weights or adapter is not None:
+            self.tell("counting what saturates with the adapter on")
+            fits, self.saturation = check_saturation(
+                self.adapted, self.slots, adapter, self.filled, self.providers
+            )
+            found += [fits] if fits else []
+        return found
+
+    def _run_base(self) -> None:
+        """Run the base with and without optimisation, with inputs given or made up.
+
+        Raises:
+            UnprovableError: If the base does not run here at all, or all inputs are empty.
+        """
+        self.tell("running the base")
+        runner = base_runner(self.base, self.providers)
         self.feeds = feeds_for(self.base, runner, self.given, self.seed)
+        self.filled = feeds_with_rows(self.base, self.feeds)
         self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
         del runner
-        plain = Runner(self.base, optimised=False)
+        plain = Runner(self.base, self.providers, optimised=False)
         self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
 
     @property
@@ -210,16 +238,32 @@ class _Proof:
         """The slots of the adapted model."""
         return self.manifest.slots
 
-    def off(self) -> Check:
-        """With the slots off the outputs are the base's."""
-        return self._off_proof().check(with_base_ranges(neutral_model(self.adapted)))
+    def _off(self, *, reached: bool) -> Check:
+        """With the slots off the outputs are the base's.
 
-    def rows(self) -> Check:
+        Args:
+            reached: Whether another check tells which slots are reached.
+        """
+        model = with_base_ranges(neutral_model(self.adapted))
+        try:
+            check = self._off_proof().check(model)
+        except RunError as error:
+            # The base ran with these inputs, so this is what the slots did.
+            self.runs = False
+            return Check("off", False, self._with_slot(error.message))
+        if reached:
+            return check
+        left = unreached_slots(self.adapted, self.slots, self.feeds, self.providers)
+        unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
+        return replace(check, warnings=unseen)
+
+    def _rows(self) -> Check:
         """Each row of a batch gets the adapter that is meant for it."""
         self.tell("running rows with adapters of their own")
         batched = [slot for slot in self.slots if slot.batched]
         model = neutral_model(self.adapted)
-        return check_rows(model, batched, self.feeds, self._off_proof().spread(), self.seed)
+        spread = self._off_proof().spread()
+        return check_rows(model, batched, self.filled, spread, self.seed, self.providers)
 
     def _off_proof(self) -> OffProof:
         inlined = self.manifest.inlined and self.base.proto.functions
@@ -231,19 +275,20 @@ class _Proof:
             self.expected,
             self.seed,
             self.tell,
+            self.providers,
         )
 
-    def on(self) -> tuple[Check, Check, tuple[SlotResult, ...]]:
+    def _on(self) -> tuple[Check, Check, tuple[SlotResult, ...]]:
         """Every slot's output is the oracle's, and the model's outputs move."""
         outputs = list(self.expected[True][0])
         self.tell("running with slots on")
         effects = {}
         try:
-            probe = Probe(self.adapted, self.slots, outputs, self.seed)
-            measured = probe.measure(self.feeds)
+            probe = Probe(self.adapted, self.slots, outputs, self.seed, self.providers)
+            measured = probe.measure(self.filled)
             for number, slot in enumerate(self.slots, 1):
                 self.tell(f"turning on slot {number} of {len(self.slots)}")
-                effects[slot.name] = probe.effect(slot, self.feeds)
+                effects[slot.name] = probe.effect(slot, self.filled)
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)

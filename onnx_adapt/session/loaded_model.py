@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.fitting import Replaceable
-from onnx_adapt.dtypes import Array
+from onnx_adapt.dtypes import ORT_TYPES, Array
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.model import borrowed
 from onnx_adapt.model.signatures import HEAD, recognised
-from onnx_adapt.ort import failures, onnxruntime, shortened, without_slot_warnings
+from onnx_adapt.ort import (
+    onnxruntime,
+    read_providers,
+    run_ort_values,
+    run_session,
+    start_session,
+    without_slot_warnings,
+)
 from onnx_adapt.session.ort_adapter import stamp_of
 from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
 from onnx_adapt.words import beside
@@ -23,20 +30,13 @@ from onnx_adapt.words import beside
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
 
-_ELEM_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
-
 
 class LoadedModel:
     """A session of ONNX Runtime on one model.
 
     Args:
         model: Its path, or the model in memory.
-        providers: Execution providers; by default the CPU.
+        providers: Execution providers as `read_providers` takes them; by default the CPU.
         options: Session options, or None.
 
     Attributes:
@@ -56,7 +56,6 @@ class LoadedModel:
         providers: Sequence[Any] | None,
         options: Any,
     ) -> None:
-        self._failures = failures()
         self.label, self._session = _start(model, providers, options)
         self.inputs = {item.name: item.shape for item in self._session.get_inputs()}
         self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
@@ -106,11 +105,7 @@ class LoadedModel:
         Raises:
             RunError: If it does not take the feeds.
         """
-        session = self.session
-        try:
-            return list(session.run(names, feeds, options))
-        except self._failures as error:
-            raise self._refused(error) from error
+        return run_session(self.session, names, feeds, label=self.label, run_options=options)
 
     def run_with_ort_values(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """Run the model once, OrtValues in and out.
@@ -118,18 +113,7 @@ class LoadedModel:
         Raises:
             RunError: If it does not take the feeds.
         """
-        session = self.session
-        try:
-            return list(session.run_with_ort_values(names, feeds))
-        except self._failures as error:
-            raise self._refused(error) from error
-
-    def _refused(self, error: Exception) -> RunError:
-        wanted = ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())
-        return RunError(
-            f"{self.label} does not run: {shortened(error)}",
-            hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
-        )
+        return run_ort_values(self.session, names, feeds, label=self.label)
 
     def slots(self) -> tuple[Manifest, Replaceable]:
         """The slots and weights that can be fed.
@@ -169,7 +153,6 @@ def _start(
     model: str | os.PathLike[str] | Model, providers: Sequence[Any] | None, options: Any
 ) -> tuple[str, Any]:
     """Start ONNX Runtime; returns the model's name for messages, and the session."""
-    ort = onnxruntime()
     given: str | bytes
     if isinstance(model, str | os.PathLike):
         label, given = Path(model).name, os.fspath(model)
@@ -178,19 +161,17 @@ def _start(
             raise RunError(f"there is no model {given}", hint=hint)
     else:
         label, given, options = _in_memory(model, options)
-    chosen = [providers] if isinstance(providers, str) else list(providers or [_CPU])
+    chosen = read_providers(providers)
+    hint = "`onnx-adapt check` says whether a file that it needs is missing"
     try:
         with without_slot_warnings() as unwanted:
-            session = ort.InferenceSession(given, options, providers=chosen)
+            session = start_session(given, options, chosen, label=label, hint=hint)
             metadata = session.get_modelmeta().custom_metadata_map
             unwanted.update(_weight_names(metadata.get(KEY)))
-    except failures() as error:
+    except RunError as error:
         if found := recognised(_head(given), label):
             raise RunError(f"{label} is {found[0]}, no ONNX model", hint=found[1]) from error
-        raise RunError(
-            f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
-            hint="`onnx-adapt check` says whether a file that it needs is missing",
-        ) from error
+        raise
     record = metadata.get(borrowed.KEY)
     if record and isinstance(given, str):
         borrowed.check_borrowed_files(Path(given).parent, record, label)
@@ -203,9 +184,6 @@ def _head(given: str | bytes) -> bytes:
         return given[:HEAD]
     with open(given, "rb") as file:
         return file.read(HEAD)
-
-
-_CPU = "CPUExecutionProvider"
 
 
 def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
@@ -288,7 +266,7 @@ def _swappable(
                 hint="simplifiers do this; run them on the base first, then insert",
             )
     replaceable = {
-        weight.name: (tuple(item.shape), _ELEM_TYPES.get(item.type, item.type))
+        weight.name: (tuple(item.shape), ORT_TYPES.get(item.type, item.type))
         for weight in weights
         if (item := declared[weight.name])
     }

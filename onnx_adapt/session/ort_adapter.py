@@ -14,12 +14,10 @@ import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.files import load_adapter, read_adapter
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.ort import failures, onnxruntime, shortened
-
-_ELEM_TYPES = {DTYPES[name]: number for number, name in FLOATS.items()}
 
 Stamp = tuple[int, int, int]
 """The version of a file: its inode, size, and time of change in nanoseconds."""
@@ -129,7 +127,7 @@ def as_ort_value(array: Array) -> Any:
     """An OrtValue on an array's own memory; bfloat16 included, which numpy lacks."""
     kind = onnxruntime().OrtValue
     if array.dtype == DTYPES["bfloat16"]:
-        bits, number = array.view(np.uint16), _ELEM_TYPES[array.dtype]
+        bits, number = array.view(np.uint16), ELEM_TYPES["bfloat16"]
         return kind.ortvalue_from_numpy_with_onnx_type(bits, number)
     return kind.ortvalue_from_numpy(array)
 

@@ -121,7 +121,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenWeight:
+class ReplaceableWeight:
     """A weight of the base that adapters may replace: a trained head, a bias.
 
     Attributes:
@@ -175,7 +175,7 @@ class Manifest:
     canonical: bool
     inlined: bool
     slots: tuple[Slot, ...]
-    weights: tuple[OpenWeight, ...] = ()
+    weights: tuple[ReplaceableWeight, ...] = ()
     inputs: tuple[tuple[int, str], ...] = ()
     widened: tuple[Widened, ...] = ()
 
@@ -288,12 +288,12 @@ def _read_slot(item: dict[str, Any]) -> Slot:
     return slot
 
 
-def _read_weight(item: dict[str, Any]) -> OpenWeight:
+def _read_weight(item: dict[str, Any]) -> ReplaceableWeight:
     name, original = _typed(item["name"], str), _typed(item["original"], str)
     copied, swappable, trained = (
         bool(_typed(item[flag], bool)) for flag in ("copied", "swappable", "trained")
     )
-    return OpenWeight(name, original, copied, swappable, trained)
+    return ReplaceableWeight(name, original, copied, swappable, trained)
 
 
 def _read_widened(item: dict[str, Any]) -> Widened:
@@ -325,6 +325,6 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
     proto.metadata_props.add(key=KEY, value=text)
 
 
-def _record(item: Slot | OpenWeight | Widened) -> dict[str, object]:
+def _record(item: Slot | ReplaceableWeight | Widened) -> dict[str, object]:
     """The fields by name; they are flat, and `asdict` copies each of them, which shows."""
     return {each.name: getattr(item, each.name) for each in fields(item)}

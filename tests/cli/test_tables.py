@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnx_adapt.cli.show import print_table
+from onnx_adapt.cli.outputs import print_table
 
 
 @pytest.mark.parametrize(

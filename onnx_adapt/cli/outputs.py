@@ -1,4 +1,7 @@
-"""How results look: tables for people, one JSON document for machines, talk on stderr."""
+"""What commands share in writing results.
+
+Results go to stdout, as tables or as one JSON document; messages go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from onnx_adapt.errors import AdaptError
+from onnx_adapt.errors import AdaptError, SaveError
 from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
@@ -26,38 +29,38 @@ if TYPE_CHECKING:
 _QUIET = "onnx_adapt.quiet"
 
 _HIDDEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-"""What JSON may hold as it is, and a terminal obeys: controls of ISO 6429, of direction."""
+"""Characters that JSON allows but that control a terminal (ISO 6429, text direction)."""
 
 
 def be_quiet(ctx: click.Context) -> None:
-    """Say nothing more while this command runs; errors are still said."""
+    """Silence `say` while this command runs; errors are still printed."""
     ctx.meta[_QUIET] = True
 
 
 def is_quiet() -> bool:
-    """Whether nobody wants to hear anything but errors."""
+    """Whether only errors are to be printed on stderr."""
     ctx = click.get_current_context(silent=True)
     return ctx is not None and _QUIET in ctx.meta
 
 
 def say(text: str) -> None:
-    """Talk to the person, on stderr; that nobody can hear it is no failure."""
+    """Print a message on stderr; a closed stderr is no error."""
     if not is_quiet():
         with contextlib.suppress(OSError):
             click.echo(plain(text), err=True)
 
 
 def say_next(*words: str | Path) -> None:
-    """Say which command is likely to be of use now."""
+    """Suggest the command that usually comes next."""
     say(f"next: onnx-adapt {shlex.join(map(str, words))}")
 
 
 def emit(text: str = "") -> None:
-    """Print a result on stdout; what its encoding lacks is escaped.
+    """Print a result on stdout; characters that its encoding lacks are escaped.
 
     Raises:
-        AdaptError: If the result cannot be written. A reader that went away (`| head`)
-            has all it wants.
+        AdaptError: If the result cannot be written. A reader that closed its end of the
+            pipe (`| head`) is no error.
     """
     encoding = _encoding()
     try:
@@ -72,7 +75,7 @@ def emit(text: str = "") -> None:
 
 
 def drop_output() -> None:
-    """Let go of what stdout could not take: it would fail again when Python exits."""
+    """Discard what is left to print; Python would try again at exit and fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -93,8 +96,8 @@ def print_json(document: dict[str, Any]) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table on stdout; numbers are right-aligned, nothing is cut when piped.
 
-    On a terminal that is too narrow only prose is wrapped. A name that was broken could
-    not be copied: if names do not fit, each row becomes a paragraph.
+    On a narrow terminal only sentences are wrapped, because a name that is broken into
+    two lines cannot be copied. If the names do not fit, each row becomes a paragraph.
     """
     given = [list(row) for row in rows]
     numbers = [
@@ -112,10 +115,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 _SHORT = 16
-"""Columns of a cell that shares its line with others."""
+"""The longest cell that shares its line with other cells in a paragraph."""
 
 _PROSE = 24
-"""Columns that text of several words needs at least."""
+"""The narrowest column for text of several words."""
 
 
 def _fits(columns: Sequence[str], body: Sequence[Sequence[str]], width: int) -> bool:
@@ -153,7 +156,7 @@ def _terminal_table(
 
 
 def _paragraphs(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Each row over several lines: the first cell, the long ones, the short ones together."""
+    """Each row as several lines: the first cell, each long cell, then all short cells."""
     rest = range(1, len(columns))
     long = [i for i in rest if any(len(row[i]) > _SHORT for row in body)]
     lines = []
@@ -168,7 +171,7 @@ def _paragraphs(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[s
 def _piped_table(
     columns: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[bool]
 ) -> str:
-    """The same without a terminal's width and colours; rich takes seconds for 10,000 lines."""
+    """The table without colours or wrapping; rich takes seconds for 10,000 lines."""
     from rich.cells import cell_len
 
     lines = [columns, *body]
@@ -188,7 +191,7 @@ def _piped_table(
 
 
 def size_text(size: int) -> str:
-    """A number of bytes for people: `69.1 MB`."""
+    """A number of bytes in words, such as `69.1 MB`."""
     value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value /= 1000
@@ -197,12 +200,31 @@ def size_text(size: int) -> str:
 
 
 def file_label(adapter: Adapter) -> str:
-    """An adapter's name as a part of a file name: nothing in it leads elsewhere."""
+    """An adapter's name as part of a file name, without path separators."""
     return re.sub(r"[^\w.-]+", "_", adapter.name).strip(".") or "adapter"
 
 
+def output_path(model: str, output: str | None, kind: str) -> Path:
+    """The path to write to; by default `MODEL.<kind>.onnx` beside the model."""
+    return Path(model).with_suffix(f".{kind}.onnx") if output is None else Path(output)
+
+
+def refuse_to_replace(output: str | Path, *read: str | Path) -> None:
+    """Refuse an output path that is one of the files that a command reads.
+
+    Raises:
+        SaveError: If it is.
+    """
+    for path in read:
+        if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
+            raise SaveError(
+                f"the output would replace {path}, which is read",
+                hint="choose another path for the output",
+            )
+
+
 def tell_saved(saved: Saved) -> None:
-    """Say on stderr what a save wrote."""
+    """Print on stderr which files a save wrote."""
     say(f"wrote {saved.path} ({size_text(saved.size)})")
     if saved.externalised:
         say(
@@ -215,7 +237,7 @@ def tell_saved(saved: Saved) -> None:
 
 
 def tell_thin(base: Model, saved: Saved) -> None:
-    """Say on stderr what a thin model needs."""
+    """Print on stderr which files a thin model needs."""
     if not saved.weights_in:
         say(f"note: no weight is large enough to stay in {base.label}; the result is whole")
         return

@@ -1,55 +1,59 @@
-"""What is known and made while a checkpoint is placed in a graph."""
+"""The placement of a checkpoint in one graph: what it works with, and the slots so far."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from onnx_adapt.checkpoints.modules.cores import Core, Use
+from onnx_adapt.checkpoints.modules.calls import LayerCall, ParameterInput
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.names import free_name
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
+from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.names import inner_name
 from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
 
 
-class Places(Protocol):
-    """Finds the modules of a checkpoint in a graph, by their paths there."""
+class ModuleFinder(Protocol):
+    """Finds modules in a graph by their paths there."""
 
     def known(self) -> list[str]:
-        """The modules there are."""
+        """The paths of all modules."""
 
     def stored(self) -> list[str]:
-        """The modules of which no more than a weight's name is known."""
+        """The paths of modules that are known only from the name of a weight."""
 
-    def cores(self, module: str, *, called: bool = True) -> list[Core]:
-        """The calls of a module, or at least the layers with its weights."""
+    def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
+        """The calls of a module; if not `called`, layers that only read its weights count."""
 
-    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+    def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
-        """What a module hands to the rest of the model."""
+        """The tensors that a module passes to the rest of the model, each with its graph."""
 
     def missing(self, module: str) -> CheckpointError:
-        """Why a module has no calls."""
+        """The error that says why a module has no calls."""
+
+
+_PLAIN = Form()
 
 
 @dataclass(slots=True)
-class Workshop:
-    """What is known and made while a checkpoint is placed in a graph.
+class Placement:
+    """The placement of a checkpoint in one graph: what it works with, and the slots so far.
 
     Attributes:
         model: The model.
         survey: Its survey.
-        places: Finds modules.
+        finder: Finds the modules in the graph.
         names: The graph's path for each module of the checkpoint.
         taken: Names that slots already have.
         slots: The slots so far.
@@ -58,39 +62,34 @@ class Workshop:
 
     model: Model
     survey: Survey
-    places: Places
+    finder: ModuleFinder
     names: Mapping[str, str]
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
 
-    def calls(self, module: str) -> list[Core]:
+    def calls(self, module: str) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
 
         Raises:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
-        found = self.places.cores(path)
+        found = self.finder.calls(path)
         if not found:
-            raise self.places.missing(path)
+            raise self.finder.missing(path)
         return found
 
     def add(
-        self,
-        target: Site,
-        name: str,
-        parts: Mapping[str, Array],
-        *,
-        source: str = "",
-        source_width: int = 0,
-        activation: str = "identity",
-        plus: str = "",
-        norm: str = "",
-        norm_after: str = "",
-        window: tuple[int, ...] = (),
+        self, target: Site, name: str, parts: Mapping[str, Array], form: Form = _PLAIN
     ) -> None:
         """Add a slot with its weights.
+
+        Args:
+            target: The place.
+            name: What to call the slot; a number is added if another has the name.
+            parts: The weights by part.
+            form: What the slot computes; its parts are those of the weights.
 
         Raises:
             CheckpointError: If the site cannot take it.
@@ -106,31 +105,8 @@ class Workshop:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
-        ordered = sorted(parts, key=PARTS.index)
-        inner = inner_name(unique)
-        slot = Slot(
-            name=unique,
-            graph=target.graph,
-            node=target.node,
-            tensor=target.tensor,
-            inner=inner,
-            output=target.tensor,
-            source=source if source and source != target.tensor else inner,
-            width=width,
-            source_width=source_width or width,
-            dtype=target.dtype,
-            axis=target.axis or -1,
-            rank=(target.rank or 0) if target.axis == 1 else 0,
-            activation=activation,
-            parts=tuple(ordered),
-            plus=plus,
-            norm=norm,
-            norm_after=norm_after,
-            module=target.module or "",
-            swappable=True,
-            bottleneck=0,
-            window=window,
-        )
+        ordered = tuple(sorted(parts, key=PARTS.index))
+        slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
         weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
@@ -144,7 +120,7 @@ class Workshop:
 def _check_weights(
     slot: Slot, given: Mapping[str, Array], weights: Mapping[str, Array]
 ) -> None:
-    """Refuse weights that do not fit their slot, or are no numbers."""
+    """Refuse weights that do not fit their slot, or hold NaN or infinity."""
     size = bottleneck_of(slot, weights)
     for part, value in weights.items():
         expected = part_shape(slot, part, size)
@@ -162,7 +138,7 @@ def _check_weights(
 
 
 def _width_of(parts: Mapping[str, Array]) -> int | None:
-    """The width that a slot's weights have been trained for."""
+    """The width that weights were trained for; None if they do not tell."""
     for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
         if part in parts and parts[part].ndim <= 2:
             return int(parts[part].shape[axis])
@@ -170,7 +146,7 @@ def _width_of(parts: Mapping[str, Array]) -> int | None:
 
 
 def _laid_out(slot: Slot, part: str, value: Array) -> Array:
-    """A vector over channels with the trailing ones of Conv's layout."""
+    """Add the trailing axes of size 1 that Conv's layout needs to a vector over channels."""
     if slot.axis == 1 and part in ("scale", "gain"):
         return value.reshape(-1, *(1,) * (slot.rank - 2))
     return value

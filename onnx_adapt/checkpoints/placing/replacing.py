@@ -1,0 +1,120 @@
+"""Plan the replacement of weights of the base: heads, biases, norms."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from onnx_adapt.checkpoints.edits import Replacement
+from onnx_adapt.checkpoints.modules.calls import ParameterInput, read_weight
+from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
+from onnx_adapt.graph.replaceable import ReplacementPlan
+from onnx_adapt.model.tensors import tensor_of
+from onnx_adapt.slot.manifest import ReplaceableWeight
+
+
+def plan_replacement(placement: Placement, edit: Replacement) -> tuple[ReplacementPlan, Array]:
+    """Describe how one weight of the base becomes replaceable, and what replaces it.
+
+    Raises:
+        CheckpointError: If the graph has no such weight, or one of another shape.
+    """
+    path = f"{placement.names[edit.module]}.{edit.parameter}"
+    inputs = _inputs(placement, placement.names[edit.module], edit.parameter)
+    if not inputs:
+        raise CheckpointError(
+            f"the checkpoint replaces {path!r}, which was not found in the graph",
+            hint="was it folded away by an optimiser? export the base again",
+        )
+    first = inputs[0]
+    current = read_weight(placement.model, first.view, first.tensor)
+    value = edit.value.T if first.transposed else edit.value
+    if value.shape != current.shape:
+        raise CheckpointError(
+            f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
+            f"{list(current.T.shape if first.transposed else current.shape)}",
+            hint="was the base exported with another head?",
+        )
+    stored = first.view.constant(first.tensor)
+    direct = stored is not None and stored.name == first.tensor
+    elem_type = _elem_type(first)
+    dtype = DTYPES[FLOATS[elem_type]]
+    name = f"base.{path}"
+    if direct and stored is not None:
+        default = onnx.TensorProto()
+        default.CopyFrom(stored)
+        default.name = name
+    else:
+        default = tensor_of(name, current.astype(dtype))
+    weight = ReplaceableWeight(
+        name=name,
+        original=first.tensor,
+        copied=not direct or not _is_alone(placement, inputs),
+        swappable=True,
+        trained=False,
+    )
+    readers = tuple((i.view.scope.path, i.index, i.position) for i in inputs)
+    return ReplacementPlan(weight, default, readers), np.ascontiguousarray(value, dtype)
+
+
+def _elem_type(item: ParameterInput) -> int:
+    weight = find_weight(item.view, item.tensor)
+    elem_type = weight.elem_type if weight else 0
+    if elem_type not in FLOATS:
+        raise CheckpointError(
+            f"{item.tensor!r} is quantised or no float; a trained weight cannot replace it",
+            hint="insert the adapter into the model before it is quantised",
+        )
+    return elem_type
+
+
+def _is_alone(placement: Placement, inputs: list[ParameterInput]) -> bool:
+    """Whether only these inputs read the tensor, and it is stored in the main graph."""
+    tensor, known = inputs[0].tensor, {(id(item.node), item.position) for item in inputs}
+    home = inputs[0].view.home(tensor)
+    if home is not placement.survey.index.main or tensor in home.outputs:
+        return False
+    if any(tensor == value.name for value in home.scope.graph.input):
+        return False
+    readers = [
+        (id(node), position)
+        for view in placement.survey.index.views.values()
+        for node in view.nodes
+        for position, name in enumerate(node.input)
+        if name == tensor
+    ]
+    return set(readers) == known and all(item.tensor == tensor for item in inputs)
+
+
+def _inputs(placement: Placement, module: str, parameter: str) -> list[ParameterInput]:
+    found: list[ParameterInput] = []
+    for call in placement.finder.calls(module, called=False):
+        operator = OPERATORS[call.node.op_type]
+        if call.span is not None:
+            raise CheckpointError(
+                f"the checkpoint replaces '{module}.{parameter}', which is packed with "
+                f"others in node {call.node.name!r}",
+                hint="build the model with --extra_options fuse_qkv=false",
+            )
+        if parameter == "weight":
+            found.append(
+                ParameterInput(call.view, call.node, operator.weight, call.stored_in_out)
+            )
+        elif operator.bias is not None and operator.has_bias(call.node):
+            found.append(ParameterInput(call.view, call.node, operator.bias, False))
+        else:
+            found += _added_bias(call.view, call.raw, call.output)
+    return found or placement.finder.norm_inputs(module, parameter)
+
+
+def _added_bias(view: GraphView, raw: str, output: str) -> list[ParameterInput]:
+    return [
+        ParameterInput(view, node, 1 - list(node.input).index(raw), False)
+        for node in view.readers(raw)
+        if node.op_type == "Add" and output in node.output
+    ]
