@@ -73,7 +73,7 @@ def _counted(model: oa.Model, folder: Path) -> tuple[oa.AdapterSession, Any]:
     session = oa.AdapterSession(model, session_options=options)
 
     def runs() -> int:
-        events = json.loads(Path(session._engine.session.end_profiling()).read_text())
+        events = json.loads(Path(session._model.session.end_profiling()).read_text())
         return sum(event["name"] == "model_run" for event in events)
 
     return session, runs
