@@ -27,7 +27,7 @@ import sys, numpy, onnx_adapt as oa
 folder, baked = sys.argv[1], sys.argv[2:] == ["baked"]
 base = oa.open_model(f"{folder}/base.onnx")
 trained = oa.load_checkpoint(f"{folder}/adapter", base)
-model = oa.insert(base, checkpoint=trained, baked=baked)
+model = oa.insert_checkpoint(base, trained, baked=baked)
 feeds = dict(numpy.load(f"{folder}/inputs.npz"))
 session = oa.AdapterSession(model)
 found = session.run(feeds, adapter=None if baked else trained.adapter)

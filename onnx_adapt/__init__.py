@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
     from onnx_adapt.edit.convert import convert
     from onnx_adapt.edit.fill import bake, extract, fill
-    from onnx_adapt.edit.insert import insert, list_slots, remove
+    from onnx_adapt.edit.insert import insert, list_slots
+    from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
+    from onnx_adapt.edit.remove import remove
     from onnx_adapt.errors import AdaptError
-    from onnx_adapt.graph.sites import Site, find_sites
+    from onnx_adapt.graph.site import Site
+    from onnx_adapt.graph.sites import find_sites
     from onnx_adapt.model.file import Model, open_model, save_model
     from onnx_adapt.proof.calibration import calibrate
     from onnx_adapt.proof.result import Report
@@ -39,7 +42,7 @@ _HOMES = {
     "Checkpoint": "checkpoints.load",
     "Model": "model.file",
     "Report": "proof.result",
-    "Site": "graph.sites",
+    "Site": "graph.site",
     "Slot": "slot.manifest",
     "bake": "edit.fill",
     "blend": "adapter.blending",
@@ -50,12 +53,13 @@ _HOMES = {
     "fill": "edit.fill",
     "find_sites": "graph.sites",
     "insert": "edit.insert",
+    "insert_checkpoint": "edit.insert_checkpoint",
     "list_slots": "edit.insert",
     "load_adapter": "adapter.files",
     "load_checkpoint": "checkpoints.load",
     "make_adapter": "adapter.own_weights",
     "open_model": "model.file",
-    "remove": "edit.insert",
+    "remove": "edit.remove",
     "save_adapter": "adapter.files",
     "save_model": "model.file",
     "verify": "proof.verify",
@@ -79,6 +83,7 @@ __all__ = [
     "fill",
     "find_sites",
     "insert",
+    "insert_checkpoint",
     "list_slots",
     "load_adapter",
     "load_checkpoint",

@@ -513,10 +513,13 @@ REFUSED = {
         "bert_tf4_dynamo",
         adapters.LoReftConfig(),
         "reft",
-        "LoReFT edits chosen positions",
+        "ReFT edits hidden states at chosen positions",
     ),
     "bert_vera": Case(
-        "bert_tf4_dynamo", adapters.VeraConfig(r=4), "VeRA", "VeRA is not supported"
+        "bert_tf4_dynamo",
+        adapters.VeraConfig(r=4),
+        "VeRA",
+        "VeRA scales random matrices that all modules share",
     ),
     "bert_mam": Case(
         "bert_tf4_dynamo",
@@ -524,7 +527,7 @@ REFUSED = {
             adapters.PrefixTuningConfig(bottleneck_size=8, prefix_length=4), par_bn()
         ),
         "union of prefix tuning and ParBn",
-        "a union with prefix tuning is not supported",
+        "a union of several methods is one adapter only in its library",
     ),
     "bert_unipelt": Case(
         "bert_tf4_dynamo",
@@ -534,13 +537,13 @@ REFUSED = {
             lora("q", "v", use_gating=True),
         ),
         "union of prefix tuning, SeqBn and LoRA",
-        "a union with prefix tuning is not supported",
+        "a union of several methods is one adapter only in its library",
     ),
     "albert_seq_bn": Case(
         "albert_tf4_torchscript",
         seq_bn(),
         "ALBERT",
-        "adapters 1.3.0 swaps the arguments of its layers in ALBERT",
+        "bottleneck adapters of model type 'albert' are not supported",
     ),
 }
 

@@ -68,7 +68,7 @@ def trained() -> dict[str, Any]:
     """A tiny BERT with a LoRA and a classifier that PEFT trained, in both file formats."""
     base = oa.open_model(TRAINED / "base.onnx")
     checkpoint = oa.load_checkpoint(TRAINED / "adapter", base, name="trained")
-    oa.save_model(oa.insert(base, checkpoint=checkpoint), MADE / "bert.onnx")
+    oa.save_model(oa.insert_checkpoint(base, checkpoint), MADE / "bert.onnx")
     files = ["bert.safetensors", "bert.onnx_adapter"]
     for file in files:
         oa.save_adapter(checkpoint.adapter, MADE / file)

@@ -49,7 +49,7 @@ def open_session(folder: Path) -> oa.AdapterSession:
     """Put the slots in with one adapter, turn the other into a file for the same slots."""
     base = oa.open_model(fetch("minilm-l3"))
     mood = oa.load_checkpoint(HERE / "adapters/mood", base)
-    adapted = oa.insert(base, checkpoint=mood)
+    adapted = oa.insert_checkpoint(base, mood)
     source = oa.convert(HERE / "adapters/source", adapted)
     oa.save_model(adapted, folder / "adapted.onnx")
     files = {}

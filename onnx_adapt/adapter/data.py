@@ -9,10 +9,8 @@ import numpy as np
 
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.slot.manifest import weight_name
+from onnx_adapt.slot.names import split_weight, weight_name
 from onnx_adapt.slot.record import Extra
-
-_PREFIX = "adapter."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,8 @@ def adapter_from_tensors(
                 f"tensor {key!r} of adapter {name!r} is {array.dtype}",
                 hint=f"adapters hold {', '.join(DTYPES)}",
             )
-        slot, dot, part = key.removeprefix(_PREFIX).rpartition(".")
-        if key.startswith(_PREFIX) and dot and slot:
+        if found := split_weight(key):
+            slot, part = found
             weights.setdefault(slot, {})[part] = np.asarray(array, order="C")
         else:
             replaced[key] = np.asarray(array, order="C")

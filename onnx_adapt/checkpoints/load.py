@@ -14,29 +14,23 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
-from onnx_adapt.checkpoints.modules.cores import refuse_fused
+from onnx_adapt.checkpoints.modules.calls import refuse_fused
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
     refuse_other_part,
     refuse_unmapped,
 )
-from onnx_adapt.checkpoints.modules.packed import packed_cores
-from onnx_adapt.checkpoints.placing.opening import open_weight
+from onnx_adapt.checkpoints.modules.packed import packed_calls
 from onnx_adapt.checkpoints.placing.place import place
-from onnx_adapt.checkpoints.placing.workshop import Workshop
-from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
-from onnx_adapt.checkpoints.readers.folder import (
-    Folder,
-    name_damage,
-    read_folder,
-    read_state_dict,
-)
-from onnx_adapt.checkpoints.readers.peft import peft_edits
+from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import plan_replacement
+from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, read_state_dict
+from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.names import reserved_names
-from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.sites import survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
@@ -52,13 +46,13 @@ class Checkpoint:
     Attributes:
         adapter: The weights.
         slots: The slots, as they are to be inserted.
-        openings: Weights of the base that the adapter replaces.
+        replacements: Weights of the base that the adapter replaces.
         base: Fingerprint of the graph it was placed in.
     """
 
     adapter: Adapter
     slots: tuple[Slot, ...]
-    openings: tuple[Opening, ...]
+    replacements: tuple[ReplacementPlan, ...]
     base: str
 
 
@@ -88,80 +82,82 @@ def load_checkpoint(
         4
     """
     folder = read_folder(Path(path))
-    with name_damage(folder):
-        edits = peft_edits(folder) if folder.library == "peft" else adapterhub_edits(folder)
+    edits = read_edits(folder)
     survey = survey_model(model)
     refuse_fused(survey, edits)
-    places: ByName | ByValue = ByName(survey, packed_cores(survey))
+    finder: ByName | ByValue = ByName(survey, packed_calls(survey))
     if base_weights is not None:
         file = Path(base_weights)
-        places = find_by_value(model, survey, read_state_dict(file), file.name)
-    edits, names = _map(folder, edits, places, parts_shown(model.proto, survey.modules.paths))
+        finder = find_by_value(model, survey, read_state_dict(file), file.name)
+    edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
     manifest = read_manifest(model.proto)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
-    shop = Workshop(model, survey, places, names, taken)
+    placement = Placement(model, survey, finder, names, taken)
     replaced: dict[str, Array] = {}
-    openings: list[Opening] = []
+    plans: list[ReplacementPlan] = []
     for edit in edits:
         with name_damage(folder, edit.module):
             if isinstance(edit, Replacement):
-                _open(shop, edit, openings, replaced)
-                _refuse_opened(openings[-1], manifest)
+                _replace(placement, edit, plans, replaced)
+                _refuse_replaced(plans[-1], manifest)
             else:
-                place(shop, edit)
+                place(placement, edit)
     identity = manifest.fingerprint if manifest else fingerprint(model)
     adapter = Adapter(
         name or str(folder.config.get("name") or "") or folder.path.resolve().name,
-        shop.weights,
+        placement.weights,
         replaced,
-        {slot.name: slot.activation for slot in shop.slots},
+        {slot.name: slot.activation for slot in placement.slots},
         identity,
     )
-    return Checkpoint(adapter, tuple(shop.slots), tuple(openings), identity)
+    return Checkpoint(adapter, tuple(placement.slots), tuple(plans), identity)
 
 
-def _refuse_opened(opening: Opening, manifest: Manifest | None) -> None:
+def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:
     """A weight can be replaced by the adapter of one insertion."""
-    if manifest and opening.weight.original in {weight.name for weight in manifest.weights}:
+    if manifest and plan.weight.original in {weight.name for weight in manifest.weights}:
         raise CheckpointError(
-            f"{opening.weight.original!r} of the model is replaced by an adapter already",
+            f"{plan.weight.original!r} of the model is replaced by an adapter already",
             hint="`onnx-adapt convert` gives another adapter for the same slots; else insert "
             "into the base model",
         )
 
 
-def _open(
-    shop: Workshop, edit: Replacement, openings: list[Opening], replaced: dict[str, Array]
+def _replace(
+    placement: Placement,
+    edit: Replacement,
+    plans: list[ReplacementPlan],
+    replaced: dict[str, Array],
 ) -> None:
     """Make a weight replaceable, once: a head's bias can have two names."""
-    opening, value = open_weight(shop, edit)
-    twin = next((other for other in openings if {*other.uses} & {*opening.uses}), None)
+    plan, value = plan_replacement(placement, edit)
+    twin = next((other for other in plans if {*other.readers} & {*plan.readers}), None)
     if twin is None:
-        openings.append(opening)
-        replaced[opening.weight.name] = value
+        plans.append(plan)
+        replaced[plan.weight.name] = value
     elif not np.array_equal(value, replaced[twin.weight.name]):
         raise CheckpointError(
-            f"{opening.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
+            f"{plan.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
             "and the checkpoint has two values for it"
         )
 
 
 def _map(
-    folder: Folder, edits: list[Edit], places: ByName | ByValue, shown: Collection[str]
+    folder: Folder, edits: list[Edit], finder: ByName | ByValue, shown: Collection[str]
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
     wanted = list(dict.fromkeys(edit.module for edit in edits))
-    known = places.known()
+    known = finder.known()
     head = {key.rpartition(".")[0] for key in folder.head}
     kind = str(folder.config.get("model_type", ""))
     names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
-    if not set(wanted) <= names.keys() and (stored := places.stored()):
+    if not set(wanted) <= names.keys() and (stored := finder.stored()):
         known = [*known, *stored]
         names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
     left_out = sorted(head - set(names))
-    if isinstance(places, ByValue):
-        left_out = sorted(head) if places.lacks_head(folder.head, names) else []
+    if isinstance(finder, ByValue):
+        left_out = sorted(head) if finder.lacks_head(folder.head, names) else []
     if left_out and any(module in names for module in wanted if module not in head):
         _log.warning(
             "left out the head saved beside the adapter: the graph has no %s",
@@ -169,7 +165,7 @@ def _map(
         )
         edits = [edit for edit in edits if edit.module not in left_out]
         wanted = [module for module in wanted if module not in left_out]
-    label = places.label if isinstance(places, ByValue) else ""
+    label = finder.label if isinstance(finder, ByValue) else ""
     refuse_other_part(wanted, names, known, kind=kind, shown=shown, file=label)
     refuse_unmapped(wanted, names, known, label)
     if not edits:

@@ -8,13 +8,20 @@ import click
 
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, say, say_next, size_text
+from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("convert", short_help="Turn a trained checkpoint into an adapter file.")
 @click.argument("checkpoint", type=click.Path())
 @click.option("--for", "model", required=True, type=click.Path(), help="The adapted model.")
-@click.option("-o", "--output", required=True, type=click.Path(), help="The adapter file.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file; its suffix tells the format: {suffix_list()}.",
+)
 @click.option("--name", default="", help="What to call the adapter.")
 @click.option("--base-weights", type=click.Path(), help="For a graph that lost its names.")
 @click.option("--allow-partial", is_flag=True, help="Leave slots without weights off.")
@@ -30,14 +37,12 @@ def command(
 ) -> None:
     """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for slots that exist.
 
-    The suffix of the output tells the format: .safetensors, .onnx_adapter or .npz.
-
     \b
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
     """
     import onnx_adapt as oa
     from onnx_adapt.errors import SaveError
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
@@ -48,7 +53,7 @@ def command(
         )
     with patience(f"reading {checkpoint}"):
         opened = oa.open_model(model)
-        keep_files(opened, output)
+        protect_files(opened, output)
         adapter = oa.convert(
             checkpoint,
             opened,

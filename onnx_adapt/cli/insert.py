@@ -20,6 +20,7 @@ from onnx_adapt.cli.show import (
     tell_thin,
 )
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+from onnx_adapt.formats import format_names, suffix_of
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option(
     "--format",
     "file_format",
-    default="safetensors",
-    type=click.Choice(["safetensors", "onnx_adapter", "npz"]),
+    default=format_names()[0],
+    type=click.Choice(format_names()),
     help="Of the adapter's file.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Default: MODEL.adapted.onnx.")
@@ -153,7 +154,7 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.adapter.files import encode_adapter
     from onnx_adapt.edit.ranges import widened_ranges
-    from onnx_adapt.model.destination import settle
+    from onnx_adapt.model.destination import resolve_destination
     from onnx_adapt.proof.saturation import range_warnings
 
     base = oa.open_model(model)
@@ -177,7 +178,7 @@ def command(
         else {
             "name": name,
             "base-weights": base_weights,
-            "format": file_format != "safetensors",
+            "format": file_format != format_names()[0],
         },
     )
     if batched:
@@ -188,20 +189,23 @@ def command(
             checkpoint = oa.load_checkpoint(
                 adapter, base, name=name, base_weights=base_weights
             )
-        adapted = oa.insert(
-            base,
-            after=after,
-            checkpoint=checkpoint,
-            activation=activation,
-            bias=bias,
-            source=source,
-            axis=axis,
-            bottleneck=bottleneck,
-            baked=not swappable,
-            batched=batched,
-            seed=seed,
-            inline_functions=inline_functions,
-        )
+            adapted = oa.insert_checkpoint(
+                base, checkpoint, baked=not swappable, batched=batched
+            )
+        else:
+            adapted = oa.insert(
+                base,
+                after=after,
+                activation=activation,
+                bias=bias,
+                source=source,
+                axis=axis,
+                bottleneck=bottleneck,
+                baked=not swappable,
+                batched=batched,
+                seed=seed,
+                inline_functions=inline_functions,
+            )
     trained = trained or (checkpoint.adapter if checkpoint else None)
     if calibrate and trained is None:
         raise click.UsageError(
@@ -211,7 +215,7 @@ def command(
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate)
     slots = [slot for slot in oa.list_slots(adapted) if slot.name not in before]
-    settle(path)  # before a proof that may take long
+    resolve_destination(path)  # before a proof that may take long
     warnings = [] if calibrate else range_warnings(adapted, slots)
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None
@@ -221,7 +225,7 @@ def command(
         if checkpoint is not None and swappable:
             place = Path(path).absolute()
             label = file_label(checkpoint.adapter)
-            weights = place.parent / f"{place.stem}.{label}.{file_format}"
+            weights = place.parent / f"{place.stem}.{label}{suffix_of(file_format)}"
         saved = oa.save_model(
             adapted,
             path,

@@ -39,7 +39,7 @@ def command(
       onnx-adapt remove model.adapted.onnx -o model.onnx
     """
     import onnx_adapt as oa
-    from onnx_adapt.edit.insert import base_notes
+    from onnx_adapt.edit.remove import base_notes
 
     adapted = oa.open_model(model)
     path = Path(model).with_suffix(".removed.onnx") if output is None else output

@@ -15,11 +15,11 @@ from onnx_adapt.cli.complete import adapter_names
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.show import print_json, print_table, say, say_next
 from onnx_adapt.errors import AdapterError, SaveError
+from onnx_adapt.formats import FORMATS, adapter_files, suffix_list
 
 if TYPE_CHECKING:
     from onnx_adapt.session.adapter_session import Choice
 
-_SUFFIXES = (".onnx_adapter", ".safetensors", ".npz")
 _BASE = "-"
 
 
@@ -29,7 +29,7 @@ _BASE = "-"
 @click.option(
     "--adapter",
     shell_complete=adapter_names,
-    help="A file, or the name of one beside MODEL.",
+    help=f"A {suffix_list()} file, or the NAME of MODEL.NAME with such a suffix.",
 )
 @click.option("--blend", help="Several with weights: a=0.7,b=0.3.")
 @click.option("--rows", help="One for each row of the batch, `-` for the base: a,b,-.")
@@ -60,7 +60,7 @@ def command(
 ) -> None:
     """Run MODEL on inputs, with an adapter, a blend of some, or one for each row.
 
-    An adapter is a file, or the NAME in MODEL.NAME.safetensors (or .onnx_adapter, .npz).
+    An adapter is a file, or the NAME in the name of a file such as MODEL.NAME.safetensors.
 
     \b
       onnx-adapt run adapted.onnx --inputs x.npz --adapter fr --compare base
@@ -72,14 +72,14 @@ def command(
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.feeds import read_arrays
 
     chosen, names = read_choice(adapter, blend, rows)
     files = {name: _file(Path(model), name) for name in names}
     _refuse_output(output, model, inputs, *files.values())
     if output is not None and Path(output).exists():
-        keep_files(oa.open_model(model), output)
+        protect_files(oa.open_model(model), output)
     feeds = read_arrays(Path(inputs))
     with (
         patience(f"running {model}"),
@@ -131,10 +131,10 @@ def _file(model: Path, name: str) -> Path:
     Raises:
         AdapterError: If there is none, or several.
     """
-    if Path(name).suffix in _SUFFIXES:
+    if Path(name).suffix in FORMATS:
         return Path(name)
     labels = (f"{model.stem}.{name}", name)
-    beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in _SUFFIXES]
+    beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in FORMATS]
     found = [path for path in beside if path.is_file()]
     if len(found) == 1:
         return found[0]
@@ -142,8 +142,7 @@ def _file(model: Path, name: str) -> Path:
         raise AdapterError(
             f"{name!r} means {' and '.join(map(str, found))}", hint="give the path of one"
         )
-    patterns = ("*.onnx_adapter", "*.safetensors", f"{model.stem}.*.npz")
-    present = sorted(p.name for s in patterns for p in model.absolute().parent.glob(s))
+    present = [path.name for path in adapter_files(model)]
     raise AdapterError(
         f"there is no adapter {name!r}: no such file, and none called {labels[0]} beside the "
         "model",

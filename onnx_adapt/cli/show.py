@@ -204,7 +204,7 @@ def file_label(adapter: Adapter) -> str:
 def tell_saved(saved: Saved) -> None:
     """Say on stderr what a save wrote."""
     say(f"wrote {saved.path} ({size_text(saved.size)})")
-    if saved.moved_out:
+    if saved.externalised:
         say(
             f"note: with its weights {saved.path.name} would pass protobuf's 2 GB; they are "
             f"in {saved.data[-1].name}, which belongs beside it"

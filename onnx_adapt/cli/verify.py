@@ -54,7 +54,7 @@ def command(
       onnx-adapt verify model.onnx model.adapted.onnx --adapter fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.report.overview import overview
 
@@ -67,7 +67,7 @@ def command(
         if html:
             models = oa.open_model(base), oa.open_model(adapted)
             for model in models:
-                keep_files(model, html)
+                protect_files(model, html)
             found = overview(*models, **given, stage=stage)
             report = found.report
         else:

@@ -11,34 +11,34 @@ from onnx import helper
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.weights import drop_named
-from onnx_adapt.graph.replaceable import Opening
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
-from onnx_adapt.slot.manifest import OpenWeight, write_manifest
+from onnx_adapt.slot.manifest import ReplaceableWeight, write_manifest
 
 
-def open_base_weights(proto: onnx.ModelProto, openings: Iterable[Opening]) -> None:
+def make_replaceable(proto: onnx.ModelProto, plans: Iterable[ReplacementPlan]) -> None:
     """Make weights of the base replaceable, in place: each an initializer and an input."""
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
-    for opening in openings:
-        weight = opening.weight
+    for plan in plans:
+        weight = plan.weight
         if weight.copied:
-            proto.graph.initializer.append(opening.default)
+            proto.graph.initializer.append(plan.default)
         else:
             stored[weight.original].name = weight.name
         if weight.swappable:
             declared = helper.make_tensor_value_info(
-                weight.name, opening.default.data_type, list(opening.default.dims)
+                weight.name, plan.default.data_type, list(plan.default.dims)
             )
             proto.graph.input.append(declared)
-        for graph, node, position in opening.uses:
+        for graph, node, position in plan.readers:
             graphs[graph].node[node].input[position] = weight.name
 
 
-def close_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
-    """Undo `open_base_weights`, in place."""
+def undo_replaceable(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight]) -> None:
+    """Undo `make_replaceable`, in place."""
     weights = tuple(weights)
     originals = {weight.name: weight.original for weight in weights}
     drop_named(proto.graph.input, set(originals))

@@ -12,7 +12,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.checkpoints.load import load_checkpoint
 from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.edit.insert import remove
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
@@ -46,7 +46,7 @@ def convert(
         >>> case = "tests/cases/peft_bert_lora_default_ts"
         >>> base = oa.open_model(case + "/base.onnx")
         >>> checkpoint = oa.load_checkpoint(case + "/adapter", base)
-        >>> model = oa.insert(base, checkpoint=checkpoint)
+        >>> model = oa.insert_checkpoint(base, checkpoint)
         >>> len(oa.convert(case + "/adapter", model, name="again").weights)
         4
     """

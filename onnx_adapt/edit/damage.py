@@ -16,6 +16,7 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
+from onnx_adapt.slot.names import slot_prefix, split_node
 from onnx_adapt.slot.weights import bottleneck_axis
 
 
@@ -92,10 +93,10 @@ def _lost_record(model: Model) -> list[str]:
     if read_manifest(model.proto) is not None:
         return []
     names = {
-        name.removeprefix("adapter.").rpartition("/")[0]
+        found[0]
         for scope in walk.scopes(model.proto.graph)
-        for name in (str(node.name) for node in scope.graph.node)
-        if name.startswith("adapter.") and "/" in name
+        for node in scope.graph.node
+        if (found := split_node(str(node.name)))
     }
     if not names:
         return []
@@ -172,7 +173,7 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
 
     ONNX Runtime believes them and plans memory by them.
     """
-    free = {f"adapter.{slot.name}": slot for slot in slots if not slot.bottleneck}
+    free = {slot_prefix(slot.name): slot for slot in slots if not slot.bottleneck}
     for scope in walk.scopes(proto.graph):
         for value in scope.graph.value_info:
             prefix, _, label = value.name.rpartition("/")

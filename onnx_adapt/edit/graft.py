@@ -29,7 +29,7 @@ from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import (
     SLOT_KEY,
     Manifest,
-    OpenWeight,
+    ReplaceableWeight,
     Slot,
     read_manifest,
     slot_of,
@@ -57,7 +57,7 @@ def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
     return Manifest(fingerprint(model), ir_version, bool(canonical), inlined, ())
 
 
-def put_in(
+def insert_slots(
     model: Model,
     index: ModelIndex,
     known: Manifest,
@@ -74,10 +74,10 @@ def put_in(
         check_slot(slot, opset)
     for twice in _given_twice(index):
         _log.warning("initializer %r is there more than once; the last one counts", twice)
-    placed = _put_nodes(index, slots, known.slots, opset)
+    placed = _insert_nodes(index, slots, known.slots, opset)
     _record_targets(index, slots)
     if model.proto.ir_version < _OLDEST_IR:
-        known = replace(known, inputs=_take_inputs(model.proto, known.weights))
+        known = replace(known, inputs=_drop_weight_inputs(model.proto, known.weights))
         model.proto.ir_version = _OLDEST_IR
     for slot in slots:
         add_weights(model.proto, slot, weights[slot.name])
@@ -94,13 +94,13 @@ def _given_twice(index: ModelIndex) -> list[str]:
     return found
 
 
-def _take_inputs(
-    proto: onnx.ModelProto, opened: Sequence[OpenWeight]
+def _drop_weight_inputs(
+    proto: onnx.ModelProto, replaceable: Sequence[ReplaceableWeight]
 ) -> tuple[tuple[int, str], ...]:
     """Let weights be weights alone, in place; before IR 4 they had to be inputs as well."""
     stored = {tensor.name for tensor in proto.graph.initializer}
-    stored |= {weight.original for weight in opened}
-    stored -= {weight.name for weight in opened}
+    stored |= {weight.original for weight in replaceable}
+    stored -= {weight.name for weight in replaceable}
     inputs = proto.graph.input
     found = [(i, value) for i, value in enumerate(inputs) if value.name in stored]
     taken = tuple((i, value.SerializeToString().hex()) for i, value in found)
@@ -108,7 +108,7 @@ def _take_inputs(
     return taken
 
 
-def restore_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
+def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
     """Undo what insertion did to a model of an IR before 4, in place.
 
     Raises:
@@ -126,17 +126,27 @@ def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProt
     """Write down that a batched slot's output, and the terms of it, are as its target.
 
     What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and
-    would not fuse the sum with what follows.
+    would not fuse the sum with what follows. Where no symbol of the inputs can be inferred
+    for an axis, the one that the base records for its tensor is repeated.
     """
     view = index.views[slot.graph]
     graph = view.scope.graph
     made = {node.output[0] for node in nodes[:-1]}
     terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
     there = {value.name for value in (*graph.value_info, *graph.output)}
-    known = view.inferred.get(slot.tensor, UNKNOWN)
+    known = view.inferred.get(slot.tensor, UNKNOWN).shape or ()
+    recorded = view.records.get(slot.tensor, UNKNOWN).shape or ()
     inputs = index.main.scope.graph.input
     symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
-    shape = [d if isinstance(d, int) or d in symbols else None for d in known.shape or ()]
+    pairs = zip(known, recorded if len(recorded) == len(known) else known, strict=True)
+    shape = [
+        size
+        if isinstance(size, int) or size in symbols
+        else other
+        if other in symbols
+        else None
+        for size, other in pairs
+    ]
     for name in sorted({slot.output, *terms} - there) if shape else ():
         _record(view, graph, slot, name, shape)
 
@@ -171,7 +181,7 @@ def _record(
     graph.value_info.append(declared)
 
 
-def _put_nodes(
+def _insert_nodes(
     index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
 ) -> tuple[Slot, ...]:
     """Put the nodes of new slots into the graphs, in place.
@@ -222,7 +232,7 @@ def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
             node.output[i] = new
 
 
-def take_out(
+def remove_nodes(
     proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
 ) -> tuple[Slot, ...]:
     """Delete the nodes of slots and reconnect what was around them, in place.

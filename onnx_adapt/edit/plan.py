@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -12,38 +12,31 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
+from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import node_name
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What every slot of one insertion has in common.
+    """What the user asks of every slot of one insertion.
 
     Attributes:
-        activation: Between the projections.
-        parts: The slots' weights.
+        form: What the slots have in common, but for the tensors that they read.
         source: Name of the tensor the adapter reads; '' is the target itself.
         axis: The feature axis, if the user names it.
         norm: Name of the base's normalisation to re-apply to the source, or ''.
-        norm_after: What the slots' own normalisation wraps: `term`, `sum` or ''.
-        swappable: Whether weights can be fed.
-        bottleneck: Inner size, or 0 to leave it to each adapter.
-        seed: For fresh weights.
-        batched: Whether one run can give each row of a batch another adapter.
+        seed: Seed of the fresh weights.
     """
 
-    activation: str = "relu"
-    parts: tuple[str, ...] = ("down", "up")
+    form: Form
     source: str = ""
     axis: int | None = None
     norm: str = ""
-    norm_after: str = ""
-    swappable: bool = True
-    bottleneck: int = 0
     seed: int = 0
-    batched: bool = False
 
 
 def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot:
@@ -53,34 +46,14 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
         SiteError: If the source or the normalisation does not fit the site.
     """
     site = choice.site
-    inner = f"adapter.{name}/target"
-    source, source_width = inner, site.width or 0
+    source, source_width = "", site.width or 0
     if recipe.source:
         read = _source_site(survey, recipe)
         if read.address != site.address:
             source, source_width = read.tensor, _check_source(survey, site, read)
-    return Slot(
-        name=name,
-        graph=site.graph,
-        node=site.node,
-        tensor=site.tensor,
-        inner=inner,
-        output=site.tensor,
-        source=source,
-        width=site.width or 0,
-        source_width=source_width,
-        dtype=site.dtype,
-        axis=site.axis or -1,
-        rank=(site.rank or 0) if site.axis == 1 or recipe.batched else 0,
-        activation=recipe.activation,
-        parts=recipe.parts,
-        norm=_norm_tensor(survey, site, recipe.norm, source_width),
-        norm_after=recipe.norm_after,
-        module=site.module or "",
-        swappable=recipe.swappable,
-        bottleneck=recipe.bottleneck if "down" in recipe.parts else 0,
-        batched=recipe.batched,
-    )
+    norm = _norm_tensor(survey, site, recipe.norm, source_width)
+    form = replace(recipe.form, source=source, source_width=source_width, norm=norm)
+    return new_slot(name, site, form)
 
 
 def _source_site(survey: Survey, recipe: Recipe) -> Site:
@@ -132,7 +105,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",
@@ -238,7 +211,7 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
         if made is not None and made[1].op_type == "Constant":
             copy = onnx.NodeProto()
             copy.CopyFrom(made[1])
-            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            copy.name = node_name(slot.name, f"norm_constant_{position}")
             norm.input[position] = copy.output[0] = copy.name
             del copy.metadata_props[:]
             mark_node(copy, slot)

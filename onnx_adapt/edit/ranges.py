@@ -70,7 +70,7 @@ def _free(wanted: str, taken: set[str]) -> str:
     return name
 
 
-def restore_ranges(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
+def undo_widening(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
     """Undo `widen_ranges`, in place."""
     originals = {item.name: item.original for item in widened}
     drop_named(proto.graph.initializer, set(originals))
@@ -87,7 +87,7 @@ def with_base_ranges(model: Model) -> Model:
     if not manifest.widened:
         return model
     result = model.copy()
-    restore_ranges(result.proto, manifest.widened)
+    undo_widening(result.proto, manifest.widened)
     write_manifest(result.proto, replace(manifest, widened=()))
     return result
 

@@ -24,7 +24,7 @@ from onnx_adapt.model.tensors import read_tensor, tensor_of
 from onnx_adapt.slot.formula import check_slot
 from onnx_adapt.slot.manifest import (
     Manifest,
-    OpenWeight,
+    ReplaceableWeight,
     Slot,
     Widened,
     slot_of,
@@ -87,7 +87,7 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
     check_widened(proto, manifest.widened)
 
 
-def check_base_weights(proto: onnx.ModelProto, weights: Iterable[OpenWeight]) -> None:
+def check_base_weights(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight]) -> None:
     """Check that the weights of the base that adapters may replace still can be.
 
     Raises:
@@ -137,10 +137,10 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
                 f"slot {slot.name!r} is damaged: weight {lost[0]!r} is gone from the model",
                 hint="another tool folded or renamed it; insert into the base model again",
             )
-        closed = [name for name in names if name not in inputs]
-        if slot.swappable and closed:
+        stripped = [name for name in names if name not in inputs]
+        if slot.swappable and stripped:
             raise SlotError(
-                f"slot {slot.name!r} is not swappable any more: input {closed[0]!r} was "
+                f"slot {slot.name!r} is not swappable any more: input {stripped[0]!r} was "
                 "stripped from the model",
                 hint="simplifiers do this; run them on the base first, then insert",
             )
@@ -223,7 +223,7 @@ def bake_weights(model: Model) -> Model:
     return _with_swappable(model, swappable=False)
 
 
-def open_weights(model: Model) -> Model:
+def make_swappable(model: Model) -> Model:
     """A model whose slots are all swappable, of any bottleneck; the reverse of baking."""
     return _with_swappable(model, swappable=True)
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.slot.manifest import OpenWeight
+from onnx_adapt.slot.manifest import ReplaceableWeight
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class ReplacementPlan:
     """How a weight of the base becomes replaceable.
 
     Attributes:
         weight: The record of it.
         default: The tensor it has while nothing is fed: the base's value.
-        uses: Who reads it: graph, index of the node, position of the input.
+        readers: Where it is read: graph, index of the node, position of the input.
     """
 
-    weight: OpenWeight
+    weight: ReplaceableWeight
     default: onnx.TensorProto
-    uses: tuple[tuple[str, int, int], ...]
+    readers: tuple[tuple[str, int, int], ...]

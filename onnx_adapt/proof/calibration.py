@@ -16,8 +16,8 @@ from onnx import helper
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.dtypes import Array
-from onnx_adapt.edit.insert import remove
 from onnx_adapt.edit.ranges import Change, widen_ranges
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model.file import Model
@@ -56,7 +56,7 @@ def calibrate(model: Model, adapter: Adapter, inputs: Inputs | Sequence[Inputs])
         >>> base = oa.open_model("tests/qdq/dense_uint8/base.onnx")
         >>> trained = oa.load_checkpoint("tests/qdq/dense_uint8/adapter", base)
         >>> inputs = {"x": np.load("tests/qdq/dense_uint8/truth.npz")["x"]}
-        >>> wide = oa.calibrate(oa.insert(base, checkpoint=trained), trained.adapter, inputs)
+        >>> wide = oa.calibrate(oa.insert_checkpoint(base, trained), trained.adapter, inputs)
         >>> oa.verify(base, wide, adapter=trained.adapter, inputs=inputs).passed
         True
     """

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
-from onnx_adapt.edit.base_weights import close_base_weights
-from onnx_adapt.edit.weights import fill_weights, open_weights, read_weights
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
+from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.graph.norms import own_norm
@@ -37,8 +37,6 @@ _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
 """Quantised models swallow small changes: a slot gets three chances to move an output."""
 
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
-
 
 def neutral_model(model: Model) -> Model:
     """The model with every slot off; the model itself if its slots are off already."""
@@ -55,7 +53,7 @@ def neutral_model(model: Model) -> Model:
     trained = [weight for weight in manifest.weights if weight.trained]
     if trained:
         result = result.copy() if result is model else result
-        close_base_weights(result.proto, trained)
+        undo_replaceable(result.proto, trained)
         rest = tuple(weight for weight in manifest.weights if not weight.trained)
         write_manifest(result.proto, replace(manifest, weights=rest))
     return result
@@ -101,17 +99,17 @@ class Probe:
         self._rng = np.random.default_rng(seed)
         self._own = read_weights(model, slots)
         self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
-        opened = open_weights(model)
-        index = index_model(opened)
+        swappable = make_swappable(model)
+        index = index_model(swappable)
         neutral = {slot.name: neutral_weights(slot) for slot in slots}
-        opened = fill_weights(opened, neutral)
-        tapper = Tapper(opened.proto)
+        swappable = fill_weights(swappable, neutral)
+        tapper = Tapper(swappable.proto)
         self._taps: dict[str, _SlotTaps] = {}
         for slot in slots:
             view = index.views[slot.graph]
             names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
             elem_types = [
-                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+                view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names
             ]
             taps = [
                 tapper.tap(slot.graph, name, elem_type)
@@ -125,7 +123,7 @@ class Probe:
                 )
             self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
         self._runner = Runner(
-            replace(opened, path=model.path), optimised=True, fuse_quantised=False
+            replace(swappable, path=model.path), optimised=True, fuse_quantised=False
         )
         self._still: list[Values] = []
         self._typical: dict[str, list[tuple[float, float]]] = {}

@@ -13,8 +13,9 @@ import onnx
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit
 from onnx_adapt.edit.damage import foreign_readers
-from onnx_adapt.edit.insert import inline_model, list_slots, remove
+from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.graph.index import read_type
@@ -26,12 +27,13 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.off_proof import OffProof
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
-from onnx_adapt.proof.reach import unreached_slots
+from onnx_adapt.proof.reach import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
 from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
 
 Stage = Callable[[str], None]
@@ -99,12 +101,13 @@ def verify(
     saturation: tuple[Saturation, ...] = ()
     if adapter is not None:
         require_fit(after, adapter)
+    proof = _Proof(before, after, manifest, inputs, seed, tell)
     if checks[0].passed:
         tell("running the base")
-        proof = _Proof(before, after, manifest, inputs, seed, tell)
         proof.run_base()
         shapes = tuple({k: _shape(v) for k, v in feeds.items()} for feeds in proof.feeds)
         checks.append(proof.off())
+    if checks[0].passed and proof.runs:
         if not weights:
             left = unreached_slots(after, manifest.slots, proof.feeds)
             unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
@@ -119,7 +122,7 @@ def verify(
             checks += [on, effect]
         if weights or adapter is not None:
             tell("counting what saturates with the adapter on")
-            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.feeds)
+            fits, saturation = check_saturation(after, manifest.slots, adapter, proof.filled)
             checks += [fits] if fits else []
     tell("asking the ONNX checker")
     checks.append(_checker(before, after, manifest))
@@ -180,7 +183,12 @@ def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
 
 @dataclass(slots=True)
 class _Proof:
-    """The runs of one verification."""
+    """The runs of one verification.
+
+    Attributes:
+        filled: The inputs without those that are an empty batch, which slots see nothing of.
+        runs: Whether the adapted model runs at all; known once `off` has been checked.
+    """
 
     base: Model
     adapted: Model
@@ -190,15 +198,18 @@ class _Proof:
     tell: Stage
     feeds: list[Feeds] = field(default_factory=list)
     expected: dict[bool, list[Values]] = field(default_factory=dict)
+    filled: list[Feeds] = field(default_factory=list)
+    runs: bool = True
 
     def run_base(self) -> None:
         """Run the base at both levels; where no inputs are given, find some that run.
 
         Raises:
-            UnprovableError: If the base does not run here at all.
+            UnprovableError: If the base does not run here at all, or all inputs are empty.
         """
         runner = base_runner(self.base)
         self.feeds = feeds_for(self.base, runner, self.given, self.seed)
+        self.filled = feeds_with_rows(self.base, self.feeds)
         self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
         del runner
         plain = Runner(self.base, optimised=False)
@@ -211,14 +222,20 @@ class _Proof:
 
     def off(self) -> Check:
         """With the slots off the outputs are the base's."""
-        return self._off_proof().check(with_base_ranges(neutral_model(self.adapted)))
+        model = with_base_ranges(neutral_model(self.adapted))
+        try:
+            return self._off_proof().check(model)
+        except RunError as error:
+            # The base ran with these inputs, so this is what the slots did.
+            self.runs = False
+            return Check("off", False, self._with_slot(error.message))
 
     def rows(self) -> Check:
         """Each row of a batch gets the adapter that is meant for it."""
         self.tell("running rows with adapters of their own")
         batched = [slot for slot in self.slots if slot.batched]
         model = neutral_model(self.adapted)
-        return check_rows(model, batched, self.feeds, self._off_proof().spread(), self.seed)
+        return check_rows(model, batched, self.filled, self._off_proof().spread(), self.seed)
 
     def _off_proof(self) -> OffProof:
         inlined = self.manifest.inlined and self.base.proto.functions
@@ -239,10 +256,10 @@ class _Proof:
         effects = {}
         try:
             probe = Probe(self.adapted, self.slots, outputs, self.seed)
-            measured = probe.measure(self.feeds)
+            measured = probe.measure(self.filled)
             for number, slot in enumerate(self.slots, 1):
                 self.tell(f"turning on slot {number} of {len(self.slots)}")
-                effects[slot.name] = probe.effect(slot, self.feeds)
+                effects[slot.name] = probe.effect(slot, self.filled)
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)
@@ -263,7 +280,7 @@ class _Proof:
 
     def _with_slot(self, message: str) -> str:
         """A message of ONNX Runtime with the slot whose node it names."""
-        named = [s.name for s in self.slots if f"adapter.{s.name}/" in message]
+        named = [s.name for s in self.slots if node_name(s.name, "") in message]
         return f"slot {named[0]!r}: {message}" if named else message
 
 

@@ -1,13 +1,15 @@
-"""The graph around a slot as a drawing: grandalf places boxes and edges."""
+"""The graph around a slot as a drawing: boxes with text, and edges as paths of SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
-from onnx_adapt.report.surroundings import BASE, Box, Surroundings
+from onnx_adapt.report.layout import Point, Size, lay_out
+from onnx_adapt.report.surroundings import BASE, NEW, Box, Surroundings
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.words import plain
 
 _LETTER, _LINE = 6.7, 15
@@ -17,7 +19,8 @@ _PADDING = 9
 _LONGEST = 27
 """Letters of a name that are shown; the end tells names apart."""
 
-Point = tuple[float, float]
+_STRAIGHT = 0.05
+"""A slant of less than this, in pixels, is not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,86 +83,41 @@ class Drawing:
         return plain(text)
 
 
-@dataclass(slots=True)
-class _View:
-    """What grandalf wants to know of a vertex, and where it puts it."""
-
-    w: float
-    h: float
-    xy: Point = (0.0, 0.0)
-
-
 def draw(part: Surroundings, slot: Slot) -> Drawing:
     """Place the boxes and edges of a part of a graph."""
-    from grandalf.graphs import Edge, Graph, Vertex
-    from grandalf.layouts import SugiyamaLayout
-    from grandalf.routing import EdgeViewer, route_with_lines
-
     texts = [tuple(_lines(box, slot)) for box in part.boxes]
-    vertices = []
-    for number, lines in enumerate(texts):
-        vertex = Vertex(number)
-        longest = max(len(line.text) for line in lines)
-        vertex.view = _View(longest * _LETTER + 2 * _PADDING, len(lines) * _LINE + 8)
-        vertices.append(vertex)
-    edges = [Edge(vertices[a], vertices[b]) for a, b in part.edges]
-    for edge in edges:
-        edge.view = EdgeViewer()
-    right = 0.0
-    for piece in Graph(vertices, edges).C:
-        layout = SugiyamaLayout(piece)
-        layout.xspace, layout.yspace = 16, 18
-        layout.route_edge = route_with_lines
-        layout.init_all(optimize=True)
-        layout.draw()
-        right = _moved(piece, right) + 16
-    return _drawing(part, texts, vertices, edges)
-
-
-def _moved(piece: Any, left: float) -> float:
-    """Put a connected piece at `left`, top at zero; where it ends."""
-    views = [vertex.view for vertex in piece.V()]
-    points = [point for edge in piece.E() for point in edge.view._pts]
-    sides = [view.xy[0] - view.w / 2 for view in views] + [x for x, _ in points]
-    dx = left - min(sides)
-    dy = -min(view.xy[1] - view.h / 2 for view in views)
-    for view in views:
-        view.xy = (view.xy[0] + dx, view.xy[1] + dy)
-    for edge in piece.E():
-        edge.view.setpath([(x + dx, y + dy) for x, y in edge.view._pts])
-    ends = [view.xy[0] + view.w / 2 for view in views] + [x + dx for x, _ in points]
-    return float(max(ends))
-
-
-def _drawing(
-    part: Surroundings,
-    texts: Sequence[tuple[Line, ...]],
-    vertices: Sequence[Any],
-    edges: Sequence[Any],
-) -> Drawing:
+    sizes = [_size(lines) for lines in texts]
+    layout = lay_out(sizes, part.edges)
     shapes = tuple(
-        Shape(
-            part.boxes[number],
-            texts[number],
-            round(vertex.view.xy[0] - vertex.view.w / 2, 1),
-            round(vertex.view.xy[1] - vertex.view.h / 2, 1),
-            round(vertex.view.w, 1),
-            vertex.view.h,
+        Shape(box, lines, round(x, 1), round(y, 1), round(width, 1), height)
+        for box, lines, (x, y), (width, height) in zip(
+            part.boxes, texts, layout.corners, sizes, strict=True
         )
-        for number, vertex in enumerate(vertices)
     )
     paths = tuple(
-        (_path(edge.view._pts), any(part.boxes[end].origin == "new" for end in ends))
-        for edge, ends in zip(edges, part.edges, strict=True)
+        (_path(route), any(part.boxes[end].origin == NEW for end in ends))
+        for route, ends in zip(layout.routes, part.edges, strict=True)
     )
-    xs = [s.x + s.width for s in shapes] + [x for e in edges for x, _ in e.view._pts]
-    return Drawing(
-        round(max(xs), 1), max(s.y + s.height for s in shapes), shapes, paths, part.hidden
-    )
+    width, height = layout.size
+    return Drawing(round(width, 1), round(height, 1), shapes, paths, part.hidden)
 
 
-def _path(points: Sequence[Point]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+def _size(lines: Sequence[Line]) -> Size:
+    """Width and height of a box with these lines of text."""
+    longest = max(len(line.text) for line in lines)
+    return longest * _LETTER + 2 * _PADDING, len(lines) * _LINE + 8
+
+
+def _path(route: Sequence[Point]) -> str:
+    """The data of an SVG path: lines where an edge leads straight down, else curves."""
+    parts = [f"M{route[0][0]:.1f} {route[0][1]:.1f}"]
+    for (x, y), (to_x, to_y) in pairwise(route):
+        half = (y + to_y) / 2
+        curve = (
+            "L" if abs(to_x - x) < _STRAIGHT else f"C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} "
+        )
+        parts.append(f"{curve}{to_x:.1f} {to_y:.1f}")
+    return "".join(parts)
 
 
 def _lines(box: Box, slot: Slot) -> Iterator[Line]:
@@ -177,7 +135,7 @@ def _lines(box: Box, slot: Slot) -> Iterator[Line]:
 
 def _name(name: str, slot: Slot, style: str) -> Line:
     """The end of a name; what all names of the slot begin with is left out."""
-    own = name.removeprefix(f"adapter.{slot.name}")
+    own = name.removeprefix(slot_prefix(slot.name))
     shown = own[1:] if own != name and own[:1] in (".", "/") else name
     short = _shortened(plain(shown), _LONGEST)
     return Line(short, style, "" if short == name else plain(name))

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.edit.fill import fill
-from onnx_adapt.edit.insert import inline_model, list_slots, remove
+from onnx_adapt.edit.insert import inline_model, list_slots
+from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import RunError
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.layers import is_layer, weight_width

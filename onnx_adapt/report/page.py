@@ -79,7 +79,7 @@ def require_libraries() -> None:
     Raises:
         AdaptError: With what to install.
     """
-    for name in ("grandalf", "jinja2", "pygal"):
+    for name in ("jinja2", "pygal"):
         if find_spec(name) is None:
             raise AdaptError(
                 f"the report page needs {name}, which is not installed",

@@ -15,11 +15,11 @@ from onnx import helper
 
 from onnx_adapt.edit.insert import inline_model
 from onnx_adapt.graph.index import text
+from onnx_adapt.graph.operations import NodeRun, Shape
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
-from onnx_adapt.report.call import Call, Shape
 from onnx_adapt.report.flops import flops, is_free, is_in_table
 from onnx_adapt.slot.manifest import slot_of
 
@@ -100,17 +100,17 @@ def _read(names: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Shap
 
 
 def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
-    call = Call(
+    run = NodeRun(
         text(node.op_type),
         text(node.domain),
         _attributes(node),
         tuple(shapes.get(name) for name in node.input),
         tuple(shapes.get(name) for name in node.output),
     )
-    work = flops(call)
+    work = flops(run)
     counted = work is not None
     return Ran(
-        text(node.name), call.op, slot_of(node), call.made if work is None else work, counted
+        text(node.name), run.op, slot_of(node), run.made if work is None else work, counted
     )
 
 

@@ -60,7 +60,7 @@ class AdapterSession:
         >>> case = "tests/cases/peft_bert_lora_default_ts"
         >>> base = oa.open_model(f"{case}/base.onnx")
         >>> trained = oa.load_checkpoint(f"{case}/adapter", base, name="fr")
-        >>> model = oa.insert(base, checkpoint=trained)
+        >>> model = oa.insert_checkpoint(base, trained)
         >>> feeds = dict(np.load(f"{case}/inputs.npz"))
         >>> with oa.AdapterSession(model, {"fr": trained.adapter}) as session:
         ...     plain = session.run(feeds)["logits"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.fitting import Replaceable
-from onnx_adapt.dtypes import Array
+from onnx_adapt.dtypes import ORT_TYPES, Array
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.model import borrowed as lenders
+from onnx_adapt.model import borrowed
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.ort import failures, onnxruntime, shortened, without_slot_warnings
 from onnx_adapt.session.loaded import stamp_of
@@ -22,13 +22,6 @@ from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
-
-_ELEM_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
 
 
 class Engine:
@@ -191,9 +184,9 @@ def _start(
             f"ONNX Runtime {ort.__version__} cannot load {label}: {shortened(error)}",
             hint="`onnx-adapt check` says whether a file that it needs is missing",
         ) from error
-    record = metadata.get(lenders.KEY)
+    record = metadata.get(borrowed.KEY)
     if record and isinstance(given, str):
-        lenders.check_lenders(Path(given).parent, record, label)
+        borrowed.check_borrowed_files(Path(given).parent, record, label)
     return label, session
 
 
@@ -210,7 +203,7 @@ _CPU = "CPUExecutionProvider"
 
 def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
     from onnx_adapt.model.file import Model as Opened
-    from onnx_adapt.model.references import model_bytes
+    from onnx_adapt.model.runtime_bytes import model_bytes
 
     if not isinstance(model, Opened):
         raise RunError(
@@ -288,7 +281,7 @@ def _swappable(
                 hint="simplifiers do this; run them on the base first, then insert",
             )
     replaceable = {
-        weight.name: (tuple(item.shape), _ELEM_TYPES.get(item.type, item.type))
+        weight.name: (tuple(item.shape), ORT_TYPES.get(item.type, item.type))
         for weight in weights
         if (item := declared[weight.name])
     }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
+from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import node_name
 from onnx_adapt.slot.weights import fresh_weights
 
 _OPSET, _IR_VERSION = 17, 8
@@ -48,27 +52,8 @@ def build_adapter(
     """
     _check_sizes(hidden_size, bottleneck_size, seed)
     parts = ("down", "up", "down_bias", "up_bias") if bias else ("down", "up")
-    slot = Slot(
-        name=name,
-        graph="main",
-        node="",
-        tensor="output",
-        inner="input",
-        output="output",
-        source="input",
-        width=hidden_size,
-        source_width=hidden_size,
-        dtype="float32",
-        axis=-1,
-        rank=0,
-        activation=activation,
-        parts=parts,
-        norm="",
-        norm_after="",
-        module="",
-        swappable=False,
-        bottleneck=bottleneck_size,
-    )
+    form = Form(parts, activation, swappable=False, bottleneck=bottleneck_size)
+    slot = new_slot(name, _Output(hidden_size), form)
     check_slot(slot, _OPSET)
     weights = fresh_weights(slot, bottleneck_size, np.random.default_rng(seed))
     nodes = slot_nodes(slot, _OPSET)
@@ -91,6 +76,20 @@ def build_adapter(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """The one place for a slot in a model that is nothing but an adapter: its output."""
+
+    width: int
+    graph: str = "main"
+    node: str = ""
+    tensor: str = "output"
+    module: str | None = None
+    dtype: str = "float32"
+    axis: int = -1
+    rank: int | None = None
+
+
 def _check_sizes(hidden: int, bottleneck: int, seed: int) -> None:
     for value, least, what in (
         (hidden, 1, "hidden size"),
@@ -111,8 +110,9 @@ def _check_sizes(hidden: int, bottleneck: int, seed: int) -> None:
 
 def _plain_names(slot: Slot, nodes: list[onnx.NodeProto]) -> dict[str, str]:
     """For each name of a slot (`adapter.<name>/down`) that of a layer (`<name>_down`)."""
-    prefix = f"adapter.{slot.name}/"
+    prefix = node_name(slot.name, "")
     names = {node.name: node.name.replace(prefix, f"{slot.name}_", 1) for node in nodes}
+    names[slot.inner] = "input"
     names[f"{prefix}sum"] = f"{slot.name}_residual"
     (up,) = (node for node in nodes if node.name == f"{prefix}up")
     if slot.activation != "identity":

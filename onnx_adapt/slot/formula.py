@@ -26,6 +26,7 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.slot.activations import ACTIVATIONS, Emitter
 from onnx_adapt.slot.coupling import emit_coupling
 from onnx_adapt.slot.manifest import SLOT_KEY, Slot
+from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.slot.parts import PARTS, coupling_parts
 
 EPSILON = float(np.float32(1e-5))
@@ -114,7 +115,7 @@ def slot_nodes(
         opset: Version of the model's default operator set.
         norm: The base's normalisation node that `slot.norm` means.
     """
-    emit = Emitter(f"adapter.{slot.name}", opset, slot.dtype)
+    emit = Emitter(slot_prefix(slot.name), opset, slot.dtype)
     if "f_down" in slot.parts:
         emit_coupling(emit, slot)
         return _marked(emit, slot)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
 from onnx_adapt.slot.record import (
     Extra,
@@ -46,11 +47,6 @@ def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
         if entry.key == SLOT_KEY:
             return str(entry.value)
     return ""
-
-
-def weight_name(slot: str, part: str) -> str:
-    """The name of one weight of a slot in a model, in a file, and as an input."""
-    return f"adapter.{slot}.{part}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +135,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenWeight:
+class ReplaceableWeight:
     """A weight of the base that adapters may replace: a trained head, a bias.
 
     Attributes:
@@ -199,7 +195,7 @@ class Manifest:
     canonical: bool
     inlined: bool
     slots: tuple[Slot, ...]
-    weights: tuple[OpenWeight, ...] = ()
+    weights: tuple[ReplaceableWeight, ...] = ()
     inputs: tuple[tuple[int, str], ...] = ()
     widened: tuple[Widened, ...] = ()
     extra: Extra = ()
@@ -267,7 +263,9 @@ def _read(data: dict[str, Any]) -> Manifest:
         canonical=known.canonical,
         inlined=known.inlined,
         slots=tuple(_read_slot(item) for item in data["slots"]),
-        weights=tuple(read_object(OpenWeight, item) for item in data.get("weights", ())),
+        weights=tuple(
+            read_object(ReplaceableWeight, item) for item in data.get("weights", ())
+        ),
         inputs=tuple(_read_input(i, text) for i, text in inputs),
         widened=tuple(read_object(Widened, item) for item in data.get("widened", ())),
         extra=read_extra(data, _KEYS),

@@ -138,7 +138,7 @@ def test_an_adapter_without_some_slot_leaves_it_to_the_others() -> None:
 
 def test_trained_heads_are_blended_with_the_base_s_own(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)  # its fc2 is -2 times the base's, its bias one more
-    model = oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "a.onnx").path
+    model = oa.save_model(oa.insert_checkpoint(base, checkpoint), tmp_path / "a.onnx").path
     with oa.AdapterSession(model, {"fr": checkpoint.adapter}) as session:
         found = session.run({"x": X}, adapter={"fr": 0.25})["y"]
     (lora,) = checkpoint.adapter.weights.values()

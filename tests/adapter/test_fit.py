@@ -175,7 +175,7 @@ REPLACED: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("what", REPLACED)
 def test_a_misfit_of_a_replaced_weight_is_named(what: str, tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     change, words = REPLACED[what]
     values = {**checkpoint.adapter.replaced, **change}
     kept = {name: value for name, value in values.items() if value is not None}

@@ -218,7 +218,7 @@ def test_a_whole_model_passes_with_exit_0(
         assert code == 0
         assert said.startswith(f"{path}: ok\nnext: ")
     base, checkpoint = trained(tmp_path)
-    path = saved(oa.insert(base, checkpoint=checkpoint), tmp_path / "c.onnx")
+    path = saved(oa.insert_checkpoint(base, checkpoint), tmp_path / "c.onnx")
     file = oa.save_adapter(checkpoint.adapter, tmp_path / "c.npz")
     code, said = _check(capsys, path, file)
     assert code == 0
@@ -333,7 +333,7 @@ def test_a_replaceable_weight_that_was_stripped_is_named(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     items = model.proto.graph.input if what == "input" else model.proto.graph.initializer
     _drop(items, {"base.fc2.bias"})
     onnx.save(model.proto, tmp_path / "m.onnx")

@@ -64,7 +64,7 @@ def test_the_checkpoints_of_these_tests_are_read_unedited(name: str, tmp_path: P
     folder = _edited(name, tmp_path / "trained")
     base = oa.open_model(CASES[name].base)
     checkpoint = oa.load_checkpoint(folder, base)
-    assert oa.insert(base, checkpoint=checkpoint)
+    assert oa.insert_checkpoint(base, checkpoint)
     assert checkpoint.slots
 
 

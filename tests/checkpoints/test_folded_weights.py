@@ -143,7 +143,7 @@ def test_a_bias_with_two_names_is_replaced_once(
         return
     model = oa.open_model(base)
     checkpoint = oa.load_checkpoint(folder, model)
-    oa.save_model(oa.insert(model, checkpoint=checkpoint), tmp_path / "a.onnx")
+    oa.save_model(oa.insert_checkpoint(model, checkpoint), tmp_path / "a.onnx")
     x = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
     found = run(tmp_path / "a.onnx", {"x": x, **checkpoint.adapter.feeds()})["y"]
     np.testing.assert_allclose(found, lora_on(x, tensors) - B2 + new, 1e-4, 1e-4)

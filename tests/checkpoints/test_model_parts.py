@@ -63,7 +63,7 @@ def _assert_right(graph: str, part: str, folder: Path, weights: Path | None = No
     feeds = {k.removeprefix("input."): v for k, v in arrays.items() if k.startswith("input.")}
     expected = arrays[f"adapter.{part}"]
     assert np.abs(expected - arrays["base"]).max() > 0.1
-    with oa.AdapterSession(oa.insert(base, checkpoint=trained)) as session:
+    with oa.AdapterSession(oa.insert_checkpoint(base, trained)) as session:
         found = session.run(feeds, adapter=trained.adapter)["y"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -92,7 +92,7 @@ def _adapted(
     model = oa.open_model(folder / "nameless.onnx")
     known = _save(folder / "model.safetensors", weights)
     found = oa.load_checkpoint(checkpoint, model, base_weights=known)
-    oa.save_model(oa.insert(model, checkpoint=found), folder / "adapted.onnx")
+    oa.save_model(oa.insert_checkpoint(model, found), folder / "adapted.onnx")
     return folder / "adapted.onnx", found
 
 
@@ -172,11 +172,11 @@ def test_equal_normalisations_are_told_apart_by_the_layers_beside_them(
     path, found = _adapted(base, case.adapter, _state_dict(base), tmp_path)
     named = oa.open_model(saved_model(tmp_path / "named.onnx", base))
     by_name = oa.load_checkpoint(case.adapter, named)
-    oa.save_model(oa.insert(named, checkpoint=by_name), tmp_path / "by_name.onnx")
+    oa.save_model(oa.insert_checkpoint(named, by_name), tmp_path / "by_name.onnx")
     off = run(path, {**case.inputs(), **found.adapter.feeds()})
     on = run(tmp_path / "by_name.onnx", {**case.inputs(), **by_name.adapter.feeds()})
     np.testing.assert_allclose(off["logits"], on["logits"], 1e-4, 1e-4)
-    assert len(found.openings) == len(by_name.openings)
+    assert len(found.replacements) == len(by_name.replacements)
 
 
 def test_equal_normalisations_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_head_that_the_graph_lacks_is_left_out_with_a_note(
     if not listed:
         weights = {k: v for k, v in weights.items() if "classifier" not in k}
     _, found = _adapted(base, case.adapter, weights, tmp_path)
-    assert found.openings == ()
+    assert found.replacements == ()
     assert "the graph has no classifier" in caplog.text
 
 
@@ -338,7 +338,7 @@ def test_weights_in_a_bin_file_are_read(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "fr", lora())
     found = oa.load_checkpoint(folder, model, base_weights=tmp_path / "pytorch_model.bin")
     value = run(
-        _saved(oa.insert(model, checkpoint=found), tmp_path), {"x": X, **found.adapter.feeds()}
+        _saved(oa.insert_checkpoint(model, found), tmp_path), {"x": X, **found.adapter.feeds()}
     )["y"]
     np.testing.assert_allclose(value, lora_on(X, lora()), 1e-4, 1e-4)
 

@@ -34,7 +34,7 @@ def _trained(prefix: str) -> dict:
 def _adapted(base: onnx.ModelProto, tensors: dict, folder: Path) -> np.ndarray:
     model = oa.open_model(saved_model(folder / "model.onnx", base))
     checkpoint = oa.load_checkpoint(peft_folder(folder / "trained", tensors), model)
-    oa.save_model(oa.insert(model, checkpoint=checkpoint), folder / "a.onnx")
+    oa.save_model(oa.insert_checkpoint(model, checkpoint), folder / "a.onnx")
     return run(folder / "a.onnx", {"x": X, **checkpoint.adapter.feeds()})["y"]
 
 

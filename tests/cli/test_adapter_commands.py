@@ -156,7 +156,7 @@ def test_the_same_insert_writes_the_same_bytes_every_time(work: Path) -> None:
     found = set()
     for _ in range(8):
         checkpoint = oa.load_checkpoint(work / "fr", base)
-        oa.save_model(oa.insert(base, checkpoint=checkpoint), work / "a.onnx")
+        oa.save_model(oa.insert_checkpoint(base, checkpoint), work / "a.onnx")
         found.add((work / "a.onnx").read_bytes())
     assert len(found) == 1
 
@@ -388,7 +388,7 @@ def test_a_second_checkpoint_with_the_same_trained_weight_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "one.onnx")
+    oa.save_model(oa.insert_checkpoint(base, checkpoint), tmp_path / "one.onnx")
     command = ("insert", str(tmp_path / "one.onnx"), "--adapter", str(tmp_path / "fr"))
     code, _, err = cli(capsys, *command, "-o", str(tmp_path / "two.onnx"), "--no-verify")
     assert code == 2
@@ -400,7 +400,7 @@ def test_a_second_checkpoint_with_the_same_trained_weight_is_refused(
 def test_recorded_shapes_of_means_and_variances_are_not_stale() -> None:
     case = CASES["ah_bert_opset14_seq_bn"]
     base = oa.open_model(case.base)
-    adapted = oa.insert(base, checkpoint=oa.load_checkpoint(case.adapter, base))
+    adapted = oa.insert_checkpoint(base, oa.load_checkpoint(case.adapter, base))
     recorded = onnx.shape_inference.infer_shapes(adapted.proto)
     flagged = [line for line in damages(replace(adapted, proto=recorded)) if "sqrt" in line]
     assert flagged == []

@@ -170,7 +170,7 @@ def test_a_peft_lora_goes_onto_the_packed_projections_of_the_builder(
 ) -> None:
     base = oa.open_model(FOLDER / name / "model.onnx")
     checkpoint = oa.load_checkpoint(FOLDER / "lora", base)
-    adapted = oa.insert(base, checkpoint=checkpoint)
+    adapted = oa.insert_checkpoint(base, checkpoint)
     model = og.Model(str(put(adapted, tmp_path / "adapted")))
     adapters = og.Adapters(model)
     path = oa.save_adapter(checkpoint.adapter, tmp_path / "lora.onnx_adapter")
@@ -180,7 +180,7 @@ def test_a_peft_lora_goes_onto_the_packed_projections_of_the_builder(
     assert off.tokens == generate(og.Model(str(FOLDER / name))).tokens != on.tokens
     if name == "tinyllama":
         _same(on, by_pytorch("lora"))
-    baked = oa.insert(base, checkpoint=checkpoint, baked=True)
+    baked = oa.insert_checkpoint(base, checkpoint, baked=True)
     _same(generate(og.Model(str(put(baked, tmp_path / "baked")))), on)
 
 

@@ -48,7 +48,7 @@ def _inserted(trained: Path, tmp_path: Path) -> np.ndarray:
     base = oa.open_model(BASE)
     checkpoint = oa.load_checkpoint(trained, base)
     path = tmp_path / "adapted.onnx"
-    oa.save_model(oa.insert(base, checkpoint=checkpoint), path)
+    oa.save_model(oa.insert_checkpoint(base, checkpoint), path)
     return _logits(path, checkpoint.adapter.feeds())
 
 
@@ -163,10 +163,10 @@ def test_the_same_nodes_made_by_an_optimiser_are_refused(tmp_path: Path) -> None
 def test_a_second_adapter_goes_onto_the_packed_projections_too(tmp_path: Path) -> None:
     once = oa.open_model(BASE)
     first = oa.load_checkpoint(FOLDER / "lora", once, name="first")
-    twice = oa.insert(once, checkpoint=first)
+    twice = oa.insert_checkpoint(once, first)
     second = oa.load_checkpoint(FOLDER / "lora", twice, name="second")
     path = tmp_path / "twice.onnx"
-    oa.save_model(oa.insert(twice, checkpoint=second), path)
+    oa.save_model(oa.insert_checkpoint(twice, second), path)
     alone = _inserted(FOLDER / "lora", tmp_path)
     for checkpoint in (first, second):
         found = _logits(path, checkpoint.adapter.feeds())

@@ -56,7 +56,7 @@ def test_extract_is_the_inverse_of_fill_byte_for_byte(
 ) -> None:
     base, checkpoint = trained(tmp_path)
     adapter = checkpoint.adapter
-    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), adapter)
+    filled = oa.fill(oa.insert_checkpoint(base, checkpoint), adapter)
     model = tmp_path / "filled.onnx"
     oa.save_model(oa.bake(filled) if baked else filled, model)
     found = oa.extract(oa.open_model(model), name=adapter.name)
@@ -99,7 +99,7 @@ def test_trained_weights_of_the_base_are_on_once_filled_and_off_before(
     tmp_path: Path,
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     plain = np.maximum(X @ W1.T, 0) @ W2.T + B2
     np.testing.assert_allclose(run(model, {"x": X})[0], plain, 1e-5, 1e-5)
     h = X @ W1.T + X @ lora()["base_model.model.fc1.lora_A.weight"].T @ (
@@ -112,7 +112,7 @@ def test_trained_weights_of_the_base_are_on_once_filled_and_off_before(
     for result in (
         filled,
         oa.bake(filled),
-        oa.insert(base, checkpoint=checkpoint, baked=True),
+        oa.insert_checkpoint(base, checkpoint, baked=True),
     ):
         np.testing.assert_allclose(run(result, {"x": X})[0], wanted, 1e-4, 1e-4)
 
@@ -120,7 +120,7 @@ def test_trained_weights_of_the_base_are_on_once_filled_and_off_before(
 @pytest.mark.parametrize("how", ["at once", "over another"])
 def test_the_last_filling_is_the_one_that_is_on(how: str, tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    model, first = oa.insert(base, checkpoint=checkpoint), checkpoint.adapter
+    model, first = oa.insert_checkpoint(base, checkpoint), checkpoint.adapter
     last = replace(first, replaced={k: 3 * v for k, v in first.replaced.items()})
     once = oa.fill(model, first) if how == "over another" else model
     filled = oa.fill(once, last)
@@ -156,7 +156,7 @@ def test_remove_gives_the_base_byte_for_byte(
     how: str, saved_between: bool, tmp_path: Path
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    result = CHANGES[how](oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    result = CHANGES[how](oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     onnx.checker.check_model(result.proto, full_check=True)
     if saved_between:
         oa.save_model(result, tmp_path / "changed.onnx")
@@ -169,7 +169,7 @@ def test_a_weight_that_two_layers_share_is_replaced_for_one_alone(tmp_path: Path
     base = oa.open_model(saved_model(tmp_path / "base.onnx", two_layers(tied=True)))
     tensors = {**lora(modules=["fc1"]), "base_model.model.fc2.weight": -3 * W1}
     checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "fr", tensors), base)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     h = np.maximum(X @ W1.T, 0)
     np.testing.assert_allclose(run(model, {"x": X})[0], h @ W1.T + B2, 1e-4, 1e-4)
     only = checkpoint.adapter.replaced
@@ -185,7 +185,7 @@ def test_baking_takes_the_inputs_away_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    filled = oa.fill(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     baked = oa.bake(filled)
     assert session(filled.proto).get_overridable_initializers()
     assert not session(baked.proto).get_overridable_initializers()
@@ -221,7 +221,7 @@ def test_a_slot_that_has_its_size_without_an_adapter_is_never_empty() -> None:
 def test_a_lora_that_was_filled_computes_what_peft_computes(tmp_path: Path) -> None:
     base = oa.open_model(saved_model(tmp_path / "base.onnx"))
     checkpoint = oa.load_checkpoint(peft_folder(tmp_path / "fr", lora()), base)
-    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    filled = oa.fill(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     np.testing.assert_allclose(run(filled, {"x": X})[0], lora_on(X, lora()), 1e-4, 1e-4)
 
 
@@ -241,7 +241,7 @@ def test_a_channel_slot_without_an_adapter_is_one_channel_of_zeros_and_empty() -
 
 def test_a_baked_checkpoint_has_the_bottleneck_it_was_trained_with(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    (slot,) = oa.list_slots(oa.insert(base, checkpoint=checkpoint, baked=True))
+    (slot,) = oa.list_slots(oa.insert_checkpoint(base, checkpoint, baked=True))
     assert (slot.swappable, slot.bottleneck) == (False, 2)
 
 
@@ -255,7 +255,7 @@ def test_an_adapter_of_scales_is_put_in_for_good_without_a_bottleneck(tmp_path: 
         target_modules=["fc1"],
         feedforward_modules=[],
     )
-    model = oa.insert(base, checkpoint=oa.load_checkpoint(folder, base), baked=True)
+    model = oa.insert_checkpoint(base, oa.load_checkpoint(folder, base), baked=True)
     assert [slot.bottleneck for slot in oa.list_slots(model)] == [0]
     wanted = np.maximum(X @ W1.T * scale.T, 0) @ W2.T + B2
     np.testing.assert_allclose(run(model, {"x": X})[0], wanted, 1e-5, 1e-5)

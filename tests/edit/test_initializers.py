@@ -17,7 +17,7 @@ from onnx_adapt.edit.weights import (
     check_weights,
     drop_weights,
     fill_weights,
-    open_weights,
+    make_swappable,
     read_weights,
 )
 from onnx_adapt.errors import SlotError
@@ -178,7 +178,7 @@ def test_a_fixed_bottleneck_takes_no_other() -> None:
 
 def test_a_base_has_no_slots_to_fill_or_bake() -> None:
     base = model_of(MLP)
-    for change in (bake_weights, open_weights, lambda m: fill_weights(m, {})):
+    for change in (bake_weights, make_swappable, lambda m: fill_weights(m, {})):
         with pytest.raises(SlotError, match="no slots") as caught:
             change(base)
         assert "insert" in caught.value.hint
@@ -203,37 +203,37 @@ def test_baking_takes_the_inputs_and_keeps_the_numbers() -> None:
 
 def test_opening_is_the_reverse_of_baking() -> None:
     adapted = oa.insert(model_of(BRANCHES), after=["yes", "before"], parts=PARTS)
-    opened = open_weights(bake_weights(adapted))
-    _in_step(opened)
-    assert opened.proto == adapted.proto
+    swappable = make_swappable(bake_weights(adapted))
+    _in_step(swappable)
+    assert swappable.proto == adapted.proto
 
 
 def test_opening_is_the_reverse_of_baking_for_trained_weights_of_the_base_too(
     tmp_path: Path,
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    filled = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    filled = oa.fill(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     baked = bake_weights(filled)
     _in_step(baked)
     assert baked.proto.graph.input == base.proto.graph.input
-    opened = open_weights(baked)
-    for model in (opened, filled):  # inputs go by name
+    swappable = make_swappable(baked)
+    for model in (swappable, filled):  # inputs go by name
         model.proto.graph.input.sort(key=lambda value: value.name)
-    assert opened.proto == filled.proto
+    assert swappable.proto == filled.proto
 
 
 def test_opened_slots_take_any_bottleneck_and_keep_their_default() -> None:
     base = model_of(MLP)
     baked = oa.insert(base, after="first", baked=True, bottleneck=5)
-    opened = open_weights(baked)
-    _in_step(opened)
-    dims = _dims(opened)["adapter.first.down"]
+    swappable = make_swappable(baked)
+    _in_step(swappable)
+    dims = _dims(swappable)["adapter.first.down"]
     assert dims[0] == 4
     assert isinstance(dims[1], str)
-    assert _stored(opened)["adapter.first.down"].dims == [4, 5]
+    assert _stored(swappable)["adapter.first.down"].dims == [4, 5]
     fed = {f"adapter.first.{part}": value for part, value in _weights(2).items()}
     wanted = np.maximum(bump(X @ weight(base, "w1"), fed, "first"), 0) @ weight(base, "w2")
-    np.testing.assert_allclose(run(opened, {"x": X, **fed})[0], wanted, 1e-4, 1e-4)
+    np.testing.assert_allclose(run(swappable, {"x": X, **fed})[0], wanted, 1e-4, 1e-4)
 
 
 def test_slots_without_a_bottleneck_bake_and_open_too() -> None:
@@ -241,7 +241,7 @@ def test_slots_without_a_bottleneck_bake_and_open_too() -> None:
     filled = fill_weights(adapted, {"first": {"scale": np.full(4, 2.0)}})
     baked = bake_weights(filled)
     assert run(baked, {"x": X})[0].tobytes() == run(filled, {"x": X})[0].tobytes()
-    assert open_weights(baked).proto == filled.proto
+    assert make_swappable(baked).proto == filled.proto
 
 
 def test_dropping_takes_a_slots_weights_and_no_other() -> None:

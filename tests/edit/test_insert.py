@@ -270,14 +270,15 @@ def test_a_checkpoint_goes_where_it_was_trained_in_the_model_it_was_loaded_for(
     tmp_path: Path,
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    with pytest.raises(SiteError, match="its own places") as caught:
+    with pytest.raises(TypeError, match="'checkpoint'"):
         oa.insert(base, after="fc1", checkpoint=checkpoint)
-    assert "leave out" in caught.value.hint
+    with pytest.raises(TypeError, match="'after'"):
+        oa.insert_checkpoint(base, checkpoint, after="fc1")
     other = base.copy()
     other.proto.graph.initializer[0].name = "renamed"
     other.proto.graph.node[0].input[1] = "renamed"
     with pytest.raises(SlotError, match="another model") as caught:
-        oa.insert(other, checkpoint=checkpoint)
+        oa.insert_checkpoint(other, checkpoint)
     assert "load it for this one" in caught.value.hint
 
 

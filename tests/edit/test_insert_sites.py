@@ -20,7 +20,7 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
-from onnx_adapt.edit.insert import base_notes
+from onnx_adapt.edit.remove import base_notes
 from onnx_adapt.errors import (
     AmbiguousSiteError,
     ModelFileError,

@@ -22,7 +22,7 @@ from slot_models import (
 )
 
 import onnx_adapt as oa
-from onnx_adapt.edit.insert import base_notes
+from onnx_adapt.edit.remove import base_notes
 from onnx_adapt.errors import SlotError
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)

@@ -144,7 +144,7 @@ def test_a_replaceable_weight_that_another_tool_took_is_an_error_everywhere(
     taken: str, tmp_path: Path
 ) -> None:
     base, checkpoint = trained(tmp_path)
-    adapted = oa.fill(oa.insert(base, checkpoint=checkpoint), checkpoint.adapter)
+    adapted = oa.fill(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     items = getattr(adapted.proto.graph, taken)
     del items[[item.name for item in items].index("base.fc2.bias")]
     for use in (*_uses(adapted, base), lambda: oa.fill(adapted, checkpoint.adapter)):

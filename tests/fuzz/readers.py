@@ -24,10 +24,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
-from onnx_adapt.checkpoints.readers.folder import name_damage, read_folder
-from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
+from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
 from onnx_adapt.cli.run import read_choice
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import AdaptError, ModelFileError
@@ -216,9 +214,7 @@ def config(data: bytes) -> None:
     if not place.exists():
         shutil.copytree(CASES / case / "adapter", place)
     (place / "adapter_config.json").write_bytes(data)
-    folder = read_folder(place)
-    with name_damage(folder):
-        (peft_edits if case.startswith("peft") else adapterhub_edits)(folder)
+    read_edits(read_folder(place))
 
 
 def choice(data: bytes) -> None:

@@ -28,7 +28,7 @@ def test_shapes_that_onnx_infers_are_not_stale_whatever_the_form_of_the_slot(
     case = CASES[name]
     base = oa.open_model(case.base)
     checkpoint = oa.load_checkpoint(case.adapter, base)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     model.proto.graph.CopyFrom(shape_inference.infer_shapes(model.proto).graph)
     assert damages(model) == []
 

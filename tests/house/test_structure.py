@@ -1,6 +1,7 @@
 """The house stands: imports point down, one door per third party, a small public API."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from onnx_adapt import errors
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "words"),
+    ("errors", "dtypes", "formats", "words"),
     ("model",),
     ("ort", "slot"),
     ("adapter",),
@@ -29,6 +30,9 @@ FLOORS = (
 )
 """From the ground up; a module imports only from floors below its own."""
 
+CHECKPOINT_FLOORS = (("edits",), ("readers",), ("modules",), ("placing",), ("load",))
+"""The floors inside `checkpoints/`, from the ground up."""
+
 DOORS = {
     "click": {"cli"},
     "rich": {"cli"},
@@ -41,7 +45,6 @@ DOORS = {
     "starlette": {"serve"},
     "jinja2": {"report"},
     "pygal": {"report"},
-    "grandalf": {"report"},
 }
 
 
@@ -85,6 +88,37 @@ def test_imports_point_down() -> None:
         if module != "__init__"
     ]
     assert upward == []
+
+
+def test_imports_point_down_inside_checkpoints() -> None:
+    folder = PACKAGE / "checkpoints"
+    level = {name: i for i, floor in enumerate(CHECKPOINT_FLOORS) for name in floor}
+    paths = {
+        path: path.relative_to(folder).with_suffix("").parts[0]
+        for path in folder.rglob("*.py")
+        if path != folder / "__init__.py"
+    }
+    assert set(paths.values()) == level.keys()
+    upward = [
+        f"{path.relative_to(folder)} imports {imported}"
+        for path, room in paths.items()
+        for imported in _imports(ast.parse(path.read_text(encoding="utf-8")))
+        if imported.startswith("onnx_adapt.checkpoints.")
+        if (other := imported.split(".")[2]) != room and level[other] >= level[room]
+    ]
+    assert upward == []
+
+
+def test_the_readers_of_checkpoints_know_no_graph() -> None:
+    """Nor does anything that they import."""
+    code = (
+        "import sys, onnx_adapt.checkpoints.readers.table\n"
+        "rooms = ('graph', 'edit', 'checkpoints.modules', 'checkpoints.placing')\n"
+        "names = tuple(f'onnx_adapt.{room}' for room in rooms)\n"
+        "found = [name for name in sys.modules if name.startswith(names)]\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _inside(folder: Path) -> dict[str, set[str]]:
@@ -141,6 +175,22 @@ def test_files_and_functions_stay_small() -> None:
     assert long_files == []
 
 
+def _begins_like_a_slot(node: ast.AST) -> bool:
+    """Whether a literal, an f-string's first piece included, is a beginning of slot names."""
+    text = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(text, str) and re.match(r"adapter\\?\.($|[^a-z])", text) is not None
+
+
+def test_the_names_of_slots_are_built_and_parsed_in_one_module() -> None:
+    holders = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _begins_like_a_slot(node)
+    }
+    assert holders == {"slot/names.py"}
+
+
 def _raised(tree: ast.Module) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -168,7 +218,14 @@ def test_every_error_says_what_to_do_about_it() -> None:
 PUBLIC = [
     *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract", "fill"),
-    *("find_sites", "insert", "list_slots", "load_adapter", "load_checkpoint"),
+    *(
+        "find_sites",
+        "insert",
+        "insert_checkpoint",
+        "list_slots",
+        "load_adapter",
+        "load_checkpoint",
+    ),
     *("make_adapter", "open_model", "remove", "save_adapter", "save_model", "verify"),
 ]
 

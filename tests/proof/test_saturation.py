@@ -67,13 +67,13 @@ def test_a_lora_that_saturates_is_not_verified_and_calibrated_it_is_pytorchs(
     base, known = base_of(case), truth(case)
     checkpoint = oa.load_checkpoint(QDQ / case / "adapter", base)
     adapter, inputs = checkpoint.adapter, {"x": known["x"]}
-    plain = oa.insert(base, checkpoint=checkpoint)
+    plain = oa.insert_checkpoint(base, checkpoint)
     assert off_by(answers(plain, adapter, known["x"]), known["lora"]) > 0.5
     report = oa.verify(base, plain, adapter=adapter, inputs=inputs)
     assert failed(report) == ["saturation"]
     assert {slot for item in report.saturation for slot in item.slots} == set(adapter.weights)
 
-    plain = oa.insert(base, checkpoint=checkpoint)
+    plain = oa.insert_checkpoint(base, checkpoint)
     wide = oa.calibrate(plain, checkpoint.adapter, inputs)
     assert off_by(answers(wide, adapter, known["x"]), known["lora"]) < WEIGHTS_ONLY
     assert off_by(answers(wide, None, known["x"]), known["base"]) < WEIGHTS_ONLY
@@ -99,10 +99,10 @@ def test_baked_with_calibration_is_pytorchs_and_comes_out_again() -> None:
     base, known = base_of("dense_uint8"), truth("dense_uint8")
     checkpoint = oa.load_checkpoint(QDQ / "dense_uint8" / "adapter", base)
     inputs = {"x": known["x"]}
-    clipped = oa.insert(base, checkpoint=checkpoint, baked=True)
+    clipped = oa.insert_checkpoint(base, checkpoint, baked=True)
     assert failed(oa.verify(base, clipped, inputs=inputs)) == ["saturation"]
     wide = oa.calibrate(
-        oa.insert(base, checkpoint=checkpoint, baked=True), checkpoint.adapter, inputs
+        oa.insert_checkpoint(base, checkpoint, baked=True), checkpoint.adapter, inputs
     )
     assert off_by(answers(wide, None, known["x"]), known["lora"]) < WEIGHTS_ONLY
     assert failed(oa.verify(base, wide, inputs=inputs)) == []
@@ -114,7 +114,7 @@ def test_a_relu_that_the_quantiser_folded_into_a_range_stays_a_relu() -> None:
     assert "Relu" not in {node.op_type for node in base.proto.graph.node}
     checkpoint = oa.load_checkpoint(QDQ / "conv_uint8" / "adapter", base)
     wide = oa.calibrate(
-        oa.insert(base, checkpoint=checkpoint), checkpoint.adapter, {"x": known["x"]}
+        oa.insert_checkpoint(base, checkpoint), checkpoint.adapter, {"x": known["x"]}
     )
     stored = {tensor.name: tensor for tensor in wide.proto.graph.initializer}
     for node in wide.proto.graph.node:
@@ -258,7 +258,7 @@ def test_batched_slots_are_calibrated_too() -> None:
     checkpoint = oa.load_checkpoint(QDQ / "dense_uint8" / "adapter", base)
     inputs = {"x": known["x"]}
     wide = oa.calibrate(
-        oa.insert(base, checkpoint=checkpoint, batched=True), checkpoint.adapter, inputs
+        oa.insert_checkpoint(base, checkpoint, batched=True), checkpoint.adapter, inputs
     )
     with oa.AdapterSession(wide, adapters={"a": checkpoint.adapter}) as rows:
         got = rows.run(inputs, adapter=["a", None] * 16)["y"]

@@ -36,8 +36,8 @@ def _models(case: str) -> tuple[oa.Model, oa.Model, oa.Adapter]:
     """A trained case with ordinary slots, with batched ones, and its adapter."""
     base = oa.open_model(CASES[case].base)
     checkpoint = oa.load_checkpoint(CASES[case].adapter, base, name="trained")
-    plain = oa.insert(base, checkpoint=checkpoint)
-    batched = oa.insert(base, checkpoint=checkpoint, batched=True)
+    plain = oa.insert_checkpoint(base, checkpoint)
+    batched = oa.insert_checkpoint(base, checkpoint, batched=True)
     return plain, batched, checkpoint.adapter
 
 
@@ -152,6 +152,10 @@ def test_without_rows_a_batched_model_is_the_ordinary_one_bit_for_bit(
             got, wanted = (one.run(feeds, adapter=choice) for one in (session, ordinary))
             if case == "peft_convnet_dora" and optimised and choice:
                 _close(got, wanted, 1e-6)  # a bias of rows is not fused into a Conv
+            elif case == "ah_bert_ln_before" and optimised:
+                # ONNX Runtime fuses the last Add of an ordinary slot with the norm behind it.
+                # It does not know that a batched slot has as many rows as its target.
+                _close(got, wanted, 5e-6)
             else:
                 assert all(got[name].tobytes() == wanted[name].tobytes() for name in wanted)
 

@@ -60,7 +60,7 @@ def test_trained_adapters_give_what_pytorch_gives(
     case = CASES[name]
     base = oa.open_model(case.base)
     checkpoint = oa.load_checkpoint(case.adapter, base)
-    saved = oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "adapted.onnx")
+    saved = oa.save_model(oa.insert_checkpoint(base, checkpoint), tmp_path / "adapted.onnx")
     path = oa.save_adapter(checkpoint.adapter, tmp_path / f"trained.{suffix}")
     with oa.AdapterSession(saved.path, {"trained": path}) as session:
         assert case.distance(session.run(case.inputs(), "trained")) < case.tolerance
@@ -106,7 +106,7 @@ def test_bfloat16_weights_reach_onnxruntime_as_they_are() -> None:
 
 def test_a_trained_head_goes_with_its_adapter(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     baked = oa.bake(oa.fill(model, checkpoint.adapter))
     expected = oa.AdapterSession(baked).run({"x": X})["y"]
     with oa.AdapterSession(model, {"fr": checkpoint.adapter}) as session:

@@ -96,7 +96,7 @@ def test_files_are_found_wherever_the_process_goes(
 
 def test_a_blend_of_heads_wants_the_model_file_that_was_loaded(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    path = oa.save_model(oa.insert(base, checkpoint=checkpoint), tmp_path / "a.onnx").path
+    path = oa.save_model(oa.insert_checkpoint(base, checkpoint), tmp_path / "a.onnx").path
     session = oa.AdapterSession(path, {"fr": checkpoint.adapter})
     expected = session.run({"x": X}, adapter={"fr": 0.5})
     oa.save_model(oa.fill(oa.open_model(path), checkpoint.adapter), path, overwrite=True)
@@ -205,7 +205,7 @@ def test_a_partial_adapter_and_a_blend_of_nothing_leave_slots_off_whatever_the_d
 
 def test_a_partial_adapter_for_a_filled_model_has_the_base_s_own_head(tmp_path: Path) -> None:
     base, checkpoint = trained(tmp_path)
-    model = oa.insert(base, checkpoint=checkpoint)
+    model = oa.insert_checkpoint(base, checkpoint)
     part = oa.make_adapter(model, "part", checkpoint.adapter.weights)
     found = []
     for each in (model, oa.fill(model, checkpoint.adapter)):
@@ -355,7 +355,7 @@ def test_what_a_trained_head_replaces_is_no_warning(
     case = Path("tests/cases/peft_bert_lora_default_ts")
     base = oa.open_model(case / "base.onnx")
     head = oa.load_checkpoint(case / "adapter", base)
-    adapted = oa.insert(base, checkpoint=head, baked=how == "baked")
+    adapted = oa.insert_checkpoint(base, head, baked=how == "baked")
     model = oa.fill(adapted, head.adapter) if how == "filled" else adapted
     oa.save_model(model, tmp_path / "m.onnx")
     oa.AdapterSession(tmp_path / "m.onnx").run(dict(np.load(case / "inputs.npz")))

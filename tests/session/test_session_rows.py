@@ -71,7 +71,7 @@ def test_rows_of_a_real_model_are_what_they_are_alone(name: str) -> None:
     case = CASES[name]
     base = oa.open_model(case.base)
     trained = oa.load_checkpoint(case.adapter, base)
-    model = oa.insert(base, checkpoint=trained)
+    model = oa.insert_checkpoint(base, trained)
     feeds = case.inputs()
     rows = len(next(iter(feeds.values())))
     with oa.AdapterSession(model, {"t": trained.adapter}) as session:
@@ -206,7 +206,7 @@ def test_rows_of_what_torch_s_exporter_left_nameless_are_what_they_are_alone(
     base = oa.open_model(case.base)
     trained = oa.load_checkpoint(case.adapter, base)
     with oa.AdapterSession(
-        oa.insert(base, checkpoint=trained), {"t": trained.adapter}
+        oa.insert_checkpoint(base, trained), {"t": trained.adapter}
     ) as session:
         off, on = session.run(feeds), session.run(feeds, "t")
         mixed = session.run(feeds, [None, *["t"] * (rows - 1)])

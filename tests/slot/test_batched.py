@@ -279,7 +279,7 @@ CASE = "peft_bert_lora_default_ts"
 def _trained(**options: Any) -> tuple[oa.Model, oa.Model, oa.Checkpoint]:
     base = oa.open_model(TRAINED[CASE].base)
     checkpoint = oa.load_checkpoint(TRAINED[CASE].adapter, base)
-    return base, oa.insert(base, checkpoint=checkpoint, **options), checkpoint
+    return base, oa.insert_checkpoint(base, checkpoint, **options), checkpoint
 
 
 def test_removing_batched_slots_gives_the_base_byte_for_byte(tmp_path: Path) -> None:

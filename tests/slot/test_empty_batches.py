@@ -207,7 +207,7 @@ def _random(model: oa.Model, size: int, seed: int) -> oa.Adapter:
         }
         for slot in oa.list_slots(model)
     }
-    return oa.Adapter(str(seed), weights)
+    return oa.make_adapter(model, str(seed), weights)
 
 
 @pytest.mark.parametrize("text", [NO_ROIS, IMAGES])

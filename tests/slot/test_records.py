@@ -14,7 +14,7 @@ from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.manifest import (
     KEY,
     Manifest,
-    OpenWeight,
+    ReplaceableWeight,
     manifest_from_text,
     read_manifest,
     write_manifest,
@@ -82,7 +82,7 @@ def test_a_record_of_0_1_0_means_the_same_when_it_is_written_again() -> None:
 def test_a_record_has_only_what_differs_from_the_default() -> None:
     model = oa.open_model(OLD / "base.onnx")
     slot = replace(PLAIN, source=PLAIN.inner, output=PLAIN.tensor, source_width=PLAIN.width)
-    head = OpenWeight("w3", "w3", copied=False, swappable=True, trained=False)
+    head = ReplaceableWeight("w3", "w3", copied=False, swappable=True, trained=False)
     manifest = Manifest("sha256:0", 8, canonical=True, inlined=False, slots=(slot,))
     write_manifest(model.proto, manifest)
     assert _record(model) == {

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.cores import CORES, Core, Use, core_at, refuse_uncalled
+from onnx_adapt.checkpoints.modules.calls import (
+    LayerCall,
+    ParameterInput,
+    call_at,
+    refuse_uncalled,
+)
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.modules import module_output
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -27,7 +33,7 @@ class ByName:
     """
 
     survey: Survey
-    packed: Mapping[str, list[Core]]
+    packed: Mapping[str, list[LayerCall]]
 
     def known(self) -> list[str]:
         """The modules that ran."""
@@ -37,25 +43,25 @@ class ByName:
         """The modules whose weights have kept their names."""
         return _named_parameters(self.survey)
 
-    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+    def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
         """The calls of a module, in graph order; several if it runs several times."""
-        found: list[Core] = []
+        found: list[LayerCall] = []
         for path, view in self.survey.index.views.items():
             scopes = self.survey.modules.scopes[path]
             for scope, node in zip(scopes, view.nodes, strict=True):
-                if scope == module and node.op_type in CORES and is_layer(view, node):
-                    found.append(core_at(self.survey, view, node))
+                if scope == module and is_module_call(view, node):
+                    found.append(call_at(self.survey, view, node))
                     _refuse_folded(found[-1], module)
         found = found or self.packed.get(module, [])
-        return found or _cores_by_name(self.survey, module, called)
+        return found or _calls_by_name(self.survey, module, called)
 
-    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+    def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
-        found: list[Use] = []
+        found: list[ParameterInput] = []
         for path, view in self.survey.index.views.items():
             scopes = self.survey.modules.scopes[path]
             inside = [n for s, n in zip(scopes, view.nodes, strict=True) if s == module]
-            found += _norm_uses(view, inside, parameter)
+            found += _norm_inputs(view, inside, parameter)
         return found
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
@@ -70,63 +76,63 @@ class ByName:
         )
 
 
-def _refuse_folded(core: Core, module: str) -> None:
+def _refuse_folded(call: LayerCall, module: str) -> None:
     """TorchScript keeps the names of convolutions, but of those with a BatchNorm folded in."""
-    if core.node.op_type == "Conv" and _weight_name(core).startswith("onnx::"):
+    if call.node.op_type == "Conv" and _weight_name(call).startswith("onnx::"):
         raise CheckpointError(
-            f"node {core.node.name!r} of module {module!r} has another weight than the "
+            f"node {call.node.name!r} of module {module!r} has another weight than the "
             "module: the exporter folded the BatchNorm behind it in",
             hint="export with training=TrainingMode.PRESERVE or optimize=False, so that the "
             "BatchNorm stays",
         )
 
 
-def _cores_by_name(survey: Survey, module: str, called: bool) -> list[Core]:
+def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]:
     """The layers whose stored weight or bias still has the module's name.
 
     Raises:
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
             the weight, or the weight is used without a call of its module.
     """
-    found: list[tuple[Core, str | None]] = []
+    found: list[tuple[LayerCall, str | None]] = []
     for path, view in survey.index.views.items():
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if node.op_type not in CORES or not is_layer(view, node):
+            if not is_module_call(view, node):
                 continue
-            core = core_at(survey, view, node)
-            kind = KINDS[node.op_type]
-            inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
-            added = [n for r in view.readers(core.raw) if r.op_type == "Add" for n in r.input]
-            if _weight_name(core) == f"{module}.weight" or f"{module}.bias" in inside + added:
-                found.append((core, scope))
+            call = call_at(survey, view, node)
+            bias = OPERATORS[node.op_type].bias
+            inside = [] if bias is None else list(node.input[bias : bias + 1])
+            added = [n for r in view.readers(call.raw) if r.op_type == "Add" for n in r.input]
+            if _weight_name(call) == f"{module}.weight" or f"{module}.bias" in inside + added:
+                found.append((call, scope))
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
     own = [
-        core
-        for core, scope in found
+        call
+        for call, scope in found
         if scope is None
         or f".{module}".endswith(f".{scope}")
         or (not called and _holds(module, scope))
     ]
     if found and not own:
-        core, scope = found[0]
+        call, scope = found[0]
         raise CheckpointError(
-            f"the weight of module {module!r} is in node {core.node.name!r}, which is of "
+            f"the weight of module {module!r} is in node {call.node.name!r}, which is of "
             f"{f'module {scope!r}' if scope else 'the model itself'}",
             hint="it was folded with a BatchNorm (export with optimize=False), or PyTorch "
             "uses it without calling the module, so that an adapter there has no effect",
         )
     if called and own:
         refuse_uncalled(module, (n for v in survey.index.views.values() for n in v.constants))
-        for core in [core for core, scope in found if scope is None]:
-            _refuse_unsure(core, module)
+        for call in [call for call, scope in found if scope is None]:
+            _refuse_unsure(call, module)
     return own
 
 
-def _refuse_unsure(core: Core, module: str) -> None:
+def _refuse_unsure(call: LayerCall, module: str) -> None:
     """Without scopes a bias may be one that a BatchNorm brought: names stay, values do not."""
-    if core.node.op_type == "Conv" and any(core.node.input[2:]):
+    if call.node.op_type == "Conv" and any(call.node.input[2:]):
         raise CheckpointError(
-            f"the graph does not tell whether a BatchNorm was folded into {core.node.name!r}, "
+            f"the graph does not tell whether a BatchNorm was folded into {call.node.name!r}, "
             f"the convolution of module {module!r}",
             hint="give the base's weights with --base-weights model.safetensors, or insert "
             "the adapter into the model as exported",
@@ -148,17 +154,19 @@ def _named_parameters(survey: Survey) -> list[str]:
     ]
 
 
-def _weight_name(core: Core) -> str:
-    weight = find_weight(core.view, core.weight)
+def _weight_name(call: LayerCall) -> str:
+    weight = find_weight(call.view, call.weight)
     return weight.tensor.name if weight else ""
 
 
-def _norm_uses(view: GraphView, nodes: list[onnx.NodeProto], parameter: str) -> list[Use]:
+def _norm_inputs(
+    view: GraphView, nodes: list[onnx.NodeProto], parameter: str
+) -> list[ParameterInput]:
     """A normalisation's parameters, in one node or decomposed into Mul and Add."""
     position = 1 if parameter == "weight" else 2
     whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
     if whole:
-        return [Use(view, node, position, False) for node in whole]
+        return [ParameterInput(view, node, position, False) for node in whole]
     op = "Mul" if parameter == "weight" else "Add"
     for node in reversed([node for node in nodes if node.op_type == op]):
         for i, name in enumerate(node.input):
@@ -166,5 +174,5 @@ def _norm_uses(view: GraphView, nodes: list[onnx.NodeProto], parameter: str) -> 
             vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
             # What is stored under another name was made of it, such as Gemma's 1 + weight.
             if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
-                return [Use(view, node, i, False)]
+                return [ParameterInput(view, node, i, False)]
     return []

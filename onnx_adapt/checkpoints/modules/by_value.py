@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.checkpoints.modules.cores import (
-    CORES,
-    Core,
-    Use,
-    core_at,
+from onnx_adapt.checkpoints.modules.calls import (
+    LayerCall,
+    ParameterInput,
+    call_at,
     read_matrix,
     refuse_uncalled,
 )
@@ -22,7 +21,7 @@ from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -43,7 +42,7 @@ class ByValue:
 
     label: str
     weights: Mapping[str, Array]
-    found: Mapping[str, list[Core]]
+    found: Mapping[str, list[LayerCall]]
     norms: Mapping[str, list[BaseNorm]]
     alike: Mapping[str, list[str]]
     free: frozenset[tuple[int, ...]]
@@ -58,13 +57,13 @@ class ByValue:
         """Other modules: there are none."""
         return []
 
-    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+    def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
         """The calls of a module, in graph order."""
         if called:
             refuse_uncalled(module, self.weights)
         return self.found.get(module, [])
 
-    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+    def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph.
 
         Raises:
@@ -76,7 +75,9 @@ class ByValue:
             (norm.view, norm.weight if parameter == "weight" else norm.bias)
             for norm in self.norms[module]
         )
-        return [Use(view, *place, False) for view, place in places if place is not None]
+        return [
+            ParameterInput(view, *place, False) for view, place in places if place is not None
+        ]
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
         """What a module hands to the rest of the model, if that is its LayerNorm's output."""
@@ -114,6 +115,20 @@ class ByValue:
         )
 
 
+# How values find modules, by example. An optimiser has renamed every weight, and the file of
+# the base's weights still has the names:
+#
+#     file    encoder.layer.0.query.weight  (768, 768)        graph   MatMul_12 reads const_7
+#
+# 1. Every layer of the graph is listed by the digest of its weight, turned into PyTorch's
+#    layout and float32: {digest(const_7): [MatMul_12]}.
+# 2. Every matrix of the file is rounded to each precision that the graph has, and its digest
+#    is looked up: `query` is computed by MatMul_12.
+# 3. A layer that two modules claim (equal weights, as when both are still zero) belongs to
+#    neither, and an edit of one of them is refused with the names of both. Only a tied
+#    embedding can be told apart: the Gather is the embedding, and the MatMul is the head.
+
+
 def find_by_value(
     model: Model, survey: Survey, weights: Mapping[str, Array], label: str
 ) -> ByValue:
@@ -129,17 +144,17 @@ def find_by_value(
         CheckpointError: If no weight of the base is in the graph.
     """
     weights = {_current(key): value for key, value in weights.items()}
-    by_value: dict[bytes, list[Core]] = {}
+    by_value: dict[bytes, list[LayerCall]] = {}
     kinds: set[np.dtype[Any]] = set()
     for view in survey.index.views.values():
         for node in view.nodes:
-            if node.op_type in CORES and is_layer(view, node):
-                core = core_at(survey, view, node)
-                weight = find_weight(core.view, core.weight)
+            if is_module_call(view, node):
+                call = call_at(survey, view, node)
+                weight = find_weight(call.view, call.weight)
                 if weight is not None and weight.elem_type in FLOATS:
                     kinds.add(DTYPES[FLOATS[weight.elem_type]])
-                by_value.setdefault(digest(read_matrix(model, core)), []).append(core)
-    found, alike, claimed = _cores(by_value, kinds, weights)
+                by_value.setdefault(digest(read_matrix(model, call)), []).append(call)
+    found, alike, claimed = _calls(by_value, kinds, weights)
     if not claimed:
         raise CheckpointError(
             f"none of the weights in {label} is in the graph",
@@ -149,10 +164,10 @@ def find_by_value(
     norms, unclear = norms_by_value(model, survey, weights, found, kinds)
     free = frozenset(
         weight.dims
-        for cores in by_value.values()
-        for core in cores
-        if id(core.node) not in claimed
-        if (weight := find_weight(core.view, core.weight)) is not None
+        for calls in by_value.values()
+        for call in calls
+        if id(call.node) not in claimed
+        if (weight := find_weight(call.view, call.weight)) is not None
     )
     return ByValue(label, weights, found, norms, {**alike, **unclear}, free)
 
@@ -163,11 +178,11 @@ def _current(key: str) -> str:
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
 
 
-def _cores(
-    by_value: Mapping[bytes, list[Core]],
+def _calls(
+    by_value: Mapping[bytes, list[LayerCall]],
     kinds: Iterable[np.dtype[Any]],
     weights: Mapping[str, Array],
-) -> tuple[dict[str, list[Core]], dict[str, list[str]], set[int]]:
+) -> tuple[dict[str, list[LayerCall]], dict[str, list[str]], set[int]]:
     """The calls of each module; modules that are alike; and all nodes that have a module."""
     matrices = {
         key.rpartition(".")[0]: array
@@ -176,45 +191,45 @@ def _cores(
     }
     found = {module: _same(by_value, kinds, array) for module, array in matrices.items()}
     twins = {
-        module: [other for other in found if found[other] is cores]
-        for module, cores in found.items()
-        if cores
+        module: [other for other in found if found[other] is calls]
+        for module, calls in found.items()
+        if calls
     }
     own = {module: _of_module(found[module], twins[module], module) for module in twins}
-    owners = Counter(id(core.node) for cores in own.values() for core in cores)
+    owners = Counter(id(call.node) for calls in own.values() for call in calls)
     single = {
-        module: cores
-        for module, cores in own.items()
-        if cores and all(owners[id(core.node)] == 1 for core in cores)
+        module: calls
+        for module, calls in own.items()
+        if calls and all(owners[id(call.node)] == 1 for call in calls)
     }
     alike = {
         module: [other for other in twins[module] if other != module]
         for module in own
         if module not in single
     }
-    return single, alike, {id(core.node) for cores in found.values() for core in cores}
+    return single, alike, {id(call.node) for calls in found.values() for call in calls}
 
 
 def _same(
-    by_value: Mapping[bytes, list[Core]], kinds: Iterable[np.dtype[Any]], array: Array
-) -> list[Core]:
-    """The cores with a weight's values in any precision; transposed only if none has it."""
+    by_value: Mapping[bytes, list[LayerCall]], kinds: Iterable[np.dtype[Any]], array: Array
+) -> list[LayerCall]:
+    """The calls with a weight's values in any precision; transposed only if none has it."""
     for turned in (array, array.T):
         for kind in kinds:
-            if cores := by_value.get(digest(turned.astype(kind))):
-                return cores
+            if calls := by_value.get(digest(turned.astype(kind))):
+                return calls
     return []
 
 
-def _of_module(cores: list[Core], twins: list[str], module: str) -> list[Core]:
-    """Of the cores with a module's weight those of its kind; none if nobody can tell.
+def _of_module(calls: list[LayerCall], twins: list[str], module: str) -> list[LayerCall]:
+    """Of the calls with a module's weight those of its kind; none if nobody can tell.
 
     A tied table is read by an embedding's Gather and by a head.
     """
-    embeds = [core for core in cores if core.node.op_type == "Gather"]
-    heads = [core for core in cores if core.node.op_type != "Gather"]
+    embeds = [call for call in calls if call.node.op_type == "Gather"]
+    heads = [call for call in calls if call.node.op_type != "Gather"]
     if not embeds or not heads:
-        return cores
+        return calls
     if _EMBEDDING.search(module):
         return embeds
     return heads if any(_EMBEDDING.search(twin) for twin in twins) else []

@@ -44,6 +44,25 @@ def _built(path: str) -> str:
     return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
 
 
+# How names are mapped, by example. A checkpoint was trained on a model with a head, and the
+# graph was exported from the encoder alone:
+#
+#     wanted   bert.encoder.layer.0.attention.self.query   bert.encoder.layer.0.output.dense
+#     known         encoder.layer.0.attention.self.query        encoder.layer.0.output.dense
+#
+# 1. `_changes` looks for endings that a wanted name and a known name share. It cuts up to
+#    three words off the front: without "bert." the first name is known, so "remove 'bert.',
+#    add ''" is a change worth trying.
+# 2. `_mappings` applies each change to all wanted names: this one finds both.
+# 3. `map_modules` takes the change that finds most modules; among equals the one that changes
+#    fewer prefixes (`cost`); if two are equal in that as well, it refuses to guess.
+#
+# A change does not count if the prefix that it drops names a part of the model that the graph
+# may not be (`model.decoder.` onto a graph with `encoder.`; see `model_parts`), and a short
+# ending such as `dense`, which many modules share, counts only if it finds all of them. The
+# same is then tried with the names that other versions have (`_newer`, `_older`, `_built`).
+
+
 def map_modules(
     wanted: Sequence[str],
     known: Iterable[str],

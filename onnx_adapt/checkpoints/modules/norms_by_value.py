@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.modules.cores import CORES, Core, read_weight
+from onnx_adapt.checkpoints.modules.calls import LayerCall, read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.graph.index import VALUE_FREE, GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm, find_norms
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -25,11 +25,24 @@ def digest(value: Array) -> bytes:
     return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
 
 
+# How normalisations are found, by example. Those of a trained model have values of their own
+# and are found like layers, by a digest. But a normalisation that was never trained is all
+# ones, and so are its neighbours:
+#
+#     file    layer.0.norm.weight = ones    layer.1.norm.weight = ones
+#     graph   Norm_3 -> MatMul_5 (layer.0.dense)    Norm_8 -> MatMul_9 (layer.1.dense)
+#
+# By value both modules fit both nodes. So `_Neighbours` walks from each node, backwards and
+# forwards, until it meets a layer or another normalisation. Norm_3 meets MatMul_5, which is
+# known to be `layer.0.dense`. That has the same parent as `layer.0.norm`, so Norm_3 is
+# `layer.0.norm`. If several nodes or none are left, the module is reported as alike.
+
+
 def norms_by_value(
     model: Model,
     survey: Survey,
     weights: Mapping[str, Array],
-    cores: Mapping[str, list[Core]],
+    calls: Mapping[str, list[LayerCall]],
     kinds: Iterable[np.dtype[Any]],
 ) -> tuple[dict[str, list[BaseNorm]], dict[str, list[str]]]:
     """The calls of each normalisation; and modules that are alike.
@@ -52,7 +65,7 @@ def norms_by_value(
         module: [norm for norm in there if values[id(norm)] in variants]
         for module, variants in wanted.items()
     }
-    near = _Neighbours(there, cores)
+    near = _Neighbours(there, calls)
     found: dict[str, list[BaseNorm]] = {}
     alike: dict[str, list[str]] = {}
     for module, norms in fitting.items():
@@ -93,11 +106,11 @@ class _Neighbours:
 
     Args:
         norms: All of the graph.
-        cores: The calls of each module.
+        calls: The calls of each module.
     """
 
-    def __init__(self, norms: list[BaseNorm], cores: Mapping[str, list[Core]]) -> None:
-        self._cores = cores
+    def __init__(self, norms: list[BaseNorm], calls: Mapping[str, list[LayerCall]]) -> None:
+        self._calls = calls
         self._made = {norm.output for norm in norms}
         self._read = {norm.read for norm in norms}
 
@@ -105,10 +118,10 @@ class _Neighbours:
         """Those normalisations that are beside a layer with the module's own parent."""
         parent = module.rpartition(".")[0] + "."
         siblings = {
-            id(core.node)
-            for name, calls in self._cores.items()
+            id(call.node)
+            for name, calls in self._calls.items()
             if name.startswith(parent)
-            for core in calls
+            for call in calls
         }
         return [norm for norm in norms if siblings.intersection(self._beside(norm))]
 
@@ -136,4 +149,4 @@ class _Neighbours:
                     waiting += new
 
     def _is_layer(self, node: onnx.NodeProto, view: GraphView) -> bool:
-        return node.op_type in CORES and is_layer(view, node)
+        return is_module_call(view, node)

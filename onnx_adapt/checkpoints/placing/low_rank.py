@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank
-from onnx_adapt.checkpoints.modules.cores import Core, read_bias, read_matrix
-from onnx_adapt.checkpoints.placing.workshop import Workshop
+from onnx_adapt.checkpoints.modules.calls import LayerCall, read_bias, read_matrix
+from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import attribute
 from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.slot.form import Form
 
 
-def place_low_rank(shop: Workshop, edit: LowRank, core: Core) -> None:
+def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None:
     """Make the slot that LoRA or DoRA asks for on one call of a module.
 
     Raises:
@@ -21,55 +22,49 @@ def place_low_rank(shop: Workshop, edit: LowRank, core: Core) -> None:
     """
     a, b = edit.a, edit.b
     window: tuple[int, ...] = ()
-    if core.node.op_type == "Gather":
+    if call.node.op_type == "Gather":
         parts = {"table": a.T, "up": b.T}
-    elif core.node.op_type == "Conv":
-        window = _window(core, a)
-        b = _dense(b, attribute(core.node, "group", 1))
+    elif call.node.op_type == "Conv":
+        window = _window(call, a)
+        b = _dense(b, attribute(call.node, "group", 1))
         parts = {"down": a, "up": b}
     else:
         parts = {"down": a.T, "up": b.T}
-    _check_sizes(edit, core, a, b)
-    up_axis = 0 if core.node.op_type == "Conv" else 1
-    parts["up"] = core.spread(parts["up"], axis=up_axis) * edit.scale
+    _check_sizes(edit, call, a, b)
+    up_axis = 0 if call.node.op_type == "Conv" else 1
+    parts["up"] = call.spread(parts["up"], axis=up_axis) * edit.scale
     if edit.bias is not None:
-        parts["up_bias"] = core.spread(edit.bias.astype(np.float64)) * edit.scale
-    target = shop.survey.site(core.view, core.output)
+        parts["up_bias"] = call.spread(edit.bias.astype(np.float64)) * edit.scale
+    target = placement.survey.site(call.view, call.output)
     if edit.magnitude is not None:
-        scale = core.spread(_dora_scale(shop, edit, core, b), fill=1)
+        scale = call.spread(_dora_scale(placement, edit, call, b), fill=1)
         shape = [1] * parts["up"].ndim
         shape[up_axis] = -1
         parts["up"] = parts["up"] * scale.reshape(shape)
         parts["scale"] = scale
         if "up_bias" in parts:
             parts["up_bias"] = parts["up_bias"] * scale
-        inside = read_bias(shop.model, core)
+        inside = read_bias(placement.model, call)
         if not edit.scales_bias and inside is not None:
             parts["up_bias"] = parts.get("up_bias", 0) + (1 - scale) * inside
         elif not edit.scales_bias:
-            target = shop.survey.site(core.view, core.raw)
+            target = placement.survey.site(call.view, call.raw)
     if edit.gate is not None:
-        if core.node.op_type not in ("MatMul", "FusedMatMul"):
+        if call.node.op_type not in ("MatMul", "FusedMatMul"):
             raise CheckpointError(
                 f"{edit.module!r}: gating needs the sequence axis, which is folded away here"
             )
         parts["gate"], parts["gate_bias"] = edit.gate[0].T, edit.gate[1]
-    source = shop.survey.settled(core.view.scope.path, core.data)
-    shop.add(
-        target,
-        shop.names[edit.module],
-        parts,
-        source=source,
-        source_width=a.shape[1],
-        window=window,
-    )
+    source = placement.survey.settled(call.view.scope.path, call.data)
+    form = Form(source=source, source_width=a.shape[1], window=window)
+    placement.add(target, placement.names[edit.module], parts, form)
 
 
-def _check_sizes(edit: LowRank, core: Core, a: Array, b: Array) -> None:
-    weight = find_weight(core.view, core.weight)
+def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
+    weight = find_weight(call.view, call.weight)
     dims = weight.dims if weight else ()
-    fits = (a.shape[1], b.shape[0]) == core.sizes
-    if core.node.op_type == "Conv":
+    fits = (a.shape[1], b.shape[0]) == call.sizes
+    if call.node.op_type == "Conv":
         fits = fits and a.shape[2:] == dims[2:]
     if not fits or a.shape[0] != b.shape[1]:
         raise CheckpointError(
@@ -79,7 +74,7 @@ def _check_sizes(edit: LowRank, core: Core, a: Array, b: Array) -> None:
         )
 
 
-def _window(core: Core, a: Array) -> tuple[int, ...]:
+def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
     """The window of A on a Conv: the Conv's own kernel, strides and pads.
 
     PEFT gives A no dilation; where the Conv has one, only padding="same" lines up, and A
@@ -87,8 +82,8 @@ def _window(core: Core, a: Array) -> tuple[int, ...]:
     """
     n = a.ndim - 2
     kernel = a.shape[2:]
-    lists = {item.name: list(item.ints) for item in core.node.attribute}
-    automatic = next((i.s for i in core.node.attribute if i.name == "auto_pad"), b"NOTSET")
+    lists = {item.name: list(item.ints) for item in call.node.attribute}
+    automatic = next((i.s for i in call.node.attribute if i.name == "auto_pad"), b"NOTSET")
     strides = lists.get("strides", [1] * n)
     pads = lists.get("pads", [0] * 2 * n)
     dilated = any(step != 1 for step in lists.get("dilations", ()))
@@ -97,13 +92,13 @@ def _window(core: Core, a: Array) -> tuple[int, ...]:
     elif automatic == b"SAME_UPPER" or dilated:
         if any(step != 1 for step in strides):
             raise CheckpointError(
-                f"{core.node.name!r}: LoRA on a Conv with strides and dilation or automatic "
+                f"{call.node.name!r}: LoRA on a Conv with strides and dilation or automatic "
                 "padding is not supported"
             )
         before = [(size - 1) // 2 for size in kernel]
         pads = before + [size - 1 - left for size, left in zip(kernel, before, strict=True)]
     elif automatic not in (b"NOTSET", b""):
-        raise CheckpointError(f"{core.node.name!r}: auto_pad {automatic!r} is not supported")
+        raise CheckpointError(f"{call.node.name!r}: auto_pad {automatic!r} is not supported")
     window = (*kernel, *strides, *pads, *(1,) * n)
     return () if window == (1,) * 2 * n + (0,) * 2 * n + (1,) * n else window
 
@@ -117,18 +112,18 @@ def _dense(b: Array, groups: int) -> Array:
     return dense
 
 
-def _dora_scale(shop: Workshop, edit: LowRank, core: Core, b: Array) -> Array:
+def _dora_scale(placement: Placement, edit: LowRank, call: LayerCall, b: Array) -> Array:
     """DoRA: magnitude over the norm of the adapted weight's rows (arXiv 2402.09353)."""
-    if core.node.op_type == "MatMulNBits":
+    if call.node.op_type == "MatMulNBits":
         raise CheckpointError(
             f"{edit.module!r}: DoRA needs the values of the weight, and they are quantised",
             hint="insert the adapter into the model in float32 or float16",
         )
-    weight = read_matrix(shop.model, core)
-    if core.node.op_type == "Gather":
+    weight = read_matrix(placement.model, call)
+    if call.node.op_type == "Gather":
         weight = weight.T
     flat = weight.reshape(weight.shape[0], -1)
-    groups = attribute(core.node, "group", 1)
+    groups = attribute(call.node, "group", 1)
     if groups != 1:
         raise CheckpointError(f"{edit.module!r}: DoRA on a Conv with groups is not supported")
     delta = b.reshape(b.shape[0], -1) @ edit.a.reshape(edit.a.shape[0], -1)

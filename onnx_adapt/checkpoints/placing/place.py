@@ -5,35 +5,41 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Bottleneck, Coupling, Edit, LowRank, Scaling
-from onnx_adapt.checkpoints.modules.cores import Core, block_output, norm_behind, residual_add
+from onnx_adapt.checkpoints.modules.calls import (
+    LayerCall,
+    block_output,
+    norm_behind,
+    residual_add,
+)
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
-from onnx_adapt.checkpoints.placing.workshop import Workshop
+from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.slot.form import Form
 
 
-def place(shop: Workshop, edit: Edit) -> None:
+def place(placement: Placement, edit: Edit) -> None:
     """Make the slots that one edit asks for.
 
     Raises:
         CheckpointError: If the graph has no place for it.
     """
     if isinstance(edit, LowRank):
-        for core in shop.calls(edit.module):
-            place_low_rank(shop, edit, core)
+        for call in placement.calls(edit.module):
+            place_low_rank(placement, edit, call)
     elif isinstance(edit, Scaling):
-        for core in shop.calls(edit.module):
-            _place_scaling(shop, edit, core)
+        for call in placement.calls(edit.module):
+            _place_scaling(placement, edit, call)
     elif isinstance(edit, Bottleneck):
-        for core in shop.calls(edit.module):
-            _place_bottleneck(shop, edit, core)
+        for call in placement.calls(edit.module):
+            _place_bottleneck(placement, edit, call)
     elif isinstance(edit, Coupling):
-        _place_coupling(shop, edit)
+        _place_coupling(placement, edit)
 
 
-def _place_scaling(shop: Workshop, edit: Scaling, core: Core) -> None:
-    name = shop.names[edit.module]
+def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None:
+    name = placement.names[edit.module]
     parts = {"scale": edit.vector.astype(np.float64)}
-    size = core.sizes[not edit.on_input]
+    size = call.sizes[not edit.on_input]
     if edit.vector.size != size:
         raise CheckpointError(
             f"module {edit.module!r}: {edit.vector.size} factors do not fit the {size} "
@@ -41,33 +47,33 @@ def _place_scaling(shop: Workshop, edit: Scaling, core: Core) -> None:
             hint="is it an adapter for another size of this model?",
         )
     if not edit.on_input:
-        parts["scale"] = core.spread(parts["scale"], fill=1)
-        shop.add(shop.survey.site(core.view, core.output), name, parts)
+        parts["scale"] = call.spread(parts["scale"], fill=1)
+        placement.add(placement.survey.site(call.view, call.output), name, parts)
         return
-    tensor = shop.survey.settled(core.view.scope.path, core.data)
-    readers = core.view.readers(tensor)
-    made = core.view.home(tensor)
-    alone = len(readers) == 1 and core.span is None
-    if alone and made is core.view and tensor in core.view.producers:
-        shop.add(shop.survey.site(core.view, tensor), f"{name}.input", parts)
+    tensor = placement.survey.settled(call.view.scope.path, call.data)
+    readers = call.view.readers(tensor)
+    made = call.view.home(tensor)
+    alone = len(readers) == 1 and call.span is None
+    if alone and made is call.view and tensor in call.view.producers:
+        placement.add(placement.survey.site(call.view, tensor), f"{name}.input", parts)
         return
     raise CheckpointError(
         f"module {edit.module!r}: its input {tensor!r} is read by "
-        f"{f'{len(readers)} nodes' if core.span is None else 'other modules as well'} and "
+        f"{f'{len(readers)} nodes' if call.span is None else 'other modules as well'} and "
         "cannot be scaled for one of them alone",
         hint="merge this adapter in PyTorch and export again",
     )
 
 
-def _place_bottleneck(shop: Workshop, edit: Bottleneck, core: Core) -> None:
-    module = shop.names[edit.module]
-    view = core.view
-    output = block_output(shop.survey, core, module)
+def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -> None:
+    module = placement.names[edit.module]
+    view = call.view
+    output = block_output(placement.survey, call, module)
     target, source, plus, norm, width = output, "", "", "", 0
     if edit.place != "output" or edit.reads != "target":
         total, residual = residual_add(view, output)
         if edit.place == "norm":
-            target = norm_behind(shop.survey, view, total)
+            target = norm_behind(placement.survey, view, total)
         elif edit.place == "residual":
             target = total
         if edit.reads == "residual_input":
@@ -75,25 +81,27 @@ def _place_bottleneck(shop: Workshop, edit: Bottleneck, core: Core) -> None:
         elif edit.reads in ("sum", "normed_sum"):
             plus = residual
         if edit.reads in ("norm", "normed_sum"):
-            norm = norm_behind(shop.survey, view, total)
-    shop.add(
-        shop.survey.site(view, shop.survey.settled(view.scope.path, target)),
+            norm = norm_behind(placement.survey, view, total)
+    placement.add(
+        placement.survey.site(view, placement.survey.settled(view.scope.path, target)),
         module if edit.place == "output" else f"{module}.{edit.place}",
         edit.parts,
-        source=source,
-        source_width=width,
-        activation=edit.activation,
-        plus=plus,
-        norm=norm,
-        norm_after=edit.norm_after,
+        Form(
+            activation=edit.activation,
+            source=source,
+            source_width=width,
+            plus=plus,
+            norm=norm,
+            norm_after=edit.norm_after,
+        ),
     )
 
 
-def _place_coupling(shop: Workshop, edit: Coupling) -> None:
-    module = shop.names[edit.module]
-    places = shop.places.output(module)
-    if len(places) != 1:
+def _place_coupling(placement: Placement, edit: Coupling) -> None:
+    module = placement.names[edit.module]
+    outputs = placement.finder.output(module)
+    if len(outputs) != 1:
         raise CheckpointError(f"the output of {module!r} was not found in the graph")
-    view, tensor = places[0]
-    site = shop.survey.site(view, shop.survey.settled(view.scope.path, tensor))
-    shop.add(site, f"{module}.coupling", edit.parts, activation=edit.activation)
+    view, tensor = outputs[0]
+    site = placement.survey.site(view, placement.survey.settled(view.scope.path, tensor))
+    placement.add(site, f"{module}.coupling", edit.parts, Form(activation=edit.activation))

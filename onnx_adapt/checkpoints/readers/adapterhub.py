@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,31 @@ from onnx_adapt.checkpoints.edits import (
     Replacement,
     Scaling,
 )
+from onnx_adapt.checkpoints.readers.adapterhub_places import bottleneck_place, sub_layer
 from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
-from onnx_adapt.checkpoints.readers.hub_places import placement, sub_layer
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
-_KINDS = (
-    *("adapters", "loras", "invertible_adapters", "shared_parameters", "prefix_tunings"),
-    *("prefix_gates", "refts", "prompt_tunings"),
-)
-_REFUSED = {
-    "prefix_tunings": "prefix tuning changes attention, not a layer's output",
-    "prefix_gates": "prefix tuning changes attention, not a layer's output",
-    "prompt_tunings": "prompt tuning lengthens the input",
-    "refts": "ReFT edits hidden states at chosen positions",
+_PREFIX_TUNING = "prefix tuning adds keys and values to the attention"
+_REFUSED_ARCHITECTURES = {
+    "prefix_tuning": _PREFIX_TUNING,
+    "prompt_tuning": "prompt tuning adds tokens to the input",
+    "reft": "ReFT edits hidden states at chosen positions",
+    "union": "a union of several methods is one adapter only in its library",
 }
+"""Values of `architecture` that are refused, and why."""
+
+_REFUSED_KINDS = {
+    "prefix_tunings": _PREFIX_TUNING,
+    "prefix_gates": _PREFIX_TUNING,
+    "prompt_tunings": _REFUSED_ARCHITECTURES["prompt_tuning"],
+    "refts": _REFUSED_ARCHITECTURES["reft"],
+}
+"""Kinds of tensors that are refused, and why."""
+
+_SHARED = "shared_parameters"
+"""The kind of the tensors that the layers of Compacter have in common."""
+
 _LEGACY = {
     "attention_text_task_adapters": "adapters",
     "attention_text_lang_adapters": "adapters",
@@ -55,6 +66,21 @@ _EMBEDDINGS = dict.fromkeys(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the functions of this module read beside the tensors of one place.
+
+    Attributes:
+        folder: The checkpoint.
+        config: The method's settings, from `config` in adapter_config.json.
+        shared: Tensors that all places have in common.
+    """
+
+    folder: Folder
+    config: Mapping[str, Any]
+    shared: Mapping[str, Array]
+
+
 def adapterhub_edits(folder: Folder) -> list[Edit]:
     """What an AdapterHub checkpoint asks for.
 
@@ -64,47 +90,49 @@ def adapterhub_edits(folder: Folder) -> list[Edit]:
     config = dict(folder.config.get("config") or {})
     architecture = config.get("architecture")
     if architecture not in (None, "lora"):
+        reason = _REFUSED_ARCHITECTURES.get(str(architecture))
         raise CheckpointError(
-            f"architecture {architecture!r} is not supported",
+            f"architecture {architecture!r} is not supported{f': {reason}' if reason else ''}",
             hint="bottleneck adapters, LoRA, IA3 and DoRA are",
         )
-    places = _group(folder)
-    edits: list[Edit] = []
+    groups = _group(folder)
     shared = {
-        k: v
-        for (_, kind), p in places.items()
-        if kind == "shared_parameters"
-        for k, v in p.items()
+        key: value
+        for (_, kind), parts in groups.items()
+        if kind == _SHARED
+        for key, value in parts.items()
     }
-    for (location, kind), parts in places.items():
+    trained = Trained(folder, config, shared)
+    edits: list[Edit] = []
+    for (location, kind), parts in groups.items():
         with name_damage(folder, location):
-            if kind == "adapters":
-                plain = _without_phm(location, parts, shared)
-                edits.append(_bottleneck(location, plain, config, folder))
-            elif kind == "loras":
-                edits.append(_lora(location, parts, config, folder))
-            elif kind == "invertible_adapters":
-                edits.append(_coupling(location, parts, config, folder))
+            if kind in METHODS:
+                edits.append(METHODS[kind](location, parts, trained))
     if not edits:
         raise CheckpointError(f"{folder.path} has no adapter weights")
     return edits + list(_head(folder))
 
 
 def _group(folder: Folder) -> dict[tuple[str, str], dict[str, Array]]:
-    """Sort keys by where the adapter is and of what kind it is."""
+    """Sort tensors by where the adapter is and of what kind it is.
+
+    `bert.encoder.layer.0.output.adapters.fr.adapter_up.weight` of the adapter `fr` is
+    `adapter_up.weight` at `bert.encoder.layer.0.output`, of the kind `adapters`.
+    """
     name = re.escape(str(folder.config.get("name")))
-    pattern = re.compile(rf"^(?:(.*?)\.)?({'|'.join(_KINDS)})\.{name}\.(.+)$")
-    places: dict[tuple[str, str], dict[str, Array]] = {}
+    kinds = "|".join((*METHODS, _SHARED, *_REFUSED_KINDS))
+    pattern = re.compile(rf"^(?:(.*?)\.)?({kinds})\.{name}\.(.+)$")
+    groups: dict[tuple[str, str], dict[str, Array]] = {}
     for key, value in folder.tensors.items():
         current = ".".join(_LEGACY.get(part, part) for part in key.split("."))
         match = pattern.match(current)
         if match is None:
             raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
         location, kind, rest = match.groups()
-        if kind in _REFUSED:
-            raise CheckpointError(f"{key!r} is not supported: {_REFUSED[kind]}")
-        places.setdefault((location or "", kind), {})[rest] = value.astype(np.float64)
-    return places
+        if kind in _REFUSED_KINDS:
+            raise CheckpointError(f"{key!r} is not supported: {_REFUSED_KINDS[kind]}")
+        groups.setdefault((location or "", kind), {})[rest] = value.astype(np.float64)
+    return groups
 
 
 def _activation(config: Mapping[str, Any], folder: Folder) -> str:
@@ -154,9 +182,9 @@ _LARGEST = 2**27
 _PHM = re.compile(r"^(.*)\.(W_left|W_right|W|phm_rule|b)$")
 
 
-def _bottleneck(
-    location: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
-) -> Bottleneck:
+def _bottleneck(location: str, parts: dict[str, Array], trained: Trained) -> Bottleneck:
+    config, folder = trained.config, trained.folder
+    parts = _without_phm(location, parts, trained.shared)
     module, post_ln = sub_layer(location, folder)
     down = next(k for k, v in parts.items() if k.startswith("adapter_down") and v.ndim == 2)
     weights = {
@@ -183,18 +211,20 @@ def _bottleneck(
         weights["after_weight"] = parts["adapter_norm_after.weight"]
         weights["after_bias"] = parts["adapter_norm_after.bias"]
         norm_after = "sum" if config.get("adapter_residual_before_ln") else "term"
-    place, reads, extra = placement(config, norm_after, post_ln=post_ln)
+    place, reads, extra = bottleneck_place(config, norm_after, post_ln=post_ln)
     if "scale" in extra:
         extra["scale"] = np.zeros(weights["up"].shape[1])
     weights.update(extra)
     return Bottleneck(module, place, reads, weights, _activation(config, folder), norm_after)
 
 
-def _lora(
-    module: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
-) -> Edit:
+def _lora(module: str, parts: dict[str, Array], trained: Trained) -> Edit:
+    config, folder = trained.config, trained.folder
     if "vera_D" in parts or "vera_B" in parts:
-        raise CheckpointError(f"{module!r}: VeRA is not supported")
+        raise CheckpointError(
+            f"{module!r}: VeRA is not supported: VeRA scales random matrices that all "
+            "modules share"
+        )
     b = parts["lora_B"]
     rank, alpha = int(number(config.get("r", 1), "r")), number(config.get("alpha", 1), "alpha")
     if _before_1_1(folder) and "lora_A" in parts:
@@ -260,9 +290,8 @@ def _fused_matrix(b: Array, rows: int, config: Mapping[str, Any]) -> Array:
     return dense
 
 
-def _coupling(
-    location: str, parts: dict[str, Array], config: Mapping[str, Any], folder: Folder
-) -> Coupling:
+def _coupling(location: str, parts: dict[str, Array], trained: Trained) -> Coupling:
+    config, folder = trained.config, trained.folder
     kind = str(folder.config.get("model_type"))
     described = f"{folder.config.get('model_class')} {folder.head_config.get('config')}"
     if kind not in _EMBEDDINGS or config.get("inv_adapter") != "nice":
@@ -287,3 +316,11 @@ def _head(folder: Folder) -> Iterator[Replacement]:
         module, _, parameter = key.rpartition(".")
         if parameter in ("weight", "bias") and module:
             yield Replacement(module, parameter, value)
+
+
+METHODS: dict[str, Callable[[str, dict[str, Array], Trained], Edit]] = {
+    "adapters": _bottleneck,
+    "loras": _lora,  # LoRA, DoRA and IA3
+    "invertible_adapters": _coupling,
+}
+"""Methods by the kind of their tensors: what the tensors of one place ask for."""

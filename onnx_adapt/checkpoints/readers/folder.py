@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +17,6 @@ from onnx_adapt.model.payloads import Source
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.words import beside
 
-_CONFIG = "adapter_config.json"
-_PEFT = ("adapter_model.safetensors", "adapter_model.bin")
-_HUB = ("adapter.safetensors", "pytorch_adapter.bin")
-_HEAD = ("model_head.safetensors", "pytorch_model_head.bin")
-
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -30,7 +24,7 @@ class Folder:
 
     Attributes:
         path: The folder.
-        library: `peft` or `adapterhub`.
+        library: Name of the library in `onnx_adapt.checkpoints.readers.table.READERS`.
         config: Its adapter_config.json.
         tensors: Its weights by key.
         head: Weights of a head saved beside the adapter, by key.
@@ -43,72 +37,6 @@ class Folder:
     tensors: Mapping[str, Array]
     head: Mapping[str, Array]
     head_config: Mapping[str, Any]
-
-
-def read_folder(path: Path) -> Folder:
-    """Read a checkpoint folder.
-
-    Raises:
-        CheckpointError: If it is not one, or its files are damaged.
-    """
-    if path.is_file():
-        hint = (
-            f"give its folder, {path.parent}" if (path.parent / _CONFIG).is_file() else _BARE
-        )
-        raise CheckpointError(f"{path} is a file, no folder", hint=hint)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"there is no folder {path}", hint=f"{beside(path)}; {_EXPECTED}"
-        )
-    if not (path / _CONFIG).is_file():
-        inside = sorted(item.parent.name for item in path.glob(f"*/{_CONFIG}"))
-        bare = any((path / name).is_file() for name in (*_PEFT, *_HUB))
-        hint = f"one of its folders? {', '.join(inside)}" if inside else _EXPECTED
-        raise CheckpointError(f"{path} has no {_CONFIG}", hint=_BARE if bare else hint)
-    config = _read_json(path / _CONFIG)
-    if "peft_type" in config:
-        return Folder(path, "peft", config, _read_first(path, _PEFT), {}, {})
-    if not isinstance(config.get("config"), dict) or not config["config"]:
-        raise CheckpointError(
-            f"{path / _CONFIG} is of neither PEFT nor AdapterHub",
-            hint="it has neither `peft_type` nor a `config` with settings",
-        )
-    has_head = any((path / name).is_file() for name in _HEAD)
-    head_file = path / "head_config.json"
-    return Folder(
-        path,
-        "adapterhub",
-        config,
-        _read_first(path, _HUB),
-        _read_first(path, _HEAD) if has_head else {},
-        _read_json(head_file) if head_file.is_file() else {},
-    )
-
-
-_EXPECTED = "give the folder that save_pretrained (PEFT) or save_adapter (AdapterHub) wrote"
-
-
-_BARE = (
-    f"weights alone do not say rank, scale and method: put the {_CONFIG} that was saved with "
-    "them beside them, and give the folder"
-)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data
-
-
-def _read_first(folder: Path, names: tuple[str, ...]) -> dict[str, Array]:
-    for name in names:
-        if (folder / name).is_file():
-            return read_state_dict(folder / name)
-    raise CheckpointError(f"{folder} has none of {', '.join(names)}", hint=_EXPECTED)
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,36 @@ from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the tensors of one `peft_type` are read.
+
+    Attributes:
+        parts: What the tensors of a module are called in the keys.
+        edits: What the tensors of one module ask for, with the checkpoint's configuration.
+    """
+
+    parts: tuple[str, ...]
+    edits: Callable[[str, dict[str, Array], Mapping[str, Any]], Iterator[Edit]]
+
+
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_REFUSED = {
+_REFUSED_METHODS = {
+    "ADALORA": "AdaLoRA has three factors, and prunes them by module",
+    "BOFT": "BOFT rotates the weight instead of adding to it",
+    "LOHA": "LoHa multiplies two low-rank matrices element by element",
+    "LOKR": "LoKr's update is a Kronecker product, whose rank is not low",
+    "MULTITASK_PROMPT_TUNING": "prompt tuning adds tokens to the input",
+    "OFT": "OFT rotates the weight instead of adding to it",
+    "PREFIX_TUNING": "prefix tuning adds keys and values to the attention",
+    "PROMPT_TUNING": "prompt tuning adds tokens to the input",
+    "P_TUNING": "prompt tuning adds tokens to the input",
+    "VERA": "VeRA scales random matrices that all modules share",
+}
+"""Methods by `peft_type` that are refused, and why."""
+
+_REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
     "trainable_token_indices": "single rows of the embedding were trained",
@@ -28,10 +57,6 @@ _REFUSED = {
     "velora_config": "the adapter is of another form",
     "megatron_config": "the model is split over machines",
 }
-_LORA_KEY = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|"
-    r"lora_magnitude_vector|ia3_l)(?:\.(?P<rest>weight|bias|[^.]+\.weight|[^.]+\.bias))?$"
-)
 
 
 def peft_edits(folder: Folder) -> list[Edit]:
@@ -41,18 +66,37 @@ def peft_edits(folder: Folder) -> list[Edit]:
         CheckpointError: If the method or one of its settings is not supported.
     """
     config = folder.config
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "IA3"):
+    kind = str(config.get("peft_type"))
+    method = METHODS.get(kind)
+    if method is None:
+        reason = f": {_REFUSED_METHODS[kind]}" if kind in _REFUSED_METHODS else ""
         raise CheckpointError(
-            f"peft_type {kind} is not supported",
+            f"peft_type {kind} is not supported{reason}",
             hint="LORA (with DoRA, rsLoRA) and IA3 are",
         )
     _refuse_settings(config)
+    modules, replaced = _sort_tensors(folder, kind)
+    edits: list[Edit] = []
+    for module, parts in modules.items():
+        with name_damage(folder, module):
+            edits += method.edits(module, parts, config)
+    return [*edits, *replaced]
+
+
+def _sort_tensors(
+    folder: Folder, kind: str
+) -> tuple[dict[str, dict[str, Array]], list[Replacement]]:
+    """The tensors of each adapted module by part, and the weights that were trained as well.
+
+    `base_model.model.encoder.query.lora_B.weight` is part `lora_B` of `encoder.query`, and
+    `base_model.model.classifier.weight` replaces the weight of `classifier`.
+    """
+    known = _key_pattern()
     modules: dict[str, dict[str, Array]] = {}
     replaced: dict[tuple[str, str], Replacement] = {}
     for key, value in folder.tensors.items():
         path = key.removeprefix("base_model.model.")
-        match = _LORA_KEY.match(path)
+        match = known.match(path)
         if ".original_module." in path:
             continue  # PEFT's own copy of a module in modules_to_save, before training
         if match is None:
@@ -64,19 +108,21 @@ def peft_edits(folder: Folder) -> list[Edit]:
                 replaced.setdefault((edit.module, edit.parameter), edit)
             continue
         ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
-        if (match["part"] == "ia3_l") != (kind == "IA3"):
+        if match["part"] not in METHODS[kind].parts:
             raise CheckpointError(
                 f"the checkpoint has {key!r}, but its configuration's peft_type {kind} is "
                 "another method",
                 hint="was adapter_config.json copied from another adapter?",
             )
         modules.setdefault(match["module"], {})[match["part"] + ending] = value
-    make = _ia3 if kind == "IA3" else _lora
-    edits: list[Edit] = []
-    for module, parts in modules.items():
-        with name_damage(folder, module):
-            edits += make(module, parts, config)
-    return [*edits, *replaced.values()]
+    return modules, list(replaced.values())
+
+
+def _key_pattern() -> re.Pattern[str]:
+    """The keys of the tensors of every method: module, part, and what PEFT adds to it."""
+    parts = "|".join(re.escape(part) for method in METHODS.values() for part in method.parts)
+    rest = r"(?:\.(?P<rest>weight|bias|[^.]+\.weight|[^.]+\.bias))?"
+    return re.compile(rf"^(?P<module>.+)\.(?P<part>{parts}){rest}$")
 
 
 def _refuse_settings(config: Mapping[str, Any]) -> None:
@@ -86,7 +132,7 @@ def _refuse_settings(config: Mapping[str, Any]) -> None:
             f"init_lora_weights={start!r}: training changed the base model's own weights",
             hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
         )
-    for name, reason in _REFUSED.items():
+    for name, reason in _REFUSED_SETTINGS.items():
         if config.get(name):
             raise CheckpointError(
                 f"{name}={config[name]!r} is not supported: {reason}",
@@ -213,3 +259,16 @@ def _is_feedforward(module: str, named: Any) -> bool:
     if isinstance(named, str):
         return _is_match(named, named, module, "feedforward_modules")
     return any(module.endswith(name) for name in named)
+
+
+METHODS: dict[str, Method] = {
+    "LORA": Method(
+        parts=(
+            *("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B"),
+            "lora_magnitude_vector",  # DoRA's
+        ),
+        edits=_lora,
+    ),
+    "IA3": Method(parts=("ia3_l",), edits=_ia3),
+}
+"""Methods by `peft_type`."""

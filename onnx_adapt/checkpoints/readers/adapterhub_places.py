@@ -43,7 +43,7 @@ _PRE_LN = {
 }
 
 
-def placement(
+def bottleneck_place(
     config: Mapping[str, Any], norm_after: str, *, post_ln: bool
 ) -> tuple[str, str, dict[str, Array]]:
     """Where a bottleneck sits, what it reads, and the parts that its residuals need.

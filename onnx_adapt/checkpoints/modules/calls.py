@@ -1,4 +1,4 @@
-"""The node that computes a module: where a checkpoint's edit meets the graph."""
+"""Calls of a module: the nodes of the graph that compute it, and their weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView, attribute
-from onnx_adapt.graph.layers import KINDS, bias_add, find_weight, weight_width
+from onnx_adapt.graph.layers import bias_add, find_weight, layer_sizes, weight_width
 from onnx_adapt.graph.modules import module_output
 from onnx_adapt.graph.norms import find_norms
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
-
-CORES = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
-"""Operators that can be the call of a module."""
 
 _FUSED = {
     *("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu"),
@@ -29,8 +27,19 @@ _FUSED = {
 }
 
 
+# What a call of a module is, by example. PyTorch's `fc = Linear(4, 8)` is exported as
+#
+#     a = MatMul(x, W)     y = Add(a, fc.bias)
+#
+# The call of `fc` has the MatMul as `node`, `x` as `data`, `W` as `weight`, `a` as `raw` and
+# `y` as `output`. LoRA adds to `y`, which other modules read; DoRA, which rescales the product
+# alone, adds to `a`. W is `(4, 8)` here, the transpose of PyTorch's `(8, 4)`, so
+# `stored_in_out` is true; in `Gemm(x, W, b, transB=1)` it would be false, and `raw` would be
+# `output`. A module that runs twice, as ALBERT's layer does, has two calls.
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Core:
+class LayerCall:
     """One call of a module.
 
     Attributes:
@@ -48,12 +57,12 @@ class Core:
     @property
     def data(self) -> str:
         """The tensor the layer reads: for an embedding the ids."""
-        return str(self.node.input[1 if self.node.op_type == "Gather" else 0])
+        return str(self.node.input[OPERATORS[self.node.op_type].data])
 
     @property
     def weight(self) -> str:
         """The input that is the weight."""
-        return str(self.node.input[KINDS[self.node.op_type].weight])
+        return str(self.node.input[OPERATORS[self.node.op_type].weight])
 
     @property
     def raw(self) -> str:
@@ -62,12 +71,12 @@ class Core:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The width of its input and output; an embedding reads its vocabulary."""
+        """The module's `(in, out)`; for an embedding `in` is the size of its vocabulary."""
         reads, computes = self._node_sizes
         return reads, computes if self.span is None else self.span[1] - self.span[0]
 
     def spread(self, array: Array, *, axis: int = 0, fill: float = 0) -> Array:
-        """An array over the module's columns as one over all that the node computes."""
+        """Widen an array over the module's columns to all columns that the node computes."""
         if self.span is None:
             return array
         pads = [(0, 0)] * array.ndim
@@ -76,26 +85,17 @@ class Core:
 
     @property
     def _node_sizes(self) -> tuple[int, int]:
-        weight = find_weight(self.view, self.weight)
-        dims = weight.dims if weight else ()
-        if self.node.op_type == "MatMulNBits":
-            dims = (attribute(self.node, "K", 0), attribute(self.node, "N", 0))
-        elif self.node.op_type == "Conv" and dims:
-            dims = (dims[1] * attribute(self.node, "group", 1), dims[0])
-        elif self.node.op_type != "Gather" and not self.stored_in_out:
-            dims = dims[::-1]
-        return (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
+        reads, computes = layer_sizes(self.view, self.node)
+        return reads or 0, computes or 0
 
     @property
     def stored_in_out(self) -> bool:
         """Whether the weight is `(in, out)` at the node, the transpose of PyTorch's."""
-        if self.node.op_type == "Gemm":
-            return not attribute(self.node, "transB", 0)
-        return self.node.op_type in ("MatMul", "FusedMatMul")
+        return OPERATORS[self.node.op_type].is_stored_in_out(self.node)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Use:
+class ParameterInput:
     """One place where a parameter enters the graph.
 
     Attributes:
@@ -112,7 +112,7 @@ class Use:
 
     @property
     def index(self) -> int:
-        """The node's place in its graph."""
+        """The index of the node in its graph."""
         return next(i for i, node in enumerate(self.view.nodes) if node is self.node)
 
     @property
@@ -122,7 +122,7 @@ class Use:
 
 
 def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
-    """Refuse the out_proj of torch.nn.MultiheadAttention, which only lends its weights.
+    """Refuse the out_proj of torch.nn.MultiheadAttention, which PyTorch never calls.
 
     Args:
         module: A module that is to be adapted.
@@ -141,10 +141,10 @@ def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
 
 
 def refuse_fused(survey: Survey, edits: Iterable[Edit]) -> None:
-    """Refuse graphs in which ONNX Runtime's transformer fusions swallowed modules.
+    """Refuse graphs in which ONNX Runtime's transformer fusions merged modules into one node.
 
-    onnxruntime-genai's builder makes such nodes from the start, so that there is no model
-    to insert into before; it keeps the Linears whole, for edits that need nothing else.
+    onnxruntime-genai's builder makes such nodes from the start, so there is no unfused model
+    to insert into. It keeps every Linear a node of its own, so edits of Linears are possible.
 
     Raises:
         CheckpointError: If there are such nodes.
@@ -176,18 +176,18 @@ def _keeps_linears(node: onnx.NodeProto) -> bool:
     return node.op_type == "GroupQueryAttention"
 
 
-def core_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> Core:
-    """The call that a node is, with the Add of its bias."""
+def call_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> LayerCall:
+    """Describe the call that a node makes, with the Add of its bias."""
     tensor = survey.settled(view.scope.path, node.output[0])
     bias = bias_add(view, node, tensor, weight_width(view, node))
-    return Core(view, node, survey.settled(view.scope.path, bias or tensor))
+    return LayerCall(view, node, survey.settled(view.scope.path, bias or tensor))
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:
-    """The value of a layer's weight as the layer sees it, in float64.
+    """Read a layer's weight as the layer sees it, in float64.
 
     Raises:
-        CheckpointError: If it is not constant, or behind an operator not known here.
+        CheckpointError: If it is not constant, or is computed by an unknown operator.
     """
     stored = view.constant(name)
     if stored is not None:
@@ -215,51 +215,51 @@ def read_weight(model: Model, view: GraphView, name: str) -> Array:
     raise CheckpointError(f"weight {name!r} is computed by {node.op_type}")
 
 
-def read_matrix(model: Model, core: Core) -> Array:
-    """A core's weight in PyTorch's layout: `(out, in)`, or Conv's own."""
-    value = read_weight(model, core.view, core.weight)
-    alpha = next((a.f for a in core.node.attribute if a.name == "alpha"), 1.0)
-    matrix = (value.T if core.stored_in_out else value) * alpha
-    return matrix if core.span is None else matrix[slice(*core.span)]
+def read_matrix(model: Model, call: LayerCall) -> Array:
+    """Read a call's weight in PyTorch's layout: `(out, in)`, or Conv's own."""
+    value = read_weight(model, call.view, call.weight)
+    alpha = next((a.f for a in call.node.attribute if a.name == "alpha"), 1.0)
+    matrix = (value.T if call.stored_in_out else value) * alpha
+    return matrix if call.span is None else matrix[slice(*call.span)]
 
 
-def read_bias(model: Model, core: Core) -> Array | None:
-    """A bias inside a core's own node, or None."""
-    position = KINDS[core.node.op_type].bias
-    if position < 0 or position >= len(core.node.input) or not core.node.input[position]:
+def read_bias(model: Model, call: LayerCall) -> Array | None:
+    """A bias inside a call's own node, or None."""
+    operator = OPERATORS[call.node.op_type]
+    if operator.bias is None or not operator.has_bias(call.node):
         return None
-    bias = core.node.input[position]
-    if find_weight(core.view, bias) is None:
+    bias = call.node.input[operator.bias]
+    if find_weight(call.view, bias) is None:
         raise CheckpointError(
-            f"the bias {bias!r} of node {core.node.name!r} is computed, not stored",
+            f"the bias {bias!r} of node {call.node.name!r} is computed, not stored",
             hint="fold the constants of the graph first (a simplifier does), or export with "
             "optimize=True",
         )
-    return read_weight(model, core.view, bias)
+    return read_weight(model, call.view, bias)
 
 
 _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}
 
 
-def block_output(survey: Survey, core: Core, module: str) -> str:
+def block_output(survey: Survey, call: LayerCall, module: str) -> str:
     """A module's output as the rest of the model sees it (behind Reshapes)."""
     for view, tensor in module_output(survey.modules, module):
-        if view is core.view and module in survey.modules.paths:
+        if view is call.view and module in survey.modules.paths:
             return survey.settled(view.scope.path, tensor)
-    tensor = core.output
-    while len(readers := core.view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
+    tensor = call.output
+    while len(readers := call.view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
         tensor = readers[0].output[0]
     return tensor
 
 
 def residual_add(view: GraphView, tensor: str) -> tuple[str, str]:
-    """The Add that closes the residual around a sub-layer.
+    """Find the Add that closes the residual connection around a sub-layer.
 
     Returns:
         The Add's output and its other operand, the residual input.
 
     Raises:
-        CheckpointError: If there is no such Add, or not only one.
+        CheckpointError: If there is no such Add, or more than one.
     """
     found = [
         (str(node.output[0]), str(node.input[1 - list(node.input).index(tensor)]))
@@ -276,7 +276,7 @@ def residual_add(view: GraphView, tensor: str) -> tuple[str, str]:
 
 
 def norm_behind(survey: Survey, view: GraphView, tensor: str) -> str:
-    """The output of the LayerNorm that reads a residual sum.
+    """Find the output of the LayerNorm that reads a residual sum.
 
     Raises:
         CheckpointError: If there is none, or several.

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from onnx_adapt.checkpoints.modules.cores import Core, Use
+from onnx_adapt.checkpoints.modules.calls import LayerCall, ParameterInput
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.names import free_name
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
+from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, in_order
 from onnx_adapt.slot.weights import bottleneck_of, part_shape
 
 
-class Places(Protocol):
+class ModuleFinder(Protocol):
     """Finds the modules of a checkpoint in a graph, by their paths there."""
 
     def known(self) -> list[str]:
@@ -29,10 +31,10 @@ class Places(Protocol):
     def stored(self) -> list[str]:
         """The modules of which no more than a weight's name is known."""
 
-    def cores(self, module: str, *, called: bool = True) -> list[Core]:
+    def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
         """The calls of a module, or at least the layers with its weights."""
 
-    def norm_uses(self, module: str, parameter: str) -> list[Use]:
+    def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
@@ -42,14 +44,17 @@ class Places(Protocol):
         """Why a module has no calls."""
 
 
+_PLAIN = Form()
+
+
 @dataclass(slots=True)
-class Workshop:
+class Placement:
     """What is known and made while a checkpoint is placed in a graph.
 
     Attributes:
         model: The model.
         survey: Its survey.
-        places: Finds modules.
+        finder: Finds the modules in the graph.
         names: The graph's path for each module of the checkpoint.
         taken: Names that slots already have.
         slots: The slots so far.
@@ -58,39 +63,34 @@ class Workshop:
 
     model: Model
     survey: Survey
-    places: Places
+    finder: ModuleFinder
     names: Mapping[str, str]
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
 
-    def calls(self, module: str) -> list[Core]:
+    def calls(self, module: str) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
 
         Raises:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
-        found = self.places.cores(path)
+        found = self.finder.calls(path)
         if not found:
-            raise self.places.missing(path)
+            raise self.finder.missing(path)
         return found
 
     def add(
-        self,
-        target: Site,
-        name: str,
-        parts: Mapping[str, Array],
-        *,
-        source: str = "",
-        source_width: int = 0,
-        activation: str = "identity",
-        plus: str = "",
-        norm: str = "",
-        norm_after: str = "",
-        window: tuple[int, ...] = (),
+        self, target: Site, name: str, parts: Mapping[str, Array], form: Form = _PLAIN
     ) -> None:
         """Add a slot with its weights.
+
+        Args:
+            target: The place.
+            name: What to call the slot; a number is added if another has the name.
+            parts: The weights by part.
+            form: What the slot computes; its parts are those of the weights.
 
         Raises:
             CheckpointError: If the site cannot take it.
@@ -107,30 +107,7 @@ class Workshop:
         unique = free_name(name, self.taken)
         self.taken.add(unique)
         ordered = in_order(parts)
-        inner = f"adapter.{unique}/target"
-        slot = Slot(
-            name=unique,
-            graph=target.graph,
-            node=target.node,
-            tensor=target.tensor,
-            inner=inner,
-            output=target.tensor,
-            source=source if source and source != target.tensor else inner,
-            width=width,
-            source_width=source_width or width,
-            dtype=target.dtype,
-            axis=target.axis or -1,
-            rank=(target.rank or 0) if target.axis == 1 else 0,
-            activation=activation,
-            parts=ordered,
-            plus=plus,
-            norm=norm,
-            norm_after=norm_after,
-            module=target.module or "",
-            swappable=True,
-            bottleneck=0,
-            window=window,
-        )
+        slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
         weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)

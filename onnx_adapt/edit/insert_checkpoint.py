@@ -1,0 +1,82 @@
+"""Insert the slots of a trained checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.edit.base_weights import make_replaceable
+from onnx_adapt.edit.graft import insert_slots, manifest_of
+from onnx_adapt.errors import SlotError
+from onnx_adapt.graph.index import ModelIndex, index_model
+from onnx_adapt.graph.replaceable import ReplacementPlan
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.tensors import tensor_of
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
+
+if TYPE_CHECKING:
+    from onnx_adapt.checkpoints.load import Checkpoint  # slow to import, and mostly not needed
+
+
+def insert_checkpoint(
+    model: Model, checkpoint: Checkpoint, *, baked: bool = False, batched: bool = False
+) -> Model:
+    """Insert the slots that a trained checkpoint needs.
+
+    The checkpoint brings its own places and parts. The slots are empty, so the model gives
+    the base's outputs until `checkpoint.adapter` is fed or filled in; with `baked` they
+    hold the trained weights.
+
+    Args:
+        model: The model that the checkpoint was loaded for; it is left as it was.
+        checkpoint: What `load_checkpoint` returned.
+        baked: Put the trained weights into the model as constants.
+        batched: Let one run give each row of a batch another adapter.
+
+    Raises:
+        SlotError: If the checkpoint was loaded for another model, or the slots cannot be
+            batched.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> case = "tests/cases/peft_bert_lora_default_ts"
+        >>> base = oa.open_model(case + "/base.onnx")
+        >>> trained = oa.load_checkpoint(case + "/adapter", base)
+        >>> len(oa.list_slots(oa.insert_checkpoint(base, trained)))
+        4
+    """
+    known = manifest_of(model)
+    if checkpoint.base != known.fingerprint:
+        raise SlotError(
+            "the checkpoint was loaded for another model", hint="load it for this one"
+        )
+    result = model.copy()
+    adapter = checkpoint.adapter
+    plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
+    index = index_model(result)
+    slots = [
+        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.name]))
+        if baked
+        else s
+        for s in checkpoint.slots
+    ]
+    if batched:
+        slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
+    weights = {s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in slots}
+    make_replaceable(result.proto, plans)
+    weights_of_base = (*known.weights, *(plan.weight for plan in plans))
+    return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)
+
+
+def _rank(index: ModelIndex, slot: Slot) -> int:
+    """How many axes a slot's tensor has, or 0 if that is unknown."""
+    return len(index.views[slot.graph].type_of(slot.tensor).shape or ())
+
+
+def _baked_plan(plan: ReplacementPlan, adapter: Adapter) -> ReplacementPlan:
+    """The trained value as a constant; the base's stays beside it, for `remove`."""
+    weight = replace(plan.weight, copied=True, swappable=False, trained=True)
+    value = tensor_of(weight.name, adapter.replaced[weight.name])
+    return replace(plan, weight=weight, default=value)

@@ -1,0 +1,80 @@
+"""Take slots out of a model: the base comes back byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
+from onnx_adapt.edit.insert import list_slots
+from onnx_adapt.edit.ranges import undo_widening
+from onnx_adapt.edit.weights import check_model_weights, drop_weights
+from onnx_adapt.errors import SlotError
+from onnx_adapt.model.externalise import internalise
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.slot.manifest import read_manifest, write_manifest
+
+
+def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
+    """Take slots out of a model; with the last one the base comes back.
+
+    Args:
+        model: The model; it is left as it was.
+        slots: Names of slots; by default all.
+
+    Raises:
+        SlotError: If the model has no such slots, or another tool damaged them.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> base = oa.open_model("models/dnsmos-p808.onnx")
+        >>> adapted = oa.insert(base, after="conv2d_5")
+        >>> oa.remove(adapted).proto == base.proto
+        True
+    """
+    manifest = read_manifest(model.proto)
+    if manifest is None:
+        raise SlotError(f"{model.label} has no slots", hint="there is nothing to remove")
+    slots = [slots] if isinstance(slots, str) else slots
+    by_name = {slot.name: slot for slot in manifest.slots}
+    for name in slots or ():
+        if name not in by_name:
+            raise SlotError(f"no slot is called {name!r}", hint=f"slots: {', '.join(by_name)}")
+    check_model_weights(model.proto, manifest)
+    doomed = set(by_name if slots is None else slots)
+    result = model.copy()
+    kept = remove_nodes(result.proto, manifest.slots, doomed)
+    drop_weights(result.proto, [by_name[name] for name in doomed])
+    if kept:
+        write_manifest(result.proto, replace(manifest, slots=kept))
+        return result
+    undo_replaceable(result.proto, manifest.weights)
+    undo_widening(result.proto, manifest.widened)
+    undo_dropped_inputs(result.proto, manifest.inputs)
+    write_manifest(result.proto, None)
+    result.proto.ir_version = manifest.ir_version
+    if not manifest.ir_version:
+        result.proto.ClearField("ir_version")  # the base had none
+    payloads = internalise(model.path, result.proto, model.payloads)
+    return replace(result, payloads=payloads, canonical=manifest.canonical)
+
+
+def base_notes(adapted: Model, result: Model) -> list[str]:
+    """Why the model that `remove` gave is not the base byte for byte; empty if it is.
+
+    Raises:
+        ModelFileError: If data of the model cannot be read.
+    """
+    manifest = read_manifest(adapted.proto)
+    if manifest is None or list_slots(result):
+        return []
+    notes = []
+    if manifest.inlined:
+        notes.append("the base's functions were inlined on insertion and stay inlined")
+    elif fingerprint(result) != manifest.fingerprint:
+        notes.append("the model was changed after the slots were inserted; the changes stay")
+    if not manifest.canonical:
+        notes.append("the base's file was not encoded as protobuf encodes it; this one is")
+    return notes
