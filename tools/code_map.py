@@ -17,8 +17,8 @@ PAGE = ROOT / "CONTRIBUTING.md"
 START, END = "<!-- code map -->\n", "<!-- end of code map -->\n"
 
 ROOMS = (
-    *("errors", "dtypes", "words", "model", "ort", "slot", "adapter", "session", "graph"),
-    *("checkpoints", "edit", "graphsurgeon", "proof", "report", "serve", "cli"),
+    *("errors", "dtypes", "words", "formats", "model", "ort", "slot", "adapter", "session"),
+    *("graph", "checkpoints", "edit", "graphsurgeon", "proof", "report", "serve", "cli"),
 )
 """Rooms and files of the package from the ground up."""
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import code_map
 import pytest
 
 import onnx_adapt
@@ -369,3 +370,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_map_of_the_code_has_every_file_and_says_what_its_docstring_says() -> None:
+    page = code_map.PAGE.read_text(encoding="utf-8")
+    assert code_map.updated(page) == page, "run tools/code_map.py"
+    files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name.removesuffix(".py") for name in files} | rooms == set(code_map.ROOMS)
