@@ -1,4 +1,4 @@
-"""The places of a model that can take an adapter."""
+"""Find the sites of a model."""
 
 from __future__ import annotations
 
