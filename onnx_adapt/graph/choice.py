@@ -1,4 +1,4 @@
-"""A place that a name means, and why it cannot take an adapter."""
+"""The site that a name means, and the errors where it cannot take an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants of a graph: stored ones, and what operators that keep a weight make of them."""
+"""Constants of a graph: those stored, and those behind operators such as Cast or Transpose."""
 
 from __future__ import annotations
 

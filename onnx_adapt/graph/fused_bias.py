@@ -1,4 +1,9 @@
-"""Layers whose bias an optimiser moved into a later node: what is between is before it."""
+"""Layers whose bias an optimiser moved into a later node.
+
+A tensor between the two is the layer's product without its bias. For example, in
+`h = MatMul(x, w)`, `y = SkipLayerNormalization(h, x, gamma, beta, bias)` the Linear's output
+`h + bias` is nowhere in the graph.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A read-only index of a model: who makes a tensor, who reads it, its type, is it used."""
+"""A read-only index of a model: what makes and reads each tensor, and its type."""
 
 from __future__ import annotations
 

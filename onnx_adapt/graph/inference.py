@@ -24,7 +24,7 @@ from onnx_adapt.model import walk
 _Key = tuple[str, str, str]
 """Domain, name and overload of an operator or function."""
 
-Look = Callable[[str, str], Weight | None]
+FindConstant = Callable[[str, str], Weight | None]
 """Gives the constant that can be read in a graph, by the graph's path and a name."""
 
 
@@ -41,7 +41,7 @@ class Inferred:
     plain: bool
 
 
-def infer(proto: onnx.ModelProto, look: Look) -> Inferred:
+def infer(proto: onnx.ModelProto, look: FindConstant) -> Inferred:
     """Infer the types and shapes of a model's tensors without its own records.
 
     Nodes that are not in order are sorted, operators of ONNX Runtime are replaced by
@@ -180,7 +180,7 @@ class _Cleaning:
     """
 
     proto: onnx.ModelProto
-    look: Look
+    look: FindConstant
     versions: dict[str, int] = field(default_factory=dict)
     functions: dict[_Key, onnx.FunctionProto] = field(default_factory=dict)
     known: dict[_Key, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Which nodes are layers: where their constant weight is, and what width it gives."""
+"""Which nodes are layers, and the weight, width, element type and bias of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx_adapt.slot.manifest import slot_of
 
 
 def find_weight(view: GraphView, name: str) -> Weight | None:
-    """The constant that an input is, through DequantizeLinear, Transpose, Cast, ..."""
+    """The constant behind an input, also through DequantizeLinear, Transpose, Cast and Mul."""
     return view.weight(name) if name else None
 
 
@@ -71,7 +71,7 @@ def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:
 def feature_width(
     view: GraphView, layer: onnx.NodeProto | None, tensor: str, axis: int
 ) -> int | None:
-    """The width of a tensor: as inferred, or its layer's weight has it, or it is recorded.
+    """The width of a tensor: as inferred, else from its layer's weight, else as recorded.
 
     Args:
         view: The graph that makes the tensor.

@@ -1,4 +1,4 @@
-"""Modules that run several times: the output of each call."""
+"""The output of each call of a module; a module can run several times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for slots: what a model has no room for, and the first that is free."""
+"""Names for slots: those that a model has already taken, and the first that is free."""
 
 from __future__ import annotations
 

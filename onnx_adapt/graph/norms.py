@@ -1,4 +1,4 @@
-"""Normalisations in a graph: one node, or the arithmetic that older opsets need for it."""
+"""Normalisations in a graph: single nodes, and the arithmetic of older opsets for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The QuantizeLinear nodes behind slots whose range was calibrated, and who shares it.
+"""The QuantizeLinear nodes with a calibrated range that slots run into.
 
 Such a node rounds a float tensor to integers and saturates what is outside a constant
 range. The range was measured on the base; an adapter can drive values out of it.

@@ -164,8 +164,8 @@ def _by_node(survey: Survey, name: str) -> list[Choice]:
     for view, i in survey.by_node.get(name, ()):
         layers = survey.layers_of.get((view.scope.path, i))
         output = next(output for output in view.nodes[i].output if output)
-        settled = survey.after_slots(view.scope.path, output)
-        found.append(_choice(layers[0] if layers else survey.site(view, settled)))
+        last = survey.after_slots(view.scope.path, output)
+        found.append(_choice(layers[0] if layers else survey.site(view, last)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""A site: a tensor where an adapter can go, or why it cannot."""
+"""A site: a tensor where an adapter can go, and the reason where it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The places of a model that can take an adapter."""
+"""Find the sites of a model."""
 
 from __future__ import annotations
 
@@ -214,10 +214,8 @@ def _site(
     axis, width = features.axis, None
     if axis is not None:
         width = feature_width(view, node if layer else None, tensor, axis)
-    told = weight_width(view, node) if layer and axis is not None else None
-    if given and not given.refused and None not in (width, told) and width != told:
-        reason = f"its axis {axis} has {width} entries, but the layer's weight gives {told}"
-        features = Features(axis, reason)
+    if given and layer and not given.refused:
+        features = _checked(given, width, weight_width(view, node))
     adding = view.producer(bias) if bias else None
     site = Site(
         address=f"{path}:{tensor}",
@@ -238,6 +236,15 @@ def _site(
     behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
     refused = refusal(view, site, known, features)
     return replace(site, refused=refused, before_bias=behind)
+
+
+def _checked(given: Features, width: int | None, told: int | None) -> Features:
+    """The axis that a user names for a layer, refused where the layer's weight contradicts."""
+    if None in (width, told) or width == told:
+        return given
+    axis = given.axis
+    reason = f"its axis {axis} has {width} entries, but the layer's weight gives {told}"
+    return Features(axis, reason)
 
 
 def _features(

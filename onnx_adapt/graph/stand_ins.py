@@ -1,4 +1,4 @@
-"""Operators that ONNX does not know, written with ones that it does: same type, same shape.
+"""ONNX operators that stand in for those of ONNX Runtime in shape inference.
 
 ONNX's shape inference stops at an operator of ONNX Runtime. In the copy that it is run
 on, each such operator is replaced by a few nodes whose outputs have the same element types

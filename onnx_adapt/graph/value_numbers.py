@@ -1,4 +1,4 @@
-"""Which stored tensors are equal, as simplifiers copy a weight for each of its readers."""
+"""Which stored tensors are equal: simplifiers copy a weight for each of its readers."""
 
 from __future__ import annotations
 

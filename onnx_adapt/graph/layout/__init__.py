@@ -1,4 +1,4 @@
-"""Where the features of each tensor are: on its last axis, on axis 1, or nobody knows.
+"""Where the features of each tensor are: on its last axis, on axis 1, or unknown.
 
 Operators give signs: a Conv reads and makes channels on axis 1, a LayerNormalization
 features on the last axis (`facts.FACTS`). Each sign is followed along the axis that it

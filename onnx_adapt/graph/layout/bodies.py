@@ -1,4 +1,4 @@
-"""How axes go into the bodies of If, Loop and Scan, and out of them."""
+"""How axes continue in the bodies of If, Loop and Scan, and behind them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _loop(
     into: tuple[list[Tensor], list[Tensor]],
     out: tuple[list[Tensor], list[Tensor]],
 ) -> Iterator[Link]:
-    """Values are carried from round to round; what is left over is stacked on axis 0."""
+    """A Loop carries values from round to round, and stacks its other outputs on axis 0."""
     carried = len(into[1])
     yield from _same(lookup, step, *into)
     yield from _same(lookup, step, out[0][:carried], out[1][:carried])
@@ -47,7 +47,7 @@ def _scan(
     into: tuple[list[Tensor], list[Tensor]],
     out: tuple[list[Tensor], list[Tensor]],
 ) -> Iterator[Link]:
-    """States are carried; each round sees a slice of what is scanned, and makes one."""
+    """A Scan carries states; each round reads one slice of each other input and makes one."""
     states = len(into[0]) - step.integer("num_scan_inputs", 0)
     yield from _same(lookup, step, into[0][:states], into[1][:states])
     yield from _same(lookup, step, out[0][:states], out[1][:states])

@@ -1,4 +1,7 @@
-"""Shapes that a graph computes: what each number of an integer tensor is, as far as it shows.
+"""Shapes that a graph computes: the numbers of integer tensors, as far as they can be known.
+
+For example, of `s = Shape(x)`, `b = Gather(s, [0])`, `t = Concat(b, [-1], [64])` the numbers
+of `t` are the batch of `x`, -1 and 64.
 
 ONNX's own inference follows them too, but mixes up tensors of the same name in two bodies.
 """

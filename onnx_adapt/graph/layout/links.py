@@ -107,7 +107,7 @@ def broadcast(lookup: Lookup, step: Step) -> Iterator[Link]:
         before = lookup.shape(step.view, step.inputs[i])
         pairs = _stretched(before, after)
         if not alone and (before is None or after is None):
-            pairs = [(a, b) for a, b in pairs if (a, b) != (1, 1)]  # nobody knows its size
+            pairs = [(a, b) for a, b in pairs if (a, b) != (1, 1)]  # its size is unknown
         full = before is not None and after is not None and len(before) == len(after)
         yield from _link(lookup, step, i, 0, pairs, keeps=full)
 

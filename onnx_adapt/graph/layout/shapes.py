@@ -1,4 +1,4 @@
-"""Shapes behind operators that shape inference does not know."""
+"""Shapes of tensors that shape inference says nothing of."""
 
 from __future__ import annotations
 

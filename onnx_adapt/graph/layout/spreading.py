@@ -1,4 +1,4 @@
-"""Follow signs along the axes that they name."""
+"""Follow signs from tensor to tensor, along the links between axes."""
 
 from __future__ import annotations
 
