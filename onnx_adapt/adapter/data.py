@@ -1,4 +1,4 @@
-"""An adapter: the weights for the slots of a model, under one name."""
+"""An adapter: weights for the slots of a model, under one name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from onnx_adapt.slot.record import Extra
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Weights by slot, and weights that stand in for some of the base's own.
+    """Weights by slot, and values that replace weights of the base.
 
-    `make_adapter` makes one of weights of your own that knows what it is for.
+    `make_adapter` makes one from arrays and records which model they are for.
 
     Attributes:
         name: What the adapter is called.
         weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.weights.part_shape`.
-        replaced: Name of an input -> array: trained heads, biases and the like.
-        activations: Slot -> the activation it was trained with, where known.
-        fingerprint: Identity of the base model, perhaps abbreviated, or '' if unknown.
+        replaced: Name of an input -> array, for replaceable weights of the base such as
+            trained heads and biases.
+        activations: Slot -> the activation that it was trained with, where known.
+        fingerprint: The fingerprint of the base model, whole or abbreviated; '' if unknown.
         extra: Slot -> keys that its part of the record has and this version does not know;
             those of the record itself under ''.
 
@@ -54,7 +55,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Bytes of all arrays."""
+        """The number of bytes of all arrays."""
         return sum(array.nbytes for array in self.feeds().values())
 
 
@@ -99,12 +100,12 @@ def short_fingerprint(fingerprint: str) -> int:
 
 
 def abbreviated(number: int) -> str:
-    """The fingerprint of which only `short_fingerprint` is left; '' if that is 0."""
+    """Write a `short_fingerprint` as the fingerprint of an adapter; '' if it is 0."""
     return f"{_SHORT}{number}" if number > 0 else ""
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints, whole or abbreviated, can be of one model."""
+    """Whether two fingerprints, whole or abbreviated, can be those of the same model."""
     if one.startswith(_SHORT) or other.startswith(_SHORT):
         return short_fingerprint(one) == short_fingerprint(other)
     return one == other

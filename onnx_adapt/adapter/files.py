@@ -29,7 +29,7 @@ def _format(path: Path) -> AdapterFormat:
 
 
 def _refuse_others(path: Path, head: bytes) -> None:
-    """Refuse what is known to be another kind of file than its name says."""
+    """Refuse a file whose bytes are of another kind than its suffix says."""
     found = recognised(head, path.name, adapter=True)
     if found and (path.suffix not in FORMATS or found[0] != FORMATS[path.suffix].what):
         raise AdapterError(f"{path.name} is {found[0]}, no adapter file", hint=found[1])
@@ -51,15 +51,15 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     if file.is_dir():
         raise AdapterError(
             f"{file} is a folder, no adapter file",
-            hint="of a trained adapter's folder `onnx-adapt convert FOLDER --for MODEL.onnx "
-            "-o NAME.safetensors` makes one",
+            hint="`onnx-adapt convert FOLDER --for MODEL.onnx -o NAME.safetensors` makes one "
+            "of the folder of a trained adapter",
         )
     try:
         if file.suffix not in FORMATS and file.is_file():
             with file.open("rb") as stream:
                 _refuse_others(file, stream.read(HEAD))
-        _format(file)  # an unknown suffix is told before a missing file
-        Source.of(file)  # of a device there is no end
+        _format(file)  # an unknown suffix is reported before a missing file
+        Source.of(file)  # refuses a device, which could be read without end
         data = file.read_bytes()
     except OSError as error:
         raise AdapterError(
@@ -69,10 +69,10 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def read_adapter(data: bytes, path: Path) -> Adapter:
-    """Read an adapter from the bytes of its file, mapped ones included.
+    """Read an adapter from the bytes of its file, which may be memory-mapped.
 
     Raises:
-        AdapterError: If they are damaged or of another kind.
+        AdapterError: If the bytes are damaged or of another kind of file.
     """
     head = bytes(data[:HEAD])
     module = import_module(_format(path).module)
@@ -87,9 +87,9 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
-    """Write an adapter file, whole or not at all; its suffix tells the format.
+    """Write an adapter file; its suffix tells the format.
 
-    The same adapter gives the same bytes, every time.
+    The file is written whole or not at all, and the same adapter always gives the same bytes.
 
     Raises:
         AdapterError: If the format cannot hold the adapter.
@@ -110,7 +110,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
 
 
 def encode_adapter(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter's file; its suffix tells the format.
+    """Encode an adapter as the bytes of its file; the suffix tells the format.
 
     Raises:
         AdapterError: If the format cannot hold the adapter.
@@ -137,7 +137,7 @@ def _refuse_unheld(row: AdapterFormat, adapter: Adapter, path: Path) -> None:
 
 
 def _plain(adapter: Adapter) -> Adapter:
-    """The adapter with every array as files have it: little-endian, in C order.
+    """Copy an adapter with every array as files need it: little-endian and in C order.
 
     Raises:
         AdapterError: If an array is no float array, or a name cannot be text in a file.

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def required_manifest(model: Model) -> Manifest:
-    """The manifest of a model that must have slots.
+    """Read the manifest of a model that must have slots.
 
     Raises:
-        SlotError: If it has none.
+        SlotError: If it has no slots.
     """
     manifest = read_manifest(model.proto)
     if manifest is None:
@@ -44,7 +44,7 @@ def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> l
     Args:
         model: A model with slots.
         adapter: The adapter.
-        allow_partial: Do not mind slots that the adapter has no weights for.
+        allow_partial: Accept an adapter without weights for some slots.
 
     Raises:
         SlotError: If the model has no slots.
@@ -66,7 +66,7 @@ def manifest_misfits(
     *,
     allow_partial: bool = False,
 ) -> list[str]:
-    """Why an adapter cannot be used with a model of which only the record is at hand."""
+    """Why an adapter cannot be used with a model, from the model's manifest alone."""
     found: list[str] = []
     if adapter.fingerprint and not same_base(adapter.fingerprint, manifest.fingerprint):
         found.append(
@@ -88,7 +88,7 @@ def manifest_misfits(
 
 
 def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
-    """What cannot be checked about an adapter, for it does not tell; empty if all can."""
+    """List what an adapter does not record and nobody can check; empty if all is checked."""
     found = []
     if not adapter.fingerprint:
         found.append("base not checked: the adapter has no fingerprint")
@@ -105,12 +105,12 @@ def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
 
 
 def warn_unchecked(manifest: Manifest, adapter: Adapter, told: set[str]) -> None:
-    """Warn of what cannot be checked about an adapter, where the package was called.
+    """Warn about what cannot be checked, at the line that called the package.
 
     Args:
         manifest: The record of the model.
         adapter: The adapter.
-        told: What has been warned of already, and need not be again.
+        told: The warnings given already; a new one is added.
     """
     found = unchecked(manifest, adapter)
     message = f"adapter {adapter.name!r}: {'; '.join(found)}; make_adapter stamps both"
@@ -184,17 +184,17 @@ def require_fit(model: Model, adapter: Adapter, *, allow_partial: bool = False) 
     """Raise unless an adapter fits a model.
 
     Raises:
-        AdapterError: With the first misfits.
+        AdapterError: With the first three misfits.
     """
     found = misfits(model, adapter, allow_partial=allow_partial)
     refuse_misfits(found, adapter, model.label)
 
 
 def refuse_misfits(found: Sequence[str], adapter: Adapter, label: str) -> None:
-    """Raise if there are any.
+    """Raise if there are any misfits.
 
     Raises:
-        AdapterError: With the first of them.
+        AdapterError: With the first three.
     """
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -206,7 +206,7 @@ def refuse_misfits(found: Sequence[str], adapter: Adapter, label: str) -> None:
 
 
 def overlaps(adapters: Sequence[Adapter]) -> list[str]:
-    """Slots and weights that two of several adapters both have."""
+    """List the weights that more than one of several adapters has."""
     owner: dict[str, str] = {}
     found = []
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""`.npz`: numpy's own archive, for people who make weights in numpy."""
+"""`.npz`: the archive format of numpy, for people who make weights in numpy."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from onnx_adapt.errors import AdapterError
 from onnx_adapt.formats import FORMATS
 
 _BFLOAT16 = ".bfloat16"
-"""Ends the name of an array that numpy has no type for: its bits are kept as uint16."""
+"""The end of the name of a bfloat16 array, which is stored as uint16 for lack of a type."""
 
 
 _ALLOWANCE, _EXPANSION = 1 << 22, 16
-"""Unpacked, a file may have 4 MB more than this many times its size: no zip bombs."""
+"""Against zip bombs: unpacked, a file may have this many times its size, and 4 MB more."""
 
 
 def read(data: bytes, path: Path) -> Adapter:
-    """Read an adapter, with the record that `write` puts in or without.
+    """Read an adapter; the record that `write` adds may be missing.
 
     Raises:
         AdapterError: If the file is damaged or holds anything but plain arrays.
@@ -45,7 +45,7 @@ def read(data: bytes, path: Path) -> Adapter:
 
 
 def read_arrays(file: IO[bytes], path: Path, limit: int) -> dict[str, Array]:
-    """Every array of a file, by name.
+    """Read every array of a file, by name.
 
     Args:
         file: The file, open.
@@ -77,11 +77,11 @@ _DAMAGE = (
         IndexError,
     ),
 )
-"""What zipfile and numpy raise on bytes that are no archive of arrays."""
+"""The errors that zipfile and numpy raise for bytes that are no archive of arrays."""
 
 
 def _read_members(archive: zipfile.ZipFile, limit: int) -> dict[str, Array]:
-    """Every array by its member's name; numpy's own reader takes one name for another."""
+    """Read every array by the name of its member; numpy's own reader changes some names."""
     members = archive.infolist()
     if sum(member.file_size for member in members) > limit:
         raise ValueError(f"it unpacks to more than {limit} bytes")
@@ -99,7 +99,7 @@ def _read_members(archive: zipfile.ZipFile, limit: int) -> dict[str, Array]:
 
 
 def _read_array(stream: IO[bytes], size: int) -> Array:
-    """One array; its header is believed only as far as the member is long."""
+    """Read one array, and refuse a header that promises more than its member has."""
     version = np.lib.format.read_magic(stream)
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -119,10 +119,10 @@ def _read_array(stream: IO[bytes], size: int) -> Array:
 
 
 def write(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter; every entry has one fixed date, so they are always the same.
+    """Encode an adapter; entries have a fixed date, so that the bytes are always the same.
 
     Raises:
-        AdapterError: If a name has a NUL, at which zip cuts names off.
+        AdapterError: If a name contains a NUL, where zip would cut it off.
     """
     arrays: dict[str, Array] = {KEY: np.array(write_record(adapter))}
     for name, array in adapter.feeds().items():
@@ -137,7 +137,7 @@ def write(adapter: Adapter, path: Path) -> bytes:
 
 
 def archive(arrays: Mapping[str, Array]) -> bytes:
-    """An `.npz` of arrays; unlike `numpy.savez` for any name, and always the same bytes."""
+    """Make an `.npz` of arrays with any names, always with the same bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as members:
         for name, array in arrays.items():

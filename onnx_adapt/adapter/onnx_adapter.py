@@ -1,11 +1,11 @@
-"""`.onnx_adapter`: what ONNX Runtime's LoraAdapter loads, without ONNX Runtime.
+"""`.onnx_adapter`: the file that ONNX Runtime's LoraAdapter loads, read and written here.
 
 A FlatBuffers file (identifier `TORT`): `Adapter{format_version, adapter_version,
 model_version, parameters: [Parameter{name, dims, data_type, raw_data}]}`. Source:
 onnxruntime/lora/adapter_format/adapter_schema.fbs. The schema has no place for metadata.
-The base's fingerprint goes into `model_version`, as far as 31 bits go; the whole record
-into one more field of the root table, far behind those of the schema, which a reader of
-FlatBuffers that does not know it passes over (https://flatbuffers.dev/evolution).
+The first 31 bits of the base's fingerprint go into `model_version`. The whole record goes
+into one more field of the root table, numbered far behind those of the schema; readers of
+FlatBuffers skip fields that they do not know (https://flatbuffers.dev/evolution).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from onnx_adapt.errors import AdapterError
 _IDENTIFIER = b"TORT"
 _ALIGNMENT = 64
 _RECORD = 60
-"""The number of the record's field: the schema will hardly grow to it."""
+"""The number of the record's field, which the schema is unlikely to reach."""
 _INT, _UNSIGNED, _COUNT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")
 _FIELDS = struct.Struct("<4H")
 
@@ -69,7 +69,7 @@ def read(data: bytes, path: Path) -> Adapter:
 
 
 def _follow(data: bytes, at: int) -> int:
-    """Where an offset leads."""
+    """Follow an offset to the position that it refers to."""
     return int(at + _UNSIGNED.unpack_from(data, at)[0])
 
 
@@ -141,7 +141,7 @@ def _parameters(data: bytes, field: int) -> dict[str, Array]:
 
 
 def write(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter: sorted by name, every tensor at a multiple of 64 bytes."""
+    """Encode an adapter: sorted by name, every tensor at a multiple of 64 bytes."""
     builder = flatbuffers.Builder(1024)
     offsets = [_write_parameter(builder, n, a) for n, a in adapter.feeds().items()]
     builder.StartVector(4, len(offsets), 4)

@@ -1,4 +1,4 @@
-"""An adapter of weights of one's own, made for the slots of one model."""
+"""Make an adapter of your own weights for the slots of a model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ Weights = Mapping[str, Mapping[str, Any]]
 def make_adapter(
     model: Model | str | os.PathLike[str], name: str, weights: Weights
 ) -> Adapter:
-    """Make an adapter for a model's slots: checked, and stamped with base and activations.
+    """Make an adapter for a model's slots from arrays.
+
+    The arrays are checked, and the adapter records the base model and the activations that
+    it is for.
 
     Args:
         model: A model with slots, or its path.
         name: What to call the adapter.
         weights: Slot -> part -> array of floats. `down` is `(source width, r)` and `up` is
-            `(r, width)`, also for a slot on channels; there Conv's `(r, source width, 1, ...)`
-            and `(width, r, 1, ...)` do as well. Biases that are left out are 0, `scale` and
-            `gain` are 1; a slot that is left out stays off, if it is loaded so
-            (`allow_partial`).
+            `(r, width)`. For a slot on channels, the shapes of Conv's weights are accepted
+            too: `(r, source width, 1, ...)` and `(width, r, 1, ...)`. Biases that are left
+            out are 0, and `scale` and `gain` are 1. Slots may be left out; load the adapter
+            with `allow_partial` then, and they stay off.
 
     Returns:
         The adapter, in the slots' shapes and element types.
@@ -79,10 +82,10 @@ def _some(names: Mapping[str, object]) -> str:
 
 
 def _slot_weights(slot: Slot, given: Any) -> dict[str, Array]:
-    """The weights of one slot in its shapes and element type, with what was left out.
+    """Complete the weights of one slot, in its shapes and element type.
 
     Raises:
-        AdapterError: If they do not make a whole slot.
+        AdapterError: If a part is missing that has no default, or a weight does not fit.
     """
     if not isinstance(given, Mapping):
         raise AdapterError(
@@ -125,8 +128,8 @@ def _floats(slot: Slot, part: str, value: Any) -> Array:
         )
     with np.errstate(over="ignore"):
         cast = array.astype(DTYPES[slot.dtype])
-    for kind, held in ((array.dtype, array), (slot.dtype, cast)):
-        if not np.isfinite(held).all():
+    for kind, values in ((array.dtype, array), (slot.dtype, cast)):
+        if not np.isfinite(values).all():
             raise AdapterError(
                 f"{label} holds NaN or infinity in {kind}",
                 hint="the training diverged, or the values are too large for the slot",
@@ -135,10 +138,10 @@ def _floats(slot: Slot, part: str, value: Any) -> Array:
 
 
 def _laid_out(slot: Slot, part: str, value: Array) -> Array:
-    """A weight in the shape of its slot, whatever the bottleneck.
+    """Give a weight the shape that its slot needs, for any bottleneck.
 
-    A channel slot on `(n, C, height, width)` has `up` as `(C, r, 1, 1)`. What is given for it
-    as `(r, C)` is transposed and gets the trailing ones.
+    For example, a channel slot on `(n, C, height, width)` needs `up` as `(C, r, 1, 1)`. An
+    array of `(r, C)` is transposed and gets the two trailing axes.
 
     Raises:
         AdapterError: If it has another shape.

@@ -1,4 +1,4 @@
-"""`.safetensors`: the canonical adapter file (https://github.com/huggingface/safetensors)."""
+"""`.safetensors`: the default adapter file (https://github.com/huggingface/safetensors)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
-    """All tensors of a safetensors file; bfloat16 included, which its numpy reader omits.
+    """Read all tensors of a safetensors file, bfloat16 included.
 
     Raises:
         AdapterError: If the bytes are not such a file.
@@ -43,7 +43,7 @@ def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
         raise AdapterError(
             f"{path.name} is not a whole safetensors file: {error}", hint="write it again"
         ) from error
-    return dict(sorted(tensors.items()))  # the library gives any order
+    return dict(sorted(tensors.items()))  # the library returns them in any order
 
 
 def read(data: bytes, path: Path) -> Adapter:
@@ -54,7 +54,7 @@ def read(data: bytes, path: Path) -> Adapter:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    """The header of a file; the library does not mind a name that stands in it twice."""
+    """Read the header of a file, and refuse a name that is in it twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -69,8 +69,8 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def write(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter; one metadata entry, for the library orders several freely."""
-    # The library reads memory as it lies (its issue 825): strided arrays would be scrambled.
+    """Encode an adapter; the record is one metadata entry, as several have no fixed order."""
+    # The library ignores strides (its issue 825) and would scramble arrays that have any.
     tensors = {name: np.asarray(a, order="C") for name, a in adapter.feeds().items()}
     try:
         return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})

@@ -91,7 +91,7 @@ def _input_site(survey: Survey, name: str, axis: int | None) -> Site | None:
         graph="main",
         rank=rank,
         layer=False,
-        core=-1,
+        node_index=-1,
     )
 
 
@@ -179,7 +179,7 @@ def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
             hint="name the node of the normalisation to re-apply",
         )
     view = survey.index.views[found.graph]
-    node = view.nodes[found.core]
+    node = view.nodes[found.node_index]
     here = survey.index.views[site.graph]
     for weight in node.input[1:]:
         if weight and here.constant(weight) is None:

@@ -81,7 +81,11 @@ def _axis_hint(survey: Survey, site: Site) -> str:
 def _other_output(survey: Survey, site: Site) -> Site | None:
     """Another output of a site's node, one that can take an adapter."""
     view = survey.index.views[site.graph]
-    names = [survey.settled(site.graph, name) for name in view.nodes[site.core].output if name]
+    names = [
+        survey.after_slots(site.graph, name)
+        for name in view.nodes[site.node_index].output
+        if name
+    ]
     others = (survey.site(view, name) for name in names if name != site.tensor)
     return next((other for other in others if other.refused is None), None)
 
@@ -100,11 +104,12 @@ def none_usable(survey: Survey, pattern: str, hits: Sequence[Choice]) -> SiteErr
 def ambiguous(name: str, sites: Sequence[Site]) -> AmbiguousSiteError:
     """The error where a name that is no glob means several places."""
     return AmbiguousSiteError(
-        f"{name!r} means {len(sites)} places: {_listing(sites)}",
+        f"{name!r} means {len(sites)} places: {listing(sites)}",
         hint="name one by its address, or all with a glob",
     )
 
 
-def _listing(sites: Sequence[Site]) -> str:
+def listing(sites: Sequence[Site]) -> str:
+    """The addresses of the first few of some sites, for a message."""
     shown = ", ".join(site.address for site in sites[:_SHOWN])
     return shown + (", ..." if len(sites) > _SHOWN else "")

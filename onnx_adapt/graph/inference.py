@@ -16,8 +16,8 @@ from typing import Any
 
 import onnx
 
-from onnx_adapt.graph.axes import has_endless_shapes
 from onnx_adapt.graph.constants import Weight
+from onnx_adapt.graph.endless_shapes import has_endless_shapes
 from onnx_adapt.graph.stand_ins import Draft, Find, stand_in
 from onnx_adapt.model import walk
 

@@ -11,6 +11,7 @@ import onnx
 from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import slot_of
@@ -67,19 +68,30 @@ def find_norms(model: Model, view: GraphView) -> Iterator[BaseNorm]:
 
 
 def _whole(view: GraphView, node: onnx.NodeProto) -> BaseNorm | None:
-    if find_weight(view, node.input[1]) is None:
+    operator = OPERATORS[node.op_type]
+    if find_weight(view, node.input[operator.weight]) is None:
         return None
-    bias = (node, 2) if len(node.input) > 2 and node.input[2] else None
+    bias = None
+    if operator.bias is not None and operator.has_bias(node):
+        bias = node, operator.bias
     epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), _EPSILON)
     centred = node.op_type == "LayerNormalization"
     read, output = str(node.input[0]), str(node.output[0])
-    return BaseNorm(view, read, output, (node, 1), bias, epsilon, centred)
+    return BaseNorm(view, read, output, (node, operator.weight), bias, epsilon, centred)
 
 
 def decomposed_norm(model: Model, view: GraphView, node: onnx.NodeProto) -> BaseNorm | None:
     """The normalisation that ends with a Mul by its weight, and maybe an Add of its bias.
 
     That is `x / sqrt(mean(x * x) + epsilon) * weight`, with `x` minus its mean in a LayerNorm.
+    It is followed from its end to its start. For example, of
+
+        m = ReduceMean(x)    c = Sub(x, m)     p = Pow(c, 2)       v = ReduceMean(p)
+        e = Add(v, 1e-5)     r = Sqrt(e)       d = Div(c, r)       y = Mul(d, weight)
+
+    the Mul leads to the Div, this to `c` and by Sqrt and Add to the mean `v` of a square. What
+    is squared must be what is divided, `c`. It is a Sub of a mean, so this is a LayerNorm of
+    `x`; without the Sub it would be an RMSNorm of `c`.
     """
     position = next((i for i, name in enumerate(node.input) if _is_vector(view, name)), None)
     if position is None or len(node.input) != 2:

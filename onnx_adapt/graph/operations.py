@@ -133,11 +133,11 @@ def normalisation(each: int, *added: int) -> Operations:
     return count
 
 
-def lookup(run: NodeRun, *, weight: int, bias: int | None) -> int:
+def table_lookup(run: NodeRun, *, weight: int, bias: int | None) -> int:
     """A lookup moves data and computes nothing."""
     return 0
 
 
-def dequantised_lookup(run: NodeRun, *, weight: int, bias: int | None) -> int:
+def quantised_table_lookup(run: NodeRun, *, weight: int, bias: int | None) -> int:
     """A lookup in a quantised table scales each element that it finds."""
     return run.made

@@ -71,6 +71,11 @@ class Operator:
     module_call: bool
     operations: Operations
 
+    @property
+    def convolves(self) -> bool:
+        """Whether its weight is that of a convolution, with as many axes as its output."""
+        return self.layout in (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
+
     def has_bias(self, node: onnx.NodeProto) -> bool:
         """Whether a node of this operator has a bias as an input of its own."""
         return self.bias is not None and any(node.input[self.bias : self.bias + 1])
@@ -181,7 +186,7 @@ _TABLE = Operator(
     outputs=1,
     keeps_type=True,
     module_call=False,
-    operations=operations.lookup,
+    operations=operations.table_lookup,
 )
 _RECURRENT = Operator(
     weight=1,
@@ -244,7 +249,7 @@ OPERATORS: dict[str, Operator] = {
     "GatherBlockQuantized": replace(
         _TABLE,
         layout=WeightLayout.PACKED_TABLE,
-        operations=operations.dequantised_lookup,
+        operations=operations.quantised_table_lookup,
     ),
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,

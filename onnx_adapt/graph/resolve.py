@@ -1,4 +1,9 @@
-"""From what a user writes to sites: an address, a node, a tensor, a module, a glob."""
+"""From what a user writes to sites: an address, a node, a tensor, a module, a glob.
+
+For example, `encoder.layer.*.output.dense` is no address, node or tensor, and it has a `*`. So
+it is matched against the names of layers, then against module paths, in which `*` stays
+between two dots. It means one module in each layer, and of each module the last tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,16 @@ from onnx_adapt.errors import (
     SiteNotFoundError,
     SiteRefusedError,
 )
-from onnx_adapt.graph.calls import module_calls
 from onnx_adapt.graph.choice import (
     Choice,
-    _listing,
     ambiguous,
+    listing,
     none_usable,
     require_usable,
 )
 from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import GraphView, text
+from onnx_adapt.graph.module_calls import module_calls
 from onnx_adapt.graph.modules import match_path
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey, survey_model
@@ -159,7 +164,7 @@ def _by_node(survey: Survey, name: str) -> list[Choice]:
     for view, i in survey.by_node.get(name, ()):
         layers = survey.layers_of.get((view.scope.path, i))
         output = next(output for output in view.nodes[i].output if output)
-        settled = survey.settled(view.scope.path, output)
+        settled = survey.after_slots(view.scope.path, output)
         found.append(_choice(layers[0] if layers else survey.site(view, settled)))
     return found
 
@@ -169,7 +174,7 @@ def _by_tensor(survey: Survey, name: str) -> list[Choice]:
     for path, view in survey.index.views.items():
         if name not in view.producers:
             continue
-        tensor = survey.settled(path, name)
+        tensor = survey.after_slots(path, name)
         inserted = slot_of(view.nodes[view.producers[tensor]])
         if not inserted or f"{path}:{tensor}" in survey.by_address:
             found.append(replace(_choice(survey.site(view, tensor)), literal=True))
@@ -184,7 +189,7 @@ def _by_module(survey: Survey, name: str) -> list[Choice]:
         if len(graphs) > len(set(graphs)):
             sites = [choice.site for choice in choices]
             raise AmbiguousSiteError(
-                f"module {path!r} runs {len(sites)} times: {_listing(sites)}",
+                f"module {path!r} runs {len(sites)} times: {listing(sites)}",
                 hint="name each call by its address, with one --after each",
             )
         found += choices
@@ -196,7 +201,7 @@ def _module_choices(survey: Survey, path: str) -> list[Choice]:
     found = []
     for view, tensors in module_calls(survey.modules, path):
         for tensor in tensors:
-            site = survey.site(view, survey.settled(view.scope.path, tensor))
+            site = survey.site(view, survey.after_slots(view.scope.path, tensor))
             _refuse_fused(survey, view, site, path)
             if not site.layer:  # such as the product of integers, rescaled
                 behind = bias_behind(survey.index, view, site.tensor, site.width)
@@ -211,8 +216,8 @@ def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> Non
     TorchScript names a Conv with its BatchNorm after the Conv alone; ONNX Runtime's
     FusedGemm and FusedConv hold an activation.
     """
-    for layer in survey.layers_of.get((site.graph, site.core), ()):
-        node = view.nodes[site.core]
+    for layer in survey.layers_of.get((site.graph, site.node_index), ()):
+        node = view.nodes[site.node_index]
         normed = node.op_type == "Conv" and any(
             text(name).startswith("onnx::Conv_") for name in node.input[1:2]
         )
@@ -240,7 +245,7 @@ def _glob(survey: Survey, pattern: str) -> list[Choice]:
     hits = layers or _module_hits(survey, pattern) or named(survey.sites)
     # What no site is for, such as a node that makes integers, still has a reason to give.
     return hits or [
-        _choice(survey.site(view, survey.settled(path, output)))
+        _choice(survey.site(view, survey.after_slots(path, output)))
         for path, view in survey.index.views.items()
         for node in view.nodes
         for output in node.output

@@ -17,7 +17,7 @@ from onnx_adapt.graph.layers import (
     layer_weight,
 )
 from onnx_adapt.graph.layout import Features
-from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Site:
         graph: Path of the graph the tensor is in.
         rank: Number of axes, or None if unknown.
         layer: Whether the site is the output of a layer.
-        core: Index of the node in its graph.
+        node_index: Index of the node in its graph.
         also: Names of other nodes that stand for it: that of the bias Add.
         before_bias: Where the layer's bias is added, if that is behind the tensor. An
             adapter after the layer cannot go here, one after the tensor can.
@@ -55,7 +55,7 @@ class Site:
     graph: str
     rank: int | None
     layer: bool
-    core: int
+    node_index: int
     also: tuple[str, ...] = ()
     before_bias: str | None = None
 
@@ -77,9 +77,8 @@ def rank_of(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | N
     if known.shape is not None:
         return len(known.shape)
     weight = layer_weight(view, node)
-    convolutions = (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
-    conv = weight is not None and OPERATORS[node.op_type].layout in convolutions
-    return len(weight.dims) if weight and conv else None
+    convolves = weight is not None and OPERATORS[node.op_type].convolves
+    return len(weight.dims) if weight and convolves else None
 
 
 def refusal(view: GraphView, site: Site, known: TensorType, features: Features) -> str | None:

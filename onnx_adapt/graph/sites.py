@@ -56,13 +56,14 @@ def find_sites(model: Model, *, all_tensors: bool = False) -> list[Site]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Survey:
-    """Everything known about the places of a model.
+    """What is known of a model before names are looked up in it: one pass over its graphs.
 
     Attributes:
         index: Tensors and nodes.
         modules: PyTorch modules.
         layout: Where the features of each tensor are.
-        outer: For each graph, what all slots on a site's tensor made of it: inner -> outer.
+        slot_outputs: For each graph, the tensors that slots are on, each with the output of
+            the last slot on it.
         sites: All sites: layers and every other float tensor, in graph order.
         by_address: The sites by their address.
         by_node: The nodes that make something, by name: graph and index.
@@ -73,7 +74,7 @@ class Survey:
     index: ModelIndex
     modules: ModuleIndex
     layout: Layout
-    outer: dict[str, dict[str, str]]
+    slot_outputs: dict[str, dict[str, str]]
     sites: list[Site] = field(default_factory=list)
     by_address: dict[str, Site] = field(default_factory=dict)
     by_node: dict[str, list[tuple[GraphView, int]]] = field(default_factory=dict)
@@ -93,26 +94,30 @@ class Survey:
         if view is None:
             return site  # inside a function, refused
         given = given_axis(axis, site.rank)
-        moved = _site(self, view, site.core, site.tensor, layer=site.layer, given=given)
+        moved = _site(self, view, site.node_index, site.tensor, layer=site.layer, given=given)
         return replace(moved, also=site.also, before_bias=site.before_bias)
 
-    def settled(self, graph: str, tensor: str) -> str:
-        """The tensor's value after all slots on it."""
-        return self.outer.get(graph, {}).get(tensor, tensor)
+    def after_slots(self, graph: str, tensor: str) -> str:
+        """The output of the last slot on a tensor, or the tensor if no slot is on it.
+
+        Where slots `a` and `b` are stacked on `h`, readers of `h` see what `b` makes, so a
+        new slot goes behind `b`.
+        """
+        return self.slot_outputs.get(graph, {}).get(tensor, tensor)
 
 
 def survey_model(model: Model) -> Survey:
     """Index a model and find all its sites."""
     index = index_model(model)
     _tell_stale(index)
-    outer: dict[str, dict[str, str]] = {}
+    slot_outputs: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
         if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
-            outer.setdefault(slot.graph, {})[slot.inner] = slot.output
-    layout = find_layout(index, outer)
-    outer = {path: _outermost(names) for path, names in outer.items()}
-    survey = Survey(index, index_modules(index), layout, outer)
+            slot_outputs.setdefault(slot.graph, {})[slot.inner] = slot.output
+    layout = find_layout(index, slot_outputs)
+    slot_outputs = {path: _outermost(names) for path, names in slot_outputs.items()}
+    survey = Survey(index, index_modules(index), layout, slot_outputs)
     for view in index.views.values():
         survey.sites.extend(_graph_sites(survey, view))
         for i, node in enumerate(view.nodes):
@@ -120,7 +125,7 @@ def survey_model(model: Model) -> Survey:
                 survey.by_node.setdefault(text(node.name), []).append((view, i))
     for site in survey.sites:
         if site.layer:
-            survey.layers_of.setdefault((site.graph, site.core), []).append(site)
+            survey.layers_of.setdefault((site.graph, site.node_index), []).append(site)
     for site in _function_sites(model.proto):
         survey.sites.append(site)
         for name in filter(None, (site.node, site.tensor)):
@@ -172,17 +177,17 @@ def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
             continue
         outputs = node.output[: OPERATORS[node.op_type].outputs]
         for output in filter(_is_name, outputs):
-            inner = survey.settled(path, output)
+            inner = survey.after_slots(path, output)
             bias = bias_add(view, node, inner, weight_width(view, node))
-            tensor = survey.settled(path, bias or inner)
+            tensor = survey.after_slots(path, bias or inner)
             if tensor not in found:
                 found[tensor] = _site(survey, view, i, tensor, layer=True, bias=bias)
     for i, node in enumerate(view.nodes):
         for output in filter(_is_name, () if slot_of(node) else node.output):
-            tensor = survey.settled(path, output)
+            tensor = survey.after_slots(path, output)
             if tensor not in found and view.type_of(output).elem_type in (0, *FLOATS):
                 found[tensor] = _site(survey, view, i, tensor)
-    return sorted(found.values(), key=lambda site: site.core)
+    return sorted(found.values(), key=lambda site: site.node_index)
 
 
 def _is_name(name: str | bytes) -> bool:
@@ -193,14 +198,14 @@ def _is_name(name: str | bytes) -> bool:
 def _site(
     survey: Survey,
     view: GraphView,
-    core: int,
+    number: int,
     tensor: str,
     *,
     layer: bool = False,
     bias: str | None = None,
     given: Features | None = None,
 ) -> Site:
-    node = view.nodes[core]
+    node = view.nodes[number]
     path = view.scope.path
     known = view.type_of(tensor)
     known = TensorType(known.elem_type or inherited_type(view, node), known.shape)
@@ -219,7 +224,7 @@ def _site(
         node=text(node.name),
         op=node.op_type,
         tensor=tensor,
-        module=survey.modules.scopes[path][core],
+        module=survey.modules.scopes[path][number],
         width=width,
         dtype=elem_name(known.elem_type),
         axis=axis,
@@ -227,7 +232,7 @@ def _site(
         graph=path,
         rank=rank,
         layer=layer,
-        core=core,
+        node_index=number,
         also=(text(adding[1].name),) if adding else (),
     )
     behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
@@ -248,7 +253,7 @@ def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
         label = f"function {function.domain}::{function.name}"
         label += f"::{function.overload}" if function.overload else ""
         for scope in walk.scopes(onnx.GraphProto(node=function.node), label):
-            for core, node in enumerate(scope.graph.node):
+            for number, node in enumerate(scope.graph.node):
                 for tensor in filter(_is_name, node.output):
                     yield Site(
                         address=f"{scope.path}:{tensor}",
@@ -263,5 +268,5 @@ def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
                         graph=scope.path,
                         rank=None,
                         layer=node.op_type in OPERATORS,
-                        core=core,
+                        node_index=number,
                     )

@@ -16,7 +16,10 @@ from onnx_adapt.model.tensors import payload_of, read_payload, read_tensor
 class ValueNumbers:
     """Numbers for the stored tensors of a model: equal ones have the same.
 
-    A tensor is read whole only where another of its shape begins with the same bytes.
+    A tensor is read whole only where another of its shape begins with the same bytes. For
+    example, of `a`, `b` and `c` that are all `(768, 768)`, `a` and `c` begin alike and are
+    equal in all of their bytes, while `b` begins otherwise: they get the numbers 0, 1 and 0,
+    and `b` is never read whole.
 
     Attributes:
         model: The model.

@@ -33,7 +33,7 @@ FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a tensor's `external_data` entries say.
+    """The `external_data` entries of a tensor.
 
     Attributes:
         tensor: The tensor's name.
@@ -108,12 +108,12 @@ def references(proto: onnx.ModelProto) -> Iterator[Reference]:
 
 
 def locate(model: Path, item: Reference, home: Path | None = None) -> Path:
-    """The data file of a reference, checked to be inside the model's folder.
+    """Find the path of a reference's data file, and check that it is in the model's folder.
 
     Args:
         model: The model, which may be a link.
         item: The reference.
-        home: The folder of the file that the link leads to, where there is no link yet.
+        home: The folder that the model will be linked to, if the link does not exist yet.
             Download caches link a model and its data into one folder of blobs.
 
     Raises:
@@ -134,7 +134,7 @@ def locate(model: Path, item: Reference, home: Path | None = None) -> Path:
 
 
 def find(model: Path, item: Reference) -> Source:
-    """The data file of a reference, as it is now.
+    """Find the data file of a reference, with its present size and time.
 
     Raises:
         ExternalDataError: If it is missing or outside the folder.
@@ -152,7 +152,7 @@ def find(model: Path, item: Reference) -> Source:
 
 
 def by_location(items: Iterable[Reference]) -> dict[str, Reference]:
-    """One reference to each data file."""
+    """Pick one reference to each data file, by location."""
     return {item.location: item for item in items}
 
 
@@ -186,7 +186,7 @@ def check(model: Path, items: Sequence[Reference]) -> None:
 def payload(
     model: Path, tensor: onnx.TensorProto, found: dict[str, Source] | None = None
 ) -> Payload:
-    """Where the bytes of an external tensor are.
+    """Find where the bytes of an external tensor are.
 
     Args:
         model: The model.
@@ -194,7 +194,7 @@ def payload(
         found: Data files by location, to find each only once.
 
     Raises:
-        ExternalDataError: If they are not there any more.
+        ExternalDataError: If the data is missing.
     """
     item = reference(tensor)
     source = (found or {}).get(item.location) or find(model, item)
@@ -215,7 +215,7 @@ def refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> 
 
 
 def external_to_memory(tensor: str) -> ExternalDataError:
-    """The error for data that is beside a model of which no file is known."""
+    """Make the error for external data of a model that was not opened from a file."""
     return ExternalDataError(
         f"tensor {tensor!r} is external to a model in memory",
         hint="open the model from its file, beside which the data is",

@@ -16,7 +16,8 @@ from onnx_adapt.model import destination, external_data
 from onnx_adapt.model.destination import Destination
 from onnx_adapt.model.external_data import external_to_memory
 from onnx_adapt.model.externalise import externalise, is_externalised
-from onnx_adapt.model.payloads import Payload, Segment, Source, scan, splice
+from onnx_adapt.model.payloads import Payload, Segment
+from onnx_adapt.model.splice import scan, splice
 from onnx_adapt.model.thin import make_thin, make_whole
 from onnx_adapt.model.whole_files import FilePlan, Progress, write_files
 from onnx_adapt.words import beside
@@ -168,19 +169,14 @@ def save_model(
     place = destination.resolve_destination(path)
     proto, weights_in = _thin(model, place) if thin else (model.proto, ())
     items = list(external_data.references(proto))
-    copies: dict[Path, Source] = {}
+    if model.path is None and items:
+        raise external_to_memory(items[0].tensor)
+    data: list[FilePlan] = []
     if model.path is not None:
         others = {payload.source.path for payload in model.payloads} - {model.path}
         destination.refuse_replacing_model(model.path, place, items, others, overwrite)
-        copies = destination.data_to_copy(model.path, place, items, keep_external)
-        protect_files(model, *(file for file, _ in beside))
-        destination.refuse_replacing_files([file for file, _ in beside], copies, model.label)
+        data = _copies(model, model.path, place, items, keep_external, beside)
         place = destination.reach_data(model.path, place, items)
-    elif items:
-        raise external_to_memory(items[0].tensor)
-    data: list[FilePlan] = [
-        (file, [Payload(source, 0, source.size)]) for file, source in copies.items()
-    ]
     segments, size = _encode(proto, model.payloads)
     externalised = size > PROTOBUF_LIMIT
     former = _former_data(place) if externalised else []
@@ -199,6 +195,22 @@ def save_model(
         with contextlib.suppress(OSError):
             file.unlink()
     return Saved(place.path, size, tuple(file for file, _ in data), externalised, weights_in)
+
+
+def _copies(
+    model: Model,
+    base: Path,
+    place: Destination,
+    items: Sequence[external_data.Reference],
+    keep: bool,
+    beside: Sequence[FilePlan],
+) -> list[FilePlan]:
+    """The external data to copy along, which no file `beside` the model may replace."""
+    found = destination.data_to_copy(base, place, items, keep)
+    outputs = [file for file, _ in beside]
+    protect_files(model, *outputs)
+    destination.refuse_replacing_files(outputs, found, model.label)
+    return [(file, [Payload(source, 0, source.size)]) for file, source in found.items()]
 
 
 def protect_files(model: Model, *outputs: str | os.PathLike[str]) -> None:

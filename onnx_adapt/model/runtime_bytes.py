@@ -1,4 +1,4 @@
-"""A model as bytes that refer to its weights on disk, as ONNX Runtime takes it from memory."""
+"""A model as bytes for ONNX Runtime, with its weights left on disk."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from onnx_adapt.model.payloads import Source, token_index
 from onnx_adapt.model.tensors import payload_of, read_payload
 
 MAPPED = 1 << 28
-"""Weights of more bytes than this are only mapped: no second, prepacked copy of them."""
+"""Weights of more bytes than this in all are not read but referred to in their files."""
 
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def model_bytes(model: Model, options: Any) -> bytes:
-    """A model as ONNX Runtime takes it from memory; `options` learn where its weights are.
+    """Encode a model for ONNX Runtime, and set in `options` the folder of its weights.
 
     Raises:
-        UnprovableError: If ONNX Runtime cannot be told where they are.
+        UnprovableError: If the folder's name cannot be passed to ONNX Runtime.
     """
     try:
         proto, folder = refer_to_files(model)
@@ -39,13 +39,16 @@ def model_bytes(model: Model, options: Any) -> bytes:
 
 
 def refer_to_files(model: Model) -> tuple[onnx.ModelProto, str]:
-    """The model with its weights as external data if they are many, and their folder.
+    """Copy a model with its weights as external data if they are many.
 
-    Inline tensors of a large model refer to the byte range they have in the model file.
-    Files are named as what links lead to: ONNX Runtime follows none out of the folder.
+    Inline tensors of a large model refer to their byte range in the model file. Links are
+    resolved, because ONNX Runtime follows none that leads out of the folder.
+
+    Returns:
+        The copy, and the folder that its references are relative to, or '' if it has none.
 
     Raises:
-        ExternalDataError: If data beside the model is not there any more.
+        ExternalDataError: If data beside the model is missing.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)

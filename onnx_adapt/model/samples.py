@@ -11,12 +11,12 @@ _WINDOWS, _WINDOW = 8, LARGE // 8
 
 
 def sample_bytes(data: bytes) -> bytes:
-    """Small data as it is; of large data eight evenly spaced windows, 4 KB in all."""
+    """Sample data: all of it up to 4 KB, else eight evenly spaced windows of 512 bytes."""
     return b"".join(data[at : at + count] for at, count in _windows(len(data)))
 
 
 def sample_file(file: BinaryIO, offset: int, length: int) -> bytes:
-    """The sample of a range of a file.
+    """Sample a range of a file.
 
     Raises:
         OSError: If it cannot be read.

@@ -1,4 +1,4 @@
-"""The values of a model's tensors: read from where their data is, and made of arrays."""
+"""Read the values of a model's tensors from wherever they are, and make tensors of arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx_adapt.model.payloads import Payload, Source, token_index
 
 
 def tensor_of(name: str, value: Array) -> onnx.TensorProto:
-    """A float array as a stored tensor."""
+    """Make a stored tensor of a float array."""
     return onnx.TensorProto(
         name=name,
         data_type=ELEM_TYPES[str(value.dtype)],
@@ -27,7 +27,7 @@ def tensor_of(name: str, value: Array) -> onnx.TensorProto:
 def payload_of(
     model: Model, tensor: onnx.TensorProto, found: dict[str, Source] | None = None
 ) -> Payload | None:
-    """Where on disk a tensor's data is; None if it is in the tensor.
+    """Find where on disk a tensor's data is; None if it is in the tensor.
 
     Args:
         model: The model.
@@ -35,7 +35,7 @@ def payload_of(
         found: Data files beside the model by location, to find each only once.
 
     Raises:
-        ExternalDataError: If it is not there any more.
+        ExternalDataError: If the data is missing.
     """
     index = token_index(tensor.raw_data)
     if index is not None:
@@ -46,10 +46,10 @@ def payload_of(
 
 
 def read_tensor(model: Model, tensor: onnx.TensorProto) -> np.ndarray:
-    """The value of one tensor of a model, read from wherever its data is.
+    """Read the value of one tensor of a model from wherever its data is.
 
     Raises:
-        ModelFileError: If the data is not there any more or does not fit the shape.
+        ModelFileError: If the data is missing or does not fit the shape.
     """
     place = payload_of(model, tensor)
     whole = tensor
@@ -67,7 +67,7 @@ def read_tensor(model: Model, tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def read_payload(place: Payload, limit: int | None = None) -> bytes:
-    """The bytes of a payload, or the first `limit` of them."""
+    """Read the bytes of a payload, or the first `limit` of them."""
     try:
         with place.source.path.open("rb") as handle:
             handle.seek(place.offset)

@@ -10,17 +10,17 @@ from graphlib import CycleError, TopologicalSorter
 import onnx
 
 _LONGEST = 300
-"""Of a node's name so many characters are in the paths of its bodies, and of theirs."""
+"""How many characters of a node's name are part of the paths of its bodies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A graph and the way to it.
+    """A graph and its path in the model.
 
     Attributes:
         graph: The graph itself.
-        path: `main` for the main graph; for a body the way through its nodes, such as
-            `main/cond.then_branch`.
+        path: `main` for the main graph; for a body the nodes and attributes that lead to
+            it, such as `main/cond.then_branch`.
         parent: The graph that holds the node with this body, or None for the main graph.
         owner: Index of that node in the parent graph, or -1.
         attribute: Name of the attribute that holds the body.
@@ -43,11 +43,11 @@ def bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
 
 
 def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
-    """A graph and every body inside it, outermost first, each with a path of its own.
+    """Yield a graph and every body inside it, outermost first, each with a unique path.
 
-    A body is named after its node and the attribute that holds it. A node whose name does
-    not tell its bodies apart from all others is named by its place among the nodes with
-    bodies. No path has a colon, if that of `main` has none.
+    A body is named after its node and the attribute that contains it. If the node's name is
+    not unique, its position among the nodes with bodies is added. No path contains a colon
+    if `path` does not.
 
     Args:
         main: The graph to begin with.
@@ -61,7 +61,7 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
         holders = [(i, n) for i, n in enumerate(scope.graph.node) if any(bodies(n))]
         names = Counter(node.name for _, node in holders)
         for place, (index, node) in enumerate(holders):
-            # Cut, for every body inside repeats it: a long name would fill the memory.
+            # Every nested body repeats the name, so a long one could fill the memory.
             label = f"{node.name or node.op_type}".replace(":", "_")[:_LONGEST]
             if not node.name or names[node.name] > 1:
                 label += f"#{place}"
@@ -77,13 +77,13 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
 
 
 def _cut(attribute: str, place: int) -> str:
-    """An attribute's name as a part of a path; one that is cut is told apart by its place."""
+    """An attribute's name as a part of a path; a long one is cut, and numbered."""
     whole = len(attribute) <= _LONGEST
     return attribute if whole else f"{attribute[:_LONGEST]}#{place}"
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that the bodies of a node read from the graphs around them."""
+    """Yield the names that the bodies of a node read from the graphs around them."""
     for _, body in bodies(node):
         own = {value.name for value in body.input} | {t.name for t in body.initializer}
         for inner in body.node:
@@ -129,7 +129,7 @@ def _sparse_tensors(items: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.Te
 def graph_tensors(
     graph: onnx.GraphProto, *, sparse: bool = True
 ) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in a graph and in the bodies inside it."""
+    """Yield every tensor stored in a graph and in the bodies inside it."""
     yield from graph.initializer
     if sparse:
         yield from _sparse_tensors(graph.sparse_initializer)
@@ -137,12 +137,12 @@ def graph_tensors(
 
 
 def tensors(proto: onnx.ModelProto, *, sparse: bool = True) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored anywhere in a model: graphs, functions, training information.
+    """Yield every tensor stored in a model: in graphs, functions and training information.
 
     Args:
         proto: The model.
-        sparse: Whether those that make up sparse tensors count. The data of these cannot
-            be external: ONNX Runtime before 1.32 and the ONNX checker refuse it.
+        sparse: Whether to include the parts of sparse tensors. Their data cannot be
+            external: ONNX Runtime before 1.32 and the ONNX checker refuse it.
     """
     yield from graph_tensors(proto.graph, sparse=sparse)
     for function in proto.functions:
@@ -155,9 +155,10 @@ def tensors(proto: onnx.ModelProto, *, sparse: bool = True) -> Iterator[onnx.Ten
 
 
 def inlines_to_more_than(proto: onnx.ModelProto, most: int) -> bool:
-    """Whether a model has more nodes with its functions inlined, or a function calls itself.
+    """Whether a model has more than `most` nodes once its functions are inlined.
 
-    Functions that call each other twice, sixty deep, are a small file.
+    True as well if a function calls itself. A file of 60 functions that each call the next
+    one twice is small, and has 2^60 nodes inlined.
     """
     nodes = {_key(f.domain, f.name, f): f.node for f in proto.functions}
     calls = {key: _calls(body, nodes) for key, body in nodes.items()}
@@ -175,7 +176,7 @@ def inlines_to_more_than(proto: onnx.ModelProto, most: int) -> bool:
 def _calls(
     nodes: Iterable[onnx.NodeProto], functions: Container[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
-    """The functions that nodes and the bodies in them call, once for each call."""
+    """List the functions that nodes and their bodies call, once for each call."""
     found = []
     for node in nodes:
         key = _key(node.domain, node.op_type, node)

@@ -1,4 +1,4 @@
-"""Write files whole or not at all: beside their place first, then moved there."""
+"""Write files whole or not at all: each to a temporary file, then moved into place."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from onnx_adapt.errors import SaveError
 from onnx_adapt.model.payloads import Segment
 
 Progress = Callable[[int, int], None]
-"""Called with bytes written so far and bytes in all."""
+"""Called with the number of bytes written so far and the number in all."""
 
 FilePlan = tuple[Path, Sequence[Segment] | Path]
-"""A destination and what goes there: bytes and ranges of other files, or a link's target."""
+"""A path, and its content: bytes and ranges of other files, or the target of a link."""
 
 _CHUNK = 1 << 26
 _PIECE = 1 << 18  # fits in a processor's cache
@@ -26,7 +26,7 @@ _PAGE = 4096
 
 
 def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> None:
-    """Write all files beside their places, then move them there in order.
+    """Write all files to temporary files beside their paths, then move them in order.
 
     Raises:
         SaveError: If anything cannot be written or replaced, or a source has changed; every
@@ -72,9 +72,10 @@ def write_files(plans: Sequence[FilePlan], progress: Progress | None = None) -> 
 
 
 def _move(temporary: Path, file: Path, fresh: list[Path], *, last: bool) -> None:
-    """Move a file into place, and note it in `fresh` while nothing there needs it.
+    """Move a file into place, and list it in `fresh` while no other file needs it.
 
-    What is moved first is data. The last file needs it, and so may one that is replaced.
+    If a later move fails, the files in `fresh` are removed. Data is moved first, the model
+    that needs it last. A file that replaces an older one may need the data before it too.
     """
     unneeded = list(fresh)
     if last or os.path.lexists(file):
@@ -105,7 +106,7 @@ def _refuse_changed(plans: Sequence[FilePlan]) -> None:
 
 
 def _refuse_odd(file: Path) -> None:
-    """A device or a pipe would not be written to but replaced, for everyone who uses it."""
+    """Refuse a device or pipe, which the move would replace for everyone who uses it."""
     if file.exists() and not file.is_file():
         raise SaveError(f"{file} is not a regular file", hint="choose another output path")
 
@@ -174,9 +175,9 @@ def _open(source: Path) -> FileIO:
 
 
 def _copy_in_kernel(source: FileIO, out: FileIO, offset: int, count: int) -> int:
-    """Copy without passing through this process; 0 where that is not to be had.
+    """Copy a range within the kernel; returns 0 where that is impossible or slow.
 
-    Nor where it is slow: pages that do not line up are copied faster through a small buffer.
+    Ranges that are not aligned to pages are copied faster through a small buffer.
     """
     if not hasattr(os, "copy_file_range") or (offset - out.tell()) % _PAGE:
         return 0

@@ -1,1 +1,1 @@
-"""The parts of a verification: inputs, taps, probes, comparisons."""
+"""Proving in ONNX Runtime that a model is its base plus exactly its slots."""

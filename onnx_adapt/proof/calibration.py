@@ -1,7 +1,7 @@
-"""Widen the calibrated ranges of a quantised model for the values that an adapter brings.
+"""Widening the calibrated ranges of a quantised model for the values of an adapter.
 
-The values are measured in floats, with no range in the way, with the adapter on and off.
-Only ranges that they leave are changed, and the old range stays inside the new one.
+The values are measured without saturation, with the adapter on and off. Only ranges that
+they exceed are changed, and the new range always contains the old one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
-from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import ProviderArgument, proof_providers
 from onnx_adapt.proof.saturation import switched_on
+from onnx_adapt.proof.unsaturated import Ends, Seen, observe, ranges_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ def calibrate(
     on = switched_on(model, adapter)
     runs = [(off, False), (on, False), (on, True)]  # rounding moves values out as well
     sides = [
-        observe(ranges.endless(side, rounded=rounded), ranges.quantizers, feeds, providers)[0]
+        observe(
+            ranges.unsaturated(side, rounded=rounded), ranges.quantizers, feeds, providers
+        )[0]
         for side, rounded in runs
     ]
     index = index_model(model)
@@ -91,7 +93,7 @@ def calibrate(
 
 
 def _wider(quantizer: Quantizer, ends: Ends, seen: Iterable[Seen]) -> Range | None:
-    """The range that holds what was seen as well; None if the old one does already."""
+    """The range that also holds the measured values; None if the old one does already."""
     old_low, old_high = quantizer.range
     half = quantizer.scale.astype(np.float64) / 2
     least, most = old_low, old_high
@@ -108,9 +110,9 @@ def _wider(quantizer: Quantizer, ends: Ends, seen: Iterable[Seen]) -> Range | No
 
 
 def _headroom(quantizer: Quantizer) -> float:
-    """By what part of it a range is widened beyond what was seen.
+    """The share of its width by which a range is widened beyond the measured values.
 
-    Inputs that were not measured go further than those that were. On a BERT calibrated with
+    Other inputs have larger values than those that were measured. On a BERT calibrated with
     two sentences, 0.15 took two fifths off the error of int8 on other sentences, for less
     than a tenth of its resolution; 16 bits have resolution to spare, and 1 took 95 % off.
     """
@@ -145,7 +147,7 @@ def _scale(quantizer: Quantizer, wanted: Array) -> Array:
 
 
 def _changes(index: ModelIndex, quantizer: Quantizer, wider: Range) -> list[Change]:
-    """New constants for a quantizer, for those who share its range, and for biases on it."""
+    """New constants for a quantizer, for nodes that share its range, and for biases."""
     view = index.views[quantizer.graph]
     nodes = [quantizer.node, *(place for _, place in quantizer.partners)]
     found = _replaced(view, quantizer, nodes, 1, wider.scale)

@@ -44,7 +44,7 @@ def _array_distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 
 
 def in_words(expected: Sequence[Values], got: Sequence[Values]) -> str:
-    """How far outputs are apart, for people."""
+    """How far outputs are apart, in words."""
     far = distance(expected, got)
     if far:
         return f"{far:.1e} away"

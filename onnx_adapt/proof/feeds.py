@@ -1,4 +1,4 @@
-"""The inputs of a model: which it needs, and those that somebody gives."""
+"""The inputs that a model needs, and reading those that a caller gives."""
 
 from __future__ import annotations
 

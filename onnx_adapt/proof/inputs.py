@@ -1,4 +1,4 @@
-"""The inputs that models are proven and measured with: given, or made up until they run."""
+"""The inputs of a proof: those that are given, or made-up ones that the base runs with."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.feeds import WITHOUT_PROOF, Feeds, check_feeds, inputs_hint, load_feeds
-from onnx_adapt.proof.made_up import Recipe, read_recipe
+from onnx_adapt.proof.input_sizes import Sizes, first_sizes, second_sizes
 from onnx_adapt.proof.runner import Runner, as_arrays
-from onnx_adapt.proof.sizes import Sizes, first_sizes, second_sizes
+from onnx_adapt.proof.synthetic_inputs import Recipe, read_recipe
 
 _SECONDS, _TRIES = 60.0, 400
-"""When made-up inputs are given up: after this long in runs, or this many."""
+"""The time and the number of runs after which no more inputs are made up."""
 
 _UNQUESTIONED = 1 << 14
 _LARGEST = 1 << 26
-"""Elements of all inputs up to which nothing can grow much, and of any tensor at most."""
+"""Inputs of fewer elements are not checked for growth; no tensor may have more than these."""
 
 Inputs = str | os.PathLike[str] | Mapping[str, Any]
 """An `.npz` file, or arrays by name."""

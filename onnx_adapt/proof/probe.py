@@ -1,4 +1,4 @@
-"""Run a model's slots with weights of our choice, and read what happens inside."""
+"""Running the slots of a model with random weights and reading the tensors around them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
+from onnx_adapt.proof.deviation import Deviation, slot_deviation
 from onnx_adapt.proof.feeds import Feeds
-from onnx_adapt.proof.nearness import Nearness, slot_nearness
 from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.slot.formula import EPSILON
@@ -36,7 +36,7 @@ from onnx_adapt.slot.weights import (
 
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
-"""Quantised models swallow small changes: a slot gets three chances to move an output."""
+"""How strong the random weights are; a quantised model may round a small change away."""
 
 
 def neutral_model(model: Model) -> Model:
@@ -68,9 +68,9 @@ def _is_neutral(weights: Mapping[str, Array]) -> bool:
 
 @dataclass(slots=True)
 class Measurement:
-    """What was seen at one slot so far."""
+    """What was measured at one slot so far."""
 
-    nearness: Nearness = field(default_factory=Nearness)
+    deviation: Deviation = field(default_factory=Deviation)
     bottlenecks: set[int] = field(default_factory=set)
 
 
@@ -168,13 +168,13 @@ class Probe:
         return found
 
     def _compare_alone(self, feeds: Sequence[Feeds], found: Mapping[str, Measurement]) -> None:
-        """Slots that had to read what is not finite, once more with all others off.
+        """Measure slots that read values that are not finite once more, with all others off.
 
-        Random weights of slots before them may have led there: to the root of a negative
-        number, or past the type's largest. Alone, a slot reads what the base gives it.
+        Random weights of the slots before them may cause such values, by the root of a
+        negative number or by overflow. Alone, a slot reads what the base computes.
         """
         for slot in self._slots:
-            if found[slot.name].nearness.unjudged:
+            if found[slot.name].deviation.unjudged:
                 for number, item in enumerate(feeds):
                     weights = self._random(slot, self._size(slot, 1), number)
                     self._compare(item, {slot.name: weights}, found)
@@ -208,24 +208,24 @@ class Probe:
         got = self._runner.run(fed)
         for slot in slots:
             seen = found[slot.name]
-            reached, now = self._nearness(slot, got, weights[slot.name])
-            seen.nearness |= now
+            reached, now = self._deviation(slot, got, weights[slot.name])
+            seen.deviation |= now
             for part in slot.parts if reached else ():
                 axis, value = bottleneck_axis(slot, part), weights[slot.name][part]
                 seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
 
-    def _nearness(
+    def _deviation(
         self, slot: Slot, got: Values, weights: Mapping[str, Array]
-    ) -> tuple[bool, Nearness]:
+    ) -> tuple[bool, Deviation]:
         """Whether the slot was computed at all, and how near it was to the formula."""
         taps = self._taps[slot.name]
         read = [taps.target, taps.source, taps.output, *([taps.plus] if slot.plus else [])]
         runs = [
             run for run in zip(*(tap.read(got) for tap in read), strict=True) if run[0].size
         ]
-        norm, found = self._norms.get(slot.name), Nearness()
+        norm, found = self._norms.get(slot.name), Deviation()
         for tensors in runs:
-            found |= slot_nearness(slot, tensors, weights, norm)
+            found |= slot_deviation(slot, tensors, weights, norm)
         return bool(runs), found
 
     def _random(
@@ -253,7 +253,7 @@ class Probe:
 
 
 def read_norm(model: Model, slot: Slot) -> Norm:
-    """The normalisation that a slot re-applies, with its weights, as the slot has it."""
+    """The normalisation that a slot re-applies, with its weights."""
     view = index_model(model).views[slot.graph]
     node = own_norm([node for node in view.nodes if slot_of(node) == slot.name])
     if node is None:

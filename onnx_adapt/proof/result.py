@@ -1,4 +1,4 @@
-"""What a verification found, as data."""
+"""The result of a verification."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CALIBRATE = (
     "`onnx-adapt insert BASE --adapter DIR --calibrate INPUTS.npz` widens the ranges for the "
     "adapter"
 )
-"""The way out where an adapter's values do not fit the ranges of a quantised model."""
+"""The hint for an adapter whose values do not fit the ranges of a quantised model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class SlotResult:
 
     Attributes:
         name: The slot.
-        error: Difference from the float64 oracle, relative to the largest value, of the
+        error: The difference from the float64 oracle, relative to the largest value, of the
             element that is nearest to its bound or furthest past it; None if the slot was
             not reached.
         tolerance: The bound of rounding errors of that element, relative to the same.
-        bottlenecks: Bottlenecks tried.
-        effect: Largest change of a model output when this slot alone is on, relative to
+        bottlenecks: The bottlenecks that were tried.
+        effect: The largest change of a model output when this slot alone is on, relative to
             the output's largest value; None if effects were not measured.
-        ratio: The error in parts of its bound: over 1 is more than rounding explains.
+        ratio: The error divided by its bound; more than 1 is more than rounding explains.
     """
 
     name: str
@@ -58,7 +58,7 @@ class SlotResult:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """What an adapter drives out of the range of one QuantizeLinear.
+    """The values that an adapter drives out of the range of one QuantizeLinear.
 
     Attributes:
         node: The QuantizeLinear.

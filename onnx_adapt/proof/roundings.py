@@ -1,9 +1,12 @@
-"""How a base rounds: its answers from runs that differ in nothing but rounding.
+"""How far the outputs of a base vary between runs that differ only in rounding.
 
-ONNX Runtime's optimisations replace nodes by kernels that round elsewhere, so outputs of one
-model differ a little from level to level: in the last bits for float32, by whole steps for
-quantised models. That spread is the base's own, and the only measure of what a right model
-may differ from it.
+Optimisations of ONNX Runtime replace nodes by kernels that round at other places. So the
+outputs of one model differ between optimisation levels, in the last bits for float32 and by
+whole steps for quantised models. The spread of the base's own outputs is the measure of how
+far a correct adapted model may be from it.
+
+Example: an element is 1.000 in one run and 1.002 in another. Then 1.003 is 0.001 outside of
+the interval, which is less than its width of 0.002, and so is accepted; 1.005 is not.
 """
 
 from __future__ import annotations
@@ -24,18 +27,18 @@ from onnx_adapt.slot.bounds import ARITHMETIC
 from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
 _MOVED = 1 << 28
-"""So many bytes of weights are moved at most, the smallest first."""
+"""The most bytes of weights that are perturbed, beginning with the smallest tensors."""
 
 
 def kept_apart(
     base: Model, slots: Sequence[Slot], weights: Sequence[ReplaceableWeight]
 ) -> Model:
-    """The base with what slots keep ONNX Runtime from: fusing across their tensors.
+    """The base, in which ONNX Runtime cannot fuse nodes across the tensors of slots.
 
-    A number that is zero, and an input so that ONNX Runtime cannot know it, is added to each
-    of the tensors. What is fused on either side of it is fused on that side of a slot: an
-    8-bit weight becomes a MatMulNBits, for instance, where its input is not quantised just
-    before. Weights that adapters may replace are inputs too, as in the adapted model.
+    A number that is zero is added to each of these tensors. It is an input, so that ONNX
+    Runtime cannot know it. What is fused on one side of it is fused on that side of a slot
+    as well: an 8-bit weight becomes a MatMulNBits, for instance, if its input is not
+    quantised just before. Weights that adapters may replace are made inputs too.
     """
     result = base.copy()
     graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
@@ -75,14 +78,14 @@ def _add_zero(graph: onnx.GraphProto, tensor: str, zero: str) -> None:
             return
 
 
-def shaken(base: Model, seed: int) -> Model:
-    """The base with each weight moved at random by what rounding may do to a sum with it.
+def perturbed(base: Model, seed: int) -> Model:
+    """The base with each weight changed at random by as much as rounding may change a sum.
 
-    The computed sum of `n` products is the exact one for weights that differ by up to
-    `gamma_n`, relative to each (Higham, section 3.1), so outputs of such a base are a measure
-    of its roundings where no other run of it differs. A weight of a narrow type moves to
-    the next number. A single number stays: it is no term of a sum but a setting, such as
-    an exponent, and a negative number to the power of 2.0000002 is NaN.
+    A computed sum of `n` products equals the exact sum for weights that differ by at most
+    `gamma_n`, relative to each (Higham, section 3.1). So the outputs of such a base show its
+    rounding even if all other runs agree. A weight of a narrow type changes to the next
+    number. A single number keeps its value: it is no term of a sum but a setting, such
+    as an exponent, and a negative number to the power of 2.0000002 is NaN.
     """
     rng = np.random.default_rng(seed)
     result = base.copy()
@@ -114,11 +117,12 @@ def _moved(value: Array, rng: np.random.Generator) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far outputs are from others, and what is allowed.
+    """How far outputs are from those of other runs, and how far they may be.
 
     Attributes:
-        far: The largest difference beyond all roundings, relative to the output's largest.
-        allowed: How far roundings of this output are from each other at most.
+        far: The largest distance to the interval that the other runs span, relative to the
+            largest value of the output.
+        allowed: The largest width of this interval, relative to the same.
     """
 
     far: float
@@ -133,16 +137,17 @@ class Distance:
 def beyond(
     roundings: Sequence[Sequence[Values]], got: Sequence[Values], floor: float = 0.0
 ) -> Distance:
-    """How far outputs lie outside of what several roundings gave, and how wide that is.
+    """Measure how far outputs lie outside of the interval that several runs span.
 
-    For each element the roundings span an interval. An output that is one more rounding lies
-    in it or near: it may be outside by the widest interval of its tensor, of all inputs.
-    Whole numbers that count or index, truth values and text are those of some rounding.
+    The runs differ only in rounding, and each element has an interval of its own. An output
+    that is rounded in yet another way may lie outside by the width of the widest interval
+    of its tensor. Integers that count or index, truth values and texts must be equal to
+    those of one of the runs.
 
     Args:
-        roundings: Outputs for each set of inputs, from several runs.
+        roundings: The outputs of each run, for each set of inputs.
         got: The outputs in question, for the same inputs.
-        floor: What is allowed at least.
+        floor: The least distance that is allowed.
     """
     worst = Distance(0.0, floor)
     for name in got[0] if got else ():
@@ -176,7 +181,7 @@ def _comparable(a: Array, b: Array) -> bool:
 
 
 def _outside(known: Sequence[Array], array: Array) -> Distance:
-    """One tensor: how far it is outside of the interval, and the widest interval."""
+    """How far one tensor is outside of the interval, and its largest width."""
     if not known:
         return Distance(float("inf"), 0.0)
     if _is_discrete(array):
@@ -208,5 +213,5 @@ def _real(array: Array) -> Array:
 
 
 def _is_discrete(array: Array) -> bool:
-    """Whether values are codes rather than amounts."""
+    """Whether values are codes and not quantities."""
     return array.dtype.kind in "OSUTb" or (array.dtype.kind in "iu" and array.itemsize > 2)

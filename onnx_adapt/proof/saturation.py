@@ -15,11 +15,11 @@ from onnx_adapt.graph.quantizers import Quantizer, quantizers_behind
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance
-from onnx_adapt.proof.endless import Ends, Seen, observe, ranges_of
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.result import Check, Saturation
 from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.proof.unsaturated import Ends, Seen, observe, ranges_of
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.words import count
 
@@ -32,7 +32,7 @@ def switched_on(model: Model, adapter: Adapter | None) -> Model:
 
 
 def range_warnings(model: Model, slots: Sequence[Slot]) -> list[str]:
-    """Which slots' values are quantised with a range that was calibrated on the base."""
+    """Warn of slots whose values are quantised with a range calibrated on the base."""
     found: dict[str, list[str]] = {}
     for quantizer in quantizers_behind(index_model(model), slots):
         for slot in quantizer.direct:
@@ -51,11 +51,12 @@ def check_ranges(
     expected: Sequence[list[Values]],
     providers: Providers,
 ) -> Check:
-    """Whether a model with widened ranges still computes what its base does.
+    """Check that a model with widened ranges still computes what its base does.
 
-    Both round, to steps of their own, and the base saturates what the wider ranges hold.
-    Each of these is measured against the same model without it, and the outputs may be as
-    far apart as that comes to, and as the base with and without optimisation.
+    The two round to different steps, and the base saturates values that the wider ranges
+    hold. The effect of each is measured by comparing the model with one that lacks it. The
+    outputs may differ by the sum of these effects, and by as much as the outputs of the base
+    with and without optimisation.
 
     Args:
         off: The model with its slots off.
@@ -68,7 +69,7 @@ def check_ranges(
     for side in (with_base_ranges(off), off):
         ranges = ranges_of(side, slots, feeds, providers)
         if ranges is not None:
-            runner = Runner(ranges.endless(side, rounded=True), providers, optimised=False)
+            runner = Runner(ranges.unsaturated(side, rounded=True), providers, optimised=False)
             free = [runner.run(item, list(ranges.outputs[0])) for item in feeds]
             del runner
             allowed += ranges.rounding(side) + distance(ranges.outputs, free)
@@ -92,11 +93,11 @@ def check_saturation(
     feeds: list[Feeds],
     providers: Providers,
 ) -> tuple[Check | None, tuple[Saturation, ...]]:
-    """Whether an adapter's values fit the calibrated ranges behind the slots.
+    """Check that an adapter's values fit the calibrated ranges behind the slots.
 
-    They do if nothing more saturates than without the adapter, or if that moves the outputs
-    no further than rounding does. What the base's own values run into is not counted: the
-    ends of the ranges are taken to be as far out as these values are.
+    They fit if no more values saturate than without the adapter, or if the additional
+    saturation moves the outputs no further than rounding does. Saturation of the base itself
+    does not count: the ranges are taken to reach as far as the base's own values.
 
     Args:
         adapted: The model with slots.
@@ -128,7 +129,7 @@ def check_saturation(
         return Check("saturation", True, f"with the adapter no more saturates in {what}"), ()
     names = [value.name for value in on.proto.graph.output]
     got = []
-    for model in (ranges.endless(on, rounded=True), ranges.as_wide_as_off(on)):
+    for model in (ranges.unsaturated(on, rounded=True), ranges.as_wide_as_off(on)):
         runner = Runner(model, providers, optimised=False)
         got.append([runner.run(item, names) for item in feeds])
         del runner

@@ -18,16 +18,16 @@ from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.ort import Providers, runtime_version
-from onnx_adapt.proof.comparison import checker_check, graph_check, interface_check
+from onnx_adapt.proof.batched_rows import check_rows
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
-from onnx_adapt.proof.off_proof import OffProof
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
-from onnx_adapt.proof.reach import feeds_with_rows, unreached_slots
+from onnx_adapt.proof.reached_slots import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
-from onnx_adapt.proof.row_proof import check_rows
 from onnx_adapt.proof.runner import ProviderArgument, Runner, Values, proof_providers
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
+from onnx_adapt.proof.slots_off import OffProof
+from onnx_adapt.proof.static_checks import checker_check, graph_check, interface_check
 from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
@@ -258,11 +258,11 @@ class _Proof:
         results = tuple(
             SlotResult(
                 slot.name,
-                seen.nearness.error if seen.nearness.judged else None,
-                seen.nearness.bound if seen.nearness.judged else None,
+                seen.deviation.error if seen.deviation.judged else None,
+                seen.deviation.bound if seen.deviation.judged else None,
                 tuple(sorted(seen.bottlenecks)),
                 effects[slot.name],
-                seen.nearness.ratio if seen.nearness.judged else None,
+                seen.deviation.ratio if seen.deviation.judged else None,
             )
             for slot in self.slots
             for seen in (measured[slot.name],)
@@ -278,7 +278,7 @@ class _Proof:
 def _on_check(results: Sequence[SlotResult], measured: Mapping[str, Measurement]) -> Check:
     warnings, proven = [], []
     for result in results:
-        seen = measured[result.name].nearness
+        seen = measured[result.name].deviation
         if not seen.judged:
             what = "reads no finite number" if seen.unjudged else "is not reached"
             warnings.append(f"slot {result.name!r} {what} with these inputs")

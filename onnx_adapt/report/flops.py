@@ -21,9 +21,9 @@ from onnx_adapt.graph.operations import (
     Shape,
     convolution,
     given,
-    lookup,
     normalisation,
     product,
+    table_lookup,
     transposed_convolution,
 )
 from onnx_adapt.graph.operators import OPERATORS
@@ -44,7 +44,7 @@ _KNOWN = (*_ONNX, "com.microsoft")
 def is_free(op: str, domain: str) -> bool:
     """Whether an operator only moves data, or runs the graphs inside it."""
     operator = OPERATORS.get(op)
-    moves = op in _MOVING or (operator is not None and operator.operations is lookup)
+    moves = op in _MOVING or (operator is not None and operator.operations is table_lookup)
     return moves and domain in (*_KNOWN, "ai.onnx.ml")
 
 

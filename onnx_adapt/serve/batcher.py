@@ -16,7 +16,7 @@ from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.session.adapter_session import AdapterSession
 from onnx_adapt.session.batches import BatchAxis
-from onnx_adapt.session.loaded import as_ort_value
+from onnx_adapt.session.ort_adapter import as_ort_value
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",

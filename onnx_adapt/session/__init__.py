@@ -1,1 +1,1 @@
-"""One session, many adapters: loaded, swapped, blended, one for each row."""
+"""One session with many adapters: loaded, swapped, blended, or one for each row."""

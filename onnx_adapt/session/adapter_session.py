@@ -1,4 +1,4 @@
-"""AdapterSession: one ONNX Runtime session, adapters swapped, blended and mixed per call."""
+"""AdapterSession: one session of ONNX Runtime in which each call chooses its adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import manifest_misfits, refuse_misfits, warn_unchecked
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.session.batches import BatchAxis, count_rows, find_batch, join_rows, take_rows
+from onnx_adapt.session.batches import BatchAxis, find_batch
 from onnx_adapt.session.binding import AdapterBinding
-from onnx_adapt.session.cache import AdapterCache, LoadedAdapter, Shares, Source
-from onnx_adapt.session.engine import Engine, base_values, native
-from onnx_adapt.session.loaded import Loaded, as_ort_value, read
+from onnx_adapt.session.cache import AdapterCache, Shares, Source
+from onnx_adapt.session.loaded_model import LoadedModel, base_values, native
+from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
+from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
 from onnx_adapt.slot.weights import neutral_weights
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Choice = str | Adapter | Mapping[str, float] | None
 class AdapterSession:
     """A model loaded once, and any number of adapters for it.
 
-    Any number of threads may call one session. A run holds the adapter it uses, whatever
-    others load, unload, evict or reload meanwhile.
+    Any number of threads may call one session. A run keeps the adapter that it uses until
+    it ends, even if another thread unloads, evicts or reloads that adapter meanwhile.
 
     Args:
         model: The path of a model with slots, or such a model in memory.
@@ -39,21 +40,22 @@ class AdapterSession:
         session_options: ONNX Runtime's options for the session; they are left as they are.
         max_adapters: How many adapters stay loaded. The least recently used is evicted; if
             it came from a file, it is read again when it is asked for.
-        max_bytes: The same by the bytes of their weights.
+        max_bytes: How many bytes of weights stay loaded; evicted in the same way.
         batch_axis: The batch axis of inputs and outputs, or that of each by name; by
             default it is found from the model's symbolic dimensions.
 
     Attributes:
-        inputs: What must be fed, by name: ONNX Runtime's `name`, `shape` and `type`.
-        outputs: The same of what comes out.
-        batch_axes: Where the batch lies in them.
+        inputs: The inputs that must be fed, by name: ONNX Runtime's objects with `name`,
+            `shape` and `type`.
+        outputs: The outputs, by name, as the same kind of objects.
+        batch_axes: The batch axis of each input and output.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
         AdapterError: If an adapter does not fit.
 
     Warns:
-        UncheckedWarning: If an adapter does not tell its base or its activations; once.
+        UncheckedWarning: Once for an adapter that does not name its base or activations.
 
     Example:
         >>> import numpy as np, tempfile, onnx_adapt as oa
@@ -80,10 +82,10 @@ class AdapterSession:
         max_bytes: int | None = None,
         batch_axis: BatchAxis = None,
     ) -> None:
-        self._engine = Engine(model, providers, session_options)
-        self.inputs = {item.name: item for item in self._engine.session.get_inputs()}
-        self.outputs = {item.name: item for item in self._engine.session.get_outputs()}
-        self.batch_axes = find_batch(self._engine.inputs, self._engine.outputs, batch_axis)
+        self._model = LoadedModel(model, providers, session_options)
+        self.inputs = {item.name: item for item in self._model.session.get_inputs()}
+        self.outputs = {item.name: item for item in self._model.session.get_outputs()}
+        self.batch_axes = find_batch(self._model.inputs, self._model.outputs, batch_axis)
         self._base_values = base_values(model)
         self._told: set[str] = set()
         self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
@@ -91,7 +93,7 @@ class AdapterSession:
             self.load(name, source)
 
     def __enter__(self) -> AdapterSession:
-        """Nothing more to do: the session stands."""
+        """Return the session, which is loaded already."""
         return self
 
     def __exit__(
@@ -100,38 +102,38 @@ class AdapterSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close."""
+        """Close the session."""
         self.close()
 
     def close(self) -> None:
-        """Free the model and every adapter; runs that are under way end first."""
-        self._engine.close()
+        """Free the model and every adapter once the runs under way have ended."""
+        self._model.close()
         self._cache.clear()
 
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
-        """What is loaded, the least recently used first."""
+        """The loaded adapters by name, the least recently used first."""
         return self._cache.list()
 
     def load(self, name: str, source: Source, *, allow_partial: bool = False) -> LoadedAdapter:
-        """Load an adapter under a name, and check all there is to check about it, once.
+        """Load an adapter under a name, and check it against the model.
 
-        One that has the name already is replaced; runs under way end with the old one.
+        It replaces an adapter of the same name; runs under way finish with the old one.
 
         Args:
-            name: What to run it by.
-            source: A `.safetensors`, `.onnx_adapter` or `.npz` file, or an `Adapter`.
-            allow_partial: Leave slots that it has no weights for off.
+            name: The name to run it by.
+            source: An adapter file, in any of the formats, or an `Adapter`.
+            allow_partial: Accept an adapter without weights for some slots, which stay off.
 
         Raises:
-            AdapterError: If the file is damaged, or does not fit the model: coverage,
-                shapes, element types, base fingerprint, NaN.
+            AdapterError: If the file is damaged, or the adapter does not fit the model in
+                its slots, shapes, element types or base, or holds NaN.
         """
-        _ = self._engine.session  # a closed one loads nothing
+        _ = self._model.session  # raises if the session is closed
         return self._cache.load(name, source, allow_partial=allow_partial)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; runs that use it end with it.
+        """Forget an adapter; runs under way finish with it.
 
         Raises:
             AdapterNotFoundError: If no adapter has the name.
@@ -139,13 +141,13 @@ class AdapterSession:
         self._cache.unload(name)
 
     def reload(self, name: str | None = None) -> tuple[str, ...]:
-        """Pick up adapter files that were replaced; runs under way end with the old ones.
+        """Read adapter files again; runs under way finish with the old ones.
 
         Args:
-            name: Read this one again; by default all whose files are new.
+            name: The adapter to read again; by default, every one whose file was replaced.
 
         Returns:
-            The names of those that were read again.
+            The names of the adapters that were read again.
 
         Raises:
             AdapterError: If a new file is bad; the old adapter stays.
@@ -172,12 +174,12 @@ class AdapterSession:
 
         Raises:
             AdapterNotFoundError: If no adapter has the name.
-            AdapterError: If adapters cannot be used so.
+            AdapterError: If the adapters cannot be used like this.
             RunError: If the model does not take the feeds.
         """
-        names = self._engine.asked(outputs)
+        names = self._model.output_names(outputs)
         if isinstance(adapter, str | Adapter | Mapping) or adapter is None:
-            values = self._run_one(names, feeds, self._chosen(adapter))
+            values = run_one(self._model, names, feeds, self._chosen(adapter))
             return dict(zip(names, values, strict=True))
         listed = isinstance(adapter, Sequence) or (
             isinstance(adapter, np.ndarray) and adapter.ndim
@@ -189,7 +191,8 @@ class AdapterSession:
             )
         rows = list(adapter)
         once = {id(row): self._shares(row) for row in rows}
-        return self._run_rows(names, feeds, [once[id(row)] for row in rows])
+        each = [once[id(row)] for row in rows]
+        return run_rows(self._model, self._cache, self.batch_axes, names, feeds, each)
 
     def run_with_ort_values(
         self,
@@ -197,30 +200,30 @@ class AdapterSession:
         adapter: Choice = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """`run` on OrtValues: nothing is copied on the way in or out.
+        """Run on OrtValues, so that nothing is copied on the way in or out.
 
-        ONNX Runtime's own method does not see adapters that are active in run options;
-        here the adapter's weights are fed.
+        ONNX Runtime's own method ignores adapters that are active in run options. This one
+        feeds the adapter's weights.
         """
-        names = self._engine.asked(outputs)
+        names = self._model.output_names(outputs)
         chosen = self._chosen(adapter)
         values = {
             name: as_ort_value(value) if isinstance(value, np.ndarray) else value
             for name, value in native(feeds).items()
         }
-        fed = {**values, **self._weights(feeds, chosen)}
-        found = self._engine.run_with_ort_values(names, fed)
+        fed = {**values, **weights_to_feed(feeds, chosen)}
+        found = self._model.run_with_ort_values(names, fed)
         return dict(zip(names, found, strict=True))
 
     def io_binding(self) -> AdapterBinding:
-        """A binding of inputs and outputs to memory, for `run_with_iobinding`."""
-        return AdapterBinding(self._engine.session)
+        """Make a binding of inputs and outputs to memory, for `run_with_iobinding`."""
+        return AdapterBinding(self._model.session)
 
     def run_with_iobinding(self, binding: AdapterBinding, adapter: Choice = None) -> None:
         """Run on bound memory; the outputs are where the binding says.
 
-        ONNX Runtime's own binding does not see adapters that are active in run options;
-        here the adapter's weights are bound with the rest, and no longer than for this run.
+        ONNX Runtime's own binding ignores adapters that are active in run options. This one
+        binds the adapter's weights as well, for this run only.
 
         Raises:
             AdapterError: If the binding is not from `io_binding`, or binds weights itself.
@@ -231,20 +234,20 @@ class AdapterSession:
                 f"{type(binding).__name__} is no binding of this session",
                 hint="ONNX Runtime's own would compute the base; use session.io_binding()",
             )
-        if not binding.belongs_to(self._engine.session):
+        if not binding.belongs_to(self._model.session):
             raise AdapterError(
                 "the binding is of another session", hint="use this session's io_binding()"
             )
         chosen = self._chosen(adapter)
-        binding.run(self._weights(binding.inputs, chosen), chosen)
+        binding.run(weights_to_feed(binding.inputs, chosen), chosen)
 
-    def _chosen(self, adapter: Choice) -> Loaded | None:
+    def _chosen(self, adapter: Choice) -> OrtAdapter | None:
         return self._cache.blend(self._shares(adapter))
 
     def _shares(self, adapter: Choice) -> Shares:
         if adapter is None:
             return ()
-        self._engine.slots()  # a model without any has no adapters to be found
+        self._model.slots()  # raises if the model has none
         if isinstance(adapter, str):
             return ((self._cache.use(adapter), 1),)
         if isinstance(adapter, Adapter):
@@ -257,78 +260,14 @@ class AdapterSession:
             hint="give None, a name, an Adapter, or a blend {name: weight}",
         )
 
-    def _run_one(
-        self, names: list[str], feeds: Mapping[str, Any], chosen: Loaded | None
-    ) -> Any:
-        feeds = native(feeds)
-        if chosen is None:
-            return self._engine.run(names, feeds)
-        self._refuse_overlap(feeds, chosen)
-        if chosen.options is None:
-            return self._engine.run(names, {**feeds, **chosen.values})
-        fed = {**feeds, **chosen.rest} if chosen.rest else feeds
-        return self._engine.run(names, fed, chosen.options)
-
-    def _run_rows(
-        self, names: list[str], feeds: Mapping[str, Any], rows: list[Shares]
-    ) -> dict[str, Any]:
-        """One run for all rows if the slots can; else one for the rows of each adapter."""
-        arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
-        count_rows(self.batch_axes, arrays, len(rows))
-        groups: dict[Shares, list[int]] = {} if rows else {(): []}
-        for i, shares in enumerate(rows):
-            groups.setdefault(shares, []).append(i)
-        if len(groups) > 1 and (mixed := self._mixed(arrays, rows)) is not None:
-            values = self._run_one(names, *mixed)
-            return dict(zip(names, values, strict=True))
-        results = []
-        for shares, members in groups.items():
-            whole = self.batch_axes.fixed or len(groups) == 1
-            part = arrays if whole else take_rows(self.batch_axes, arrays, members)
-            results.append((members, self._run_one(names, part, self._cache.blend(shares))))
-        if len(groups) == 1:
-            return dict(zip(names, results[0][1], strict=True))
-        return join_rows(self.batch_axes, names, results)
-
-    def _mixed(
-        self, feeds: Mapping[str, Any], rows: list[Shares]
-    ) -> tuple[dict[str, Any], Loaded] | None:
-        """Feeds and weights for one run of all rows; None if they cannot share one."""
-        slots = self._engine.slots()[0].slots
-        batched = bool(slots) and all(slot.batched for slot in slots)
-        mixed = self._cache.mix(slots, rows) if batched else None
-        if mixed is None:
-            return None
-        own, weights = mixed
-        if twice := own.keys() & feeds.keys():
-            raise AdapterError(
-                f"{min(twice)!r} is fed, and the list of adapters says it as well",
-                hint="feed what each row has of its own, or give a list",
-            )
-        return {**feeds, **own}, weights
-
-    def _weights(self, feeds: Mapping[str, Any], chosen: Loaded | None) -> Mapping[str, Any]:
-        if chosen is None:
-            return {}
-        self._refuse_overlap(feeds, chosen)
-        return chosen.values
-
-    def _refuse_overlap(self, feeds: Mapping[str, Any], chosen: Loaded) -> None:
-        """ONNX Runtime lets the adapter win over a feed, without a word."""
-        if twice := chosen.names & feeds.keys():
-            raise AdapterError(
-                f"{min(twice)!r} is fed, and it is in the adapter as well",
-                hint="feed weights, or give an adapter",
-            )
-
     def _check(
         self, adapter: Adapter, allow_partial: bool, blended: bool = False
     ) -> dict[str, Any]:
-        """Raise unless an adapter fits; what makes the base of all that it does not cover."""
-        manifest, replaceable = self._engine.slots()
+        """Check that an adapter fits; returns weights that keep the rest of the model off."""
+        manifest, replaceable = self._model.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
-        refuse_misfits(found, adapter, self._engine.label)
-        if not blended:  # those it was made of have been warned of
+        refuse_misfits(found, adapter, self._model.label)
+        if not blended:  # the adapters of a blend were warned of when they were loaded
             warn_unchecked(manifest, adapter, self._told)
         rest = {
             slot.weight(part): as_ort_value(array)

@@ -1,4 +1,4 @@
-"""The batch of a model: where it lies in inputs and outputs, taken apart and put together."""
+"""Find the batch axis of inputs and outputs, and split and join batches along it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Shape = Sequence[int | str | None]
 """A declared shape: a number, a symbol or None for each axis."""
 
 BatchAxis = int | Mapping[str, int | None] | None
-"""The batch axis: of everything, of what is named (None: has none), or to be found."""
+"""The axis for all tensors; or by name, None for a tensor without one; or None to find it."""
 
 
 _BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 _LENGTH = re.compile(r"seq|len|time|frame|token|step|past|cache|^[tls]$", re.IGNORECASE)
 _NAMELESS = re.compile(r"^[su]\d+$|^unk__\d+$|dynamic_axes_\d+$")
-"""How people call a batch, and what is none; how exporters call what nobody named."""
+"""Names of a batch dimension, names of other dimensions, and names that exporters make up."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchAxes:
-    """Where the batch lies.
+    """The batch axis of each input and output.
 
     Attributes:
         inputs: The batch axis of each input, None where it has none.
         outputs: The same of each output.
         fixed: Whether the model takes batches of one size only.
-        unclear: Why it cannot be said, or ''.
+        unclear: Why the batch axis is not known, or ''.
     """
 
     inputs: Mapping[str, int | None]
@@ -45,15 +45,15 @@ class BatchAxes:
 def find_batch(
     inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], given: BatchAxis
 ) -> BatchAxes:
-    """Find the batch: the symbol called so, or the one that leads every input.
+    """Find the batch axes: by a symbol named like a batch, or the first one of all inputs.
 
     Args:
         inputs: The declared shape of each input that must be fed.
         outputs: The declared shape of each output; nothing is known of an empty one.
-        given: What the user says about it.
+        given: The axis or axes that the user gave.
 
     Raises:
-        RunError: If the user names an axis or a tensor that is not there.
+        RunError: If the user gave an axis or a tensor that does not exist.
     """
     known = _given(inputs, outputs, given)
     unclear = ""
@@ -76,7 +76,7 @@ def find_batch(
 def _given(
     inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], given: BatchAxis
 ) -> dict[str, int | None]:
-    """The axes that the user names, checked."""
+    """Check the axes that the user gave by name."""
     known = dict(given) if isinstance(given, Mapping) else {}
     shapes = {**inputs, **outputs}
     if unknown := [name for name in known if name not in shapes]:
@@ -143,7 +143,7 @@ def _fixed_axes(
 
 
 def _output_axis(shape: Shape, batch: set[int | str | None], given: int | None) -> int | None:
-    """The batch axis of an output; whether it really has its rows there is seen in a run."""
+    """Guess the batch axis of an output; `join_rows` checks it on the arrays of a run."""
     if given is not None:
         return given if not shape or len(shape) > given else None
     for axis, dim in enumerate(shape):
@@ -160,7 +160,7 @@ def count_rows(axes: BatchAxes, feeds: Mapping[str, Any], rows: int) -> None:
     """Check that a batch has as many rows as adapters were given.
 
     Raises:
-        RunError: If it has not.
+        RunError: If it has another number of rows, or the batch axis is not known.
     """
     if axes.unclear or not any(axis is not None for axis in axes.inputs.values()):
         why = axes.unclear or "no input of the model has an axis for it"
@@ -183,7 +183,7 @@ _SAY = "say which axis it is: batch_axis= (or --batch-axis)"
 def take_rows(
     axes: BatchAxes, feeds: Mapping[str, Any], rows: Sequence[int]
 ) -> dict[str, Any]:
-    """The feeds of some rows of a batch; what has no batch axis goes to all of them."""
+    """Take the feeds of some rows of a batch; inputs without a batch axis stay whole."""
     taken = dict(feeds)
     for name, axis in axes.inputs.items():
         if axis is not None and name in taken:

@@ -1,4 +1,4 @@
-"""Inputs and outputs bound to memory, with an adapter for each run."""
+"""Inputs and outputs bound to memory, with another adapter in each run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 
 from onnx_adapt.errors import RunError
 from onnx_adapt.ort import onnxruntime, shortened
-from onnx_adapt.session.loaded import Loaded
+from onnx_adapt.session.ort_adapter import OrtAdapter
 
 
 class AdapterBinding:
-    """What ONNX Runtime's IOBinding is, for runs with adapters.
+    """An IOBinding of ONNX Runtime for runs with adapters.
 
-    ONNX Runtime cannot unbind one input, so weights that were bound for one run would
-    stay for the next. This binding remembers what was bound and starts anew whenever the
-    adapter changes.
+    ONNX Runtime cannot unbind a single input, so the weights bound for one run would stay
+    for the next. This binding records every call and binds anew when the adapter changes.
 
     Attributes:
         inputs: What is bound to each input.
@@ -25,7 +24,7 @@ class AdapterBinding:
 
     def __init__(self, session: Any) -> None:
         self._session = session
-        self._adapter: Loaded | None = None
+        self._adapter: OrtAdapter | None = None
         self._binding: Any = None
         self._ran = False
         self._calls: dict[tuple[str, str], tuple[str, tuple[Any, ...]]] = {}
@@ -81,8 +80,8 @@ class AdapterBinding:
         """Whether it binds the inputs and outputs of a session of ONNX Runtime."""
         return self._session is session
 
-    def run(self, weights: Mapping[str, Any], adapter: Loaded | None) -> None:
-        """Run with these weights bound as well; `AdapterSession` calls this."""
+    def run(self, weights: Mapping[str, Any], adapter: OrtAdapter | None) -> None:
+        """Run with these weights bound too; `AdapterSession` calls this."""
         self._ran = False
         try:
             if self._binding is None or self._adapter is not adapter:
@@ -99,7 +98,7 @@ class AdapterBinding:
         self._ran = True
 
     def _bound(self, weights: Mapping[str, Any]) -> Any:
-        """ONNX Runtime's binding, with everything bound anew."""
+        """Make a new IOBinding, and bind everything to it."""
         binding = onnxruntime().IOBinding(self._session)
         for method, arguments in self._calls.values():
             getattr(binding, method)(*arguments)

@@ -1,4 +1,4 @@
-"""The adapters of a session: loaded by name, the least recently used evicted."""
+"""The adapters of a session by name; the least recently used are evicted."""
 
 from __future__ import annotations
 
@@ -18,44 +18,30 @@ from onnx_adapt.adapter.blending import blend, refuse_odd_weights
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError
-from onnx_adapt.session import loaded
-from onnx_adapt.session.loaded import Loaded
+from onnx_adapt.session import ort_adapter
 from onnx_adapt.session.mixing import Pack, pack, row_feeds
+from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.words import nearest
 
 Source = Adapter | str | os.PathLike[str]
 
 _BLENDS = 16
-"""Blends that are kept; making one again costs a copy of its weights."""
+"""How many blends are kept; to make one again costs a copy of its weights."""
 
 _PACKS = 8
-"""Sets of adapters side by side that are kept; each is a copy of all their weights."""
+"""How many packs are kept; each is a copy of the weights of all its adapters."""
 
-Shares = tuple[tuple[Loaded, float], ...]
-"""Adapters with their weights in a blend; empty is the base."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """What a session has loaded under one name.
-
-    Attributes:
-        name: The name to run it by.
-        path: The file it came from, or None.
-        bytes: Of its weights.
-        last_used: When a run last asked for it, in seconds since the epoch.
-    """
-
-    name: str
-    path: Path | None
-    bytes: int
-    last_used: float
+Shares = tuple[tuple[OrtAdapter, float], ...]
+"""The adapters of a blend, each with its weight; an empty one is the base."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Origin:
-    """Where an adapter of a name came from; the next one of that name has another."""
+    """Where the adapter of a name came from.
+
+    Two of them are never equal, so that a name loaded anew is told from the one before.
+    """
 
     path: Path | None
     allow_partial: bool
@@ -64,13 +50,13 @@ class _Origin:
 class AdapterCache:
     """Adapters by name, for many threads.
 
-    A run holds the adapter it uses, so one that is evicted, unloaded or replaced under a
-    run is freed when that run ends.
+    A run refers to the adapter that it uses. An adapter that is evicted, unloaded or
+    replaced meanwhile is freed when its last run ends.
 
     Args:
-        check: Takes an adapter, whether it may be partial and whether it is a blend. Raises
-            if it does not fit the model; gives weights that keep the slots off that a
-            partial one does not cover.
+        check: Takes an adapter, whether it may be partial and whether it is a blend. It
+            raises if the adapter does not fit the model, and returns the weights that keep
+            slots off for which a partial adapter has none.
         base_values: The base's own values of replaceable weights, for blends.
         max_adapters: How many may be loaded, or None.
         max_bytes: How many bytes of weights may be loaded, or None.
@@ -93,15 +79,15 @@ class AdapterCache:
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
-        self._adapters: OrderedDict[str, Loaded] = OrderedDict()
-        self._blends: OrderedDict[Shares, Loaded] = OrderedDict()
-        self._packs: OrderedDict[tuple[Loaded, ...], tuple[Pack, Loaded] | None] = (
+        self._adapters: OrderedDict[str, OrtAdapter] = OrderedDict()
+        self._blends: OrderedDict[Shares, OrtAdapter] = OrderedDict()
+        self._packs: OrderedDict[tuple[OrtAdapter, ...], tuple[Pack, OrtAdapter] | None] = (
             OrderedDict()
         )
         self._origins: dict[str, _Origin] = {}
 
     def load(self, name: str, source: Source, *, allow_partial: bool) -> LoadedAdapter:
-        """Load and check an adapter; it takes the place of one of the same name."""
+        """Load and check an adapter; it replaces one of the same name."""
         if not isinstance(name, str) or not name:
             raise AdapterError(f"{name!r} is no name for an adapter", hint="give a text")
         fresh = self._read(source, allow_partial=allow_partial)
@@ -109,14 +95,16 @@ class AdapterCache:
         with self._lock:
             self._origins[name] = _Origin(fresh.path, allow_partial)
             self._put(name, fresh)
-        return _described(name, fresh)
+        return fresh.described(name)
 
-    def _read(self, source: Source, *, allow_partial: bool, blended: bool = False) -> Loaded:
-        adapter, fresh = loaded.read(source)
+    def _read(
+        self, source: Source, *, allow_partial: bool, blended: bool = False
+    ) -> OrtAdapter:
+        adapter, fresh = ort_adapter.read(source)
         fresh.rest = self._check(adapter, allow_partial, blended)
         return fresh
 
-    def _refuse_too_large(self, name: str, fresh: Loaded) -> None:
+    def _refuse_too_large(self, name: str, fresh: OrtAdapter) -> None:
         if self._max_bytes is not None and fresh.size > self._max_bytes:
             raise AdapterError(
                 f"adapter {name!r} has {fresh.size} bytes of weights; max_bytes is "
@@ -124,13 +112,13 @@ class AdapterCache:
                 hint="raise max_bytes",
             )
 
-    def _put(self, name: str, fresh: Loaded) -> None:
+    def _put(self, name: str, fresh: OrtAdapter) -> None:
         self._adapters[name] = fresh
         self._adapters.move_to_end(name)
         self._evict()
 
     def _evict(self) -> None:
-        """Keep to the limits: what can be made again goes first, then the least used."""
+        """Keep to the limits: packs and blends go first, then the least recently used."""
         for made, most in ((self._packs, _PACKS), (self._blends, _BLENDS)):
             while len(made) > most or (made and self._over_bytes()):
                 made.popitem(last=False)
@@ -147,11 +135,11 @@ class AdapterCache:
         if self._max_bytes is None:
             return False
         packed = [item[1] for item in self._packs.values() if item]
-        held = [*self._adapters.values(), *self._blends.values(), *packed]
-        return sum(item.size for item in held) > self._max_bytes
+        present = [*self._adapters.values(), *self._blends.values(), *packed]
+        return sum(item.size for item in present) > self._max_bytes
 
-    def use(self, name: str) -> Loaded:
-        """The adapter of a name, for a run; one that was evicted is read again.
+    def use(self, name: str) -> OrtAdapter:
+        """Get the adapter of a name for a run; one that was evicted is read again.
 
         Raises:
             AdapterNotFoundError: If no adapter has the name.
@@ -173,8 +161,8 @@ class AdapterCache:
             if self._put_again(name, origin, fresh):
                 return fresh
 
-    def _put_again(self, name: str, origin: _Origin, fresh: Loaded) -> bool:
-        """Keep what was read for a name, unless something else got the name meanwhile."""
+    def _put_again(self, name: str, origin: _Origin, fresh: OrtAdapter) -> bool:
+        """Keep what was read for a name, unless the name was loaded anew meanwhile."""
         with self._lock:
             if self._origins.get(name) is not origin:
                 return False
@@ -197,8 +185,9 @@ class AdapterCache:
     def shares(self, recipe: Mapping[str, float]) -> Shares:
         """The adapters of a blend with their weights; those with weight 0 are left out.
 
-        Where all weights are 0 the first stays: a blend of nothing is the base, which the
-        model's default need not be.
+        If all weights are 0, the first adapter stays, with weight 0. That blend is the base;
+        with no adapter at all the model's defaults would be used, which can be a trained
+        adapter.
 
         Raises:
             AdapterError: If a name is unknown, or a weight no finite number.
@@ -207,11 +196,11 @@ class AdapterCache:
         used = [(self.use(name), float(weight)) for name, weight in recipe.items()]
         return tuple(share for share in used if share[1]) or tuple(used[:1])
 
-    def blend(self, shares: Shares) -> Loaded | None:
-        """The exact blend of some adapters, made once and kept while they are loaded.
+    def blend(self, shares: Shares) -> OrtAdapter | None:
+        """Make the exact blend of some adapters, and keep it while they are loaded.
 
         Returns:
-            The blend, or None if there is nothing to blend: the model as it is.
+            The blend, or None for the model as it is.
 
         Raises:
             AdapterError: If they cannot be blended.
@@ -235,12 +224,12 @@ class AdapterCache:
 
     def mix(
         self, slots: Sequence[Slot], rows: Sequence[Shares]
-    ) -> tuple[dict[str, Any], Loaded] | None:
-        """What one run of a batched model needs to give each row its own adapters.
+    ) -> tuple[dict[str, Any], OrtAdapter] | None:
+        """Find what one run of a batched model needs to give each row its own adapters.
 
         Returns:
-            What each row has of its own, and the adapters of all rows side by side; None if
-            they cannot share a run.
+            The feeds with a value for each row, and the adapters of all rows side by side;
+            None if they cannot share a run.
         """
         used = tuple(sorted({item for shares in rows for item, _ in shares}, key=id))
         found = self._packed(slots, used)
@@ -252,12 +241,12 @@ class AdapterCache:
             for item, weight in shares:
                 each[row, used.index(item)] = weight
         own = row_feeds(packed, each)
-        return {name: loaded.as_ort_value(value) for name, value in own.items()}, weights
+        return {name: ort_adapter.as_ort_value(value) for name, value in own.items()}, weights
 
     def _packed(
-        self, slots: Sequence[Slot], key: tuple[Loaded, ...]
-    ) -> tuple[Pack, Loaded] | None:
-        """Adapters side by side, made once and kept while they are loaded."""
+        self, slots: Sequence[Slot], key: tuple[OrtAdapter, ...]
+    ) -> tuple[Pack, OrtAdapter] | None:
+        """Lay adapters side by side, and keep the result while they are loaded."""
         with self._lock:
             if key in self._packs:
                 self._packs.move_to_end(key)
@@ -265,14 +254,14 @@ class AdapterCache:
         result = None
         with suppress(AdapterError):
             packed = pack(slots, [item.adapter for item in key])
-            result = (packed, loaded.read(packed.adapter)[1])
+            result = (packed, ort_adapter.read(packed.adapter)[1])
         with self._lock:
             self._packs[key] = result
             self._evict()
         return result
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; runs that use it end with it."""
+        """Forget an adapter; runs under way finish with it."""
         with self._lock:
             if name not in self._origins:
                 raise self._not_found(name, evicted=False)
@@ -281,7 +270,7 @@ class AdapterCache:
             self._evict()
 
     def reload(self, name: str | None) -> tuple[str, ...]:
-        """Read files again that were replaced; the old adapter stays if the new is bad."""
+        """Read replaced files again; if a new file is bad, the old adapter stays."""
         with self._lock:
             present, origins = dict(self._adapters), dict(self._origins)
         if name is None:
@@ -314,9 +303,9 @@ class AdapterCache:
         return self._put_again(name, origin, fresh)
 
     def list(self) -> dict[str, LoadedAdapter]:
-        """What is loaded, the least recently used first."""
+        """The loaded adapters, the least recently used first."""
         with self._lock:
-            return {name: _described(name, item) for name, item in self._adapters.items()}
+            return {name: item.described(name) for name, item in self._adapters.items()}
 
     def clear(self) -> None:
         """Forget everything."""
@@ -325,7 +314,3 @@ class AdapterCache:
             self._adapters.clear()
             self._blends.clear()
             self._packs.clear()
-
-
-def _described(name: str, item: Loaded) -> LoadedAdapter:
-    return LoadedAdapter(name, item.path, item.size, item.last_used)

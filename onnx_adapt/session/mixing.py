@@ -1,7 +1,12 @@
-"""Several adapters in one run of a batched model, each on rows of its own.
+"""Several adapters in one run of a batched model, each for its own rows.
 
-The adapters lie side by side along the bottleneck, as in a blend; a mask says which units
-belong to a row, and with which weight.
+The adapters are laid side by side along the bottleneck, as in a blend. A mask for each row
+says which units of the bottleneck count in that row, and with which weight.
+
+An example: `fr` has a bottleneck of 2 and `de` of 3, and the rows are `[fr, base, 0.5 de]`.
+The shared `down` is `(H, 5)`: the two columns of `fr`, then the three of `de`. The mask is
+`[[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, .5, .5, .5]]`. Parts that are vectors, such as
+`up_bias`, are not masked but given for each row: that of `fr`, zeros, and half that of `de`.
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ class PackedSlot:
 
     Attributes:
         slot: The slot.
-        sizes: How many units of the bottleneck each adapter has.
-        moves: How far each adapter moves the parts that are vectors from where they are
-            while it is off: `(adapters, size)` in float64.
+        sizes: The bottleneck of each adapter.
+        moves: For each part that is a vector, the difference of each adapter's value from
+            the value that keeps the slot off: `(adapters, size)` in float64.
     """
 
     slot: Slot
@@ -88,7 +93,7 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
 
 
 def _moves(part: str, off: Array, given: Sequence[Mapping[str, Array] | None]) -> Array:
-    """How far each adapter moves one part."""
+    """The difference of each adapter's value of one part from the value while it is off."""
     still = off.astype(np.float64)
     rows = []
     for parts in given:
@@ -101,7 +106,7 @@ def _moves(part: str, off: Array, given: Sequence[Mapping[str, Array] | None]) -
 
 
 def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
-    """What each row has of its own in a run of a pack.
+    """Make the feeds with a value for each row, for a run of a pack.
 
     Args:
         packed: The pack.

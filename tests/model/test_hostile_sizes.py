@@ -434,7 +434,7 @@ import sys, onnx_adapt as oa
 from pathlib import Path
 from onnx_adapt.checkpoints.readers.folder import read_state_dict
 from onnx_adapt.proof.feeds import read_arrays
-from onnx_adapt.session.loaded import read
+from onnx_adapt.session.ort_adapter import read
 path = Path(sys.argv[1])
 readers = {".npz": [read_arrays, oa.load_adapter], ".bin": [read_state_dict]}
 for reader in readers.get(path.suffix, [oa.load_adapter, read, read_state_dict]):

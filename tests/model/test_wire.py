@@ -23,7 +23,7 @@ from onnx import TensorProto, numpy_helper
 
 import onnx_adapt as oa
 from onnx_adapt.errors import ModelFileError
-from onnx_adapt.model import payloads, wire
+from onnx_adapt.model import payloads, splice, wire
 from onnx_adapt.model.file import Model
 
 MODELS = Path(__file__).parent.parent.parent / "models"
@@ -242,9 +242,9 @@ def test_taking_data_out_and_putting_it_back_changes_nothing(
     data = model.SerializeToString()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(payloads, "LARGE", large)
-        small, places, _ = payloads.strip(data, SOURCE)
+        small, places, _ = splice.strip(data, SOURCE)
     small = onnx.ModelProto.FromString(small).SerializeToString()
-    segments, size = payloads.splice(small, places)
+    segments, size = splice.splice(small, places)
     whole = b"".join(
         s if isinstance(s, bytes) else data[s.offset : s.offset + s.length] for s in segments
     )

@@ -17,7 +17,7 @@ from trained_cases import CASES, SUPPORTED
 import onnx_adapt as oa
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError, SlotError
-from onnx_adapt.session.loaded import as_ort_value
+from onnx_adapt.session.ort_adapter import as_ort_value
 
 FORMATS = ["safetensors", "onnx_adapter", "npz"]
 
@@ -438,6 +438,7 @@ def test_running_adapters_imports_no_graph_code(model: Path, tmp_path: Path) -> 
         f"session = oa.AdapterSession({str(model)!r}, {{'fr': {str(path)!r}}})\n"
         "session.run({'x': np.ones((1, 4), 'float32')}, adapter='fr')\n"
         "session.run({'x': np.ones((1, 4), 'float32')}, adapter={'fr': 0.5})\n"
-        "assert 'onnx' not in sys.modules and 'rich' not in sys.modules"
+        "assert 'onnx' not in sys.modules and 'rich' not in sys.modules\n"
+        "assert not any(name.startswith('onnx_adapt.graph') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -110,7 +110,7 @@ def test_a_blend_of_heads_wants_the_model_file_that_was_loaded(tmp_path: Path) -
 
 def _meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
     """Let an action happen while the next adapter is read."""
-    original = adapter_cache.loaded.read
+    original = adapter_cache.ort_adapter.read
     waiting = [action]
 
     def read(source: Any) -> Any:
@@ -119,7 +119,7 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> No
             waiting.pop()()
         return found
 
-    monkeypatch.setattr(adapter_cache.loaded, "read", read)
+    monkeypatch.setattr(adapter_cache.ort_adapter, "read", read)
 
 
 def test_what_is_unloaded_during_a_reload_stays_unloaded(

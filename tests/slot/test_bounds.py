@@ -22,7 +22,7 @@ from slot_formula import (
 from slot_models import session
 
 from onnx_adapt.dtypes import DTYPES
-from onnx_adapt.proof.nearness import Nearness, slot_nearness
+from onnx_adapt.proof.deviation import Deviation, slot_deviation
 from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.bounds import ARITHMETIC, FUNCTION_UNITS, exact
 from onnx_adapt.slot.manifest import Slot
@@ -54,7 +54,7 @@ def _tensors(slot: Slot, dtype: Any, seed: int = 1, width: int = WIDTH) -> Weigh
     return tensors
 
 
-def _near(slot: Slot, opset: int, size: int = 8, norm: Any = None) -> Nearness:
+def _near(slot: Slot, opset: int, size: int = 8, norm: Any = None) -> Deviation:
     """A slot's nodes in ONNX Runtime against the formula's bound."""
     dtype, weights = DTYPES[slot.dtype], _drawn(slot, size)
     tensors = _tensors(slot, dtype)
@@ -66,7 +66,7 @@ def _near(slot: Slot, opset: int, size: int = 8, norm: Any = None) -> Nearness:
         oracle = Norm(*(v.astype(np.float64) for v in values), epsilon=EPSILON)
     read = [tensors["t"], tensors[slot.source], run_nodes(slot, opset, given, node)]
     read += [tensors[slot.plus]] if slot.plus else []
-    return slot_nearness(slot, read, weights, oracle)
+    return slot_deviation(slot, read, weights, oracle)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -111,11 +111,11 @@ def test_the_bound_of_float32_is_a_few_digits_above_the_error_not_more(
     assert found.bound / 1e4 < found.error < found.bound < 1e-3
 
 
-def _wide(slot: Slot, width: int) -> Nearness:
+def _wide(slot: Slot, width: int) -> Deviation:
     weights, tensors = _drawn(slot, 64), _tensors(slot, np.float32, width=width)
     given = tensors | {f"adapter.s.{part}": value for part, value in weights.items()}
     output = run_nodes(slot, 17, given)
-    return slot_nearness(slot, [tensors["t"], tensors["t"], output], weights)
+    return slot_deviation(slot, [tensors["t"], tensors["t"], output], weights)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,9 @@ def test_one_weight_that_is_a_few_bounds_off_is_seen(case: str) -> None:
         }
         output = run_nodes(slot, 17, given)
         assert (
-            slot_nearness(slot, [*read, output, *([plus] if slot.plus else [])], weights).ratio
+            slot_deviation(
+                slot, [*read, output, *([plus] if slot.plus else [])], weights
+            ).ratio
             > 1
         )
         assert 4 / reach < 1e-2, part
@@ -176,7 +178,7 @@ def test_a_wrong_formula_is_outside_of_its_bound(wrong: str, dtype: str) -> None
     other, changed = WRONG_FORMULAS[wrong](slot, weights)
     given = tensors | {f"adapter.s.{part}": value for part, value in changed.items()}
     output = run_nodes(other, 17, given)
-    assert slot_nearness(slot, [tensors["t"], tensors["t"], output], weights).ratio > 10
+    assert slot_deviation(slot, [tensors["t"], tensors["t"], output], weights).ratio > 10
 
 
 def test_channels_taken_for_positions_are_outside_of_the_bound() -> None:
@@ -185,7 +187,7 @@ def test_channels_taken_for_positions_are_outside_of_the_bound() -> None:
     t = np.random.default_rng(3).standard_normal((2, WIDTH, WIDTH)).astype(np.float32)
     given = {"t": t.swapaxes(1, 2)} | {f"adapter.s.{p}": v for p, v in weights.items()}
     output = run_nodes(slot, 17, {k: np.ascontiguousarray(v) for k, v in given.items()})
-    assert slot_nearness(slot, [t, t, output.swapaxes(1, 2)], weights).ratio > 10
+    assert slot_deviation(slot, [t, t, output.swapaxes(1, 2)], weights).ratio > 10
 
 
 def test_a_value_that_vanishes_is_judged_by_what_was_summed() -> None:
@@ -197,7 +199,7 @@ def test_a_value_that_vanishes_is_judged_by_what_was_summed() -> None:
     term = slot_bounded(slot, zero, x, weights).value
     target = (-term).astype(np.float32)
     given = {"t": target, "x": x} | {f"adapter.s.{p}": v for p, v in weights.items()}
-    found = slot_nearness(slot, [target, x, run_nodes(slot, 17, given)], weights)
+    found = slot_deviation(slot, [target, x, run_nodes(slot, 17, given)], weights)
     assert found.ratio <= 1
     assert found.error > 1e-3, "the value does not vanish"
 
@@ -209,11 +211,11 @@ def test_what_is_not_finite_in_the_base_stays_so_and_the_rest_is_judged(value: f
     tensors["t"][0, 1] = value
     given = tensors | {f"adapter.s.{p}": v for p, v in weights.items()}
     output = run_nodes(slot, 17, given)
-    found = slot_nearness(slot, [tensors["t"], tensors["t"], output], weights)
+    found = slot_deviation(slot, [tensors["t"], tensors["t"], output], weights)
     assert found.ratio <= 1
     assert (found.judged, found.unjudged) == (7 * WIDTH, WIDTH)
     output[0, 1] = 0
-    assert slot_nearness(slot, [tensors["t"], tensors["t"], output], weights).ratio == np.inf
+    assert slot_deviation(slot, [tensors["t"], tensors["t"], output], weights).ratio == np.inf
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -223,7 +225,7 @@ def test_what_is_not_finite_by_itself_is_wrong(value: float) -> None:
     given = tensors | {f"adapter.s.{p}": v for p, v in weights.items()}
     output = run_nodes(slot, 17, given)
     output[1, 2, 3] = value
-    found = slot_nearness(slot, [tensors["t"], tensors["t"], output], weights)
+    found = slot_deviation(slot, [tensors["t"], tensors["t"], output], weights)
     assert found.ratio == np.inf
 
 

@@ -178,9 +178,9 @@ def _keeps_linears(node: onnx.NodeProto) -> bool:
 
 def call_at(survey: Survey, view: GraphView, node: onnx.NodeProto) -> LayerCall:
     """Describe the call that a node makes, with the Add of its bias."""
-    tensor = survey.settled(view.scope.path, node.output[0])
+    tensor = survey.after_slots(view.scope.path, node.output[0])
     bias = bias_add(view, node, tensor, weight_width(view, node))
-    return LayerCall(view, node, survey.settled(view.scope.path, bias or tensor))
+    return LayerCall(view, node, survey.after_slots(view.scope.path, bias or tensor))
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:
@@ -245,7 +245,7 @@ def block_output(survey: Survey, call: LayerCall, module: str) -> str:
     """Find a module's output as the rest of the model reads it, behind any Reshapes."""
     for view, tensor in module_output(survey.modules, module):
         if view is call.view and module in survey.modules.paths:
-            return survey.settled(view.scope.path, tensor)
+            return survey.after_slots(view.scope.path, tensor)
     tensor = call.output
     while len(readers := call.view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
         tensor = readers[0].output[0]

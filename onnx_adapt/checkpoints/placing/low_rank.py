@@ -55,7 +55,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
                 f"{edit.module!r}: gating needs the sequence axis, which is folded away here"
             )
         parts["gate"], parts["gate_bias"] = edit.gate[0].T, edit.gate[1]
-    source = placement.survey.settled(call.view.scope.path, call.data)
+    source = placement.survey.after_slots(call.view.scope.path, call.data)
     form = Form(source=source, source_width=a.shape[1], window=window)
     placement.add(target, placement.names[edit.module], parts, form)
 

@@ -50,7 +50,7 @@ def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None
         parts["scale"] = call.spread(parts["scale"], fill=1)
         placement.add(placement.survey.site(call.view, call.output), name, parts)
         return
-    tensor = placement.survey.settled(call.view.scope.path, call.data)
+    tensor = placement.survey.after_slots(call.view.scope.path, call.data)
     readers = call.view.readers(tensor)
     made = call.view.home(tensor)
     alone = len(readers) == 1 and call.span is None
@@ -83,7 +83,7 @@ def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -
         if edit.reads in ("norm", "normed_sum"):
             norm = norm_behind(placement.survey, view, total)
     placement.add(
-        placement.survey.site(view, placement.survey.settled(view.scope.path, target)),
+        placement.survey.site(view, placement.survey.after_slots(view.scope.path, target)),
         module if edit.place == "output" else f"{module}.{edit.place}",
         edit.parts,
         Form(
@@ -103,5 +103,5 @@ def _place_coupling(placement: Placement, edit: Coupling) -> None:
     if len(outputs) != 1:
         raise CheckpointError(f"the output of {module!r} was not found in the graph")
     view, tensor = outputs[0]
-    site = placement.survey.site(view, placement.survey.settled(view.scope.path, tensor))
+    site = placement.survey.site(view, placement.survey.after_slots(view.scope.path, tensor))
     placement.add(site, f"{module}.coupling", edit.parts, Form(activation=edit.activation))

@@ -6,6 +6,14 @@ names, to every tensor that has the same axis: from what a node reads to what it
 back (`links`). Where the ways of two signs meet on different axes of one tensor, the
 stronger holds; of two that are equally strong none does.
 
+For example
+
+    h = MatMul(x, w)      the features of `x` and of `h` are on the last axis (LINEAR)
+    t = Transpose(h)      perm [0, 2, 1]: so those of `t` are on axis 1
+    c = Conv(t, k)        the features of `t` are on axis 1 (DEFINED), which agrees
+    p = Add(c, pos)       same axes as `c`, so on axis 1
+    s = Reshape(p)        [0, 4, 8, -1] of 32 features: no axis of `s` has all of them
+
 The heads of an attention are the one case where a part of the features has an axis: the
 last axis is split into heads and what each head sees. That part counts where it comes from
 such a split, and is later merged again or summed over by a product of two tensors.
@@ -24,7 +32,7 @@ from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
 from onnx_adapt.graph.layout.facts import links_of, own_axis, signs_of
 from onnx_adapt.graph.layout.links import SPLIT, Link, aligned
-from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
+from onnx_adapt.graph.layout.lookup import Lookup, Place, Step, step_of
 from onnx_adapt.graph.layout.signs import Sign, Strength, sign
 from onnx_adapt.graph.layout.spreading import (
     Signs,
@@ -59,7 +67,7 @@ class Layout:
     """Where the features of all tensors of a model are.
 
     Attributes:
-        look: Looks shapes up.
+        lookup: What is known of shapes and constants.
         signs: What operators say, followed along axes.
         made: The same for the part of features that a split leaves on the last axis.
         used: The same for the part of features that is merged or summed over later.
@@ -68,7 +76,7 @@ class Layout:
             attention. What is added to them does not give them features.
     """
 
-    look: Look
+    lookup: Lookup
     signs: Signs = field(default_factory=dict)
     made: Signs = field(default_factory=dict)
     used: Signs = field(default_factory=dict)
@@ -77,14 +85,14 @@ class Layout:
 
     def of_layer(self, view: GraphView, node: onnx.NodeProto, tensor: str) -> Features:
         """Where a layer puts its features; `tensor` is its output, bias included."""
-        axis = own_axis(self.look, step_of(view, node))
+        axis = own_axis(self.lookup, step_of(view, node))
         if axis is None or node.op_type == _GROUPS:
             return self.of(view, tensor)
-        return Features(_named(axis, self.look.rank(view, tensor)))
+        return Features(_named(axis, self.lookup.rank(view, tensor)))
 
     def of(self, view: GraphView, tensor: str) -> Features:
         """Where the features of a tensor are that can be read in a graph."""
-        place, rank = self.look.place(view, tensor), self.look.rank(view, tensor)
+        place, rank = self.lookup.place(view, tensor), self.lookup.rank(view, tensor)
         lost = self.summed.get(place) or self.lost.get(place)
         axes = self._strongest(place)
         if len(axes) > 1:
@@ -140,14 +148,14 @@ def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> La
             slots' own nodes tell nothing.
     """
     index = _written_out(index)
-    layout = Layout(Look(index, shapes.missing(index)))
+    layout = Layout(Lookup(index, shapes.missing(index)))
     steps = list(_steps(index, marked=bool(slots)))
-    links = list(_links(layout.look, steps, slots))
+    links = list(_links(layout.lookup, steps, slots))
     nearby: dict[Place, list[Link]] = {}
     for link in links:
         nearby.setdefault(link.source, []).append(link)
         nearby.setdefault(link.target, []).append(link)
-    found = [s for step, _ in steps for s in signs_of(layout.look, step)]
+    found = [s for step, _ in steps for s in signs_of(layout.lookup, step)]
     for strength in sorted(Strength, reverse=True):
         equal = (sign for sign in found if sign.strength == strength)
         spread(equal, layout.signs, nearby, layout.lost)
@@ -191,10 +199,10 @@ def _spread_parts(
     used = list(parts_of_merge(layout.signs, reshapes))
     for step, _ in steps:
         if step.node.op_type in ("MatMul", "FusedMatMul") and step.outputs:
-            signs = list(_summed(layout.look, step))
+            signs = list(_summed(layout.lookup, step))
             used += signs
             if len(signs) == 2 and all(_are_features(layout, sign) for sign in signs):
-                place = layout.look.place(step.view, step.outputs[0])
+                place = layout.lookup.place(step.view, step.outputs[0])
                 layout.summed[place] = f"{signs[0].who} sums over its features"
     spread(used, layout.used, nearby, stop=layout.signs)
 
@@ -213,25 +221,25 @@ def _steps(index: ModelIndex, *, marked: bool) -> Iterator[tuple[Step, int]]:
 
 
 def _links(
-    look: Look, steps: list[tuple[Step, int]], slots: Mapping[str, Mapping[str, str]]
+    lookup: Lookup, steps: list[tuple[Step, int]], slots: Mapping[str, Mapping[str, str]]
 ) -> Iterator[Link]:
     bodies: dict[tuple[str, int], list[GraphView]] = {}
-    for view in look.index.views.values():
+    for view in lookup.index.views.values():
         if view.parent is not None:
             owner = view.parent.scope.path, view.scope.owner
             bodies.setdefault(owner, []).append(view)
     for step, i in steps:
         inside = bodies.get((step.view.scope.path, i)) if bodies else None
-        yield from through_bodies(look, step, inside) if inside else links_of(look, step)
+        yield from through_bodies(lookup, step, inside) if inside else links_of(lookup, step)
     for path, chained in slots.items():
-        view = look.index.views[path]
+        view = lookup.index.views[path]
         for inner, outer in chained.items():
-            pairs = tuple(aligned(look.rank(view, inner), look.rank(view, outer)))
+            pairs = tuple(aligned(lookup.rank(view, inner), lookup.rank(view, outer)))
             node = view.nodes[view.producers[outer]]
             yield Link((path, inner), (path, outer), pairs, node, keeps=True)
 
 
-def _summed(look: Look, step: Step) -> Iterator[Sign]:
+def _summed(lookup: Lookup, step: Step) -> Iterator[Sign]:
     """The axes that a product of two tensors sums over."""
     for position, axis in ((0, -1), (1, -2)):
-        yield from sign(look, step, position, axis, Strength.LINEAR, makes=False)
+        yield from sign(lookup, step, position, axis, Strength.LINEAR, makes=False)

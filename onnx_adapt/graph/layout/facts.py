@@ -1,4 +1,7 @@
-"""The operators: how the axes of each go through it, and what it tells of the features."""
+"""What each operator does to axes, and what it tells of the features.
+
+Of an operator with weights its row in `graph.operators` tells that.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from functools import cache
 
 from onnx_adapt.graph.layout import links
 from onnx_adapt.graph.layout.links import Link, Linker
-from onnx_adapt.graph.layout.look import Look, Step
+from onnx_adapt.graph.layout.lookup import Lookup, Step
 from onnx_adapt.graph.layout.signs import (
     Sign,
     Strength,
@@ -46,7 +49,7 @@ class Fact:
     reads: tuple[int, ...] = (0,)
     makes: tuple[int, ...] = (0,)
     strength: Strength = Strength.DEFINED
-    more: Callable[[Look, Step], Iterator[Sign]] | None = None
+    more: Callable[[Lookup, Step], Iterator[Sign]] | None = None
 
 
 _SAME = Fact(links.same)
@@ -162,48 +165,48 @@ def _of_weights(op: str) -> Fact:
             return Fact(axis=LAST, reads=(0, 5, 6), makes=tuple(range(operator.outputs)))
 
 
-def links_of(look: Look, step: Step) -> Iterator[Link]:
+def links_of(lookup: Lookup, step: Step) -> Iterator[Link]:
     """How axes go through a node that has no bodies."""
     fact = fact_of(step.node.op_type)
     if fact is None:
-        yield from _unknown(look, step)
+        yield from _unknown(lookup, step)
     elif fact.links is not None and step.outputs:
-        yield from fact.links(look, step)
+        yield from fact.links(lookup, step)
 
 
-def _unknown(look: Look, step: Step) -> Iterator[Link]:
+def _unknown(lookup: Lookup, step: Step) -> Iterator[Link]:
     """An operator that is not in the table keeps axes whose sizes are all different."""
     if not step.outputs:
         return
-    after = look.shape(step.view, step.outputs[0])
+    after = lookup.shape(step.view, step.outputs[0])
     alike = after is not None and None not in after and len(set(after)) == len(after)
-    if alike and look.shape(step.view, step.read(0)) == after:
-        yield from links.same(look, step)
+    if alike and lookup.shape(step.view, step.read(0)) == after:
+        yield from links.same(lookup, step)
 
 
-def own_axis(look: Look, step: Step) -> int | None:
+def own_axis(lookup: Lookup, step: Step) -> int | None:
     """Where an operator puts the features of what it makes, or None if it does not say."""
     fact = fact_of(step.node.op_type)
-    return _axis(fact, look, step) if fact else None
+    return _axis(fact, lookup, step) if fact else None
 
 
-def _axis(fact: Fact, look: Look, step: Step) -> int | None:
+def _axis(fact: Fact, lookup: Lookup, step: Step) -> int | None:
     if not step.outputs:
         return None
-    return fact.axis(look, step) if callable(fact.axis) else fact.axis
+    return fact.axis(lookup, step) if callable(fact.axis) else fact.axis
 
 
-def signs_of(look: Look, step: Step) -> Iterator[Sign]:
+def signs_of(lookup: Lookup, step: Step) -> Iterator[Sign]:
     """What a node tells of its inputs and outputs."""
     fact = fact_of(step.node.op_type)
     if fact is None:
         return
     if fact.more is not None:
-        yield from fact.more(look, step)
-    axis = _axis(fact, look, step)
+        yield from fact.more(lookup, step)
+    axis = _axis(fact, lookup, step)
     if axis is None:
         return
     for position in fact.reads:
-        yield from sign(look, step, position, axis, fact.strength, makes=False)
+        yield from sign(lookup, step, position, axis, fact.strength, makes=False)
     for position in fact.makes:
-        yield from sign(look, step, position, axis, fact.strength, makes=True)
+        yield from sign(lookup, step, position, axis, fact.strength, makes=True)

@@ -1,4 +1,9 @@
-"""How each kind of operator moves the axes of what it reads to what it makes."""
+"""How each kind of operator moves the axes of what it reads to what it makes.
+
+For example, `y = Transpose<perm=[0, 2, 1]>(x)` of `x (batch, length, width)` gives one link
+from `x` to `y` with the pairs `(0, 0)`, `(2, 1)` and `(1, 2)`: the features on axis 2 of
+`x` are on axis 1 of `y`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import onnx
 
 from onnx_adapt.graph.index import Shape
 from onnx_adapt.graph.layout.computed import computed
-from onnx_adapt.graph.layout.look import Look, Numbers, Place, Step
+from onnx_adapt.graph.layout.lookup import Lookup, Numbers, Place, Step
 from onnx_adapt.graph.layout.reshaping import Kept, Size, match, product
 
 Pairs = Iterable[tuple[int, int]]
@@ -21,7 +26,7 @@ SPLIT = "splits or merges"
 
 
 class Link(NamedTuple):
-    """Which axes of a tensor that a node reads are which axes of one that it makes.
+    """One input and one output of a node, and which axes they have in common.
 
     Axes count from 0 where the number of axes is known; else they are 1 and -1.
 
@@ -48,7 +53,7 @@ class Link(NamedTuple):
     keeps: bool = False
 
 
-Linker = Callable[[Look, Step], Iterator[Link]]
+Linker = Callable[[Lookup, Step], Iterator[Link]]
 
 
 @cache  # a model has few ranks and many nodes, which share these pairs
@@ -66,43 +71,45 @@ def aligned(source: int | None, target: int | None) -> tuple[tuple[int, int], ..
 
 
 def _link(
-    look: Look, step: Step, i: int, o: int, pairs: Pairs, **more: object
+    lookup: Lookup, step: Step, i: int, o: int, pairs: Pairs, **more: object
 ) -> Iterator[Link]:
     """The link from input `i` to output `o`, if there are both and the input varies."""
     name = step.read(i)
     if not name or o >= len(step.outputs) or not step.outputs[o]:
         return
-    if look.constant(step.view, name) is None:
+    if lookup.constant(step.view, name) is None:
         made = step.view.scope.path, step.outputs[o]
-        yield Link(look.place(step.view, name), made, tuple(pairs), step.node, **more)  # type: ignore[arg-type]
+        yield Link(lookup.place(step.view, name), made, tuple(pairs), step.node, **more)  # type: ignore[arg-type]
 
 
-def same(look: Look, step: Step) -> Iterator[Link]:
+def same(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Every output has the axes of the first input."""
-    before = look.shape(step.view, step.read(0))
+    before = lookup.shape(step.view, step.read(0))
     for o, name in enumerate(step.outputs):
-        pairs = _stretched(before, look.shape(step.view, name), shift=False)
-        yield from _link(look, step, 0, o, pairs, keeps=o == 0)
+        pairs = _stretched(before, lookup.shape(step.view, name), shift=False)
+        yield from _link(lookup, step, 0, o, pairs, keeps=o == 0)
 
 
-def split(look: Look, step: Step) -> Iterator[Link]:
+def split(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Every output has the axes of the input, one of them shorter."""
-    before = look.rank(step.view, step.read(0))
+    before = lookup.rank(step.view, step.read(0))
     for o, name in enumerate(step.outputs):
-        yield from _link(look, step, 0, o, aligned(before, look.rank(step.view, name)))
+        yield from _link(lookup, step, 0, o, aligned(before, lookup.rank(step.view, name)))
 
 
-def broadcast(look: Look, step: Step) -> Iterator[Link]:
+def broadcast(lookup: Lookup, step: Step) -> Iterator[Link]:
     """The axes of all inputs are lined up at the end; those of size 1 are stretched."""
-    after = look.shape(step.view, step.outputs[0]) if step.outputs else None
-    alone = sum(1 for name in step.inputs if name and not look.constant(step.view, name)) == 1
+    after = lookup.shape(step.view, step.outputs[0]) if step.outputs else None
+    alone = (
+        sum(1 for name in step.inputs if name and not lookup.constant(step.view, name)) == 1
+    )
     for i in range(len(step.inputs)):
-        before = look.shape(step.view, step.inputs[i])
+        before = lookup.shape(step.view, step.inputs[i])
         pairs = _stretched(before, after)
         if not alone and (before is None or after is None):
             pairs = [(a, b) for a, b in pairs if (a, b) != (1, 1)]  # nobody knows its size
         full = before is not None and after is not None and len(before) == len(after)
-        yield from _link(look, step, i, 0, pairs, keeps=full)
+        yield from _link(lookup, step, i, 0, pairs, keeps=full)
 
 
 def _stretched(before: Shape | None, after: Shape | None, *, shift: bool = True) -> Pairs:
@@ -121,26 +128,26 @@ def _stretched(before: Shape | None, after: Shape | None, *, shift: bool = True)
     ]
 
 
-def expand(look: Look, step: Step) -> Iterator[Link]:
+def expand(lookup: Lookup, step: Step) -> Iterator[Link]:
     """The first input is stretched to a shape."""
-    before, after = (look.shape(step.view, n) for n in (step.read(0), step.outputs[0]))
-    yield from _link(look, step, 0, 0, _stretched(before, after))
+    before, after = (lookup.shape(step.view, n) for n in (step.read(0), step.outputs[0]))
+    yield from _link(lookup, step, 0, 0, _stretched(before, after))
 
 
-def transpose(look: Look, step: Step) -> Iterator[Link]:
+def transpose(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Axis `perm[i]` becomes axis `i`."""
     order = step.integers("perm")
-    rank = len(order) if order else look.rank(step.view, step.read(0))
+    rank = len(order) if order else lookup.rank(step.view, step.read(0))
     if rank is None:
         return
     order = order or list(range(rank))[::-1]
     if sorted(order) != list(range(rank)):
         return
-    places = look.rank(step.view, step.read(0)), look.rank(step.view, step.outputs[0])
+    places = lookup.rank(step.view, step.read(0)), lookup.rank(step.view, step.outputs[0])
     if all(known in (None, rank) for known in places):
         pairs = [(axis, i) for i, axis in enumerate(order)]
         pairs = list(_told(pairs, rank, *places))
-        yield from _link(look, step, 0, 0, pairs, keeps=True)
+        yield from _link(lookup, step, 0, 0, pairs, keeps=True)
 
 
 def _told(pairs: Pairs, rank: int, before: int | None, after: int | None) -> Pairs:
@@ -154,16 +161,16 @@ def _told(pairs: Pairs, rank: int, before: int | None, after: int | None) -> Pai
     return [(a, b) for i, j in pairs for a in names(i, before) for b in names(j, after)]
 
 
-def concat(look: Look, step: Step) -> Iterator[Link]:
+def concat(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Every input has the axes of the output."""
-    after = look.rank(step.view, step.outputs[0]) if step.outputs else None
+    after = lookup.rank(step.view, step.outputs[0]) if step.outputs else None
     for i, name in enumerate(step.inputs):
-        yield from _link(look, step, i, 0, aligned(look.rank(step.view, name), after))
+        yield from _link(lookup, step, i, 0, aligned(lookup.rank(step.view, name), after))
 
 
-def gather(look: Look, step: Step) -> Iterator[Link]:
+def gather(lookup: Lookup, step: Step) -> Iterator[Link]:
     """One axis is replaced by the axes of the indices."""
-    before, indices = (look.rank(step.view, step.read(i)) for i in (0, 1))
+    before, indices = (lookup.rank(step.view, step.read(i)) for i in (0, 1))
     if before is None or indices is None:
         return
     taken = step.integer("axis", 0)
@@ -176,63 +183,65 @@ def gather(look: Look, step: Step) -> Iterator[Link]:
         pairs.append((taken, taken))
     else:
         ends[taken] = "takes one of" if indices == 0 else "looks things up by"
-    yield from _link(look, step, 0, 0, pairs, ends=ends)
+    yield from _link(lookup, step, 0, 0, pairs, ends=ends)
 
 
-def reduce(look: Look, step: Step) -> Iterator[Link]:
+def reduce(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Axes become of size 1, or go."""
-    before = look.rank(step.view, step.read(0))
+    before = lookup.rank(step.view, step.read(0))
     if before is None:
         return
     if step.node.op_type in ("ArgMax", "ArgMin"):
         gone: list[int] | None = [step.integer("axis", 0) % max(before, 1)]
     else:
-        gone = look.axes(step, before)
+        gone = lookup.axes(step, before)
         if gone == [] and not step.integer("noop_with_empty_axes", 0):
             gone = list(range(before))
     if step.integer("keepdims", 1):
-        yield from _link(look, step, 0, 0, aligned(before, before))
+        yield from _link(lookup, step, 0, 0, aligned(before, before))
     elif gone is not None:
-        yield from _removed(look, step, before, gone, "reduces")
+        yield from _removed(lookup, step, before, gone, "reduces")
 
 
-def _removed(look: Look, step: Step, rank: int, gone: list[int], verb: str) -> Iterator[Link]:
+def _removed(
+    lookup: Lookup, step: Step, rank: int, gone: list[int], verb: str
+) -> Iterator[Link]:
     left = [k for k in range(rank) if k not in gone]
     pairs = [(axis, i) for i, axis in enumerate(left)]
-    yield from _link(look, step, 0, 0, pairs, ends=dict.fromkeys(gone, verb))
+    yield from _link(lookup, step, 0, 0, pairs, ends=dict.fromkeys(gone, verb))
 
 
-def squeeze(look: Look, step: Step) -> Iterator[Link]:
+def squeeze(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Axes of size 1 go."""
-    before = look.shape(step.view, step.read(0))
+    before = lookup.shape(step.view, step.read(0))
     if before is None:
         return
-    gone = look.axes(step, len(before))
+    gone = lookup.axes(step, len(before))
     if gone == []:
         gone = [axis for axis, size in enumerate(before) if size == 1]
     if gone is not None:
-        yield from _removed(look, step, len(before), gone, "takes away")
+        yield from _removed(lookup, step, len(before), gone, "takes away")
 
 
-def unsqueeze(look: Look, step: Step) -> Iterator[Link]:
+def unsqueeze(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Axes of size 1 come."""
-    after = look.rank(step.view, step.outputs[0])
-    new = look.axes(step, after) if after is not None else None
+    after = lookup.rank(step.view, step.outputs[0])
+    new = lookup.axes(step, after) if after is not None else None
     if after is None or new is None:
         return
     old = [axis for axis in range(after) if axis not in new]
     pairs = list(enumerate(old))
-    if look.rank(step.view, step.read(0)) == len(pairs):
-        yield from _link(look, step, 0, 0, pairs)
+    if lookup.rank(step.view, step.read(0)) == len(pairs):
+        yield from _link(lookup, step, 0, 0, pairs)
 
 
-def reshape(look: Look, step: Step) -> Iterator[Link]:
+def reshape(lookup: Lookup, step: Step) -> Iterator[Link]:
     """The order of the elements stays; `reshaping` says which axes do."""
-    before = look.shape(step.view, step.read(0))
+    before = lookup.shape(step.view, step.read(0))
     if before is None or not step.outputs:
         return
-    first = look.sizes(step.view, step.read(0), before)
-    second = _reshaped(look, step, first)
+    first = lookup.sizes(step.view, step.read(0), before)
+    second = _reshaped(lookup, step, first)
     if second is None:
         return
     kept = match(first, second)
@@ -247,7 +256,7 @@ def reshape(look: Look, step: Step) -> Iterator[Link]:
         more["split"] = (last, end)
     if back.broken.get(end) is not None and (back.broken[end] or (0, 0))[1] == last:
         more["merged"] = (last, end)
-    yield from _link(look, step, 0, 0, kept.pairs, **more)
+    yield from _link(lookup, step, 0, 0, kept.pairs, **more)
 
 
 def _broken(kept: Kept, rank: int) -> dict[int, str]:
@@ -262,21 +271,21 @@ def _broken(kept: Kept, rank: int) -> dict[int, str]:
     }
 
 
-def _reshaped(look: Look, step: Step, before: list[Size]) -> list[Size] | None:
+def _reshaped(lookup: Lookup, step: Step, before: list[Size]) -> list[Size] | None:
     """The sizes a reshape gives: those it copies, those it names, those that are known."""
-    shape = look.shape(step.view, step.outputs[0])
+    shape = lookup.shape(step.view, step.outputs[0])
     if step.node.op_type == "Flatten":
         axis = step.integer("axis", 1)
         axis += len(before) if axis < 0 else 0
         return [product(before[:axis]), product(before[axis:])]
     named = step.integers("shape")
     wanted: Numbers | None = [(size, ()) for size in named] if named else None
-    wanted = wanted or computed(look, step.view, step.read(1))
+    wanted = wanted or computed(lookup, step.view, step.read(1))
     if wanted is None:
-        return None if shape is None else look.sizes(step.view, step.outputs[0], shape)
+        return None if shape is None else lookup.sizes(step.view, step.outputs[0], shape)
     trusted = shape is not None and len(shape) == len(wanted)
     known = shape if shape is not None and trusted else (None,) * len(wanted)
-    found = look.sizes(step.view, step.outputs[0], known)
+    found = lookup.sizes(step.view, step.outputs[0], known)
     for axis, size in enumerate(wanted):
         if size == (0, ()) and not step.integer("allowzero", 0) and axis < len(before):
             found[axis] = before[axis]
@@ -285,31 +294,31 @@ def _reshaped(look: Look, step: Step, before: list[Size]) -> list[Size] | None:
     return found
 
 
-def product_of_matrices(look: Look, step: Step) -> Iterator[Link]:
+def product_of_matrices(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Rows come from the first matrix, columns from the second.
 
     A vector takes the last axis of the first away. A product with a constant matrix is a
     layer: what it makes has features of its own. The axes in front, such as the heads of
     an attention, are not followed: what they count need not be features of both.
     """
-    shapes = [look.shape(step.view, step.read(i)) for i in (0, 1)]
-    second = look.weight(step, 1)
+    shapes = [lookup.shape(step.view, step.read(i)) for i in (0, 1)]
+    second = lookup.weight(step, 1)
     columns = second.dims if second else shapes[1]
     if columns is not None and len(columns) == 1 and shapes[0]:
         last = len(shapes[0]) - 1
-        yield from _removed(look, step, last + 1, [last], "sums over")
+        yield from _removed(lookup, step, last + 1, [last], "sums over")
         return
     flags = ("transA", "transB", "transBatchA", "transBatchB")
-    if second or look.weight(step, 0) or any(step.integer(flag, 0) for flag in flags):
+    if second or lookup.weight(step, 0) or any(step.integer(flag, 0) for flag in flags):
         return
-    after = look.shape(step.view, step.outputs[0])
+    after = lookup.shape(step.view, step.outputs[0])
     for i, shape in enumerate(shapes):
         if shape and after and min(len(shape), len(after)) >= 2:
             pairs = [(len(shape) - 2 + i, len(after) - 2 + i)]
-            yield from _link(look, step, i, 0, pairs)
+            yield from _link(lookup, step, i, 0, pairs)
 
 
-def einsum(look: Look, step: Step) -> Iterator[Link]:
+def einsum(lookup: Lookup, step: Step) -> Iterator[Link]:
     """Axes with the same letter are the same."""
     letters = einsum_letters(step)
     if letters is None:
@@ -317,7 +326,7 @@ def einsum(look: Look, step: Step) -> Iterator[Link]:
     *inputs, output = letters
     for i, letter in enumerate(inputs):
         pairs = [(k, output.index(c)) for k, c in enumerate(letter) if c in output]
-        yield from _link(look, step, i, 0, pairs)
+        yield from _link(lookup, step, i, 0, pairs)
 
 
 def einsum_letters(step: Step) -> list[str] | None:

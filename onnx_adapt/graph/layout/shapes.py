@@ -9,7 +9,8 @@ from onnx_adapt.graph.index import ModelIndex, Shape
 from onnx_adapt.graph.layers import layer_weight, weight_width
 from onnx_adapt.graph.layout import links
 from onnx_adapt.graph.layout.facts import fact_of
-from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
+from onnx_adapt.graph.layout.lookup import Lookup, Place, Step, step_of
+from onnx_adapt.graph.operators import CHANNELS, OPERATORS
 
 _RESIZING = {
     *("Pad", "Slice", "Split", "Tile", "TopK", "Compress", "GatherElements", "Resize"),
@@ -22,26 +23,28 @@ _RESIZING = {
 def missing(index: ModelIndex) -> dict[Place, Shape]:
     """The shapes of tensors that have none in an index, as far as their nodes tell."""
     found: dict[Place, Shape] = {}
-    look = Look(index, found)
+    lookup = Lookup(index, found)
     for view in index.views.values():
         for node in view.nodes:
             for name in node.output[:1]:
                 if name and view.type_of(name).shape is None:
-                    shape = _made(look, step_of(view, node))
+                    shape = _made(lookup, step_of(view, node))
                     if shape is not None:
                         found[view.scope.path, name] = shape
     return found
 
 
-def _made(look: Look, step: Step) -> Shape | None:
+def _made(lookup: Lookup, step: Step) -> Shape | None:
     view, node = step.view, step.node
     fact = fact_of(node.op_type)
-    given = [look.shape(view, name) for name in step.inputs if name]
+    given = [lookup.shape(view, name) for name in step.inputs if name]
     first = given[0] if given else None
     weight = layer_weight(view, node)
-    if weight is not None and "Conv" in node.op_type:
-        rest = (None,) * (len(weight.dims) - 2)
-        return (first[0] if first else None, weight_width(view, node), *rest)
+    operator = OPERATORS.get(node.op_type)
+    if weight is not None and operator is not None and operator.convolves:
+        rows, places = first[0] if first else None, (None,) * (len(weight.dims) - 2)
+        width = weight_width(view, node)
+        return (rows, width, *places) if operator.axis == CHANNELS else (rows, *places, width)
     if first is None or fact is None:
         return None
     if fact.links is links.same:

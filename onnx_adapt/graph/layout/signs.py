@@ -10,7 +10,7 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.layout.links import einsum_letters
-from onnx_adapt.graph.layout.look import Look, Place, Step, single
+from onnx_adapt.graph.layout.lookup import Lookup, Place, Step, single
 
 
 class Strength(IntEnum):
@@ -26,7 +26,9 @@ class Strength(IntEnum):
 
 
 class Sign(NamedTuple):
-    """A sign that a tensor has its features on an axis.
+    """The evidence of one node that a tensor has its features on an axis.
+
+    A Conv, for example, is evidence that its input and its output have them on axis 1.
 
     Attributes:
         place: The tensor.
@@ -49,58 +51,61 @@ class Sign(NamedTuple):
         return f"{self.node.op_type}{name}"
 
 
-Where = Callable[[Look, Step], int | None]
+Where = Callable[[Lookup, Step], int | None]
 
 
 def sign(
-    look: Look, step: Step, position: int, axis: int, strength: Strength, *, makes: bool
+    lookup: Lookup, step: Step, position: int, axis: int, strength: Strength, *, makes: bool
 ) -> Iterator[Sign]:
     """The sign at an input or output of a node, if it is there and not constant."""
     names = step.outputs if makes else step.inputs
     name = names[position] if position < len(names) else ""
-    if not name or (not makes and look.constant(step.view, name)):
+    if not name or (not makes and lookup.constant(step.view, name)):
         return
-    rank = look.rank(step.view, name)
+    rank = lookup.rank(step.view, name)
     if rank is None and axis in (1, -1):
-        yield Sign(look.place(step.view, name), axis, step.node, strength, makes)
+        yield Sign(lookup.place(step.view, name), axis, step.node, strength, makes)
     elif rank is not None and -rank <= axis < rank:
-        yield Sign(look.place(step.view, name), axis % rank, step.node, strength, makes)
+        yield Sign(lookup.place(step.view, name), axis % rank, step.node, strength, makes)
 
 
 def channels_last(default: int) -> Where:
     """Channels are last where the attribute `channels_last` says so."""
 
-    def where(look: Look, step: Step) -> int:
+    def where(lookup: Lookup, step: Step) -> int:
         return -1 if step.integer("channels_last", default) else 1
 
     return where
 
 
-def normalised(look: Look, step: Step) -> int | None:
+def normalised(lookup: Lookup, step: Step) -> int | None:
     """The last axis, if a normalisation is over no other."""
-    axis, rank = step.integer("axis", -1), look.rank(step.view, step.read(0))
+    axis, rank = step.integer("axis", -1), lookup.rank(step.view, step.read(0))
     return -1 if axis == -1 or (rank is not None and axis == rank - 1) else None
 
 
-def centred(look: Look, step: Step) -> int | None:
+def centred(lookup: Lookup, step: Step) -> int | None:
     """The one axis, beside the batch, that means and variances are not taken over."""
-    over, rank = step.integers("axes") or [0, 2, 3], look.rank(step.view, step.read(0)) or 0
+    over, rank = step.integers("axes") or [0, 2, 3], lookup.rank(step.view, step.read(0)) or 0
     kept = [k for k in range(1, rank) if k not in over and k - rank not in over]
     return kept[0] if len(kept) == 1 else None
 
 
-def embedded(look: Look, step: Step) -> int | None:
+def embedded(lookup: Lookup, step: Step) -> int | None:
     """The last axis, if rows of a table of floats are looked up."""
-    table = look.weight(step, 0)
+    table = lookup.weight(step, 0)
     if table is None or table.elem_type not in FLOATS or len(table.dims) != 2:
         return None
-    rows = step.integer("axis", 0) in (0, -2) and not look.weight(step, 1)
+    rows = step.integer("axis", 0) in (0, -2) and not lookup.weight(step, 1)
     return -1 if rows else None
 
 
-def resized(look: Look, step: Step) -> int | None:
+def resized(lookup: Lookup, step: Step) -> int | None:
     """Axis 1 or the last, if pictures are resized along all others but the first."""
-    before, after = look.shape(step.view, step.read(0)), look.shape(step.view, step.outputs[0])
+    before, after = (
+        lookup.shape(step.view, step.read(0)),
+        lookup.shape(step.view, step.outputs[0]),
+    )
     if before is None or after is None or not 3 <= len(before) == len(after):
         return None
     kept = [axis for axis in range(1, len(before)) if before[axis] == after[axis] is not None]
@@ -112,10 +117,10 @@ def resized(look: Look, step: Step) -> int | None:
 def multiplied(weight: int, flags: tuple[str, ...] = ()) -> Where:
     """The last axis, if the matrix at a position is the weight of a Linear."""
 
-    def where(look: Look, step: Step) -> int | None:
-        constant = look.weight(step, weight)
-        rank = len(constant.dims) if constant else look.rank(step.view, step.read(weight))
-        before = look.rank(step.view, step.read(0))
+    def where(lookup: Lookup, step: Step) -> int | None:
+        constant = lookup.weight(step, weight)
+        rank = len(constant.dims) if constant else lookup.rank(step.view, step.read(weight))
+        before = lookup.rank(step.view, step.read(0))
         linear = constant is not None or (rank == 2 and before is not None and before > 2)
         turned = any(step.integer(flag, 0) for flag in flags)
         return -1 if linear and rank != 1 and not turned else None
@@ -123,21 +128,21 @@ def multiplied(weight: int, flags: tuple[str, ...] = ()) -> Where:
     return where
 
 
-def matrices(look: Look, step: Step) -> Iterator[Sign]:
+def matrices(lookup: Lookup, step: Step) -> Iterator[Sign]:
     """A matrix in front multiplies the axis before the last; a vector takes one away."""
-    first, second = (look.weight(step, i) for i in (0, 1))
+    first, second = (lookup.weight(step, i) for i in (0, 1))
     if second is not None and len(second.dims) == 1:
-        yield from sign(look, step, 0, -1, Strength.LINEAR, makes=False)
+        yield from sign(lookup, step, 0, -1, Strength.LINEAR, makes=False)
     if first is None or second is not None or len(first.dims) < 2:
         return
-    yield from sign(look, step, 1, -2, Strength.LINEAR, makes=False)
-    yield from sign(look, step, 0, -2, Strength.LINEAR, makes=True)
+    yield from sign(lookup, step, 1, -2, Strength.LINEAR, makes=False)
+    yield from sign(lookup, step, 0, -2, Strength.LINEAR, makes=True)
 
 
-def einsum_signs(look: Look, step: Step) -> Iterator[Sign]:
+def einsum_signs(lookup: Lookup, step: Step) -> Iterator[Sign]:
     """A product with a constant is a Linear over the letters that the constant brings."""
     letters = einsum_letters(step)
-    weights = [i for i in range(len(step.inputs)) if look.weight(step, i)]
+    weights = [i for i in range(len(step.inputs)) if lookup.weight(step, i)]
     if letters is None or len(step.inputs) != 2 or len(weights) != 1:
         return
     (w,) = weights
@@ -146,17 +151,17 @@ def einsum_signs(look: Look, step: Step) -> Iterator[Sign]:
     new = [c for c in constant if c in made and c not in given]
     if len(summed) == 1:
         axis = given.index(summed[0])
-        yield from sign(look, step, 1 - w, axis, Strength.LINEAR, makes=False)
+        yield from sign(lookup, step, 1 - w, axis, Strength.LINEAR, makes=False)
     if len(new) == 1:
-        yield from sign(look, step, 0, made.index(new[0]), Strength.LINEAR, makes=True)
+        yield from sign(lookup, step, 0, made.index(new[0]), Strength.LINEAR, makes=True)
 
 
-def per_channel(look: Look, step: Step) -> Iterator[Sign]:
+def per_channel(lookup: Lookup, step: Step) -> Iterator[Sign]:
     """A constant with one number for each entry of one axis: a scale, a shift, a slope."""
     if len(step.inputs) != 2 or not step.outputs:
         return
     for i in (0, 1):
-        constant, shape = look.weight(step, i), look.shape(step.view, step.read(1 - i))
+        constant, shape = lookup.weight(step, i), lookup.shape(step.view, step.read(1 - i))
         if constant is None or shape is None or constant.elem_type not in FLOATS:
             continue
         wide = single(constant.dims)
@@ -164,5 +169,5 @@ def per_channel(look: Look, step: Step) -> Iterator[Sign]:
         if wide is None or axis is None or not 0 < axis + len(shape) < len(shape):
             continue
         if shape[axis] == constant.dims[wide]:
-            yield from sign(look, step, 1 - i, axis, Strength.CONSTANT, makes=False)
-            yield from sign(look, step, 0, axis, Strength.CONSTANT, makes=True)
+            yield from sign(lookup, step, 1 - i, axis, Strength.CONSTANT, makes=False)
+            yield from sign(lookup, step, 0, axis, Strength.CONSTANT, makes=True)

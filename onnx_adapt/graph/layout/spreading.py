@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from onnx_adapt.graph.layout.links import Link
-from onnx_adapt.graph.layout.look import Place
+from onnx_adapt.graph.layout.lookup import Place
 from onnx_adapt.graph.layout.signs import Sign
 
 Signs = dict[Place, dict[int, Sign]]

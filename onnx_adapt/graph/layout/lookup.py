@@ -1,4 +1,4 @@
-"""What the layout analysis looks up: shapes, small constant numbers, attributes."""
+"""What the layout analysis asks of a model: shapes, small constants, attributes."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def step_of(view: GraphView, node: onnx.NodeProto) -> Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Looks things up in an indexed model.
+class Lookup:
+    """The answers of an indexed model, with the shapes that its operators leave to be found.
 
     Attributes:
         index: The model.

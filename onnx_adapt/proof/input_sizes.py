@@ -1,4 +1,8 @@
-"""Which sizes the open axes of a model's inputs get when inputs are made up."""
+"""The sizes to try for the open axes of a model's inputs when inputs are made up.
+
+Example: the input `ids [batch, length]` has a batch axis and a sequence axis. The first sizes
+to try are `[1, 12]`; the second set of inputs gets `[2, 9]`.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,13 @@ _LADDERS: dict[str, tuple[tuple[int, int], ...]] = {
     CHANNEL: ((3, 3), (1, 1)),
     PAST: ((0, 0), (8, 5)),
 }
-"""Sizes to try for each kind of axis, the likeliest first, each with another for the second
-set of inputs. Only a waveform can be long: a picture of 8000 by 8000 fills the memory."""
+"""The sizes to try for each kind of axis, the likeliest first, with one for each of two sets.
+
+Only a waveform can be long, because a picture of 8000 by 8000 would not fit into memory.
+"""
 
 _SEVERAL = (PAST, PICTURE, CHANNEL, SEQUENCE, AUDIO)
-"""Of several kinds that one symbol is taken for, the first is believed."""
+"""The order of precedence if one symbol could be of several kinds."""
 
 _LABELS = (
     (PAST, r"past|cache"),
@@ -41,7 +47,7 @@ _LABELS = (
 _WORD = re.compile(r"\s*([+*])\s*")
 
 Axis = str | tuple[str, int]
-"""A symbol, which has one size in all inputs, or an input and the number of its axis."""
+"""A symbol, which has the same size everywhere, or an input and the number of its axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,9 @@ class Sizes:
     """The size of every kind of axis in one set of inputs.
 
     Attributes:
-        batch: Of batch axes.
-        steps: For each other kind its place on the ladder.
-        second: Whether the second size of each place is meant.
+        batch: The size of batch axes.
+        steps: The index into the list of sizes, for each other kind.
+        second: Whether the second size of each entry is used.
     """
 
     batch: int
@@ -73,9 +79,9 @@ class Sizes:
 
 
 def first_sizes(kinds: set[str]) -> Iterator[Sizes]:
-    """Every combination of the kinds' sizes, those that are high on no ladder first.
+    """Every combination of sizes, beginning with the likeliest.
 
-    A model that was exported with fixed parts may run with no batch but one of two.
+    A model that was exported for a fixed batch may run only with a batch of two.
     """
     ladders = sorted(kinds & _LADDERS.keys())
     ranges = (range(len(_LADDERS[kind])) for kind in ladders)
@@ -85,13 +91,13 @@ def first_sizes(kinds: set[str]) -> Iterator[Sizes]:
 
 
 def second_sizes(worked: Sizes) -> Iterator[Sizes]:
-    """Other sizes than those that worked: the second ones, then only another batch."""
+    """Sizes other than those that worked: the second ones, then only another batch."""
     for batch, second in ((2, True), (2, False), (1, True), (1, False)):
         yield Sizes(batch, worked.steps, second)
 
 
 def axis_kinds(inputs: Mapping[str, TensorType]) -> dict[Axis, str]:
-    """What every open axis of the inputs is, by its symbol, the input's name and its rank."""
+    """The kind of each open axis, from its symbol, the name of the input and its rank."""
     found: dict[Axis, set[str]] = {}
     for name, known in inputs.items():
         for axis, dim in enumerate(known.shape or ()):
@@ -146,7 +152,7 @@ def _evaluated(dim: str, sizes: Mapping[Axis, int]) -> int:
 
 
 def _kind(label: str, name: str, known: TensorType, axis: int) -> str:
-    """What one open axis is: by its label, else by the input's rank and type."""
+    """The kind of one open axis, from its label or else from the input's rank and type."""
     shape, label = known.shape or (), label.lower()
     named = next((kind for kind, words in _LABELS if re.search(words, label)), None)
     if axis == 0 and named not in (SEQUENCE, PAST, TOTAL, PICTURE):
@@ -170,7 +176,7 @@ def _has_numbers(known: TensorType) -> bool:
 
 
 def _is_waveform(known: TensorType) -> bool:
-    """Whether an input is at most a batch of channels of one long axis."""
+    """Whether an input has one long axis, besides a batch and channels."""
     shape = known.shape or ()
     rest = shape[1:] if len(shape) > 1 else shape
     open_axes = [dim for dim in rest if not isinstance(dim, int)]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's session on a model with slots, and which of its weights can be fed."""
+"""A model loaded into ONNX Runtime, and which weights of its slots can be fed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from onnx_adapt.ort import (
     start_session,
     without_slot_warnings,
 )
-from onnx_adapt.session.loaded import stamp_of
+from onnx_adapt.session.ort_adapter import stamp_of
 from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
 from onnx_adapt.words import beside
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
 
 
-class Engine:
-    """ONNX Runtime on a model, and what of the model can be fed.
+class LoadedModel:
+    """A session of ONNX Runtime on one model.
 
     Args:
         model: Its path, or the model in memory.
@@ -40,7 +40,7 @@ class Engine:
         options: Session options, or None.
 
     Attributes:
-        label: What to call the model.
+        label: The name of the model in messages.
         inputs: The declared shape of each input that must be fed.
         outputs: The declared shape of each output.
         manifest: The record of its slots, or None.
@@ -75,10 +75,10 @@ class Engine:
         return self._session
 
     def close(self) -> None:
-        """Let go of the model; runs that are under way hold it until they end."""
+        """Free the model once the runs under way have ended."""
         self._session = None
 
-    def asked(self, outputs: Sequence[str] | None) -> list[str]:
+    def output_names(self, outputs: Sequence[str] | None) -> list[str]:
         """The names of the outputs to compute.
 
         Raises:
@@ -131,10 +131,10 @@ class Engine:
 
 
 def native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The feeds in this machine's byte order: ONNX Runtime reads any array as if it were.
+    """Turn feeds into this machine's byte order, which ONNX Runtime takes for granted.
 
     Raises:
-        RunError: If they are no feeds.
+        RunError: If they are no mapping.
     """
     if not isinstance(feeds, Mapping):
         raise RunError(
@@ -152,7 +152,7 @@ def native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
 def _start(
     model: str | os.PathLike[str] | Model, providers: Sequence[Any] | None, options: Any
 ) -> tuple[str, Any]:
-    """Start ONNX Runtime; what to call the model, and the session."""
+    """Start ONNX Runtime; returns the model's name for messages, and the session."""
     given: str | bytes
     if isinstance(model, str | os.PathLike):
         label, given = Path(model).name, os.fspath(model)
@@ -187,10 +187,10 @@ def _head(given: str | bytes) -> bytes:
 
 
 def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
-    from onnx_adapt.model.file import Model as Opened
+    from onnx_adapt.model.file import Model as AnyModel
     from onnx_adapt.model.runtime_bytes import model_bytes
 
-    if not isinstance(model, Opened):
+    if not isinstance(model, AnyModel):
         raise RunError(
             f"{type(model).__name__} is no model", hint="give a path, or an onnx_adapt.Model"
         )
@@ -199,7 +199,7 @@ def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
 
 
 def _weight_names(record: str | None) -> set[str]:
-    """The weights of slots, those that replace the base's, and those that are replaced."""
+    """The names of slots' weights, of replaceable weights, and of their originals."""
     if not record:
         return set()
     manifest = manifest_from_text(record)
@@ -208,10 +208,10 @@ def _weight_names(record: str | None) -> set[str]:
 
 
 def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str, Array]]:
-    """A way to the base's own values of weights that adapters replace: they are in its file.
+    """Make a function that reads the base's own values of replaceable weights.
 
     Raises:
-        RunError: When they are asked for, if the file is another one by then.
+        RunError: From that function, if the model file was replaced since.
     """
     path = Path(model).absolute() if isinstance(model, str | os.PathLike) else None
     stamp = stamp_of(path) if path else None

@@ -1,4 +1,4 @@
-"""An adapter as ONNX Runtime takes it: loaded, with everything it refers to held."""
+"""An adapter as ONNX Runtime takes it, with everything that must stay alive for its runs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,42 @@ from onnx_adapt.formats import FORMATS
 from onnx_adapt.ort import failures, onnxruntime, shortened
 
 Stamp = tuple[int, int, int]
-"""What changes when a file is replaced: inode, size, time of change in nanoseconds."""
+"""The version of a file: its inode, size, and time of change in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """What a session has loaded under one name.
+
+    Attributes:
+        name: The name to run it by.
+        path: The file it came from, or None.
+        bytes: The number of bytes of its weights.
+        last_used: When a run last asked for it, in seconds since the epoch.
+    """
+
+    name: str
+    path: Path | None
+    bytes: int
+    last_used: float
 
 
 @dataclass(slots=True, eq=False)
-class Loaded:
+class OrtAdapter:
     """An adapter in memory, ready for any number of runs.
 
-    ONNX Runtime holds no reference to a LoraAdapter, nor to the arrays behind a value: a
-    run that has lost them gives the base's outputs. They live as long as this object.
+    ONNX Runtime keeps no reference to a LoraAdapter or to the arrays behind an OrtValue, and
+    a run without them silently gives the base's outputs. This object keeps them alive.
 
     Attributes:
         path: The file, or None for an adapter made in memory.
-        stamp: Of that file when it was read.
-        size: Bytes of all weights.
-        names: The model inputs it feeds.
-        options: Run options with the adapter active, if ONNX Runtime mapped the file.
+        stamp: The version of that file that was read.
+        size: The number of bytes of all weights.
+        names: The model inputs that it feeds.
+        options: Run options with the adapter active, or None if ONNX Runtime did not map
+            its file.
         last_used: When a run last asked for it (`time.time()`).
-        rest: Weights that keep the slots it does not cover off, by input name.
+        rest: Weights by input name that keep the slots off for which it has none.
     """
 
     path: Path | None
@@ -46,17 +64,17 @@ class Loaded:
     names: frozenset[str]
     options: Any
     last_used: float
-    _held: Any
+    _lora: Any
     _adapter: Adapter | None
     rest: Mapping[str, Any] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Adapter:
-        """The weights; of a file that ONNX Runtime mapped they are read when asked for.
+        """The weights; those of a mapped file are read when they are first needed.
 
         Raises:
-            AdapterError: If that file is another one by now.
+            AdapterError: If that file was replaced.
         """
         if self._adapter is None:
             assert self.path is not None
@@ -78,18 +96,22 @@ class Loaded:
             self._values = {**values, **self.rest}
         return self._values
 
+    def described(self, name: str) -> LoadedAdapter:
+        """What the session says of it under a name."""
+        return LoadedAdapter(name, self.path, self.size, self.last_used)
+
     @property
     def replaced(self) -> bool:
-        """Whether its file is another one by now."""
+        """Whether its file was replaced since it was read."""
         return self.path is not None and stamp_of(self.path) != self.stamp
 
     def refuse_overwritten(self) -> None:
-        """Refuse a mapped file into which something was written: its weights changed too.
+        """Refuse a mapped file that was written into: its weights in memory changed too.
 
-        Of one that was cut short even reading would end the process.
+        If the file was cut short, even reading the weights would end the process.
 
         Raises:
-            AdapterError: If it was.
+            AdapterError: If something was written into the file.
         """
         if self.options is None or self.path is None:
             return
@@ -110,7 +132,7 @@ def as_ort_value(array: Array) -> Any:
     return kind.ortvalue_from_numpy(array)
 
 
-def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
+def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, OrtAdapter]:
     """Read an adapter from a file, or take one that is in memory.
 
     ONNX Runtime maps a file of a `mapped` format into memory itself.
@@ -124,41 +146,41 @@ def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
     """
     if isinstance(source, Adapter):
         return source, _loaded(source, None, (0, 0, 0))
-    path = Path(source).absolute()  # the working directory may change until it is reloaded
-    while True:  # until what was read is what stays: files may be replaced meanwhile
+    path = Path(source).absolute()  # for a reload, when the working directory may differ
+    while True:  # again if the file is replaced while it is read
         stamp = stamp_of(path)
         row = FORMATS.get(path.suffix)
         if row and row.mapped:
-            adapter, (held, options) = _mapped(path), _activated(path)
+            adapter, (lora, options) = _mapped(path), _activated(path)
         else:
-            adapter, held, options = load_adapter(path), None, None
+            adapter, lora, options = load_adapter(path), None, None
         if stamp_of(path) == stamp:
-            return adapter, _loaded(adapter, path, stamp, held, options)
+            return adapter, _loaded(adapter, path, stamp, lora, options)
 
 
 def _mapped(path: Path) -> Adapter:
-    """An adapter as views of its file, which they hold open: to be checked and let go of."""
-    if not path.is_file():  # a pipe would be waited for
+    """Read an adapter as views of its mapped file, only to check it."""
+    if not path.is_file():  # to open a pipe would block
         return load_adapter(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # missing, or empty: reading it tells which
+    except (OSError, ValueError):  # missing or empty, which `load_adapter` tells apart
         return load_adapter(path)
     return read_adapter(data, path)  # type: ignore[arg-type]
 
 
 def _loaded(
-    adapter: Adapter, path: Path | None, stamp: Stamp, held: Any = None, options: Any = None
-) -> Loaded:
+    adapter: Adapter, path: Path | None, stamp: Stamp, lora: Any = None, options: Any = None
+) -> OrtAdapter:
     feeds = adapter.feeds()
     size = sum(array.nbytes for array in feeds.values())
-    kept = None if held else adapter
-    return Loaded(path, stamp, size, frozenset(feeds), options, time.time(), held, kept)
+    kept = None if lora else adapter
+    return OrtAdapter(path, stamp, size, frozenset(feeds), options, time.time(), lora, kept)
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Tells one version of a file from the next; zeros if there is none."""
+    """The version of a file; zeros if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -167,7 +189,7 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def _activated(path: Path) -> tuple[Any, Any]:
-    """ONNX Runtime's own adapter on a file, and run options in which it is active."""
+    """Load a file as ONNX Runtime's own adapter, and make run options with it active."""
     ort = onnxruntime()
     adapter, options = ort.LoraAdapter(), ort.RunOptions()
     try:

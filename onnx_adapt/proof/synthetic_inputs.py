@@ -1,4 +1,4 @@
-"""Inputs for a model, made from its signature, for a proof without real data."""
+"""Inputs that are made up from the signature of a model, for a proof without real data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx_adapt.errors import UnprovableError
 from onnx_adapt.graph.index import GraphView, ModelIndex, TensorType, attribute, elem_name
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.proof.feeds import Feeds, no_npz_hint, required_inputs
-from onnx_adapt.proof.sizes import BATCH, Axis, Sizes, axis_kinds, shape_of
+from onnx_adapt.proof.input_sizes import BATCH, Axis, Sizes, axis_kinds, shape_of
 
 _PASS_ON = {
     "Cast",
@@ -44,12 +44,12 @@ class _Use:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is known of a model's inputs, to make some up.
+    """What is known about a model's inputs, from which values are made up.
 
     Attributes:
-        inputs: The type of each that must be fed.
-        kinds: What each of their open axes is.
-        seed: Of the random numbers.
+        inputs: The type of each input that must be fed.
+        kinds: The kind of each open axis.
+        seed: The seed of the random numbers.
     """
 
     inputs: Mapping[str, TensorType]
@@ -64,7 +64,7 @@ class Recipe:
 
     @property
     def has_integers(self) -> bool:
-        """Whether there are integers, which may have to be others than those tried first."""
+        """Whether there are integers, for which other values may have to be tried."""
         return any(
             elem_name(known.elem_type) in ("int64", "int32") for known in self.inputs.values()
         )
@@ -77,10 +77,11 @@ class Recipe:
         }
 
     def feeds(self, sizes: Sizes, variant: int = 0, constant: int | None = None) -> Feeds:
-        """One set of inputs; variant 1 has other numbers than 0 and takes other branches.
+        """One set of inputs; variants 0 and 1 have different numbers and take other branches.
 
         Ids stay inside the table they index, masks are ones, integers that the graph
-        compares with a constant take that value. With a `constant` other integers are it.
+        compares with a constant take that value. If a
+        `constant` is given, all other integers take that value.
         """
         shapes = self.shapes(sizes)
         rng = np.random.default_rng(self.seed + variant)
@@ -134,7 +135,7 @@ class Recipe:
         return one and (elem_name(known.elem_type) == "bool" or bool(use.compared))
 
     def _length(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The size of the longest axis that has none of its own, which lengths are about."""
+        """The size of the longest open axis, which is taken as the value of lengths."""
         return max(
             (
                 shapes[name][axis]
@@ -147,7 +148,7 @@ class Recipe:
 
 
 def read_recipe(index: ModelIndex, seed: int) -> Recipe:
-    """Find out what a model's inputs are.
+    """Read what is known about a model's inputs.
 
     Raises:
         UnprovableError: If one is of a kind that cannot be made up.
@@ -168,7 +169,7 @@ def read_recipe(index: ModelIndex, seed: int) -> Recipe:
 
 
 def _head_sizes(index: ModelIndex) -> dict[str, int]:
-    """The last axis of keys and values in a cache, which onnxruntime-genai leaves open."""
+    """The last axis of cached keys and values, which onnxruntime-genai does not declare."""
     sizes = {}
     for node in index.main.nodes:
         if node.op_type != "GroupQueryAttention":
@@ -199,7 +200,7 @@ def _trace(index: ModelIndex, name: str) -> _Use:
 
 
 def _note(use: _Use, view: GraphView, node: onnx.NodeProto, position: int) -> None:
-    """Note what a node that reads an input at this position does with its values."""
+    """Record how a node uses the values of the input that it reads at this position."""
     rows = None
     if node.op_type in ("Gather", "GatherBlockQuantized") and position == 1:
         table = find_weight(view, node.input[0])

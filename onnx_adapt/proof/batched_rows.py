@@ -29,7 +29,7 @@ from onnx_adapt.slot.weights import fan_in, neutral_weights, part_shape
 _ADAPTERS = 3
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 _CLEAR = 10
-"""How many times what is tolerated the outputs must move for a mix-up to show."""
+"""How many times the tolerance the outputs must move, so that a mix-up is noticed."""
 
 
 def check_rows(
@@ -40,21 +40,21 @@ def check_rows(
     seed: int,
     providers: Providers,
 ) -> Check:
-    """Rows with another adapter each, in one run, are as in runs with one adapter for all.
+    """Check that each row of a mixed batch is computed with the adapter meant for it.
 
-    A tensor whose first axis is not the batch, or that has the rows in another order,
-    would give a row the adapter of another.
+    One run gives each row another adapter, and is compared with runs that give all rows the
+    same one. If the first axis of a tensor is not the batch, or has the rows in another
+    order, a row gets the adapter of another row and this check fails.
 
-    What rounding may do shows in two runs for each adapter: alone, and packed among the
-    others with all rows of the batch given to it. A row of the mixed run lies among its
-    rows of these two, or is no further outside than they, or the base's own outputs, are
-    from each other.
+    The tolerance comes from two runs for each adapter: one with it alone, and one with it
+    packed among the others. A row of the mixed run must lie between its rows of these two,
+    or outside by no more than these, or the base's own outputs, differ.
 
     Args:
         model: A model with batched slots, all off.
         slots: The batched slots.
         feeds: Inputs that the model runs with.
-        spread: How far the base's own outputs are apart, relative to their largest value.
+        spread: How much the base's own outputs differ, relative to their largest value.
         seed: The seed of the random adapters.
         providers: Where the model runs.
     """

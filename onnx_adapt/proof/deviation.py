@@ -1,4 +1,4 @@
-"""How near a slot's output is to the formula, in parts of what rounding allows."""
+"""How far a slot's output is from the formula, compared with what rounding allows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from onnx_adapt.slot.parts import PARTS
 
 
 @dataclass(frozen=True, slots=True)
-class Nearness:
-    """What was seen at one slot.
+class Deviation:
+    """How far the outputs of one slot are from the formula.
 
     Attributes:
-        ratio: The largest error of an element in parts of its bound; over 1 is more than
-            rounding explains.
-        error: The largest error, relative to the largest value of the output; of the
-            element of `ratio` where that is over 1.
+        ratio: The largest error of an element divided by its bound; more than 1 is more
+            than rounding explains.
+        error: The largest error, relative to the largest value of the output. If `ratio`
+            is more than 1, the error of the same element.
         bound: The bound of the same element, relative to the same value.
         judged: How many elements have a bound.
-        unjudged: How many have none: what the slot reads, or may compute, is not finite.
-        shown: Whether the slot changes an element by more than its bound, so that another
-            formula would have been seen.
+        unjudged: How many elements have no bound, because what the slot reads or may
+            compute is not finite.
+        shown: Whether the slot changes an element by more than its bound. Otherwise a wrong
+            formula could pass.
     """
 
     ratio: float = 0.0
@@ -38,10 +39,10 @@ class Nearness:
     unjudged: int = 0
     shown: bool = False
 
-    def __or__(self, other: Nearness) -> Nearness:
-        """Both: the worse of their errors."""
+    def __or__(self, other: Deviation) -> Deviation:
+        """Both together, with the worse of their errors."""
         worse = max(self, other, key=lambda seen: (seen.ratio > 1, seen.error))
-        return Nearness(
+        return Deviation(
             max(self.ratio, other.ratio),
             worse.error,
             worse.bound,
@@ -51,27 +52,27 @@ class Nearness:
         )
 
 
-WRONG = Nearness(ratio=float("inf"), error=float("inf"), judged=1, shown=True)
-"""Another shape, weights that are no numbers, or numbers where the formula has none."""
+WRONG = Deviation(ratio=float("inf"), error=float("inf"), judged=1, shown=True)
+"""The shape is wrong, weights are not finite, or the output is where the formula is not."""
 
 
 _PIECE = 1 << 15
-"""So many numbers at a time stay near the processor, which is several times as fast."""
+"""How many numbers are compared at a time; they fit into the processor's cache."""
 
 
-def slot_nearness(
+def slot_deviation(
     slot: Slot,
     tensors: Sequence[Array],
     weights: Mapping[str, Array],
     norm: Norm | None = None,
-) -> Nearness:
-    """Compare what a slot gave with the formula of what it read.
+) -> Deviation:
+    """Compare the output of a slot with the formula for its inputs.
 
     Args:
         slot: The slot.
         tensors: Its target, source, output and, if it has one, `plus`.
-        weights: Its weights by part, and what a batched slot has for each row.
-        norm: The base's normalisation that `slot.norm` means.
+        weights: Its weights by part, with those that a batched slot has for each row.
+        norm: The normalisation of the base that `slot.norm` names.
     """
     target, _, output, *_ = tensors
     finite = all(np.isfinite(value.astype(np.float64)).all() for value in weights.values())
@@ -79,17 +80,18 @@ def slot_nearness(
         return WRONG
     sizes = np.abs(output.astype(np.float64))
     largest = float(sizes.max(where=np.isfinite(sizes), initial=0.0)) or 1.0
-    found = Nearness()
+    found = Deviation()
     for to, read, gave, *more in _pieces(slot, tensors):
         formula = slot_bounded(slot, to, read, weights, norm, more[0] if more else None)
-        found |= _nearness(gave, formula, to, largest)
+        found |= _deviation(gave, formula, to, largest)
     return found
 
 
 def _pieces(slot: Slot, tensors: Sequence[Array]) -> Iterator[list[Array]]:
-    """Tensors of a slot cut alike, into parts that the formula can be held against alone.
+    """Cut the tensors of a slot into pieces that can be compared with the formula alone.
 
-    Positions do not meet in it but in a window, in the mean of a gate, and by row.
+    The formula treats positions separately, except in a window, in the mean of a gate and
+    where rows have weights of their own.
     """
     target = tensors[0]
     places = {(x.shape[0], *x.shape[2:]) if slot.axis == 1 else x.shape[:-1] for x in tensors}
@@ -107,12 +109,12 @@ def _pieces(slot: Slot, tensors: Sequence[Array]) -> Iterator[list[Array]]:
             yield [item[at : at + step] for item in flat]
 
 
-def _nearness(output: Array, formula: Bounded, target: Array, largest: float) -> Nearness:
+def _deviation(output: Array, formula: Bounded, target: Array, largest: float) -> Deviation:
     """Compare an output with the formula, element by element.
 
-    Where the formula is not finite, the slot reads what is not, because its weights are
-    finite; then its output must be the same infinity, or NaN, which depends on the order
-    of a sum (`inf - inf`). Where a number may pass the type's largest, nothing is said.
+    Its weights are finite, so the formula is not finite only where the slot reads a value
+    that is not. There the output must be the same infinity or NaN, because `inf - inf`
+    depends on the order of a sum. An element that may overflow its type is not judged.
     """
     value, bound, wide = formula.value, formula.bound, output.astype(np.float64)
     finite = np.isfinite(value)
@@ -130,10 +132,10 @@ def _nearness(output: Array, formula: Bounded, target: Array, largest: float) ->
         ratios[np.isnan(off)] = np.inf
         shown = bool(((np.abs(value - target) > bound) & judged).any())
     if not count:
-        return Nearness(unjudged=value.size)
+        return Deviation(unjudged=value.size)
     ratio = float(ratios.max())
     worst = np.unravel_index((ratios if ratio > 1 else off).argmax(), off.shape)
-    return Nearness(
+    return Deviation(
         ratio,
         float(off[worst]) / largest,
         float(bound[worst]) / largest,

@@ -1,4 +1,4 @@
-"""Whether a model with its slots off is its base."""
+"""The proof that a model with its slots off computes what its base does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance, in_words
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.result import Check
-from onnx_adapt.proof.roundings import beyond, is_finite_where, kept_apart, shaken
+from onnx_adapt.proof.roundings import beyond, is_finite_where, kept_apart, perturbed
 from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
@@ -29,25 +29,26 @@ _HALVES = {ELEM_TYPES[name]: name for name in ("float16", "bfloat16")}
 
 @dataclass(slots=True)
 class OffProof:
-    """The runs of a base, and of a model that with its slots off should be it.
+    """The runs of a base and of a model with its slots off, which must agree.
 
-    Without optimisation the two run the same kernels but for the slots', which add zero: the
-    outputs are the same bit for bit. With optimisation they are too, unless a slot keeps
-    ONNX Runtime from fusing nodes: then they are those of the base that keeps the same
-    tensors apart, or one more among the base's own roundings (`roundings.py`).
+    Without optimisation both models run the same kernels, and those of the slots add zero,
+    so the outputs must be the same bit for bit. With optimisation they are the same too,
+    unless a slot prevents ONNX Runtime from fusing nodes. Then the outputs must be those of
+    the base with the same tensors kept apart, or lie among the outputs that the base gives
+    when it is rounded differently (`roundings.py`).
 
-    Two kinds of models round differently without optimisation as well: float16 and bfloat16
-    nodes run between casts, of which ONNX Runtime drops what it can; and a weight that
-    became an input is no constant, so other kernels read it.
+    Two kinds of models round differently even without optimisation. float16 and bfloat16
+    nodes run between casts, some of which ONNX Runtime removes. A weight that became an
+    input is no longer a constant, so other kernels read it.
 
     Attributes:
         base: The base, with its functions inlined if the adapted model's are.
         slots: The slots.
-        weights: Weights of the base that adapters may replace.
+        weights: The weights of the base that adapters may replace.
         feeds: Inputs that the base runs with.
         expected: The base's outputs for them, by whether ONNX Runtime may optimise.
-        seed: Of random changes of weights.
-        tell: Told what is being done.
+        seed: The seed of the random changes of weights.
+        tell: Called with what is being done.
         providers: Where the models run.
     """
 
@@ -86,7 +87,7 @@ class OffProof:
         return beyond([self.expected[False], self.expected[True]], self.expected[True]).allowed
 
     def _explain(self, got: Sequence[Values], optimised: bool) -> tuple[bool, str]:
-        """Whether rounding explains outputs that are not the base's, and how."""
+        """Whether rounding explains outputs that differ from the base's, and how."""
         wavers = False, "; the base itself gives different outputs each time"
         if not optimised and self._is_exact():
             return wavers if self._base_wavers() else (False, ", where not one bit may differ")
@@ -104,9 +105,9 @@ class OffProof:
                 break
             self.tell("running the base with weights moved by what rounding does")
             try:
-                moved = self._run(shaken(self.base, self.seed + number), True)
+                moved = self._run(perturbed(self.base, self.seed + number), True)
             except RunError:
-                continue  # a weight that must be what it is
+                continue  # one of the weights must keep its value
             if is_finite_where(self.expected[optimised], moved):
                 known.append(moved)
                 found = beyond(known, got)
@@ -120,7 +121,7 @@ class OffProof:
         return found.within, words
 
     def _run(self, model: Model, optimised: bool) -> list[Values]:
-        """The outputs from a session that is gone afterwards: weights are in memory once."""
+        """The outputs of a model. Its session is freed here, to hold weights only once."""
         runner = Runner(model, self.providers, optimised=optimised)
         names = list(self.expected[True][0])
         return [runner.run(feeds, names) for feeds in self.feeds]
@@ -131,7 +132,7 @@ class OffProof:
         return distance(self.expected[False], self._run(self.base, False)) > 0
 
     def _is_exact(self) -> bool:
-        """Whether ONNX Runtime computes node for node the same without optimisation."""
+        """Whether ONNX Runtime computes each node the same way without optimisation."""
         opened = any(weight.swappable for weight in self.weights)
         return not (opened or self._halves())
 
@@ -141,7 +142,7 @@ class OffProof:
         return used | {name for elem_type, name in _HALVES.items() if elem_type in stored}
 
     def _kind(self) -> str:
-        """What rounds most: quantised nodes, or the least precise element type."""
+        """What limits the precision: quantised nodes, or the least precise element type."""
         if self._operators() & _QUANTISED_OPS:
             return "quantised"
         used = {slot.dtype for slot in self.slots} | self._halves() or {"float32"}

@@ -16,6 +16,15 @@ def module_calls(modules: ModuleIndex, path: str) -> list[tuple[GraphView, list[
     An exporter does not tell the calls apart. They show in the layers: a module runs as
     often as each weight inside it is read. One without weights runs as often as it has
     parts of the same operators that do not read each other.
+
+    For example a module `block` of a Linear and a Relu that runs twice is exported as
+
+        0 MatMul(x, w) -> a      1 Relu(a) -> b
+        2 MatMul(b, w) -> c      3 Relu(c) -> d
+
+    `w` is read twice, by nodes 0 and 2, so there are two calls, which end at or behind these
+    nodes. The last call hands out `d`, one node behind its MatMul; so the first call hands out
+    what is one node behind node 0, `b`.
     """
     members: dict[str, set[int]] = {}
     for name in (path, *modules.numbered.get(path, ())):
@@ -31,6 +40,7 @@ def module_calls(modules: ModuleIndex, path: str) -> list[tuple[GraphView, list[
 
 
 def _calls(view: GraphView, inside: Sequence[int], values: ValueNumbers) -> list[str]:
+    """The output of each call of a module in one graph, whose nodes are given."""
     inside = [i for i in inside if view.nodes[i].op_type != "Constant"]
     last = last_boundary(view, inside)
     if last is None:

@@ -1,4 +1,4 @@
-"""Whether given inputs lead to a model's slots: one in a branch not taken proves nothing."""
+"""Which slots run with given inputs; a slot in a branch that is not taken is not proven."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from onnx_adapt.slot.manifest import Slot
 def unreached_slots(
     model: Model, slots: Sequence[Slot], feeds: Sequence[Feeds], providers: Providers
 ) -> list[str]:
-    """The slots in bodies of If, Loop and Scan that never ran with any of the inputs.
+    """Find the slots in bodies of If, Loop and Scan that ran with none of the inputs.
 
     Raises:
-        UnprovableError: If that is all slots.
+        UnprovableError: If no slot ran.
     """
     inside = [slot for slot in slots if slot.graph != "main"]
     if not inside:
@@ -39,7 +39,7 @@ def unreached_slots(
     seen: set[str] = set()
     for item in feeds:
         got = runner.run(item)
-        # A body that cannot be looked into, such as SequenceMap's, is taken to run.
+        # A body that cannot be tapped, such as that of SequenceMap, counts as run.
         seen |= {name for name, tap in taps.items() if tap is None or tap.read(got)}
     left = [slot.name for slot in inside if slot.name not in seen]
     if len(left) == len(slots):

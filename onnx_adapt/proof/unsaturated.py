@@ -1,9 +1,12 @@
-"""What quantizers are given, and a model in which they saturate nothing.
+"""A quantised model without saturation, and the values that its quantizers receive.
 
-A pair of QuantizeLinear and DequantizeLinear gives `scale * round(x / scale)` within the
-ends of its range. Written as just that, it rounds to the same grid and has no ends: what
-the two models differ by is the saturation and nothing else. Left out altogether, the
-pair's rounding is gone as well, which tells how far rounding moves the outputs.
+A pair of QuantizeLinear and DequantizeLinear rounds a value to a grid of steps and clips it
+to a range. Replaced by `scale * round(x / scale)`, it still rounds to the same grid but no
+longer clips, so the two models differ by saturation and nothing else. With the pair left
+out the rounding is gone too, which shows how far rounding moves the outputs.
+
+Example: uint8 with the scale 0.1 and the zero point 0 holds 0 to 25.5. For 30.04 the pair
+gives 25.5, the model without saturation 30.0, and the model without the pair 30.04.
 """
 
 from __future__ import annotations
@@ -28,21 +31,21 @@ from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.manifest import Slot
 
 _OFFSETS = (0.0, 0.25, 0.5, 0.75)
-"""Of the grid, in steps: one rounding may happen to be lucky, four differ."""
+"""Shifts of the grid in steps. One grid may happen to suit the values; four differ."""
 
 _TAPS_AT_ONCE = 32
-"""Tensors that are read in one run: all of a large model would fill the memory."""
+"""How many tensors are read in one run; those of a large model would not fit into memory."""
 
 _SIX = 6.0
-"""Quantisers drop Relu6 as well as Relu, where the range of the integers ends with it."""
+"""The upper end of Relu6, which quantisers fold into a range as they do with Relu."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """The values that one quantizer was given.
+    """The values that one quantizer received.
 
     Attributes:
-        total: How many.
+        total: The number of values.
         below: How many of them are under its range.
         above: How many of them are over its range.
         least: The least value of each channel, `()` or `(channels,)`.
@@ -58,7 +61,7 @@ class Seen:
     rank: int = 0
 
     def add(self, quantizer: Quantizer, values: Array) -> None:
-        """Take the values of one run in."""
+        """Add the values of one run."""
         wide, self.rank = values.astype(np.float64), values.ndim
         low, high = (quantizer.along(end, values.ndim) for end in quantizer.range)
         half = quantizer.along(quantizer.scale, values.ndim).astype(np.float64) / 2
@@ -76,16 +79,16 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Which ends of a range are the model's own activation: no value may pass them."""
+    """Which ends of a range are an activation of the model, and so clip on purpose."""
 
     low: bool
     high: bool
 
 
 def own_ends(quantizer: Quantizer, off: Seen) -> Ends:
-    """Tell a Relu or Relu6 that a quantiser folded into a range from an end of calibration.
+    """Find the ends of a range that are a Relu or Relu6, and not a limit of calibration.
 
-    Such a range ends exactly at 0, and the base itself runs into that end.
+    Such a range ends exactly at 0, and values of the base itself are clipped there.
     """
     low, high = (np.asarray(end) for end in quantizer.range)
     relu = off.below > 0 and bool(np.all(low == 0))
@@ -94,16 +97,16 @@ def own_ends(quantizer: Quantizer, off: Seen) -> Ends:
 
 
 Bounds = tuple[Array | None, Array | None]
-"""The least and the largest value that may pass, `()` or `(channels,)`; None for any."""
+"""The least and the largest allowed value, `()` or `(channels,)`; None is no limit."""
 
 
 def observe(
     model: Model, quantizers: Sequence[Quantizer], feeds: Iterable[Feeds], providers: Providers
 ) -> tuple[list[Seen], list[Values]]:
-    """Run a model, and read what its quantizers are given.
+    """Run a model and read the values that its quantizers receive.
 
     Returns:
-        What each was given, and the model's outputs for each set of inputs.
+        The values of each quantizer, and the model's outputs for each set of inputs.
     """
     tapped = model.copy()
     tapper = Tapper(tapped.proto)
@@ -128,10 +131,10 @@ def observe(
 
 
 OFFSET = "clipping/offset"
-"""An input of an endless model: where between two steps the grid of integers lies."""
+"""The input of a model without saturation that shifts its grids, in parts of a step."""
 
 
-def endless(
+def unsaturated(
     model: Model,
     quantizers: Sequence[Quantizer],
     bounds: Sequence[Bounds],
@@ -139,14 +142,14 @@ def endless(
     *,
     rounded: bool,
 ) -> Model:
-    """A model whose quantizers saturate nothing but what is out of other bounds.
+    """A model whose quantizers clip at given bounds instead of the ends of their ranges.
 
     Args:
         model: The model.
         quantizers: Its quantizers; those that cannot be followed are left as they are.
-        bounds: What holds in place of the ends of their ranges.
-        ranks: The numbers of axes of what they are given.
-        rounded: Whether values are rounded as before, or left as they are.
+        bounds: Where each of them clips.
+        ranks: The number of axes of the tensor that each receives.
+        rounded: Whether they still round.
     """
     result = model.copy()
     graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
@@ -156,7 +159,7 @@ def endless(
     for number, quantizer in enumerate(quantizers):
         if quantizer.refused or not ranks[number]:
             continue
-        nodes, constants = _endless_nodes(
+        nodes, constants = _rounding_nodes(
             quantizer, bounds[number], ranks[number], f"clipping/{number}", rounded=rounded
         )
         result.proto.graph.initializer.extend(constants)
@@ -187,10 +190,10 @@ def endless(
     return result
 
 
-def _endless_nodes(
+def _rounding_nodes(
     quantizer: Quantizer, bounds: Bounds, rank: int, prefix: str, *, rounded: bool
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """`scale * (round(x / scale + offset) - offset)`, within the bounds."""
+    """The nodes of `scale * (round(x / scale + offset) - offset)`, clipped to the bounds."""
     dtype = quantizer.scale.dtype
     constants: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
@@ -227,14 +230,14 @@ def _endless_nodes(
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """A model with its slots, and the quantizers behind them, as they are without an adapter.
+    """The quantizers behind the slots of a model, measured with the slots off.
 
     Attributes:
         off: The model with its slots off.
         quantizers: The quantizers behind its slots.
-        seen: What they are given then.
-        ends: The ends of their ranges that are the model's own.
-        outputs: The model's outputs then, for each set of inputs.
+        seen: The values that they receive.
+        ends: The ends of their ranges that are activations of the model.
+        outputs: The model's outputs, for each set of inputs.
         feeds: The inputs.
         providers: Where the model runs.
     """
@@ -249,34 +252,34 @@ class Ranges:
 
     @property
     def ranks(self) -> list[int]:
-        """The number of axes of what each quantizer is given; 0 if it did not run."""
+        """The number of axes of each quantizer's tensor; 0 if it did not run."""
         return [seen.rank for seen in self.seen]
 
-    def endless(self, model: Model, *, rounded: bool) -> Model:
-        """A model of the same graph, with other weights, whose quantizers have no ends."""
+    def unsaturated(self, model: Model, *, rounded: bool) -> Model:
+        """A model of the same graph, with other weights, without saturation."""
         bounds: list[Bounds] = []
         for quantizer, ends in zip(self.quantizers, self.ends, strict=True):
             low, high = quantizer.range
             bounds.append((low if ends.low else None, high if ends.high else None))
-        return endless(model, self.quantizers, bounds, self.ranks, rounded=rounded)
+        return unsaturated(model, self.quantizers, bounds, self.ranks, rounded=rounded)
 
     def as_wide_as_off(self, model: Model) -> Model:
-        """The same, but that values end where the ranges end, or those with slots off."""
+        """The same, but clipped to the ranges, widened to the values with the slots off."""
         bounds: list[Bounds] = []
         for quantizer, ends, seen in zip(self.quantizers, self.ends, self.seen, strict=True):
             low, high = quantizer.range
             least = low if ends.low else np.fmin(low, seen.least)
             most = high if ends.high else np.fmax(high, seen.most)
             bounds.append((least, most))
-        return endless(model, self.quantizers, bounds, self.ranks, rounded=True)
+        return unsaturated(model, self.quantizers, bounds, self.ranks, rounded=True)
 
     def rounding(self, model: Model) -> float:
-        """How far rounding moves the outputs of a model of the same graph, at most."""
-        exact = Runner(self.endless(model, rounded=False), self.providers, optimised=False)
+        """The most that rounding moves the outputs of a model of the same graph."""
+        exact = Runner(self.unsaturated(model, rounded=False), self.providers, optimised=False)
         names = [value.name for value in model.proto.graph.output]
         wanted = [exact.run(item, names) for item in self.feeds]
         del exact
-        rough = Runner(self.endless(model, rounded=True), self.providers, optimised=False)
+        rough = Runner(self.unsaturated(model, rounded=True), self.providers, optimised=False)
         types = {str(q.scale.dtype): q.scale.dtype for q in self.quantizers}
         worst = 0.0
         for part in _OFFSETS:
@@ -289,7 +292,7 @@ class Ranges:
 def ranges_of(
     off: Model, slots: Sequence[Slot], feeds: list[Feeds], providers: Providers
 ) -> Ranges | None:
-    """Run a model with its slots off; None if no slot runs into a calibrated range."""
+    """Measure a model with its slots off; None if no calibrated range is behind a slot."""
     quantizers = quantizers_behind(index_model(off), slots)
     if not quantizers:
         return None

@@ -1,0 +1,115 @@
+"""Runs of a model with one adapter for the whole batch, or with one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from onnx_adapt.errors import AdapterError
+from onnx_adapt.session.batches import BatchAxes, count_rows, join_rows, take_rows
+from onnx_adapt.session.cache import AdapterCache, Shares
+from onnx_adapt.session.loaded_model import LoadedModel, native
+from onnx_adapt.session.ort_adapter import OrtAdapter
+
+
+def run_one(
+    model: LoadedModel,
+    names: list[str],
+    feeds: Mapping[str, Any],
+    adapter: OrtAdapter | None,
+) -> list[Any]:
+    """Run a model once, every row with the same adapter or, with None, as the base.
+
+    Raises:
+        AdapterError: If a weight of the adapter is fed as well.
+        RunError: If the model does not take the feeds.
+    """
+    feeds = native(feeds)
+    if adapter is None:
+        return model.run(names, feeds)
+    refuse_overlap(feeds, adapter)
+    if adapter.options is None:
+        return model.run(names, {**feeds, **adapter.values})
+    fed = {**feeds, **adapter.rest} if adapter.rest else feeds
+    return model.run(names, fed, adapter.options)
+
+
+def run_rows(
+    model: LoadedModel,
+    cache: AdapterCache,
+    axes: BatchAxes,
+    names: list[str],
+    feeds: Mapping[str, Any],
+    rows: list[Shares],
+) -> dict[str, Any]:
+    """Run a model with an adapter, a blend or the base for each row of the batch.
+
+    An example: rows `[fr, base, fr, de]`. If all slots are batched, this is one run of four
+    rows with `fr` and `de` side by side. If not, it is three runs, of the rows [0, 2] with
+    `fr`, [1] with nothing and [3] with `de`, and their outputs are put together in order.
+
+    Raises:
+        AdapterError: If adapters cannot be used like this.
+        RunError: If the number of rows is not that of the batch, or the model does not take
+            the feeds.
+    """
+    arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
+    count_rows(axes, arrays, len(rows))
+    groups: dict[Shares, list[int]] = {} if rows else {(): []}
+    for i, shares in enumerate(rows):
+        groups.setdefault(shares, []).append(i)
+    if len(groups) > 1 and (mixed := _mixed(model, cache, arrays, rows)) is not None:
+        return dict(zip(names, run_one(model, names, *mixed), strict=True))
+    results = []
+    for shares, members in groups.items():
+        whole = axes.fixed or len(groups) == 1
+        part = arrays if whole else take_rows(axes, arrays, members)
+        results.append((members, run_one(model, names, part, cache.blend(shares))))
+    if len(groups) == 1:
+        return dict(zip(names, results[0][1], strict=True))
+    return join_rows(axes, names, results)
+
+
+def _mixed(
+    model: LoadedModel, cache: AdapterCache, feeds: Mapping[str, Any], rows: list[Shares]
+) -> tuple[dict[str, Any], OrtAdapter] | None:
+    """The feeds and weights for one run of all rows; None if they cannot share a run."""
+    slots = model.slots()[0].slots
+    batched = bool(slots) and all(slot.batched for slot in slots)
+    mixed = cache.mix(slots, rows) if batched else None
+    if mixed is None:
+        return None
+    own, weights = mixed
+    if twice := own.keys() & feeds.keys():
+        raise AdapterError(
+            f"{min(twice)!r} is fed, and the list of adapters says it as well",
+            hint="feed what each row has of its own, or give a list",
+        )
+    return {**feeds, **own}, weights
+
+
+def weights_to_feed(feeds: Mapping[str, Any], adapter: OrtAdapter | None) -> Mapping[str, Any]:
+    """The weights of an adapter as OrtValues, to be fed beside the feeds.
+
+    Raises:
+        AdapterError: If a weight of the adapter is fed as well.
+    """
+    if adapter is None:
+        return {}
+    refuse_overlap(feeds, adapter)
+    return adapter.values
+
+
+def refuse_overlap(feeds: Mapping[str, Any], adapter: OrtAdapter) -> None:
+    """Refuse feeds of an adapter's weights: ONNX Runtime would silently ignore the feed.
+
+    Raises:
+        AdapterError: If there are any.
+    """
+    if twice := adapter.names & feeds.keys():
+        raise AdapterError(
+            f"{min(twice)!r} is fed, and it is in the adapter as well",
+            hint="feed weights, or give an adapter",
+        )
