@@ -10,6 +10,7 @@ import numpy as np
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.names import split_weight, weight_name
+from onnx_adapt.slot.record import Extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,13 @@ class Adapter:
 
     Attributes:
         name: What the adapter is called.
-        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.formula.part_shape`.
+        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.weights.part_shape`.
         replaced: Name of an input -> array, for replaceable weights of the base such as
             trained heads and biases.
         activations: Slot -> the activation that it was trained with, where known.
         fingerprint: The fingerprint of the base model, whole or abbreviated; '' if unknown.
+        extra: Slot -> keys of its record that this version does not know; those of the
+            adapter's own record under ''.
 
     Example:
         >>> import numpy as np
@@ -39,6 +42,7 @@ class Adapter:
     replaced: Mapping[str, Array] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    extra: Mapping[str, Extra] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:
         """Every array by the name of the model input that takes it, sorted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -157,9 +158,5 @@ def _plain(adapter: Adapter) -> Adapter:
             f"a name in adapter {adapter.name!r} is no text: {error}",
             hint="name its slots and weights in Unicode",
         ) from error
-    return adapter_from_tensors(
-        adapter.name,
-        tensors,
-        activations=adapter.activations,
-        fingerprint=adapter.fingerprint,
-    )
+    plain = adapter_from_tensors(adapter.name, tensors)
+    return replace(adapter, weights=plain.weights, replaced=plain.replaced)

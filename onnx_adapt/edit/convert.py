@@ -16,7 +16,8 @@ from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import NEUTRAL, bottleneck_of, neutral_weights
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 
 def convert(
@@ -96,5 +97,5 @@ def _same_form(wanted: Slot, slot: Slot) -> bool:
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
     reads = own and (slot.source == slot.inner or slot.source == wanted.source)
-    fixed = set(slot.parts) - set(wanted.parts) <= set(NEUTRAL)
+    fixed = all(PARTS[part].optional for part in set(slot.parts) - set(wanted.parts))
     return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

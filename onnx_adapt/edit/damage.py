@@ -17,7 +17,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.slot.names import slot_prefix, split_node
-from onnx_adapt.slot.parts import bottleneck_axis
+from onnx_adapt.slot.weights import bottleneck_axis
 
 
 def damages(model: Model) -> list[str]:

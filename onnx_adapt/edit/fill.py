@@ -14,7 +14,7 @@ from onnx_adapt.edit.weights import (
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
-from onnx_adapt.slot.parts import is_empty
+from onnx_adapt.slot.weights import is_empty
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:

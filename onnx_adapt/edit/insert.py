@@ -22,7 +22,8 @@ from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest
-from onnx_adapt.slot.parts import PARTS, fresh_weights, neutral_weights
+from onnx_adapt.slot.parts import in_order
+from onnx_adapt.slot.weights import fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -58,7 +59,7 @@ def insert(
         after: Addresses, node names, tensors, module paths or globs.
         activation: One of `onnx_adapt.slot.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
-        parts: The weights each slot has; see `onnx_adapt.slot.formula.PARTS`.
+        parts: The weights each slot has; see `onnx_adapt.slot.parts.PARTS`.
         source: A tensor for the adapter to read in place of the target.
         axis: The feature axis of every place, and of the source: -1 for the last one, or
             1 for channels. By default the one that the operators around a place tell.
@@ -93,7 +94,7 @@ def insert(
         parts = (parts,)
     extra = ("down_bias", "up_bias") if bias else ()
     form = Form(
-        parts=tuple(sorted({*parts, *extra}, key=_part_order)),
+        parts=in_order({*parts, *extra}),
         activation=activation,
         norm_after=norm_after,
         swappable=not baked,
@@ -105,10 +106,6 @@ def insert(
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
     return _insert(model, names, recipe, inline_functions=inline_functions)
-
-
-def _part_order(part: str) -> tuple[int, str]:
-    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
 
 
 def _insert(

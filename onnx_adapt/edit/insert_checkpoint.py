@@ -14,7 +14,7 @@ from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import bottleneck_of, neutral_weights
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.checkpoints.load import Checkpoint  # slow to import, and mostly not needed

@@ -30,7 +30,7 @@ from onnx_adapt.slot.manifest import (
     slot_of,
     write_manifest,
 )
-from onnx_adapt.slot.parts import bottleneck_axis, neutral_rows, part_shape, row_rank
+from onnx_adapt.slot.weights import bottleneck_axis, neutral_rows, part_shape, row_rank
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""

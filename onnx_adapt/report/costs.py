@@ -22,7 +22,7 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.report.trace import trace
-from onnx_adapt.slot.parts import bottleneck_of, fresh_weights, is_empty
+from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, is_empty
 
 _ROUNDS, _BLOCK = 10, 5
 """The most rounds in which the models are timed by turns, and the runs of each in a round."""

@@ -18,7 +18,7 @@ from onnx_adapt.session.cache import AdapterCache, Shares, Source
 from onnx_adapt.session.loaded_model import LoadedModel, base_values, native
 from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
 from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
-from onnx_adapt.slot.parts import neutral_weights
+from onnx_adapt.slot.weights import neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model

@@ -14,7 +14,7 @@ from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.names import node_name
-from onnx_adapt.slot.parts import fresh_weights
+from onnx_adapt.slot.weights import fresh_weights
 
 _OPSET, _IR_VERSION = 17, 8
 

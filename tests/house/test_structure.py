@@ -33,19 +33,24 @@ FLOORS = (
 CHECKPOINT_FLOORS = (("edits",), ("readers",), ("modules",), ("placing",), ("load",))
 """The floors inside `checkpoints/`, from the ground up."""
 
+EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes"}
+"""Third parties that any room may import; `google` is protobuf."""
+
 DOORS = {
     "click": {"cli"},
-    "rich": {"cli"},
+    "rich": {"cli/outputs", "cli/progress"},
     "onnxruntime": {"ort"},
     "onnx_graphsurgeon": {"graphsurgeon"},
-    "safetensors": {"adapter"},
-    "flatbuffers": {"adapter"},
-    "fsspec": {"serve"},
+    "safetensors": {"adapter/safetensors"},
+    "flatbuffers": {"adapter/onnx_adapter"},
+    "fsspec": {"serve/repository"},
     "ray": {"serve"},
-    "starlette": {"serve"},
-    "jinja2": {"report"},
-    "pygal": {"report"},
+    "starlette": {"serve/http"},
+    "jinja2": {"report/page"},
+    "markupsafe": {"report/page"},
+    "pygal": {"report/plots"},
 }
+"""Where each other third party is imported: in a whole room, or in single modules."""
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:
@@ -121,52 +126,151 @@ def test_the_readers_of_checkpoints_know_no_graph() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _inside(folder: Path) -> dict[str, set[str]]:
-    """For each module of a folder the modules beside it that it imports at its top."""
-    names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    prefix = f"onnx_adapt.{folder.name}."
-    return {
-        name: {
-            imported.removeprefix(prefix).split(".")[0]
-            for imported in _imports(ast.parse((folder / f"{name}.py").read_text("utf-8")))
-            if imported.startswith(prefix)
-        }
-        & names
-        for name in names
-    }
+BLIND = {"session": "graph", "checkpoints/readers": "graph"}
+"""Folders whose modules, and all that these import, never import a room."""
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+def _module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {
+    _module_of(path): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")
+}
+"""Every module of the package by its full name."""
+
+
+def _imported(module: str) -> set[str]:
+    """The modules of the package that a module imports anywhere in its code.
+
+    `from onnx_adapt.graph.layout import look` is the module `look` if there is one, and
+    else the package `onnx_adapt.graph.layout` itself.
+    """
+    found = set()
+    for name in _imports(TREES[module]):
+        while name not in TREES and "." in name:
+            name = name.rpartition(".")[0]
+        if name in TREES:
+            found.add(name)
+    return found
+
+
+def _children(folder: str) -> dict[str, set[str]]:
+    """For each module and folder in a folder, those beside it that it imports.
+
+    A folder stands for all modules in it. The folder's own `__init__` is one of the modules
+    in it, under the folder's name.
+    """
+
+    def child(module: str) -> str | None:
+        if module == folder:
+            return folder
+        rest = module.removeprefix(f"{folder}.")
+        return None if rest == module else f"{folder}.{rest.split('.')[0]}"
+
+    beside: dict[str, set[str]] = {}
+    for module in TREES:
+        if own := child(module):
+            others = {child(name) for name in _imported(module)}
+            beside.setdefault(own, set()).update(n for n in others if n and n != own)
+    return beside
+
+
+FOLDERS = sorted(
+    _module_of(path) for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE
 )
-def test_no_two_modules_of_a_folder_import_each_other(folder: str) -> None:
-    beside = _inside(PACKAGE / folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_inside_a_folder_point_one_way(folder: str) -> None:
+    """Modules and folders beside each other form floors, at every depth."""
+    beside = _children(folder)
     while beside:
         done = {name for name, needed in beside.items() if not needed & beside.keys()}
         assert done, f"{sorted(beside)} import each other"
         beside = {name: needed for name, needed in beside.items() if name not in done}
 
 
+@pytest.mark.parametrize(("folder", "room"), BLIND.items())
+def test_a_folder_that_needs_no_graph_imports_none(folder: str, room: str) -> None:
+    prefix = f"onnx_adapt.{folder.replace('/', '.')}"
+    reached = {name for name in TREES if name.startswith(prefix)}
+    waiting = list(reached)
+    assert waiting
+    while waiting:
+        # A package runs its `__init__`, but the root imports what it exports only when used.
+        new = _imported(waiting.pop()) - reached - {"onnx_adapt"}
+        reached |= new
+        waiting += new
+    assert [name for name in reached if name.startswith(f"onnx_adapt.{room}")] == []
+
+
 @pytest.mark.parametrize("library", DOORS)
 def test_a_third_party_has_one_door(library: str) -> None:
-    users = {m for m, t in _modules() if any(n.split(".")[0] == library for n in _imports(t))}
-    assert users <= DOORS[library]
+    users = {
+        name.removeprefix("onnx_adapt.").replace(".", "/")
+        for name, tree in TREES.items()
+        if any(imported.split(".")[0] == library for imported in _imports(tree))
+    }
+    doors = DOORS[library]
     assert users
+    assert [u for u in users if u not in doors and u.split("/")[0] not in doors] == []
 
 
-def test_the_library_never_prints() -> None:
-    printing = [
-        module
-        for module, tree in _modules()
+def test_every_third_party_is_known() -> None:
+    imported = {name.split(".")[0] for tree in TREES.values() for name in _imports(tree)}
+    known = {*DOORS, *EVERYWHERE, "onnx_adapt", *sys.stdlib_module_names}
+    assert imported - known == set()
+
+
+def _words(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """The names, attributes and texts in a module's code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node, node.attr
+        elif isinstance(node, ast.alias):
+            yield node, node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node, node.value
+
+
+def test_only_the_door_starts_and_runs_sessions_of_onnx_runtime() -> None:
+    """Nobody else names InferenceSession in code, by getattr or by a provider's name."""
+    wanted = {"InferenceSession", "CPUExecutionProvider", "get_available_providers"}
+    users = {name for name, tree in TREES.items() if wanted & {w for _, w in _words(tree)}}
+    assert users == {"onnx_adapt.ort"}
+
+
+def test_the_library_never_prints_asks_or_exits() -> None:
+    """Only the command line does; a session's start may redirect stderr in the door."""
+    names = {"print", "input", "exit", "quit", "breakpoint"}
+    attributes = {"stdout", "stderr", "stdin", "__stdout__", "__stderr__", "exit", "_exit"}
+    talking = [
+        f"{name}, line {node.lineno}"
+        for name, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "print"
+        if not name.startswith("onnx_adapt.cli")
+        if (isinstance(node, ast.Name) and node.id in names)
+        or (
+            isinstance(node, ast.Attribute)
+            and node.attr in attributes
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("sys", "os")
+        )
     ]
-    assert printing == []
+    assert talking == []
 
 
-def test_files_and_functions_stay_small() -> None:
+def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function's body, without decorators, signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_files_stay_short() -> None:
     long_files = [
         path.name
         for path in PACKAGE.rglob("*.py")
@@ -189,6 +293,18 @@ def test_the_names_of_slots_are_built_and_parsed_in_one_module() -> None:
         if _begins_like_a_slot(node)
     }
     assert holders == {"slot/names.py"}
+
+
+def test_functions_stay_within_40_lines() -> None:
+    """Of a function its body counts: a signature, its options and a docstring may be long."""
+    long_functions = [
+        f"{name}.{node.name}: {_lines(node)} lines"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if _lines(node) > 40
+    ]
+    assert long_functions == []
 
 
 def _raised(tree: ast.Module) -> Iterator[ast.Call]:

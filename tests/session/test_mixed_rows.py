@@ -14,7 +14,7 @@ from trained_cases import CASES
 import onnx_adapt as oa
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import AdapterError, AdapterNotFoundError
-from onnx_adapt.slot.parts import fan_in, part_shape
+from onnx_adapt.slot.weights import fan_in, part_shape
 
 TRAINED = (
     *("peft_bert_lora_default_ts", "peft_bert_lora_all_linear", "peft_bert_dora"),

@@ -26,7 +26,7 @@ from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
-from onnx_adapt.slot.parts import neutral_rows, part_shape, row_shape
+from onnx_adapt.slot.weights import neutral_rows, part_shape, row_shape
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 EMPTY = {

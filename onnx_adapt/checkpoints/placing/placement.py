@@ -18,7 +18,8 @@ from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
+from onnx_adapt.slot.parts import PARTS, in_order
+from onnx_adapt.slot.weights import bottleneck_of, part_shape
 
 
 class ModuleFinder(Protocol):
@@ -105,8 +106,8 @@ class Placement:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
-        ordered = tuple(sorted(parts, key=PARTS.index))
-        slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
+        slot = new_slot(unique, target, replace(form, parts=in_order(parts)), width=width)
+        ordered = slot.parts
         dtype = DTYPES[target.dtype]
         weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
@@ -139,14 +140,15 @@ def _check_weights(
 
 def _width_of(parts: Mapping[str, Array]) -> int | None:
     """The width that weights were trained for; None if they do not tell."""
-    for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
-        if part in parts and parts[part].ndim <= 2:
-            return int(parts[part].shape[axis])
+    for name in in_order(parts):
+        shape, value = PARTS[name].shape, parts[name]
+        if "width" in shape and value.ndim == len(shape):
+            return int(value.shape[shape.index("width")])
     return None
 
 
 def _laid_out(slot: Slot, part: str, value: Array) -> Array:
     """Add the trailing axes of size 1 that Conv's layout needs to a vector over channels."""
-    if slot.axis == 1 and part in ("scale", "gain"):
+    if slot.axis == 1 and PARTS[part].channels == ("width", "ones"):
         return value.reshape(-1, *(1,) * (slot.rank - 2))
     return value
