@@ -26,8 +26,8 @@ class Adapter:
             trained heads and biases.
         activations: Slot -> the activation that it was trained with, where known.
         fingerprint: The fingerprint of the base model, whole or abbreviated; '' if unknown.
-        extra: Slot -> keys that its part of the record has and this version does not know;
-            those of the record itself under ''.
+        extra: Slot -> keys of its record that this version does not know; those of the
+            adapter's own record under ''.
 
     Example:
         >>> import numpy as np
