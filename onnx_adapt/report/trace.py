@@ -26,7 +26,7 @@ from onnx_adapt.slot.manifest import slot_of
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class NodeRun:
     """One run of one node.
 
     Attributes:
@@ -45,7 +45,7 @@ class Ran:
     counted: bool
 
 
-def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
+def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[NodeRun, ...]:
     """Run a model once and count the operations of its nodes.
 
     Nodes that only move data are left out. A node in the body of a Loop appears once for each
@@ -62,7 +62,7 @@ def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
     tapped = replace(whole, proto=onnx.ModelProto())
     tapped.proto.CopyFrom(whole.proto)
     tapper = Tapper(tapped.proto)
-    found: list[Ran] = []
+    found: list[NodeRun] = []
     taps: list[tuple[list[onnx.NodeProto], list[str], str]] = []
     for scope in walk.scopes(whole.proto.graph):
         nodes = [node for node in scope.graph.node if not is_free(node.op_type, node.domain)]
@@ -71,14 +71,14 @@ def trace(model: Model, feeds: Mapping[str, Any]) -> tuple[Ran, ...]:
         if output:
             taps.append((nodes, names, output))
         elif names:
-            found.append(_unseen(scope))
+            found.append(_unmeasured(scope))
     if not taps:
         return tuple(found)
     runner = Runner(tapped, optimised=False, shapes_first=True)
     sizes = runner.run(feeds, [output for _, _, output in taps])
     for nodes, names, output in taps:
         for shapes in _read(names, sizes[output].tolist()):
-            found += [_ran(node, shapes) for node in nodes]
+            found += [_node_run(node, shapes) for node in nodes]
     return tuple(found)
 
 
@@ -105,7 +105,7 @@ def _read(names: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Shap
         yield shapes
 
 
-def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
+def _node_run(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> NodeRun:
     call = Call(
         text(node.op_type),
         text(node.domain),
@@ -115,7 +115,7 @@ def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
     )
     work = flops(call)
     counted = work is not None
-    return Ran(
+    return NodeRun(
         text(node.name), call.op, slot_of(node), call.made if work is None else work, counted
     )
 
@@ -132,8 +132,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     }
 
 
-def _unseen(scope: walk.Scope) -> Ran:
+def _unmeasured(scope: walk.Scope) -> NodeRun:
     """The node whose body cannot be measured, as a node that is not counted."""
     assert scope.parent is not None
     node = scope.parent.graph.node[scope.owner]
-    return Ran(text(node.name), text(node.op_type), slot_of(node), 0, counted=False)
+    return NodeRun(text(node.name), text(node.op_type), slot_of(node), 0, counted=False)
