@@ -123,7 +123,7 @@ def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int
     }
 
 
-def fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
+def weights_fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
     """The weights that a model takes as inputs, by input name."""
     slots = required_manifest(model).slots
     named = {s.weight(part): v for s in slots for part, v in weights[s.name].items()}
@@ -147,7 +147,7 @@ def measure_costs(
         adapted: The model with slots.
         feeds: Inputs of the base.
         weights: Weights of the slots, from `weights_on`.
-        extra: The weights that are fed, from `fed`.
+        extra: The weights that are fed, from `weights_fed`.
         providers: Where the models run.
 
     Raises:

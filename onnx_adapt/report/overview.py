@@ -23,7 +23,14 @@ from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.result import Report, SlotResult
 from onnx_adapt.proof.runner import ProviderArgument, Runner, proof_providers
 from onnx_adapt.proof.verify import Stage, verify
-from onnx_adapt.report.costs import Costs, SlotCost, Weights, fed, measure_costs, weights_on
+from onnx_adapt.report.costs import (
+    Costs,
+    SlotCost,
+    Weights,
+    measure_costs,
+    weights_fed,
+    weights_on,
+)
 from onnx_adapt.report.surroundings import (
     Surroundings,
     surroundings_after,
@@ -169,7 +176,7 @@ def overview(
         providers = proof_providers(provider)
         weights = weights_on(adapted, adapter, bottleneck, seed)
         feeds = inputs_for(base, inputs, seed, providers)
-        extra = fed(adapted, weights, adapter)
+        extra = weights_fed(adapted, weights, adapter)
         costs = _costs(base, adapted, feeds[0], weights, extra, providers)
         if adapter is not None and costs is not None:
             tell("turning on the adapter slot by slot")

@@ -27,7 +27,7 @@ from onnx_adapt.slot.manifest import slot_of
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class NodeCost:
     """One run of one node.
 
     Attributes:
@@ -48,7 +48,7 @@ class Ran:
 
 def trace(
     model: Model, feeds: Mapping[str, Any], providers: Providers = CPU
-) -> tuple[Ran, ...]:
+) -> tuple[NodeCost, ...]:
     """Run a model once and count the operations of its nodes.
 
     Nodes that only move data are left out. A node in the body of a Loop appears once for each
@@ -66,7 +66,7 @@ def trace(
     tapped = replace(whole, proto=onnx.ModelProto())
     tapped.proto.CopyFrom(whole.proto)
     tapper = Tapper(tapped.proto)
-    found: list[Ran] = []
+    found: list[NodeCost] = []
     taps: list[tuple[list[onnx.NodeProto], list[str], str]] = []
     for scope in walk.scopes(whole.proto.graph):
         nodes = [node for node in scope.graph.node if not is_free(node.op_type, node.domain)]
@@ -75,14 +75,14 @@ def trace(
         if output:
             taps.append((nodes, names, output))
         elif names:
-            found.append(_unseen(scope))
+            found.append(_unmeasured(scope))
     if not taps:
         return tuple(found)
     runner = Runner(tapped, providers, optimised=False, shapes_first=True)
     sizes = runner.run(feeds, [output for _, _, output in taps])
     for nodes, names, output in taps:
         for shapes in _read(names, sizes[output].tolist()):
-            found += [_ran(node, shapes) for node in nodes]
+            found += [_node_cost(node, shapes) for node in nodes]
     return tuple(found)
 
 
@@ -109,7 +109,7 @@ def _read(names: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Shap
         yield shapes
 
 
-def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
+def _node_cost(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> NodeCost:
     run = NodeRun(
         text(node.op_type),
         text(node.domain),
@@ -119,7 +119,7 @@ def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
     )
     work = flops(run)
     counted = work is not None
-    return Ran(
+    return NodeCost(
         text(node.name), run.op, slot_of(node), run.made if work is None else work, counted
     )
 
@@ -136,8 +136,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     }
 
 
-def _unseen(scope: walk.Scope) -> Ran:
+def _unmeasured(scope: walk.Scope) -> NodeCost:
     """The node whose body cannot be measured, as a node that is not counted."""
     assert scope.parent is not None
     node = scope.parent.graph.node[scope.owner]
-    return Ran(text(node.name), text(node.op_type), slot_of(node), 0, counted=False)
+    return NodeCost(text(node.name), text(node.op_type), slot_of(node), 0, counted=False)
