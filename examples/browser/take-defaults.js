@@ -46,7 +46,8 @@ function manifestOf(model) {
   for (const { number, body } of model) {
     if (number !== MODEL.metadata) continue;
     const [key, value] = [...fields(body)].map((field) => text(field.body));
-    if (key === "onnx_adapt") return JSON.parse(value);
+    // A key that has its default is not in the record.
+    if (key === "onnx_adapt") return { weights: [], ...JSON.parse(value) };
   }
   return null;
 }

@@ -1,7 +1,7 @@
 """Records: those of 0.1.0 stay readable, and what a record does not know is kept."""
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,20 @@ import pytest
 from slot_formula import PLAIN
 
 import onnx_adapt as oa
+from onnx_adapt.adapter.record import write_record
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.manifest import (
     KEY,
     Manifest,
     ReplaceableWeight,
+    Slot,
+    Widened,
     manifest_from_text,
     read_manifest,
     write_manifest,
 )
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.record import SameAs
 
 OLD = Path(__file__).parent / "records"
 FILES = ("fr.npz", "fr.onnx_adapter", "fr.safetensors")
@@ -156,3 +161,36 @@ def test_keys_that_an_adapter_file_has_and_we_do_not_know_are_kept(
         path = oa.save_adapter(adapter, tmp_path / f"{name}.{suffix}")
         adapter = oa.load_adapter(path)
         assert adapter.extra == {"": news, "first": news}
+
+
+FORMATS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_formats_names_every_part_and_what_rows_have_of_it() -> None:
+    rows = {part.row.name for part in PARTS.values() if part.row}
+    assert [name for name in (*PARTS, *rows) if f"`{name}`" not in FORMATS] == []
+
+
+@pytest.mark.parametrize("kind", [Slot, ReplaceableWeight, Widened, Manifest])
+def test_the_page_of_formats_names_every_key_of_a_record(kind: type) -> None:
+    held = {field.name for field in fields(kind)} - {"extra", "base_extra"}
+    assert [name for name in held if f"`{name}`" not in FORMATS] == []
+
+
+def test_the_page_of_formats_tells_the_default_of_every_key() -> None:
+    table = FORMATS[FORMATS.index("| key of a slot |") :].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()]
+    for field in fields(Slot):
+        default = field.metadata.get("absent", field.default)
+        if default is MISSING or field.name == "extra":
+            continue
+        shown = default.field if isinstance(default, SameAs) else json.dumps(default)
+        (told,) = [told for keys, told in rows if f"`{field.name}`" in keys]
+        assert shown.replace("()", "[]") in told, field.name
+
+
+@pytest.mark.parametrize("file", ["fr.npz", "fr.safetensors"])
+def test_the_page_of_formats_names_every_key_of_an_adapter_file(file: str) -> None:
+    record = json.loads(write_record(oa.load_adapter(OLD / file)))
+    keys = {*record, *(key for slot in record["slots"].values() for key in slot)}
+    assert [key for key in keys if f"`{key}`" not in FORMATS] == []
