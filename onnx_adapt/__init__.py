@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.remove import remove
     from onnx_adapt.errors import AdaptError
-    from onnx_adapt.graph.sites import Site, find_sites
+    from onnx_adapt.graph.site import Site
+    from onnx_adapt.graph.sites import find_sites
     from onnx_adapt.model.file import Model, open_model, save_model
     from onnx_adapt.proof.calibration import calibrate
     from onnx_adapt.proof.result import Report
@@ -41,7 +42,7 @@ _HOMES = {
     "Checkpoint": "checkpoints.load",
     "Model": "model.file",
     "Report": "proof.result",
-    "Site": "graph.sites",
+    "Site": "graph.site",
     "Slot": "slot.manifest",
     "bake": "edit.fill",
     "blend": "adapter.blending",

@@ -11,16 +11,9 @@ import numpy as np
 from onnx_adapt.adapter.data import Adapter, same_base
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.slot.parts import COUPLING
+from onnx_adapt.slot.parts import PARTS, Blend, Part
 
 _Parts = Mapping[str, Array]
-
-_CLOSED = {
-    **dict.fromkeys(COUPLING, "an invertible adapter's coupling"),
-    **dict.fromkeys(("gate", "gate_bias"), "a gate"),
-    **dict.fromkeys(("after_weight", "after_bias", "switch"), "a normalisation of its term"),
-}
-"""Parts that make a slot's term no sum over its bottleneck."""
 
 
 def blend(
@@ -137,15 +130,18 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
                 f"{', '.join(parts)} in another",
                 hint="run one at a time, or convert both for a model with the slots of both",
             )
-    if closed := [part for part in first if part in _CLOSED]:
+    rows = {part: _row(slot, part) for part in first}
+    if closed := [row.closed for row in rows.values() if row.closed]:
         raise AdapterError(
-            f"slot {slot!r} cannot be blended: it has {_CLOSED[closed[0]]}, so its term is no "
-            "sum over the bottleneck",
+            f"slot {slot!r} cannot be blended: it has {closed[0]}, so its term is no sum over "
+            "the bottleneck",
             hint="use one adapter at a time, with weight 1",
         )
-    beside = {"down", "table", "down_bias"} if "norm_weight" not in first else set()
-    if "gain" not in first and all(weight == 1 for _, weight in shares):
-        beside.add("up")
+    rules = {row.blend for row in rows.values()}
+    as_they_are = set() if Blend.SHARED in rules else {Blend.BESIDE}
+    if Blend.FOLDED not in rules and all(weight == 1 for _, weight in shares):
+        as_they_are.add(Blend.SCALED_BESIDE)
+    beside = {part for part, row in rows.items() if row.blend in as_they_are}
     wide = [
         (
             {p: v if p in beside else np.asarray(v, np.float64) for p, v in parts.items()},
@@ -153,7 +149,7 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
         )
         for parts, weight in shares
     ]
-    if "norm_weight" in first:
+    if Blend.SHARED in rules:
         wide = _fold_norms(slot, wide)
     return {
         part: _narrowed(f"{part} of slot {slot!r}", blend_part(part, wide), value.dtype)
@@ -173,42 +169,70 @@ def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
     return result
 
 
+def _row(slot: str, part: str) -> Part:
+    """The row of a part in the table.
+
+    Raises:
+        AdapterError: If no slot has such a part, so that nothing is known of its blend.
+    """
+    if part not in PARTS:
+        raise AdapterError(
+            f"slot {slot!r} cannot be blended: its part {part!r} is unknown",
+            hint=f"known: {', '.join(PARTS)}",
+        )
+    return PARTS[part]
+
+
 def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
     """One part of a blend; `gain` goes into the up-projection.
 
     Numbers are in float64, but for parts that are only laid side by side.
     """
-    parts = [share for share, _ in shares]
-    if part in ("down", "table", "down_bias"):
-        channels = part == "down" and parts[0]["down"].ndim > 2
-        axis = 0 if channels or part == "down_bias" else 1
-        return np.concatenate([share[part] for share in parts], axis)
-    if part == "up":
-        channels = parts[0]["up"].ndim > 2
-        scaled = [
-            share["up"]
-            if weight == 1 and "gain" not in share
-            else share["up"] * (_gain(share, "up") * weight)
-            for share, weight in shares
-        ]
-        return np.concatenate(scaled, 1 if channels else 0)
-    if part == "up_bias":
-        terms = [share[part] * _gain(share, part) * weight for share, weight in shares]
-    elif part == "scale":
-        terms = [1 + 0 * parts[0][part]]
-        terms += [(share[part] - 1) * weight for share, weight in shares]
-    elif part in ("residual", "skip"):
+    first, rule = shares[0][0][part], PARTS[part].blend
+    if rule is Blend.BESIDE:
+        values = [share[part] for share, _ in shares]
+        return np.concatenate(values, _bottleneck_axis(part, first))
+    if rule is Blend.SCALED_BESIDE:
+        values = [_scaled(share, part, weight) for share, weight in shares]
+        return np.concatenate(values, _bottleneck_axis(part, first))
+    if rule is Blend.FOLDED:
+        return np.ones_like(first)
+    if rule is Blend.SHARED:
+        return first
+    if rule is Blend.FACTOR:
+        terms = [1 + 0 * first, *((share[part] - 1) * weight for share, weight in shares)]
+    elif rule is Blend.SUM:
         terms = [share[part] * weight for share, weight in shares]
-    else:  # a gain that is folded away, or a norm that all have in common
-        return np.ones_like(parts[0][part]) if part == "gain" else parts[0][part]
+    else:
+        assert rule is Blend.SCALED_SUM
+        terms = [_scaled(share, part, weight) for share, weight in shares]
     return np.asarray(np.sum(terms, axis=0))
 
 
-def _gain(share: Mapping[str, Array], part: str) -> Array | float:
+def _bottleneck_axis(part: str, value: Array) -> int:
+    """The axis along which values of a part are laid side by side."""
+    row = PARTS[part]
+    axis = row.bottleneck_axis(channels=value.ndim > len(row.shape))
+    assert axis is not None
+    return axis
+
+
+def _scaled(share: Mapping[str, Array], part: str, weight: float) -> Array:
+    """A part times its adapter's gain and weight; untouched if both are 1."""
+    gain = _gain(share, part)
+    return (
+        share[part]
+        if gain is None and weight == 1
+        else share[part] * (weight if gain is None else gain * weight)
+    )
+
+
+def _gain(share: Mapping[str, Array], part: str) -> Array | None:
     """The gain as it multiplies a part that has the width on its only or outer axis."""
-    if "gain" not in share:
-        return 1.0
-    gain, value = share["gain"].reshape(-1), share[part]
+    gains = [share[name] for name in share if PARTS[name].blend is Blend.FOLDED]
+    if not gains:
+        return None
+    gain, value = np.asarray(math.prod(gains)).reshape(-1), share[part]
     return gain.reshape(-1, *(1,) * (value.ndim - 1)) if value.ndim > 2 else gain
 
 
@@ -220,16 +244,12 @@ def _fold_norms(
     `(x * weight + bias) @ down = x @ (weight * down) + bias @ down`, which wants a
     `down_bias` to go to.
     """
-    norms = ("norm_weight", "norm_bias")
     first = shares[0][0]
-    if all(
-        np.array_equal(parts[part], first[part])
-        for parts, _ in shares
-        for part in norms
-        if part in first
-    ):
+    shared = [part for part in first if PARTS[part].blend is Blend.SHARED]
+    if all(np.array_equal(parts[p], first[p]) for parts, _ in shares for p in shared):
         return list(shares)
-    if "norm_bias" in first and "down_bias" not in first:
+    others = set(shared) - {"norm_weight", "norm_bias"}
+    if others or ("norm_bias" in first and "down_bias" not in first):
         raise AdapterError(
             f"slot {slot!r} cannot be blended: each adapter has a normalisation of its own",
             hint="use one adapter at a time",

@@ -9,9 +9,8 @@ import numpy as np
 
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.slot.manifest import weight_name
-
-_PREFIX = "adapter."
+from onnx_adapt.slot.names import split_weight, weight_name
+from onnx_adapt.slot.record import Extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +21,12 @@ class Adapter:
 
     Attributes:
         name: What the adapter is called.
-        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.formula.part_shape`.
+        weights: Slot -> part -> array, in the shapes of `onnx_adapt.slot.weights.part_shape`.
         replaced: Name of an input -> array: trained heads, biases and the like.
         activations: Slot -> the activation it was trained with, where known.
         fingerprint: Identity of the base model, perhaps abbreviated, or '' if unknown.
+        extra: Slot -> keys that its part of the record has and this version does not know;
+            those of the record itself under ''.
 
     Example:
         >>> import numpy as np
@@ -40,6 +41,7 @@ class Adapter:
     replaced: Mapping[str, Array] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    extra: Mapping[str, Extra] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:
         """Every array by the name of the model input that takes it, sorted."""
@@ -77,8 +79,8 @@ def adapter_from_tensors(
                 f"tensor {key!r} of adapter {name!r} is {array.dtype}",
                 hint=f"adapters hold {', '.join(DTYPES)}",
             )
-        slot, dot, part = key.removeprefix(_PREFIX).rpartition(".")
-        if key.startswith(_PREFIX) and dot and slot:
+        if found := split_weight(key):
+            slot, part = found
             weights.setdefault(slot, {})[part] = np.asarray(array, order="C")
         else:
             replaced[key] = np.asarray(array, order="C")

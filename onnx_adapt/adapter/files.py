@@ -1,48 +1,37 @@
-"""Adapters as files: `.safetensors`, ONNX Runtime's `.onnx_adapter`, and `.npz`."""
+"""Load and save adapters as files, in any of the formats of `onnx_adapt.formats`."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.formats import FORMATS, AdapterFormat
 from onnx_adapt.model.payloads import Source
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.model.whole_files import write_files
 from onnx_adapt.words import beside
 
-_FORMATS = {
-    ".safetensors": "safetensors",
-    ".onnx_adapter": "onnx_adapter",
-    ".npz": "npz",
-}
-_OWN = {
-    ".safetensors": "a safetensors file",
-    ".onnx_adapter": "an .onnx_adapter",
-    ".npz": "an .npz",
-}
-"""How a file of each format is recognised."""
 
-
-def _format(path: Path) -> ModuleType:
-    if path.suffix not in _FORMATS:
+def _format(path: Path) -> AdapterFormat:
+    if path.suffix not in FORMATS:
         raise AdapterError(
             f"{path.name} is of no known adapter format",
-            hint=f"adapter files end in {', '.join(_FORMATS)}",
+            hint=f"adapter files end in {', '.join(FORMATS)}",
         )
-    return import_module(f"onnx_adapt.adapter.{_FORMATS[path.suffix]}")
+    return FORMATS[path.suffix]
 
 
 def _refuse_others(path: Path, head: bytes) -> None:
     """Refuse what is known to be another kind of file than its name says."""
     found = recognised(head, path.name, adapter=True)
-    if found and not found[0].startswith(_OWN.get(path.suffix, "-")):
+    if found and (path.suffix not in FORMATS or found[0] != FORMATS[path.suffix].what):
         raise AdapterError(f"{path.name} is {found[0]}, no adapter file", hint=found[1])
 
 
@@ -66,7 +55,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             "-o NAME.safetensors` makes one",
         )
     try:
-        if file.suffix not in _FORMATS and file.is_file():
+        if file.suffix not in FORMATS and file.is_file():
             with file.open("rb") as stream:
                 _refuse_others(file, stream.read(HEAD))
         _format(file)  # an unknown suffix is told before a missing file
@@ -86,8 +75,9 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
         AdapterError: If they are damaged or of another kind.
     """
     head = bytes(data[:HEAD])
+    module = import_module(_format(path).module)
     try:
-        adapter: Adapter = _format(path).read(data, path)
+        adapter: Adapter = module.read(data, path)
     except AdapterError:
         _refuse_others(path, head)
         raise
@@ -125,8 +115,25 @@ def encode_adapter(adapter: Adapter, path: Path) -> bytes:
     Raises:
         AdapterError: If the format cannot hold the adapter.
     """
-    data: bytes = _format(path).write(_plain(adapter), path)
+    row = _format(path)
+    plain = _plain(adapter)
+    _refuse_unheld(row, plain, path)
+    data: bytes = import_module(row.module).write(plain, path)
     return data
+
+
+def _refuse_unheld(row: AdapterFormat, adapter: Adapter, path: Path) -> None:
+    """Refuse an adapter that a format cannot hold."""
+    hint = f"use {next(iter(FORMATS))}"
+    if row.most_bytes is not None and adapter.size > row.most_bytes:
+        most = f"{row.most_bytes / 1e9:.0f} GB"
+        raise AdapterError(f"{path.name} would pass the {most} of this format", hint=hint)
+    scalars = [name for name, array in adapter.feeds().items() if not array.ndim]
+    if scalars and not row.scalars:
+        raise AdapterError(
+            f"{scalars[0]!r} is a scalar, which ONNX Runtime cannot read from this format",
+            hint=hint,
+        )
 
 
 def _plain(adapter: Adapter) -> Adapter:
@@ -151,9 +158,5 @@ def _plain(adapter: Adapter) -> Adapter:
             f"a name in adapter {adapter.name!r} is no text: {error}",
             hint="name its slots and weights in Unicode",
         ) from error
-    return adapter_from_tensors(
-        adapter.name,
-        tensors,
-        activations=adapter.activations,
-        fingerprint=adapter.fingerprint,
-    )
+    plain = adapter_from_tensors(adapter.name, tensors)
+    return replace(adapter, weights=plain.weights, replaced=plain.replaced)

@@ -13,7 +13,8 @@ from onnx_adapt.adapter.data import Adapter, same_base
 from onnx_adapt.dtypes import DTYPES, FLOATS
 from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
-from onnx_adapt.slot.parts import bottleneck_axis, part_shape
+from onnx_adapt.slot.parts import part_of
+from onnx_adapt.slot.weights import bottleneck_axis, part_shape
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
@@ -86,10 +87,6 @@ def manifest_misfits(
     return found
 
 
-_ACTIVATED = frozenset(["down", "table", "f_down"])
-"""What an activation of a slot is applied behind."""
-
-
 def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
     """What cannot be checked about an adapter, for it does not tell; empty if all can."""
     found = []
@@ -98,7 +95,7 @@ def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
     silent = [
         slot.name
         for slot in manifest.slots
-        if slot.name in adapter.weights and not _ACTIVATED.isdisjoint(slot.parts)
+        if slot.name in adapter.weights and any(part_of(p).projects for p in slot.parts)
         if slot.name not in adapter.activations
     ]
     if silent:

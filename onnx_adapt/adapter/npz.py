@@ -17,6 +17,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.record import KEY, adapter_from_record, write_record
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.formats import FORMATS
 
 _BFLOAT16 = ".bfloat16"
 """Ends the name of an array that numpy has no type for: its bits are kept as uint16."""
@@ -128,7 +129,7 @@ def write(adapter: Adapter, path: Path) -> bytes:
         if "\0" in name or name == KEY:
             raise AdapterError(
                 f"{path.name}: {name!r} cannot be a name in an .npz file",
-                hint="use .safetensors",
+                hint=f"use {next(iter(FORMATS))}",
             )
         wide = array.dtype == DTYPES["bfloat16"]
         arrays[name + _BFLOAT16 if wide else name] = array.view(np.uint16) if wide else array

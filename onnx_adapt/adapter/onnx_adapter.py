@@ -24,15 +24,13 @@ from onnx_adapt.adapter.data import (
     short_fingerprint,
 )
 from onnx_adapt.adapter.record import adapter_from_record, write_record
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, FLOATS, Array
 from onnx_adapt.errors import AdapterError
 
 _IDENTIFIER = b"TORT"
 _ALIGNMENT = 64
-_LIMIT = 2**31 - 1
 _RECORD = 60
 """The number of the record's field: the schema will hardly grow to it."""
-_NUMBERS = {name: number for number, name in FLOATS.items()}
 _INT, _UNSIGNED, _COUNT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct("<H")
 _FIELDS = struct.Struct("<4H")
 
@@ -143,15 +141,7 @@ def _parameters(data: bytes, field: int) -> dict[str, Array]:
 
 
 def write(adapter: Adapter, path: Path) -> bytes:
-    """The bytes of an adapter: sorted by name, every tensor at a multiple of 64 bytes.
-
-    Raises:
-        AdapterError: If the adapter passes the format's 2 GB.
-    """
-    if adapter.size > _LIMIT - (1 << 20):
-        raise AdapterError(
-            f"{path.name} would pass the 2 GB of this format", hint="use .safetensors"
-        )
+    """The bytes of an adapter: sorted by name, every tensor at a multiple of 64 bytes."""
     builder = flatbuffers.Builder(1024)
     offsets = [_write_parameter(builder, n, a) for n, a in adapter.feeds().items()]
     builder.StartVector(4, len(offsets), 4)
@@ -169,11 +159,6 @@ def write(adapter: Adapter, path: Path) -> bytes:
 
 
 def _write_parameter(builder: flatbuffers.Builder, name: str, array: Array) -> int:
-    if not array.ndim:
-        raise AdapterError(
-            f"{name!r} is a scalar, which ONNX Runtime cannot read from this format",
-            hint="use .safetensors",
-        )
     raw = array.tobytes()
     builder.StartVector(1, len(raw), _ALIGNMENT)
     builder.head -= len(raw)
@@ -187,6 +172,6 @@ def _write_parameter(builder: flatbuffers.Builder, name: str, array: Array) -> i
     builder.StartObject(4)
     builder.PrependUOffsetTRelativeSlot(0, label, 0)
     builder.PrependUOffsetTRelativeSlot(1, dims, 0)
-    builder.PrependInt32Slot(2, _NUMBERS[str(array.dtype)], 0)
+    builder.PrependInt32Slot(2, ELEM_TYPES[str(array.dtype)], 0)
     builder.PrependUOffsetTRelativeSlot(3, data, 0)
     return int(builder.EndObject())

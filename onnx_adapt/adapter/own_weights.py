@@ -14,7 +14,8 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import NEUTRAL, bottleneck_axis, neutral_weights, part_shape
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import bottleneck_axis, neutral_weights, part_shape
 from onnx_adapt.words import nearest
 
 Weights = Mapping[str, Mapping[str, Any]]
@@ -95,7 +96,7 @@ def _slot_weights(slot: Slot, given: Any) -> dict[str, Array]:
                 f"slot {slot.name!r} has no part {part!r}; it has {', '.join(slot.parts)}",
                 hint=f"did you mean {close[0]!r}?" if close else "parts come with `insert`",
             )
-    if missing := [p for p in slot.parts if p not in given and p not in NEUTRAL]:
+    if missing := [p for p in slot.parts if p not in given and not PARTS[p].optional]:
         raise AdapterError(
             f"the weights for slot {slot.name!r} lack {', '.join(missing)}",
             hint=f"give all of {', '.join(slot.parts)}; biases, scale, gain may be left out",
@@ -146,7 +147,7 @@ def _laid_out(slot: Slot, part: str, value: Array) -> Array:
     shaped = value
     if value.ndim == 2 < rank:
         shaped = value.T.reshape(*value.T.shape, *(1,) * (rank - 2))
-    elif value.ndim == 1 < rank and part in ("scale", "gain"):
+    elif value.ndim == 1 == len(PARTS[part].shape) < rank:
         shaped = value.reshape(-1, *(1,) * (rank - 1))
     if part == "gain" and value.size == 1:
         shaped = np.full(part_shape(slot, part, 1), value.item(), value.dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.slot.record import Extra, read_extra, write_extra
 
 KEY = "onnx_adapt"
 VERSION = 1
@@ -18,7 +20,11 @@ VERSION = 1
 def write_record(adapter: Adapter) -> str:
     """The record of an adapter: name, slots with parts and activation, fingerprint."""
     slots = {
-        slot: {"parts": sorted(parts), "activation": adapter.activations.get(slot, "")}
+        slot: {
+            "parts": sorted(parts),
+            "activation": adapter.activations.get(slot, ""),
+            **write_extra(adapter.extra.get(slot, ())),
+        }
         for slot, parts in sorted(adapter.weights.items())
     }
     data = {
@@ -26,6 +32,7 @@ def write_record(adapter: Adapter) -> str:
         "name": adapter.name,
         "fingerprint": adapter.fingerprint,
         "slots": slots,
+        **write_extra(adapter.extra.get("", ())),
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
@@ -50,6 +57,7 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
         slots = {str(s): sorted(map(str, item["parts"])) for s, item in data["slots"].items()}
         activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
         name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
+        extra = _read_extra(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -66,7 +74,15 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             f"the tensors in {path.name} are not those its record names",
             hint="the file is damaged or was edited; write it again",
         )
-    return adapter
+    return replace(adapter, extra=extra)
+
+
+def _read_extra(data: dict[str, Any]) -> dict[str, Extra]:
+    """The keys that this version does not know, by slot; those of the record under ''."""
+    known = ("format", "name", "fingerprint", "slots")
+    extra = {"": read_extra(data, known)}
+    extra |= {s: read_extra(i, ("parts", "activation")) for s, i in data["slots"].items()}
+    return {slot: keys for slot, keys in extra.items() if keys}
 
 
 def _text(value: object) -> str:

@@ -1,1 +1,1 @@
-"""Trained checkpoints: what training libraries save, as slots and weights for a graph."""
+"""Trained checkpoints of PEFT and AdapterHub, as slots and weights for a graph."""

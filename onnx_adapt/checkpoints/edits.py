@@ -1,4 +1,4 @@
-"""What a checkpoint asks for, in terms of modules and before any graph is known."""
+"""Edits: what a checkpoint asks for, by modules of PyTorch. No graph is needed to say it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained checkpoints: what PEFT and AdapterHub save, as slots and weights for a graph."""
+"""Load a trained checkpoint of PEFT or AdapterHub for one graph."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def load_checkpoint(
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:
-    """A weight can be replaced by the adapter of one insertion."""
+    """Refuse to replace a weight that an earlier insertion replaces already."""
     if manifest and plan.weight.original in {weight.name for weight in manifest.weights}:
         raise CheckpointError(
             f"{plan.weight.original!r} of the model is replaced by an adapter already",
@@ -130,7 +130,7 @@ def _replace(
     plans: list[ReplacementPlan],
     replaced: dict[str, Array],
 ) -> None:
-    """Make a weight replaceable, once: a head's bias can have two names."""
+    """Plan to replace a weight, once; a head's bias can have two names in a checkpoint."""
     plan, value = plan_replacement(placement, edit)
     twin = next((other for other in plans if {*other.readers} & {*plan.readers}), None)
     if twin is None:

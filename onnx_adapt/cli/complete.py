@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
+from onnx_adapt.formats import adapter_files
+
 if TYPE_CHECKING:
     from onnx_adapt import Model
 
@@ -53,10 +55,8 @@ def _slots(ctx: click.Context) -> Iterable[str]:
 
 def _adapters(ctx: click.Context) -> Iterable[str]:
     """The names of the adapter files beside the model, such as MODEL.NAME.safetensors."""
-    model = _path(ctx).absolute()
-    files = sorted(model.parent.glob("*"))
-    beside = [file for file in files if file.suffix in (".safetensors", ".onnx_adapter")]
-    return [file.stem.removeprefix(f"{model.stem}.") for file in beside]
+    model = _path(ctx)
+    return [file.stem.removeprefix(f"{model.stem}.") for file in adapter_files(model)]
 
 
 def _activations(ctx: click.Context) -> Iterable[str]:

@@ -9,6 +9,7 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
+from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
@@ -22,7 +23,11 @@ from onnx_adapt.words import count
     help="The model with the slots to fill.",
 )
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), help="The adapter file to write."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
 )
 @options.adapter_name
 @options.base_weights
@@ -39,20 +44,18 @@ def command(
 ) -> None:
     """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for the slots of a model.
 
-    The suffix of the output selects the format: .safetensors, .onnx_adapter or .npz.
-
     \b
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
 
     read = [Path(model), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
     refuse_to_replace(output, *read)
     with patience(f"reading {checkpoint}"):
         opened = oa.open_model(model)
-        keep_files(opened, output)
+        protect_files(opened, output)
         adapter = oa.convert(
             checkpoint,
             opened,

@@ -7,13 +7,18 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
+from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("extract", short_help="Write the adapter inside a model to a file.")
 @click.argument("model", type=click.Path())
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), help="The adapter file to write."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
 )
 @options.adapter_name
 @options.as_json
@@ -24,11 +29,11 @@ def command(model: str, output: str, name: str, as_json: bool) -> None:
       onnx-adapt extract french.onnx -o fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
 
     with patience(f"reading {model}"):
         opened = oa.open_model(model)
-        keep_files(opened, output)
+        protect_files(opened, output)
         adapter = oa.extract(opened, name=name)
     path = oa.save_adapter(adapter, output)
     if as_json:

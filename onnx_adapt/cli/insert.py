@@ -14,6 +14,7 @@ from onnx_adapt.cli.complete import activation_names, site_names
 from onnx_adapt.cli.inserted import show_inserted
 from onnx_adapt.cli.outputs import file_label, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
+from onnx_adapt.formats import format_names, suffix_of
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Checkpoint, Model, Report
@@ -60,9 +61,9 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option(
     "--format",
     "file_format",
-    default="safetensors",
+    default=format_names()[0],
     show_default=True,
-    type=click.Choice(["safetensors", "onnx_adapter", "npz"]),
+    type=click.Choice(format_names()),
     help="The format of the adapter file that is written.",
 )
 @click.option(
@@ -155,22 +156,25 @@ def command(
     --no-verify.
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.destination import settle
+    from onnx_adapt.model.destination import resolve_destination
 
     _refuse_conflicts(ctx)
     base = oa.open_model(model)
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
         checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
-        how: dict[str, Any] = {"baked": not swappable, "batched": batched}
         if checkpoint:
-            adapted = oa.insert_checkpoint(base, checkpoint, **how)
+            adapted = oa.insert_checkpoint(
+                base, checkpoint, baked=not swappable, batched=batched
+            )
         else:
-            adapted = oa.insert(base, after=after, **how, **slot)
+            adapted = oa.insert(
+                base, after=after, baked=not swappable, batched=batched, **slot
+            )
     if calibrate and trained is not None:
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate, provider=provider)
-    settle(path)  # before a proof that may take long
+    resolve_destination(path)  # before a proof that may take long
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None
         given = base, adapted, inputs or calibrate or None, used, provider
@@ -281,5 +285,5 @@ def _weights_beside(
     if checkpoint is None:
         return []
     label = file_label(checkpoint.adapter)
-    file = path.absolute().parent / f"{path.stem}.{label}.{file_format}"
+    file = path.absolute().parent / f"{path.stem}.{label}{suffix_of(file_format)}"
     return [(file, [encode_adapter(checkpoint.adapter, file)])]

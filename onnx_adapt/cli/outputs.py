@@ -226,7 +226,7 @@ def refuse_to_replace(output: str | Path, *read: str | Path) -> None:
 def tell_saved(saved: Saved) -> None:
     """Print on stderr which files a save wrote."""
     say(f"wrote {saved.path} ({size_text(saved.size)})")
-    if saved.moved_out:
+    if saved.externalised:
         say(
             f"note: with its weights {saved.path.name} would pass protobuf's 2 GB; they are "
             f"in {saved.data[-1].name}, which belongs beside it"

@@ -64,7 +64,7 @@ def command(
       onnx-adapt report model.onnx model.adapted.onnx -o report.html
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.report.overview import overview
 
@@ -76,7 +76,7 @@ def command(
     with patience() as (_, stage):
         models = oa.open_model(base), oa.open_model(adapted)
         for model in () if as_json else models:
-            keep_files(model, path)
+            protect_files(model, path)
         found = overview(
             *models,
             adapter=oa.load_adapter(adapter) if adapter else None,
@@ -123,11 +123,11 @@ def check_page(path: Path, *given: str) -> None:
     Raises:
         AdaptError: If libraries are missing, or the page would replace a file that is read.
     """
-    from onnx_adapt.model.destination import settle
+    from onnx_adapt.model.destination import resolve_destination
     from onnx_adapt.report.page import require_libraries
 
     require_libraries()
-    settle(path)
+    resolve_destination(path)
     refuse_to_replace(path, *given)
 
 

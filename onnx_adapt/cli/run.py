@@ -16,11 +16,11 @@ from onnx_adapt.cli.complete import adapter_names
 from onnx_adapt.cli.outputs import print_json, print_table, refuse_to_replace, say, say_next
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.errors import AdapterError, SaveError
+from onnx_adapt.formats import FORMATS, adapter_files
 
 if TYPE_CHECKING:
     from onnx_adapt.session.adapter_session import Choice
 
-_SUFFIXES = (".onnx_adapter", ".safetensors", ".npz")
 _BASE = "-"
 
 
@@ -91,14 +91,14 @@ def command(
     if compare and not (adapter or blend or rows):
         raise click.UsageError("--compare base has nothing to compare without an adapter")
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.feeds import read_arrays
 
     chosen, names = read_choice(adapter, blend, rows)
     files = {name: _file(Path(model), name) for name in names}
     _refuse_output(output, model, inputs, *files.values())
     if output is not None and Path(output).exists():
-        keep_files(oa.open_model(model), output)
+        protect_files(oa.open_model(model), output)
     feeds = read_arrays(Path(inputs))
     with (
         patience(f"running {model}"),
@@ -150,10 +150,10 @@ def _file(model: Path, name: str) -> Path:
     Raises:
         AdapterError: If there is none, or several.
     """
-    if Path(name).suffix in _SUFFIXES:
+    if Path(name).suffix in FORMATS:
         return Path(name)
     labels = (f"{model.stem}.{name}", name)
-    beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in _SUFFIXES]
+    beside = [model.parent / f"{label}{suffix}" for label in labels for suffix in FORMATS]
     found = [path for path in beside if path.is_file()]
     if len(found) == 1:
         return found[0]
@@ -161,8 +161,7 @@ def _file(model: Path, name: str) -> Path:
         raise AdapterError(
             f"{name!r} means {' and '.join(map(str, found))}", hint="give the path of one"
         )
-    patterns = ("*.onnx_adapter", "*.safetensors", f"{model.stem}.*.npz")
-    present = sorted(p.name for s in patterns for p in model.absolute().parent.glob(s))
+    present = [path.name for path in adapter_files(model)]
     raise AdapterError(
         f"there is no adapter {name!r}: no such file, and none called {labels[0]} beside the "
         "model",

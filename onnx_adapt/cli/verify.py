@@ -58,7 +58,7 @@ def command(
       onnx-adapt verify model.onnx model.adapted.onnx --adapter fr.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.model.file import keep_files
+    from onnx_adapt.model.file import protect_files
     from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.report.overview import overview
 
@@ -72,7 +72,7 @@ def command(
         if html:
             models = oa.open_model(base), oa.open_model(adapted)
             for model in models:
-                keep_files(model, html)
+                protect_files(model, html)
             found = overview(*models, **given, stage=stage)
             report = found.report
         else:
@@ -120,6 +120,7 @@ def _show(report: Report) -> None:
         for item in report.shapes
         if item
     )
-    where = f"ONNX Runtime {report.runtime} on {', '.join(report.providers)}"
+    where = f"ONNX Runtime {report.runtime}"
+    where += f" on {', '.join(report.providers)}" if report.providers else ""
     say(where + (f", inputs {shapes}" if shapes else ""))
     say(verdict(report))

@@ -1,1 +1,1 @@
-"""Edits of a model: slots go in and come out, their weights are filled, baked, extracted."""
+"""Edits of a model: insert and remove slots; fill, bake and extract their weights."""

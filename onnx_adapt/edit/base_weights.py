@@ -1,4 +1,4 @@
-"""Weights of the base that adapters may replace: opened, filled and closed again."""
+"""Replaceable weights: weights of the base that an adapter may bring its own values for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onnx_adapt.slot.manifest import ReplaceableWeight, write_manifest
 
 
 def make_replaceable(proto: onnx.ModelProto, plans: Iterable[ReplacementPlan]) -> None:
-    """Make weights of the base replaceable, in place: each an initializer and an input."""
+    """Make weights of the base replaceable, in place: each becomes an input as well."""
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
     for plan in plans:
@@ -44,7 +44,7 @@ def undo_replaceable(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight
     drop_named(proto.graph.input, set(originals))
     drop_named(proto.graph.initializer, {w.name for w in weights if w.copied})
     for tensor in proto.graph.initializer:
-        if tensor.name in originals:  # no other may be touched: a name can be absent
+        if tensor.name in originals:  # setting a name would make an absent one present
             tensor.name = originals[tensor.name]
     for scope in walk.scopes(proto.graph) if weights else ():
         for node in scope.graph.node:
@@ -54,13 +54,13 @@ def undo_replaceable(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight
 
 
 def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
-    """A model whose replaceable weights have these values as their default.
+    """Give replaceable weights new default values.
 
-    The base's own value stays in the model, so that `remove` gives it back.
+    The base's own values stay in the model, so that `remove` can restore them.
 
     Args:
         model: A model with slots.
-        values: Values by name; each must fit, as `require_fit` has it.
+        values: Values by name; `require_fit` has checked that they fit.
     """
     manifest = required_manifest(model)
     known = {weight.name: weight for weight in manifest.weights}

@@ -1,4 +1,4 @@
-"""Another trained checkpoint for slots that a model already has."""
+"""Convert a trained checkpoint into an adapter for slots that a model already has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import NEUTRAL, bottleneck_of, neutral_weights
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 
 def convert(
@@ -83,7 +84,7 @@ def convert(
 
 
 def _counterpart(wanted: Slot, slots: Sequence[Slot]) -> Slot | None:
-    """The slot that computes what is wanted; it may have more parts, not fewer."""
+    """Find the slot that computes what is wanted; it may have more parts, but not fewer."""
     alike = [slot for slot in slots if _same_form(wanted, slot)]
     alike.sort(key=lambda slot: slot.name != wanted.name)
     return alike[0] if alike else None
@@ -96,5 +97,5 @@ def _same_form(wanted: Slot, slot: Slot) -> bool:
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
     reads = own and (slot.source == slot.inner or slot.source == wanted.source)
-    fixed = set(slot.parts) - set(wanted.parts) <= set(NEUTRAL)
+    fixed = all(PARTS[part].optional for part in set(slot.parts) - set(wanted.parts))
     return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

@@ -1,4 +1,4 @@
-"""Whether the slots of a model are still whole: what other tools did to them."""
+"""Find the damage that other tools did to the slots of a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
-from onnx_adapt.slot.parts import bottleneck_axis
+from onnx_adapt.slot.names import slot_prefix, split_node
+from onnx_adapt.slot.weights import bottleneck_axis
 
 
 def damages(model: Model) -> list[str]:
-    """What other tools did to the slots of a model; empty if they are whole.
+    """Describe the damage that other tools did to the slots of a model, if any.
 
     Raises:
         SlotError: If the model has no slots.
@@ -46,7 +47,7 @@ def damages(model: Model) -> list[str]:
 
 
 def _lost_marks(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
-    """Slots whose nodes are gone, and those that are only known by their weights now."""
+    """Find slots whose nodes are gone, or have lost the mark that names their slot."""
     nodes = [node for scope in walk.scopes(proto.graph) for node in scope.graph.node]
     present = {slot_of(node) for node in nodes}
     read = {name for node in nodes for name in node.input}
@@ -64,7 +65,7 @@ def _lost_marks(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
 
 
 def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
-    """Nodes that read weights or inner tensors of marked slots and are no part of any."""
+    """Find nodes outside of slots that read weights or inner tensors of a slot."""
     scopes = list(walk.scopes(proto.graph))
     marks = {slot_of(node) for scope in scopes for node in scope.graph.node}
     marked = [slot for slot in slots if slot.name in marks]
@@ -88,14 +89,14 @@ def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
 
 
 def _lost_record(model: Model) -> list[str]:
-    """What shows that a model without a manifest once had one."""
+    """Find the traces of slots in a model that has lost its manifest."""
     if read_manifest(model.proto) is not None:
         return []
     names = {
-        name.removeprefix("adapter.").rpartition("/")[0]
+        found[0]
         for scope in walk.scopes(model.proto.graph)
-        for name in (str(node.name) for node in scope.graph.node)
-        if name.startswith("adapter.") and "/" in name
+        for node in scope.graph.node
+        if (found := split_node(str(node.name)))
     }
     if not names:
         return []
@@ -106,7 +107,7 @@ def _lost_record(model: Model) -> list[str]:
 
 
 def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
-    """Inputs of slots that are declared otherwise than they were inserted."""
+    """Find inputs of slots that are not declared as they were inserted."""
     declared = {value.name: value.type.tensor_type for value in proto.graph.input}
     for slot in slots:
         for part in slot.parts:
@@ -131,7 +132,7 @@ def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
 
 
 def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
-    """Slots whose operators are not those that were inserted."""
+    """Find slots whose operators are not those that were inserted."""
     present: dict[str, list[onnx.NodeProto]] = {}
     for scope in walk.scopes(proto.graph):
         for node in scope.graph.node:
@@ -153,7 +154,7 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
 
 
 def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
-    """ONNX Runtime plans memory by symbols: two slots must not share one."""
+    """Find slots that share a symbolic dimension, by which ONNX Runtime plans its memory."""
     owner: dict[str, str] = {}
     declared = {value.name: value for value in proto.graph.input}
     for slot in slots:
@@ -172,7 +173,7 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
 
     ONNX Runtime believes them and plans memory by them.
     """
-    free = {f"adapter.{slot.name}": slot for slot in slots if not slot.bottleneck}
+    free = {slot_prefix(slot.name): slot for slot in slots if not slot.bottleneck}
     for scope in walk.scopes(proto.graph):
         for value in scope.graph.value_info:
             prefix, _, label = value.name.rpartition("/")

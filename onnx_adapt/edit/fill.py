@@ -1,4 +1,4 @@
-"""Adapters into models and out of them again: fill, bake, extract."""
+"""Fill adapters into models, bake them in, and extract them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx_adapt.edit.weights import (
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
-from onnx_adapt.slot.parts import is_empty
+from onnx_adapt.slot.weights import is_empty
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:
@@ -49,7 +49,7 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
 
 
 def bake(model: Model) -> Model:
-    """Freeze the weights that a model's slots have: they are no inputs any more.
+    """Make the weights that a model's slots have constants: they are no longer inputs.
 
     Raises:
         AdapterError: If the slots are empty or batched.
@@ -68,7 +68,7 @@ def bake(model: Model) -> Model:
 
 
 def extract(model: Model, *, name: str = "") -> Adapter:
-    """The adapter that a model's slots have as their default; the inverse of `fill`.
+    """Extract the adapter that a model's slots have as their default; the inverse of `fill`.
 
     Args:
         model: A model with filled or baked slots.
@@ -99,7 +99,7 @@ def extract(model: Model, *, name: str = "") -> Adapter:
 
 
 def _refuse_batched(model: Model) -> None:
-    """A row without an adapter is the base: there can be no other default."""
+    """Refuse batched slots: a row without an adapter is the base, so they have no default."""
     if batched := [slot.name for slot in required_manifest(model).slots if slot.batched]:
         raise AdapterError(
             f"slot {batched[0]!r} of {model.label} is batched: its weights are fed, one "

@@ -1,4 +1,4 @@
-"""Put planned slots into a graph and take them out: the edit itself.
+"""Insert the nodes of planned slots into a graph, and remove them again.
 
 A slot goes in by a rename: the producer's output gets a new name and the slot's output
 the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
@@ -42,7 +42,7 @@ _OLDEST_IR = 4  # the first in which an initializer need not be an input, and ma
 
 
 def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
-    """The manifest of a model, or a new one that describes it as a base.
+    """Read the manifest of a model, or make a new one that describes the model as a base.
 
     Raises:
         SlotError: If what the manifest names is not all there.
@@ -64,7 +64,7 @@ def insert_slots(
     slots: Sequence[Slot],
     weights: Mapping[str, Mapping[str, Array]],
 ) -> Model:
-    """Put planned slots into a model that is the caller's to change.
+    """Insert planned slots, their weights and their record into a model, in place.
 
     Raises:
         SlotError: If a slot makes no sense.
@@ -86,7 +86,7 @@ def insert_slots(
 
 
 def _given_twice(index: ModelIndex) -> list[str]:
-    """Initializers that ONNX's rule of single assignment forbids; ONNX Runtime takes them."""
+    """Find initializers with the same name, which ONNX forbids and ONNX Runtime accepts."""
     found: list[str] = []
     for view in index.views.values():
         names = Counter(tensor.name for tensor in view.scope.graph.initializer)
@@ -97,7 +97,11 @@ def _given_twice(index: ModelIndex) -> list[str]:
 def _drop_weight_inputs(
     proto: onnx.ModelProto, replaceable: Sequence[ReplaceableWeight]
 ) -> tuple[tuple[int, str], ...]:
-    """Let weights be weights alone, in place; before IR 4 they had to be inputs as well."""
+    """Stop declaring weights as inputs, in place; before IR 4 each had to be declared as one.
+
+    Returns:
+        The position of each input that is gone, and its declaration in hexadecimal.
+    """
     stored = {tensor.name for tensor in proto.graph.initializer}
     stored |= {weight.original for weight in replaceable}
     stored -= {weight.name for weight in replaceable}
@@ -109,7 +113,7 @@ def _drop_weight_inputs(
 
 
 def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
-    """Undo what insertion did to a model of an IR before 4, in place.
+    """Declare weights of a model of an IR before 4 as inputs again, in place.
 
     Raises:
         ManifestError: If what it was is not recorded as it should be.
@@ -123,28 +127,39 @@ def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]
 
 
 def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Write down that a batched slot's output, and the terms of it, are as its target.
+    """Record that the output of a batched slot, and its terms, have the shape of its target.
 
-    What each row has of its own has symbols of its own, so ONNX Runtime could not tell, and
-    would not fuse the sum with what follows.
+    The inputs with a value for each row have symbolic dimensions of their own. Without the
+    record ONNX Runtime cannot infer the shape, and does not fuse the sum with what follows.
+    Where no symbol of the inputs can be inferred for an axis, the symbol that the base
+    records for its tensor is repeated.
     """
     view = index.views[slot.graph]
     graph = view.scope.graph
     made = {node.output[0] for node in nodes[:-1]}
     terms = made & set(nodes[-1].input) if nodes[-1].op_type == "Add" else set()
     there = {value.name for value in (*graph.value_info, *graph.output)}
-    known = view.inferred.get(slot.tensor, UNKNOWN)
+    known = view.inferred.get(slot.tensor, UNKNOWN).shape or ()
+    recorded = view.records.get(slot.tensor, UNKNOWN).shape or ()
     inputs = index.main.scope.graph.input
     symbols = {dim.dim_param for v in inputs for dim in v.type.tensor_type.shape.dim}
-    shape = [d if isinstance(d, int) or d in symbols else None for d in known.shape or ()]
+    pairs = zip(known, recorded if len(recorded) == len(known) else known, strict=True)
+    shape = [
+        size
+        if isinstance(size, int) or size in symbols
+        else other
+        if other in symbols
+        else None
+        for size, other in pairs
+    ]
     for name in sorted({slot.output, *terms} - there) if shape else ():
         _record(view, graph, slot, name, shape)
 
 
 def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
-    """Write down the types of slots' targets where ONNX, given the model, infers none.
+    """Record the types of slots' targets where ONNX's shape inference finds none.
 
-    Its checker would complain of the slots' nodes then, as it does of those behind.
+    Otherwise ONNX's checker rejects the slots' nodes.
     """
     if index.plain and not index.stale_records():
         return
@@ -164,7 +179,7 @@ def _record(
     name: str,
     shape: Sequence[int | str | None] | None,
 ) -> None:
-    """Write down the type of a tensor of a slot, which is its target's."""
+    """Record the type of a tensor of a slot, which is that of its target."""
     elem_type = view.type_of(slot.tensor).elem_type or ELEM_TYPES[slot.dtype]
     declared = onnx.helper.make_tensor_value_info(name, elem_type, shape)
     declared.metadata_props.add(key=SLOT_KEY, value=slot.name)
@@ -174,7 +189,7 @@ def _record(
 def _insert_nodes(
     index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot], opset: int
 ) -> tuple[Slot, ...]:
-    """Put the nodes of new slots into the graphs, in place.
+    """Insert the nodes of new slots into the graphs, in place.
 
     Returns:
         All slots of the model; one that another was stacked on has a new output name.
@@ -225,7 +240,7 @@ def rename_output(node: onnx.NodeProto, old: str, new: str) -> None:
 def remove_nodes(
     proto: onnx.ModelProto, slots: Sequence[Slot], doomed: set[str]
 ) -> tuple[Slot, ...]:
-    """Delete the nodes of slots and reconnect what was around them, in place.
+    """Remove the nodes of slots and reconnect the nodes around them, in place.
 
     Returns:
         The slots that stay.

@@ -17,11 +17,13 @@ from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.graph.index import require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.resolve import resolve
-from onnx_adapt.graph.sites import Site, Survey, survey_model
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest
-from onnx_adapt.slot.parts import PARTS, fresh_weights, neutral_weights
+from onnx_adapt.slot.parts import in_order
+from onnx_adapt.slot.weights import fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
 """Bottleneck of a baked slot when none is given (Houlsby et al., 2019)."""
@@ -57,7 +59,7 @@ def insert(
         after: Addresses, node names, tensors, module paths or globs.
         activation: One of `onnx_adapt.slot.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
-        parts: The weights each slot has; see `onnx_adapt.slot.formula.PARTS`.
+        parts: The weights each slot has; see `onnx_adapt.slot.parts.PARTS`.
         source: A tensor for the adapter to read in place of the target.
         axis: The feature axis of every place, and of the source: -1 for the last one, or
             1 for channels. By default the one that the operators around a place tell.
@@ -92,7 +94,7 @@ def insert(
         parts = (parts,)
     extra = ("down_bias", "up_bias") if bias else ()
     form = Form(
-        parts=tuple(sorted({*parts, *extra}, key=_part_order)),
+        parts=in_order({*parts, *extra}),
         activation=activation,
         norm_after=norm_after,
         swappable=not baked,
@@ -104,10 +106,6 @@ def insert(
     if not names:
         raise SiteError("no place was named", hint="see `onnx-adapt sites`")
     return _insert(model, names, recipe, inline_functions=inline_functions)
-
-
-def _part_order(part: str) -> tuple[int, str]:
-    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
 
 
 def _insert(
@@ -139,7 +137,7 @@ def _insert(
 
 
 def _tell_axis(survey: Survey, site: Site) -> None:
-    """Warn of an axis that the user named and the operators around it do not."""
+    """Warn if the operators around a site suggest another axis than the user named."""
     told = survey.by_address.get(site.address, site)
     if told.axis not in (None, site.axis):
         _log.warning(
@@ -149,7 +147,7 @@ def _tell_axis(survey: Survey, site: Site) -> None:
 
 
 def _inlined_name(survey: Survey, name: str) -> str:
-    """What a name inside a function is after inlining: ONNX's inliner adds `__1`, `__2`."""
+    """Find what a name inside a function has become: ONNX's inliner adds `__1`, `__2`, ..."""
     nodes = [node.name for view in survey.index.views.values() for node in view.nodes]
     tensors = [tensor for view in survey.index.views.values() for tensor in view.producers]
     for names in (nodes, tensors):
@@ -168,11 +166,11 @@ def _inlined_name(survey: Survey, name: str) -> str:
 
 
 def inline_model(model: Model) -> Model:
-    """The model with its model-local functions inlined.
+    """Inline the model-local functions of a model.
 
     Raises:
         RunError: If ONNX cannot inline them.
-        ModelFileError: If there would be no end of nodes.
+        ModelFileError: If inlining would never end, or give too many nodes.
     """
     require_finite(model)
     try:
@@ -186,7 +184,7 @@ def inline_model(model: Model) -> Model:
 
 
 def list_slots(model: Model) -> tuple[Slot, ...]:
-    """The slots of a model, in order of insertion, as its manifest has them.
+    """List the slots of a model, in order of insertion.
 
     Raises:
         ManifestError: If the manifest is damaged or too new.

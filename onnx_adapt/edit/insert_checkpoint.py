@@ -14,7 +14,7 @@ from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import bottleneck_of, neutral_weights
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.checkpoints.load import Checkpoint  # slow to import, and mostly not needed
@@ -71,12 +71,12 @@ def insert_checkpoint(
 
 
 def _rank(index: ModelIndex, slot: Slot) -> int:
-    """How many axes a slot's tensor has, or 0 if that is unknown."""
+    """The number of axes of a slot's tensor, or 0 if it is unknown."""
     return len(index.views[slot.graph].type_of(slot.tensor).shape or ())
 
 
 def _baked_plan(plan: ReplacementPlan, adapter: Adapter) -> ReplacementPlan:
-    """The trained value as a constant; the base's stays beside it, for `remove`."""
+    """Plan to replace a weight by its trained value; the base's stays for `remove`."""
     weight = replace(plan.weight, copied=True, swappable=False, trained=True)
     value = tensor_of(weight.name, adapter.replaced[weight.name])
     return replace(plan, weight=weight, default=value)

@@ -1,8 +1,7 @@
-"""From a site and a recipe to the description of a slot."""
+"""Plan slots: turn a site and what the user asked for into the description of a slot."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import onnx
@@ -13,10 +12,12 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, Shape, elem_name
 from onnx_adapt.graph.layout import given_axis
 from onnx_adapt.graph.norms import find_norms, one_node
 from onnx_adapt.graph.resolve import resolve_tensor
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import mark_node
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import node_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def plan_slot(survey: Survey, choice: Choice, name: str, recipe: Recipe) -> Slot
 
 
 def _source_site(survey: Survey, recipe: Recipe) -> Site:
-    """The tensor that the adapter reads; an axis that the user names is its too."""
+    """Find the tensor that the adapter reads, on the axis that the user named, if any."""
     read = _input_site(survey, recipe.source, recipe.axis)
     if read is None:
         read = resolve_tensor(survey, recipe.source)
@@ -65,7 +66,7 @@ def _source_site(survey: Survey, recipe: Recipe) -> Site:
 
 
 def _input_site(survey: Survey, name: str, axis: int | None) -> Site | None:
-    """An input of the model as a place to read from."""
+    """Describe an input of the model as a site to read from; None if no input has the name."""
     main = survey.index.main
     inputs = {value.name for value in main.scope.graph.input} - set(main.constants)
     if name not in inputs:
@@ -104,7 +105,7 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
         SiteError: If it is computed later, elsewhere, or has another leading shape.
     """
     what = f"source {read.tensor!r}"
-    if read.axis is None:
+    if read.axis is None and read.dtype == site.dtype:
         raise SiteError(
             f"{what} cannot be read by an adapter: {read.refused}",
             hint="if you know its feature axis, say so: --axis -1 or --axis 1",
@@ -127,40 +128,31 @@ def _check_source(survey: Survey, site: Site, read: Site) -> int:
             f"{what} is computed after target {site.tensor!r}",
             hint="an adapter can only read what is there before its target",
         )
-    shapes = home.type_of(read.tensor).shape, view.type_of(site.tensor).shape
-    if not _same_rows(*shapes, site.axis or -1, _declared_symbols(survey)):
-        theirs, ours = (list(shape or ()) for shape in shapes)
-        raise SiteError(
-            f"{what} has shape {theirs} and target {site.tensor!r} {ours}",
-            hint="all axes but the feature axis must be the same",
-        )
-    return read.width
+    theirs = home.type_of(read.tensor).shape
+    ours = view.type_of(site.tensor).shape
+    if theirs is None or ours is None or _line_up(survey, site, theirs, ours):
+        return read.width
+    raise SiteError(
+        f"{what} has shape {list(theirs)} and target {site.tensor!r} {list(ours)}",
+        hint="all axes but the feature axis must be the same",
+    )
 
 
-def _same_rows(
-    theirs: Shape | None,
-    ours: Shape | None,
-    axis: int,
-    declared: Collection[int | str | None],
-) -> bool:
-    """Whether two shapes can be the same in all axes but one.
-
-    A symbol differs from another dimension only if the model's inputs declare it.
-    """
-    if theirs is None or ours is None:
-        return True
-    if len(theirs) != len(ours):
+def _line_up(survey: Survey, site: Site, one: Shape, other: Shape) -> bool:
+    """Whether two shapes agree on all axes but the feature axis, as far as they are known."""
+    if len(one) != len(other):
         return False
-    feature = axis % len(ours) if ours else 0
+    features = (site.axis or -1) % len(other) if other else 0
+    declared = _declared_symbols(survey)
     return not any(
         p != q
-        for i, (p, q) in enumerate(zip(theirs, ours, strict=True))
-        if i != feature and all(isinstance(d, int) or d in declared for d in (p, q))
+        for i, (p, q) in enumerate(zip(one, other, strict=True))
+        if i != features and all(isinstance(d, int) or d in declared for d in (p, q))
     )
 
 
 def _declared_symbols(survey: Survey) -> set[int | str | None]:
-    """Symbols of the model's own inputs; others were made up by inference."""
+    """The symbolic dimensions of the model's own inputs; inference makes up the others."""
     main = survey.index.main
     names = [value.name for value in main.scope.graph.input]
     return {d for n in names for d in main.type_of(n).shape or () if isinstance(d, str)}
@@ -177,7 +169,7 @@ def _comes_before(view: GraphView, home: GraphView, source: str, target: str) ->
 
 
 def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
-    """The output of the base's normalisation that a name means."""
+    """Find the output of the normalisation of the base that a name means."""
     if not name:
         return ""
     found = resolve_tensor(survey, name)
@@ -202,9 +194,9 @@ def _norm_tensor(survey: Survey, site: Site, name: str, width: int) -> str:
 
 
 def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
-    """The base's normalisation that a slot re-applies, last; before it its Constants.
+    """Copy the nodes of the base's normalisation that a slot re-applies, its Constants first.
 
-    The Constants are copies of the slot's own, for theirs may stand behind the slot.
+    The Constants are copied because those of the base may come after the slot in the graph.
     """
     if not slot.norm:
         return []
@@ -222,7 +214,7 @@ def norm_nodes(index: ModelIndex, slot: Slot) -> list[onnx.NodeProto]:
         if made is not None and made[1].op_type == "Constant":
             copy = onnx.NodeProto()
             copy.CopyFrom(made[1])
-            copy.name = f"adapter.{slot.name}/norm_constant_{position}"
+            copy.name = node_name(slot.name, f"norm_constant_{position}")
             norm.input[position] = copy.output[0] = copy.name
             del copy.metadata_props[:]
             mark_node(copy, slot)

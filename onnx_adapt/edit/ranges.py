@@ -1,7 +1,7 @@
-"""Calibrated ranges of a quantised base, widened for the values of an adapter and put back.
+"""Widen calibrated ranges of a quantised base for the values of an adapter, and undo it.
 
-Nothing of the base is changed: a wider range is a new constant, and the nodes that share
-the range read it in place of the base's. Undoing it is giving them the old names again.
+No constant of the base is changed. A wider range is a new constant, which the nodes that share
+the range read in place of the base's. To undo it, they read the base's constant again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from onnx_adapt.slot.manifest import Widened, write_manifest
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One constant of a range in place of another.
+    """A constant that replaces one of a range.
 
     Attributes:
         quantizer: Output of the QuantizeLinear with the range.
-        value: The new constant; it has no name yet.
-        uses: Who is to read it: graph, index of the node, position of the input.
+        value: The new constant, without a name.
+        uses: The inputs that are to read it: graph, index of the node, position.
     """
 
     quantizer: str
@@ -34,9 +34,9 @@ class Change:
 
 
 def widen_ranges(model: Model, changes: Sequence[Change]) -> Model:
-    """A model with slots in which nodes read other constants, which its manifest lists.
+    """Make nodes of a model with slots read other constants, and record that in its manifest.
 
-    What was widened before is widened again in its place.
+    A range that was widened before gets its new constant in place of the earlier one.
     """
     result = model.copy()
     manifest = required_manifest(result)
@@ -82,7 +82,7 @@ def undo_widening(proto: onnx.ModelProto, widened: Iterable[Widened]) -> None:
 
 
 def with_base_ranges(model: Model) -> Model:
-    """A model with slots whose ranges are the base's; itself if none was widened."""
+    """Give a model with slots the base's ranges; the model itself if none was widened."""
     manifest = required_manifest(model)
     if not manifest.widened:
         return model
@@ -93,5 +93,5 @@ def with_base_ranges(model: Model) -> Model:
 
 
 def widened_ranges(model: Model) -> list[str]:
-    """The outputs of the QuantizeLinear nodes whose ranges were widened."""
+    """List the outputs of the QuantizeLinear nodes whose ranges were widened."""
     return list(dict.fromkeys(item.quantizer for item in required_manifest(model).widened))

@@ -1,4 +1,4 @@
-"""Take slots out of a model: the base comes back byte for byte."""
+"""Remove slots from a model; without any slot it is the base again, byte for byte."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
-from onnx_adapt.model import elsewhere as moved
+from onnx_adapt.model.externalise import internalise
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import read_manifest, write_manifest
 
 
 def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
-    """Take slots out of a model; with the last one the base comes back.
+    """Remove slots from a model; when the last one is gone it is the base again.
 
     Args:
         model: The model; it is left as it was.
@@ -57,12 +57,12 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     result.proto.ir_version = manifest.ir_version
     if not manifest.ir_version:
         result.proto.ClearField("ir_version")  # the base had none
-    payloads = moved.move_in(model.path, result.proto, model.payloads)
+    payloads = internalise(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
 
 
 def base_notes(adapted: Model, result: Model) -> list[str]:
-    """Why the model that `remove` gave is not the base byte for byte; empty if it is.
+    """Explain why the result of `remove` is not the base byte for byte; empty if it is.
 
     Raises:
         ModelFileError: If data of the model cannot be read.

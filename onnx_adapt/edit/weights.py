@@ -1,4 +1,4 @@
-"""The weights of slots inside a model: added, read, filled, baked and dropped.
+"""Add, read, fill, bake and drop the weights of slots inside a model.
 
 A weight is an initializer of the main graph; that of a swappable slot is a graph input
 too. This module is the only one that touches either, so the two stay in step.
@@ -30,7 +30,7 @@ from onnx_adapt.slot.manifest import (
     slot_of,
     write_manifest,
 )
-from onnx_adapt.slot.parts import bottleneck_axis, neutral_rows, part_shape, row_rank
+from onnx_adapt.slot.weights import bottleneck_axis, neutral_rows, part_shape, row_rank
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
@@ -62,7 +62,7 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
 
 
 def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
-    """An input with symbols of its own, for rows and for size: the default has 1 of each."""
+    """Declare an input with a value for each row; its default is one value for all rows."""
     name = slot.weight(part)
     shape: list[int | str] = [1] * row_rank(slot)
     shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
@@ -70,7 +70,7 @@ def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
 
 
 def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
-    """Check that all that a manifest names is in the model.
+    """Check that a model has everything that its manifest names.
 
     Raises:
         SlotError: If another tool took initializers or inputs away.
@@ -88,7 +88,7 @@ def check_model_weights(proto: onnx.ModelProto, manifest: Manifest) -> None:
 
 
 def check_base_weights(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeight]) -> None:
-    """Check that the weights of the base that adapters may replace still can be.
+    """Check that the replaceable weights of the base can still be replaced.
 
     Raises:
         SlotError: If another tool took them away.
@@ -172,10 +172,10 @@ def _check_shape(slot: Slot, part: str, dims: Iterable[int]) -> int:
 
 
 def read_weights(model: Model, slots: Iterable[Slot]) -> dict[str, dict[str, Array]]:
-    """The weights stored in a model, by slot and part.
+    """Read the weights stored in a model, by slot and part.
 
     Raises:
-        SlotError: If they are not all there.
+        SlotError: If a weight is missing.
     """
     slots = tuple(slots)
     check_weights(model.proto, slots)
@@ -187,7 +187,7 @@ def read_weights(model: Model, slots: Iterable[Slot]) -> dict[str, dict[str, Arr
 
 
 def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
-    """A model whose slots have these weights as their default.
+    """Make weights the default of a model's slots.
 
     Args:
         model: A model with slots.
@@ -219,12 +219,12 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
 
 
 def bake_weights(model: Model) -> Model:
-    """A model whose slots are constants: their inputs are gone, their weights stay."""
+    """Make the weights of all slots constants: their inputs go, their values stay."""
     return _with_swappable(model, swappable=False)
 
 
 def make_swappable(model: Model) -> Model:
-    """A model whose slots are all swappable, of any bottleneck; the reverse of baking."""
+    """Make the weights of all slots inputs again, of any bottleneck; the reverse of baking."""
     return _with_swappable(model, swappable=True)
 
 
@@ -259,7 +259,7 @@ def _with_swappable(model: Model, *, swappable: bool) -> Model:
 
 
 def drop_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
-    """Take the weights of slots out of a model, in place."""
+    """Remove the weights of slots from a model, in place."""
     slots = tuple(slots)
     _drop_inputs(proto, slots)
     drop_named(proto.graph.initializer, _weight_names(slots))
@@ -274,7 +274,7 @@ def _weight_names(slots: Iterable[Slot]) -> set[str]:
 
 
 def drop_named(items: Any, names: set[str]) -> None:
-    """Delete the items with these names, a run of neighbours at a time."""
+    """Delete the items with these names; neighbours together, which is much faster."""
     doomed = [item.name in names for item in items]
     end = len(doomed)
     while end:

@@ -11,7 +11,8 @@ from onnx_adapt.errors import (
     SiteRefusedError,
 )
 from onnx_adapt.graph.fused_bias import unfused_hint
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 
 _SHOWN = 8
 

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 
 from onnx_adapt.graph.index import GraphView, ModelIndex, text
-from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import slot_of
 
@@ -79,10 +80,8 @@ def _is_bare(view: GraphView, tensor: str) -> bool:
             return False
         view, node = made
         if is_layer(view, node):
-            kind = KINDS[node.op_type]
-            has_bias = 0 <= kind.bias < len(node.input) and bool(node.input[kind.bias])
-            # Of integers the bias comes where they are floats again.
-            return (kind.fold or node.op_type == "ConvInteger") and not has_bias
+            operator = OPERATORS[node.op_type]
+            return operator.bias_add and not operator.has_bias(node)
         if node.op_type not in _RESCALING or slot_of(node) or not node.input:
             return False
         tensor = _rescaled(view, node)

@@ -121,8 +121,9 @@ class GraphView:
         """The type of a tensor that can be read here."""
         view: GraphView | None = self
         while view is not None:
-            if tensor in view.types:
-                return view.types[tensor]
+            known = view.types.get(tensor)
+            if known is not None:
+                return known
             if tensor in view.producers:
                 return UNKNOWN
             view = view.parent

@@ -4,88 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.index import VALUE_FREE, GraphView, TensorType, attribute
+from onnx_adapt.graph.operators import CHANNELS, OPERATORS, WeightLayout
 from onnx_adapt.slot.manifest import slot_of
-
-LAST, CHANNELS = -1, 1
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How one operator is a layer.
-
-    Attributes:
-        weight: Input that must be constant, or -1 if the operator alone tells.
-        axis: Feature axis of the output.
-        width: How the width is read: `last` or `first` axis of the weight, `columns` of a
-            matrix (by transB), `deconv` (second axis times group), an attribute's name,
-            or ''.
-        bias: Input that may hold the bias inside the operator, or -1.
-        fold: Whether a following Add of a constant is this layer's bias.
-    """
-
-    weight: int
-    axis: int = LAST
-    width: str = "columns"
-    bias: int = -1
-    fold: bool = False
-
-
-_MATMUL = Kind(1, fold=True)
-_GEMM = Kind(1, bias=2, fold=True)
-_CONV = Kind(1, CHANNELS, "first", bias=2, fold=True)
-_NORM = Kind(-1, width="last")
-_CHANNEL_NORM = Kind(1, CHANNELS, "last")
-_RECURRENT = Kind(-1, width="hidden_size")
-
-KINDS: dict[str, Kind] = {
-    "MatMul": _MATMUL,
-    "FusedMatMul": _MATMUL,
-    "MatMulInteger": _MATMUL,
-    "MatMulIntegerToFloat": Kind(1, bias=6, fold=True),
-    "DynamicQuantizeMatMul": Kind(1, bias=4, fold=True),
-    "MatMulNBits": Kind(1, width="N", bias=5, fold=True),
-    "MatMulBnb4": Kind(1, width="N", fold=True),
-    "QLinearMatMul": Kind(3),
-    "Gemm": _GEMM,
-    "FusedGemm": _GEMM,
-    "GemmFloat8": _GEMM,
-    "QGemm": Kind(3),
-    "Conv": _CONV,
-    "FusedConv": _CONV,
-    "ConvTranspose": Kind(1, CHANNELS, "deconv", bias=2, fold=True),
-    "ConvInteger": Kind(1, CHANNELS, "first"),
-    "QLinearConv": Kind(3, CHANNELS, "first"),
-    "NhwcFusedConv": Kind(1, LAST, "first"),
-    "LayerNormalization": _NORM,
-    "RMSNormalization": _NORM,
-    "SimplifiedLayerNormalization": _NORM,
-    "SkipLayerNormalization": _NORM,
-    "SkipSimplifiedLayerNormalization": _NORM,
-    "EmbedLayerNormalization": _NORM,
-    "BatchNormalization": _CHANNEL_NORM,
-    "InstanceNormalization": _CHANNEL_NORM,
-    "GroupNormalization": Kind(-1, CHANNELS, ""),
-    "Gather": Kind(0),
-    "GatherBlockQuantized": Kind(0, width=""),
-    "LSTM": _RECURRENT,
-    "GRU": _RECURRENT,
-    "RNN": _RECURRENT,
-    "DynamicQuantizeLSTM": _RECURRENT,
-}
-"""Operators that are layers, by type; the domain does not matter."""
-
-_NORM_WEIGHT = {
-    "SkipLayerNormalization": 2,
-    "SkipSimplifiedLayerNormalization": 2,
-    "EmbedLayerNormalization": 5,
-}
 
 
 def find_weight(view: GraphView, name: str) -> Weight | None:
@@ -95,26 +21,31 @@ def find_weight(view: GraphView, name: str) -> Weight | None:
 
 def layer_weight(view: GraphView, node: onnx.NodeProto) -> Weight | None:
     """The constant weight of a node, if the node is a layer that has one."""
-    kind = KINDS.get(node.op_type)
-    if kind is None:
+    operator = OPERATORS.get(node.op_type)
+    if operator is None or operator.weight >= len(node.input):
         return None
-    position = kind.weight if kind.weight >= 0 else _NORM_WEIGHT.get(node.op_type, 1)
-    return find_weight(view, node.input[position]) if position < len(node.input) else None
+    return find_weight(view, node.input[operator.weight])
 
 
 def is_layer(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether a node is a layer: an operator of `KINDS` with its weight constant."""
-    kind = KINDS.get(node.op_type)
-    if kind is None or slot_of(node):
+    """Whether a node is a layer: an operator of `OPERATORS` with its weight constant."""
+    operator = OPERATORS.get(node.op_type)
+    if operator is None or slot_of(node):
         return False
-    if kind.weight < 0:
+    if not operator.constant:
         return True
     weight = layer_weight(view, node)
     if weight is None:
         return False
-    if node.op_type == "Gather":
+    if operator.layout is WeightLayout.TABLE:
         return _is_embedding(view, node, weight)
     return True
+
+
+def is_module_call(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node can be the call of a module that a checkpoint adapts."""
+    operator = OPERATORS.get(node.op_type)
+    return operator is not None and operator.module_call and is_layer(view, node)
 
 
 def _is_embedding(view: GraphView, node: onnx.NodeProto, weight: Weight) -> bool:
@@ -125,23 +56,15 @@ def _is_embedding(view: GraphView, node: onnx.NodeProto, weight: Weight) -> bool
     )
 
 
-def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:
-    """The width of a layer's output as its constant weight tells it."""
-    kind = KINDS[node.op_type]
-    if kind.width not in ("last", "first", "columns", "deconv"):
-        return attribute(node, kind.width, 0) or None if kind.width else None
+def layer_sizes(view: GraphView, node: onnx.NodeProto) -> tuple[int | None, int | None]:
+    """The widths that a layer reads and makes, as its weight or its attributes tell them."""
     weight = layer_weight(view, node)
-    if weight is None or not weight.dims:
-        return None
-    if kind.width == "first":
-        return weight.dims[0]
-    if kind.width == "last":
-        return weight.dims[-1]
-    if len(weight.dims) < 2:
-        return None
-    if kind.width == "deconv":
-        return weight.dims[1] * attribute(node, "group", 1)
-    return weight.dims[-2 if attribute(node, "transB", 0) else -1]
+    return OPERATORS[node.op_type].sizes(node, weight.dims if weight else ())
+
+
+def weight_width(view: GraphView, node: onnx.NodeProto) -> int | None:
+    """The width of a layer's output, as its weight or its attributes tell it."""
+    return layer_sizes(view, node)[1]
 
 
 def feature_width(
@@ -167,23 +90,25 @@ def _size(known: TensorType | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-_OTHER_TYPE = {
-    *("QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger", "GemmFloat8"),
-}
 _SAME_TYPE = {
     *("Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "Softmax", "Gelu"),
     *("FastGelu", "BiasGelu", "QuickGelu", "Transpose", "Reshape", "Slice", "Concat", "Split"),
     *("Squeeze", "Unsqueeze", "Identity", "RotaryEmbedding", "GroupQueryAttention"),
-    *("MultiHeadAttention", *(KINDS.keys() - _OTHER_TYPE)),
+    "MultiHeadAttention",
 }
-"""Operators, contrib ones included, whose float output has the type of a float input."""
+"""Operators without weights whose float output has the type of a float input."""
+
+
+def _keeps_type(op: str) -> bool:
+    operator = OPERATORS.get(op)
+    return operator.keeps_type if operator else op in _SAME_TYPE
 
 
 def inherited_type(view: GraphView, node: onnx.NodeProto) -> int:
     """The element type of a node's output where shape inference is silent, or 0."""
     made: tuple[GraphView, onnx.NodeProto] | None = (view, node)
     for _ in range(64):
-        if made is None or made[1].op_type not in _SAME_TYPE:
+        if made is None or not _keeps_type(made[1].op_type):
             return 0
         view, node = made
         for name in node.input:
@@ -207,10 +132,11 @@ def bias_add(
     The Add must be the only reader of `tensor`, the layer's output, and its other operand
     a constant with one entry per feature.
     """
-    kind = KINDS[node.op_type]
-    has_bias = 0 <= kind.bias < len(node.input) and bool(node.input[kind.bias])
+    operator = OPERATORS[node.op_type]
+    if not operator.bias_add or operator.has_bias(node):
+        return None
     readers = view.readers(tensor)
-    if not kind.fold or has_bias or len(readers) != 1 or tensor in view.outputs:
+    if len(readers) != 1 or tensor in view.outputs:
         return None
     add = readers[0]
     if add.op_type != "Add" or slot_of(add) or list(add.input).count(tensor) != 1:
@@ -223,11 +149,11 @@ def bias_add(
     if math.prod(other.dims) != width:
         return None
     dims = other.dims
-    if kind.axis == CHANNELS:
+    if operator.axis == CHANNELS:
         weight = layer_weight(view, node)
         rank = len(weight.dims) if weight else 0
         dims = (1,) * (rank - len(dims)) + dims if len(dims) <= rank else ()
-    fits = -len(dims) <= kind.axis < len(dims) and dims[kind.axis] == width
+    fits = -len(dims) <= operator.axis < len(dims) and dims[operator.axis] == width
     return add.output[0] if fits else None
 
 

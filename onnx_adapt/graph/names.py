@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from onnx_adapt.graph.index import ModelIndex, text
+from onnx_adapt.slot.names import split_node, split_weight
 
 
 def reserved_names(index: ModelIndex) -> set[str]:
     """The slot names that a model's tensors and symbols leave no room for."""
-    # Nothing that a slot names has a dot or slash behind the name of the slot and its own.
     tensors = {
-        tensor[len(_PREFIX) :].rpartition(mark)[0]
+        found[0]
         for tensor in map(text, index.names())
-        if tensor.startswith(_PREFIX)
-        for mark in "./"
+        for found in (split_weight(tensor), split_node(tensor))
+        if found
     }
     nodes = {
-        name[len(_PREFIX) :].rpartition("/")[0]
+        found[0]
         for view in index.views.values()
-        for name in (text(node.name) for node in view.nodes)
-        if name.startswith(_PREFIX)
+        for node in view.nodes
+        if (found := split_node(text(node.name)))
     }
     symbols = {
         str(dim).removeprefix("r_")
@@ -28,9 +28,6 @@ def reserved_names(index: ModelIndex) -> set[str]:
         if isinstance(dim, str)
     }
     return tensors | nodes | symbols
-
-
-_PREFIX = "adapter."
 
 
 def free_name(wanted: str, taken: set[str]) -> str:

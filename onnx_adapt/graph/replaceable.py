@@ -1,4 +1,4 @@
-"""How a weight of the base becomes one that adapters can replace."""
+"""The plan to make a weight of the base replaceable by adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onnx_adapt.slot.manifest import ReplaceableWeight
 
 @dataclass(frozen=True, slots=True)
 class ReplacementPlan:
-    """How a weight of the base becomes replaceable.
+    """The plan to make one weight of the base replaceable.
 
     Attributes:
-        weight: The record of it.
-        default: The tensor it has while nothing is fed: the base's value.
+        weight: Its record for the manifest.
+        default: The tensor that is used while nothing is fed: the base's value.
         readers: Where it is read: graph, index of the node, position of the input.
     """
 

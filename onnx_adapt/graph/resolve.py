@@ -22,7 +22,8 @@ from onnx_adapt.graph.choice import (
 from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.modules import match_path
-from onnx_adapt.graph.sites import Site, Survey, survey_model
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import slot_of
 from onnx_adapt.words import nearest

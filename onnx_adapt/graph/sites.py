@@ -20,7 +20,6 @@ from onnx_adapt.graph.index import (
     text,
 )
 from onnx_adapt.graph.layers import (
-    KINDS,
     bias_add,
     feature_width,
     inherited_type,
@@ -29,64 +28,13 @@ from onnx_adapt.graph.layers import (
 )
 from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
 from onnx_adapt.graph.modules import ModuleIndex, index_modules
-from onnx_adapt.graph.refusals import rank_of, refusal
+from onnx_adapt.graph.operators import OPERATORS
+from onnx_adapt.graph.site import Site, rank_of, refusal
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest, slot_of
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A tensor of a model where an adapter can go.
-
-    Attributes:
-        address: Unique in the model: the graph's path, a colon, the tensor.
-        node: Name of the node; for a layer the node with the weight.
-        op: Operator type of that node.
-        tensor: The tensor. For a layer with a separate bias Add it is the Add's output.
-        module: PyTorch module path, or None if the exporter left no trace.
-        width: Size of the feature axis, or None if unknown.
-        dtype: Element type, or '' if unknown.
-        axis: The feature axis: -1, or 1 for channels; None if nothing tells.
-        refused: Why no adapter can go here, or None.
-        graph: Path of the graph the tensor is in.
-        rank: Number of axes, or None if unknown.
-        layer: Whether the site is the output of a layer.
-        core: Index of the node in its graph.
-        also: Names of other nodes that stand for it: that of the bias Add.
-        before_bias: Where the layer's bias is added, if that is behind the tensor. An
-            adapter after the layer cannot go here, one after the tensor can.
-    """
-
-    address: str
-    node: str
-    op: str
-    tensor: str
-    module: str | None
-    width: int | None
-    dtype: str
-    axis: int | None
-    refused: str | None
-    graph: str
-    rank: int | None
-    layer: bool
-    core: int
-    also: tuple[str, ...] = ()
-    before_bias: str | None = None
-
-    @property
-    def reason(self) -> str | None:
-        """Why no adapter can go after the layer or module that this is, or None."""
-        return self.refused or self.before_bias
-
-    def as_dict(self) -> dict[str, object]:
-        """What `onnx-adapt sites --json` prints of a site."""
-        return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
-
-
-_PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")
 
 
 def find_sites(model: Model, *, all_tensors: bool = False) -> list[Site]:
@@ -216,16 +164,13 @@ def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
     return ends
 
 
-_MANY_OUTPUTS = {"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"}
-
-
 def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
     path = view.scope.path
     found: dict[str, Site] = {}
     for i, node in enumerate(view.nodes):
         if not is_layer(view, node):
             continue
-        outputs = node.output if node.op_type in _MANY_OUTPUTS else node.output[:1]
+        outputs = node.output[: OPERATORS[node.op_type].outputs]
         for output in filter(_is_name, outputs):
             inner = survey.settled(path, output)
             bias = bias_add(view, node, inner, weight_width(view, node))
@@ -317,6 +262,6 @@ def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
                         refused=f"inside the model-local {label}",
                         graph=scope.path,
                         rank=None,
-                        layer=node.op_type in KINDS,
+                        layer=node.op_type in OPERATORS,
                         core=core,
                     )

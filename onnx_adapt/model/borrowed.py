@@ -1,7 +1,7 @@
-"""The record of the files that a thin model's weights are in, and nothing but the record.
+"""The record of a thin model's borrowed files: the base's files that hold its weights.
 
-It is one JSON document in the model's `metadata_props`: what runs the model can check the
-files without knowing graphs.
+The record is one JSON document in the model's `metadata_props`, so that a session can check
+the files before it runs the model, and needs no graph for that.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Lender:
-    """A file beside a thin model that weights of it are in, as it was then.
+class BorrowedFile:
+    """A file beside a thin model that holds some of its weights, as it was at the save.
 
     Attributes:
         name: Its path relative to the model's folder.
         size: Its length in bytes.
         ranges: Offset and length of each tensor's data.
-        sha256: Of a sample of each of the ranges.
+        sha256: The hash of a sample of each range, one after the other.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Lender:
     sha256: str
 
 
-def look_at(folder: Path, name: str, ranges: Iterable[tuple[int, int]]) -> Lender:
-    """Describe a file as it is now.
+def describe_file(folder: Path, name: str, ranges: Iterable[tuple[int, int]]) -> BorrowedFile:
+    """Describe a file as it is on disk now.
 
     Raises:
         ExternalDataError: If it cannot be read.
@@ -48,7 +48,7 @@ def look_at(folder: Path, name: str, ranges: Iterable[tuple[int, int]]) -> Lende
     places = tuple(sorted(set(ranges)))
     digest = hashlib.sha256()
     try:
-        Source.of(folder / name)  # to open a pipe is to wait
+        Source.of(folder / name)  # refuses a pipe, which would block when opened
         with (folder / name).open("rb") as file:
             for offset, length in places:
                 digest.update(sample_file(file, offset, length))
@@ -58,49 +58,51 @@ def look_at(folder: Path, name: str, ranges: Iterable[tuple[int, int]]) -> Lende
             f"cannot read {folder / name}: {error.strerror}",
             hint="a thin model needs the files it was made from beside it",
         ) from error
-    return Lender(name, size, places, digest.hexdigest())
+    return BorrowedFile(name, size, places, digest.hexdigest())
 
 
-def check_lender(folder: Path, lender: Lender, model: str) -> None:
-    """Check that a file is still what it was.
+def check_borrowed_file(folder: Path, file: BorrowedFile, model: str) -> None:
+    """Check that a borrowed file is the same as when the model was saved.
 
     Raises:
-        ExternalDataError: If it is not.
+        ExternalDataError: If it has changed.
     """
-    now = look_at(folder, lender.name, lender.ranges)
-    if now == lender:
+    now = describe_file(folder, file.name, file.ranges)
+    if now == file:
         return
     what = (
-        "its weights are others"
-        if now.size == lender.size
-        else f"it had {lender.size} bytes and has {now.size}"
+        "its weights are different"
+        if now.size == file.size
+        else f"it had {file.size} bytes and has {now.size}"
     )
     raise ExternalDataError(
-        f"{lender.name} has changed since {model} was made from it: {what}",
-        hint=f"put the {lender.name} of then back, or insert into this one again",
+        f"{file.name} has changed since {model} was made from it: {what}",
+        hint=f"restore the earlier {file.name}, or insert into this one again",
     )
 
 
-def check_lenders(folder: Path, record: str, model: str) -> None:
-    """Check the files of a model that runs: one that is gone is not needed any more.
+def check_borrowed_files(folder: Path, record: str, model: str) -> None:
+    """Check the borrowed files of a model that ONNX Runtime has loaded.
+
+    A file that is missing is passed over: the model was loaded, so nothing needs it.
 
     Raises:
-        ExternalDataError: If one is not what it was.
+        ExternalDataError: If a file has changed.
         ManifestError: If the record is damaged or of a newer format.
     """
-    for lender in read_record(record):
-        if (folder / lender.name).exists():
-            check_lender(folder, lender, model)
+    for file in read_record(record):
+        if (folder / file.name).exists():
+            check_borrowed_file(folder, file, model)
 
 
-def write_record(lenders: Sequence[Lender]) -> str:
-    """The record as it is written into a model."""
-    data = {"format": FORMAT, "files": [asdict(lender) for lender in lenders]}
+def write_record(files: Sequence[BorrowedFile]) -> str:
+    """Write the record as the text that a model keeps."""
+    data = {"format": FORMAT, "files": [asdict(file) for file in files]}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-def read_record(text: str) -> tuple[Lender, ...]:
-    """Read a record.
+def read_record(text: str) -> tuple[BorrowedFile, ...]:
+    """Read the record from the text that a model keeps.
 
     Raises:
         ManifestError: If it is damaged or of a newer format.
@@ -114,7 +116,7 @@ def read_record(text: str) -> tuple[Lender, ...]:
                 f"reads {FORMAT}",
                 hint="upgrade: pip install -U onnx-adapt",
             )
-        return tuple(_read_lender(item) for item in data["files"])
+        return tuple(_read_file(item) for item in data["files"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ManifestError):
             raise
@@ -124,7 +126,7 @@ def read_record(text: str) -> tuple[Lender, ...]:
         ) from error
 
 
-def _read_lender(item: dict[str, Any]) -> Lender:
+def _read_file(item: dict[str, Any]) -> BorrowedFile:
     name, size, sha256 = item["name"], item["size"], item["sha256"]
     ranges = tuple((offset, length) for offset, length in item["ranges"])
     numbers = (size, *(number for pair in ranges for number in pair))
@@ -134,4 +136,4 @@ def _read_lender(item: dict[str, Any]) -> Lender:
         raise TypeError("a name that no file has")
     if "\0" in name or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
         raise ValueError("a name that leaves the model's folder")
-    return Lender(name, size, ranges, sha256)
+    return BorrowedFile(name, size, ranges, sha256)

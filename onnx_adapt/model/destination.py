@@ -1,4 +1,11 @@
-"""Where a saved model goes, with the data beside it, and what may not be replaced there."""
+"""Where a saved model goes, with its data, and which files it must not replace there.
+
+An example of links: a download cache has `snapshots/1/model.onnx`, a link to `blobs/abc`,
+and `snapshots/1/model.onnx.data`, a link to `blobs/def`. A model may refer to files in its
+own folder, or in the folder that it is linked to. The adapted `snapshots/1/fr.onnx` refers to
+`model.onnx.data` too; as a plain file it could not reach `blobs/def`. So `reach_data` makes
+the destination `blobs/fr.onnx`, and `snapshots/1/fr.onnx` becomes a link to it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +20,15 @@ from onnx_adapt.errors import ExternalDataError, SaveError
 from onnx_adapt.model.external_data import Reference, by_location, check, find, locate
 from onnx_adapt.model.payloads import Source
 
-_ELSEWHERE = "choose another path with -o"
+_CHOOSE_ANOTHER = "choose another path with -o"
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A place for a model.
+    """Where a model is written.
 
     Attributes:
-        path: The model's path as it was named; data files are beside it.
+        path: The path that was asked for; data files are beside it.
         file: The file to write: the path itself, or what it links to.
     """
 
@@ -33,11 +40,11 @@ class Destination:
         return os.path.realpath(self.path.parent / location) == str(self.file)
 
 
-def settle(path: str | os.PathLike[str]) -> Destination:
-    """Find out where a path leads to.
+def resolve_destination(path: str | os.PathLike[str]) -> Destination:
+    """Follow the links of an output path to the file that will be written.
 
     Raises:
-        SaveError: If no file can be there.
+        SaveError: If no file can be written there.
     """
     target = Path(path).absolute()
     mode = stat.S_IFREG
@@ -47,7 +54,7 @@ def settle(path: str | os.PathLike[str]) -> Destination:
         pass  # it is new, if there is a folder for it
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        raise SaveError(f"cannot write {target}: {reason}", hint=_ELSEWHERE) from error
+        raise SaveError(f"cannot write {target}: {reason}", hint=_CHOOSE_ANOTHER) from error
     folder, file = os.path.realpath(target.parent), Path(os.path.realpath(target))
     if not file.parent.is_dir():
         raise SaveError(f"there is no folder {file.parent}", hint="make it first")
@@ -56,65 +63,65 @@ def settle(path: str | os.PathLike[str]) -> Destination:
     return Destination(Path(folder, target.name), file)
 
 
-def refuse_replacing(
+def refuse_replacing_model(
     base: Path,
     place: Destination,
     items: Sequence[Reference],
-    lenders: Iterable[Path],
+    data: Iterable[Path],
     overwrite: bool,
 ) -> None:
-    """Keep the model that is saved, and its data, from being replaced by the result.
+    """Refuse a save that would replace the model that it reads, or data of that model.
 
     Args:
-        base: The model that is saved.
+        base: The file that the model was opened from.
         place: Where the result goes.
-        items: What the result refers to.
-        lenders: Other files that data of the model is in.
+        items: The external data that the result refers to.
+        data: Other files that hold data of the model.
         overwrite: Whether the model itself may be replaced.
 
     Raises:
-        SaveError: If they would be.
+        SaveError: If one of them would be replaced.
     """
-    held = [
+    needed = [
         item.location
         for item in by_location(items).values()
         if place.holds(item.location) or _same(locate(base, item), place.file)
     ]
-    held += [file.name for file in lenders if _same(file, place.file)]
-    if held:
+    needed += [file.name for file in data if _same(file, place.file)]
+    if needed:
         raise SaveError(
-            f"the output would replace {held[0]!r}, which holds weights of {base.name}",
-            hint=_ELSEWHERE,
+            f"the output would replace {needed[0]!r}, which holds weights of {base.name}",
+            hint=_CHOOSE_ANOTHER,
         )
     if _same(base, place.file) and not overwrite:
         raise SaveError(
             f"the output would replace the input {place.path.name}",
-            hint=f"{_ELSEWHERE}, or allow it with --force",
+            hint=f"{_CHOOSE_ANOTHER}, or allow it with --force",
         )
 
 
-def refuse_held(
-    outputs: Iterable[str | os.PathLike[str]], held: Iterable[Path], label: str
+def refuse_replacing_files(
+    outputs: Iterable[str | os.PathLike[str]], needed: Iterable[Path], label: str
 ) -> None:
-    """Keep files that a model needs from being replaced by something else.
+    """Refuse outputs that would replace files that a model needs.
 
     Raises:
         SaveError: If an output is one of them, under whatever name.
     """
-    held = list(held)
+    needed = list(needed)
     for path in map(Path, outputs):
-        if any(path == file or _same(path, file) for file in held):
+        if any(path == file or _same(path, file) for file in needed):
             raise SaveError(
                 f"the output would replace {path.name!r}, which {label} needs",
-                hint=_ELSEWHERE,
+                hint=_CHOOSE_ANOTHER,
             )
 
 
-def refuse_elsewhere(base: Path, place: Destination) -> None:
-    """Keep a model that refers to its base beside it.
+def refuse_other_folder(base: Path, place: Destination) -> None:
+    """Refuse to save a thin model in another folder than its base's.
 
     Raises:
-        SaveError: If it would be in another folder.
+        SaveError: If the folders are different.
     """
     if os.path.realpath(base.parent) != str(place.path.parent):
         raise SaveError(
@@ -126,10 +133,19 @@ def refuse_elsewhere(base: Path, place: Destination) -> None:
 def data_to_copy(
     base: Path, place: Destination, items: Sequence[Reference], keep: bool
 ) -> dict[Path, Source]:
-    """Data files that must come along, by where they go; none if they are there already.
+    """Find the external data files to copy along with a model, by their new paths.
+
+    Nothing is copied if the folder stays the same, or if the same file is there already.
+
+    Args:
+        base: The file that the model was opened from.
+        place: Where the result goes.
+        items: The external data that the result refers to.
+        keep: Copy nothing; the data must be in the new folder.
 
     Raises:
-        ExternalDataError: If data is missing: of the base, or with `keep` of the result.
+        ExternalDataError: If data is missing beside the base, or with `keep` beside the
+            result.
         SaveError: If another file has the name of a data file.
     """
     folder = place.path.parent
@@ -151,14 +167,13 @@ def data_to_copy(
 
 
 def reach_data(base: Path, place: Destination, items: Sequence[Reference]) -> Destination:
-    """Let the result reach its data where that is linked out of the folder.
+    """Make the result a link where its data is linked out of the folder.
 
-    A model may refer to files in the folder it is in, or in the one that it is a link
-    to. In a download cache both are links, so that the result beside them becomes one.
+    The module's docstring has an example.
 
     Raises:
-        ExternalDataError: If the data is out of reach.
-        SaveError: If another file is where the link would lead to.
+        ExternalDataError: If the result cannot refer to the data from there.
+        SaveError: If a file exists where the link would lead.
     """
     files = by_location(items).values()
     try:
@@ -172,7 +187,7 @@ def reach_data(base: Path, place: Destination, items: Sequence[Reference]) -> De
             locate(place.path, item, home)
         file = home / place.path.name
         if os.path.lexists(file):
-            raise SaveError(f"{file} exists", hint=_ELSEWHERE) from None
+            raise SaveError(f"{file} exists", hint=_CHOOSE_ANOTHER) from None
         return replace(place, file=file)
     return place
 
@@ -189,5 +204,5 @@ def _equal(one: Path, other: Path) -> bool:
         return _same(one, other) or filecmp.cmp(one, other, shallow=False)
     except OSError as error:
         raise SaveError(
-            f"cannot compare {one} with {other}: {error.strerror}", hint=_ELSEWHERE
+            f"cannot compare {one} with {other}: {error.strerror}", hint=_CHOOSE_ANOTHER
         ) from error

@@ -13,11 +13,11 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnx_adapt.errors import ModelFileError, SaveError
 from onnx_adapt.model import destination, external_data
-from onnx_adapt.model import elsewhere as moved
 from onnx_adapt.model.destination import Destination
 from onnx_adapt.model.external_data import external_to_memory
+from onnx_adapt.model.externalise import externalise, is_externalised
 from onnx_adapt.model.payloads import Payload, Segment, Source, scan, splice
-from onnx_adapt.model.thin import borrow, give_back
+from onnx_adapt.model.thin import make_thin, make_whole
 from onnx_adapt.model.whole_files import FilePlan, Progress, write_files
 from onnx_adapt.words import beside
 
@@ -38,7 +38,7 @@ class Model:
         path: The file the model was opened from, or None for a model made in memory.
         canonical: Whether the file's encoding is the one protobuf itself would write;
             only then can the file come back byte for byte.
-        weights_in: The files that the weights of a thin model are in; none if it is not.
+        weights_in: The borrowed files of a thin model; none if it is not thin.
     """
 
     proto: onnx.ModelProto
@@ -67,14 +67,14 @@ class Saved:
         path: The model, as it was named.
         size: Its length in bytes.
         data: Data files written beside it.
-        moved_out: Whether data had to leave the model file because of protobuf's 2 GB.
-        weights_in: Files that the weights of a thin result are in.
+        externalised: Whether data was moved out of the model file, past protobuf's 2 GB.
+        weights_in: The borrowed files of a thin result.
     """
 
     path: Path
     size: int
     data: tuple[Path, ...]
-    moved_out: bool
+    externalised: bool
     weights_in: tuple[Path, ...]
 
 
@@ -121,7 +121,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         )
     external_data.check(file, list(external_data.references(proto)))
     canonical = canonical and proto.SerializeToString() == small
-    places, weights_in = give_back(file, proto, payloads)
+    places, weights_in = make_whole(file, proto, payloads)
     return Model(proto, places, file, canonical, weights_in)
 
 
@@ -165,16 +165,16 @@ def save_model(
         ...     oa.save_model(model, folder + "/copy.onnx").size
         224860
     """
-    place = destination.settle(path)
-    proto, weights_in = _borrowed(model, place) if thin else (model.proto, ())
+    place = destination.resolve_destination(path)
+    proto, weights_in = _thin(model, place) if thin else (model.proto, ())
     items = list(external_data.references(proto))
     copies: dict[Path, Source] = {}
     if model.path is not None:
-        lenders = {payload.source.path for payload in model.payloads} - {model.path}
-        destination.refuse_replacing(model.path, place, items, lenders, overwrite)
+        others = {payload.source.path for payload in model.payloads} - {model.path}
+        destination.refuse_replacing_model(model.path, place, items, others, overwrite)
         copies = destination.data_to_copy(model.path, place, items, keep_external)
-        keep_files(model, *(file for file, _ in beside))
-        destination.refuse_held([file for file, _ in beside], copies, model.label)
+        protect_files(model, *(file for file, _ in beside))
+        destination.refuse_replacing_files([file for file, _ in beside], copies, model.label)
         place = destination.reach_data(model.path, place, items)
     elif items:
         raise external_to_memory(items[0].tensor)
@@ -182,11 +182,11 @@ def save_model(
         (file, [Payload(source, 0, source.size)]) for file, source in copies.items()
     ]
     segments, size = _encode(proto, model.payloads)
-    moved_out = size > PROTOBUF_LIMIT
-    former = _former_data(place) if moved_out else []
-    if moved_out:
-        file = _moved_out_data(place, items, former)
-        small, plan = moved.move_out(proto, model.payloads, file.name)
+    externalised = size > PROTOBUF_LIMIT
+    former = _former_data(place) if externalised else []
+    if externalised:
+        file = _new_data_file(place, items, former)
+        small, plan = externalise(proto, model.payloads, file.name)
         segments, size = _encode(small, model.payloads)
         data.append((file, _padded(plan)))
     if size > PROTOBUF_LIMIT:
@@ -198,33 +198,33 @@ def save_model(
     for file in former:
         with contextlib.suppress(OSError):
             file.unlink()
-    return Saved(place.path, size, tuple(file for file, _ in data), moved_out, weights_in)
+    return Saved(place.path, size, tuple(file for file, _ in data), externalised, weights_in)
 
 
-def keep_files(model: Model, *outputs: str | os.PathLike[str]) -> None:
-    """Keep the files that a model is in from being replaced by something else.
+def protect_files(model: Model, *outputs: str | os.PathLike[str]) -> None:
+    """Refuse outputs that would replace a file that a model is in.
 
     Raises:
-        SaveError: If an output is one of them.
+        SaveError: If an output is one of them, under whatever name.
     """
-    held = {payload.source.path for payload in model.payloads}
+    needed = {payload.source.path for payload in model.payloads}
     items = external_data.by_location(external_data.references(model.proto))
     if model.path is not None:
-        held |= {external_data.locate(model.path, item) for item in items.values()}
-        held.add(model.path)
-    destination.refuse_held(outputs, held, model.label)
+        needed |= {external_data.locate(model.path, item) for item in items.values()}
+        needed.add(model.path)
+    destination.refuse_replacing_files(outputs, needed, model.label)
 
 
-def _borrowed(model: Model, place: Destination) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
-    """The thin form of a model, and the files that its weights are in."""
+def _thin(model: Model, place: Destination) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
+    """The thin form of a model, and its borrowed files."""
     if model.path is None:
         raise SaveError(
             "a model in memory cannot be saved thin",
             hint="save it, then open it from its file",
         )
-    destination.refuse_elsewhere(model.path, place)
+    destination.refuse_other_folder(model.path, place)
     own = model.path if model.weights_in else None
-    return borrow(model.proto, model.payloads, model.path, own)
+    return make_thin(model.proto, model.payloads, model.path, own)
 
 
 def _encode(
@@ -248,14 +248,14 @@ def _data_names(place: Destination) -> list[Path]:
 
 
 def _former_data(place: Destination) -> list[Path]:
-    """Data that had moved out of the result that is replaced."""
+    """The data files of an older result that this one replaces."""
     return [f for f in _data_names(place) if os.path.lexists(f) and _owns(place, f)]
 
 
-def _moved_out_data(
+def _new_data_file(
     place: Destination, items: Sequence[external_data.Reference], former: Sequence[Path]
 ) -> Path:
-    """The file for data that moves out: none that a result to be replaced still needs."""
+    """A free name for externalised data, not that of a result that is still needed."""
     file = next(f for f in (*_data_names(place), place.path) if f not in former)
     same = {
         os.path.realpath(place.path.parent / location)
@@ -270,10 +270,10 @@ def _moved_out_data(
 
 
 def _owns(place: Destination, data: Path) -> bool:
-    """Whether the model that is replaced is a result whose data moved out to this file."""
+    """Whether a data file is externalised data of the model that is replaced."""
     try:
         old = onnx.ModelProto.FromString(scan(place.path)[0])
-        return moved.is_moved_out(old, data.name)
+        return is_externalised(old, data.name)
     except (OSError, ModelFileError, DecodeError):
         return False
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from onnx_adapt.formats import EXPORT, FORMATS
+
 HEAD = 4096
 """Bytes of a file by which it is known."""
 
@@ -26,10 +28,6 @@ class Signature:
     as_adapter: str = ""
 
 
-_EXPORT = (
-    "export the model that it was saved from to ONNX: torch.onnx.export, or "
-    "`optimum-cli export onnx`"
-)
 _CONVERT = (
     "give the folder that the training library saved, with its adapter_config.json: "
     "`onnx-adapt convert FOLDER --for MODEL.onnx -o NAME.safetensors`"
@@ -41,115 +39,121 @@ _TRAINED = (
 _TF = "make an ONNX model of it with tf2onnx: `python -m tf2onnx.convert"
 _AGAIN = "download the file itself again"
 
-SIGNATURES = tuple(
-    Signature(what, re.compile(pattern, re.DOTALL), *hints)
-    for what, pattern, *hints in (
-        (
-            "an .ort file, ONNX Runtime's own format",
-            rb".{2}\x00\x00ORTM",
-            "give the .onnx file that it was made from; the adapted one becomes .ort with "
-            "`python -m onnxruntime.tools.convert_onnx_models_to_ort`",
-            _CONVERT,
-        ),
-        (
-            "an .onnx_adapter file",
-            rb".{2}\x00\x00TORT",
-            "it goes with a model: `onnx-adapt run MODEL.onnx --inputs x.npz --adapter "
-            "{name}`",
-            "let its name end in .onnx_adapter",
-        ),
-        (
-            "a TensorFlow Lite model",
-            rb".{2}\x00\x00TFL3",
-            f"{_TF} --tflite {{name}} --output model.onnx`",
-        ),
-        ("packed with gzip", rb"\x1f\x8b", "unpack it: `gunzip < {name} > unpacked`"),
-        ("packed with xz", rb"\xfd7zXZ\x00", "unpack it: `xz -d < {name} > unpacked`"),
-        ("packed with bzip2", rb"BZh[1-9]1AY", "unpack it: `bunzip2 < {name} > unpacked`"),
-        ("packed with zstd", rb"\x28\xb5\x2f\xfd", "unpack it: `zstd -d < {name} > unpacked`"),
-        ("a 7z archive", rb"7z\xbc\xaf\x27\x1c", "unpack it: `7z x {name}`"),
-        ("a tar archive", rb".{257}ustar", "unpack it: `tar -xf {name}`"),
-        (
-            "a PyTorch file",
-            rb"PK\x03\x04.{0,200}?(/data\.pkl|/byteorder|/\.format_version|/version)"
-            rb"|\x80[\x02-\x05]\x8a\x0al\xfc\x9cF\xf9 j",
-            _EXPORT,
-            _CONVERT,
-        ),
-        (
-            "an .npz archive of arrays",
-            rb"PK\x03\x04.{26}[^\0]{0,200}?\.npy",
-            "arrays have no graph; --inputs and --adapter take them, MODEL is an .onnx file",
-            "let its name end in .npz",
-        ),
-        ("a zip archive", rb"PK\x03\x04", "unpack it: `unzip {name}`"),
-        ("a pickle of Python", rb"\x80[\x02-\x05][\x95c}}\]\(q]", _EXPORT, _CONVERT),
-        (
-            "a GGUF file of llama.cpp",
-            rb"GGUF",
-            "it has weights and no graph: export the original model to ONNX, for example "
-            "with `optimum-cli export onnx`",
-            _CONVERT,
-        ),
-        (
-            "an HDF5 file of Keras",
-            rb"\x89HDF\r\n\x1a\n",
-            f"{_TF} --keras {{name}} --output model.onnx`",
-            _CONVERT,
-        ),
-        (
-            "an array of numpy",
-            rb"\x93NUMPY",
-            "an array has no graph; MODEL is an .onnx file",
-            "numpy.savez writes several arrays by name, which an adapter needs",
-        ),
-        (
-            "the weights of a PEFT or AdapterHub adapter",
-            rb'.{7}\x00\{.*?"[^"]*\.(lora_[ABE]|ia3_l|adapters)(\.[^"]*)?(?<!\.down|..\.up)"\s*:',
-            _TRAINED,
-            _CONVERT,
-        ),
-        (
-            "a safetensors file",
-            rb".{7}\x00\{\s*\"",
-            f"it has no graph: {_EXPORT}",
-            "let its name end in .safetensors",
-        ),
-        (
-            "a Git LFS pointer, not the file itself",
-            rb"version https://git-lfs",
-            "run `git lfs pull`",
-        ),
-        (
-            "a web page",
-            rb"\s*(<!--.*?-->\s*)?<(!doctype html|!DOCTYPE html|!DOCTYPE HTML|html|HTML)",
-            f"{_AGAIN}: on Hugging Face with /resolve/ in its address, not /blob/",
-        ),
-        (
-            "an OpenVINO model",
-            rb"\s*<\?xml[^>]*\?>\s*<net ",
-            "give the .onnx file that it was made from; OpenVINO reads the adapted one",
-        ),
-        (
-            "ONNX text",
-            rb"\s*(//[^\n]*\n\s*)*<\s*ir_version",
-            "make a model of it: onnx.save(onnx.parser.parse_model(text), 'model.onnx')",
-        ),
-        (
-            "a JSON file",
-            rb"\s*[{\[]\s*[\"{\[\]}]",
-            "MODEL is an .onnx file, and a trained adapter is given as its folder",
-            _CONVERT,
-        ),
-        (
-            "an ONNX model",
-            rb"\x08[\x01-\x20][\x12:]",
-            "",
-            "adapters are files of weights: give the model first, its adapter after it",
-        ),
-    )
+
+def _signatures(
+    *rows: tuple[str, bytes, str] | tuple[str, bytes, str, str],
+) -> list[Signature]:
+    return [
+        Signature(what, re.compile(pattern, re.DOTALL), *hints)
+        for what, pattern, *hints in rows
+    ]
+
+
+_WEIGHTS_OF_TRAINING = _signatures(
+    (
+        "a PyTorch file",
+        rb"PK\x03\x04.{0,200}?(/data\.pkl|/byteorder|/\.format_version|/version)"
+        rb"|\x80[\x02-\x05]\x8a\x0al\xfc\x9cF\xf9 j",
+        EXPORT,
+        _CONVERT,
+    ),
+    (
+        "the weights of a PEFT or AdapterHub adapter",
+        rb'.{7}\x00\{.*?"[^"]*\.(lora_[ABE]|ia3_l|adapters)(\.[^"]*)?(?<!\.down|..\.up)"\s*:',
+        _TRAINED,
+        _CONVERT,
+    ),
 )
-"""The kinds, the more special of two first; `{name}` in a hint is the file's name."""
+"""Files of training libraries: some of them look like adapter files as well."""
+
+_OTHERS = _signatures(
+    (
+        "an .ort file, ONNX Runtime's own format",
+        rb".{2}\x00\x00ORTM",
+        "give the .onnx file that it was made from; the adapted one becomes .ort with "
+        "`python -m onnxruntime.tools.convert_onnx_models_to_ort`",
+        _CONVERT,
+    ),
+    (
+        "a TensorFlow Lite model",
+        rb".{2}\x00\x00TFL3",
+        f"{_TF} --tflite {{name}} --output model.onnx`",
+    ),
+    ("packed with gzip", rb"\x1f\x8b", "unpack it: `gunzip < {name} > unpacked`"),
+    ("packed with xz", rb"\xfd7zXZ\x00", "unpack it: `xz -d < {name} > unpacked`"),
+    ("packed with bzip2", rb"BZh[1-9]1AY", "unpack it: `bunzip2 < {name} > unpacked`"),
+    ("packed with zstd", rb"\x28\xb5\x2f\xfd", "unpack it: `zstd -d < {name} > unpacked`"),
+    ("a 7z archive", rb"7z\xbc\xaf\x27\x1c", "unpack it: `7z x {name}`"),
+    ("a tar archive", rb".{257}ustar", "unpack it: `tar -xf {name}`"),
+    ("a zip archive", rb"PK\x03\x04", "unpack it: `unzip {name}`"),
+    ("a pickle of Python", rb"\x80[\x02-\x05][\x95c}}\]\(q]", EXPORT, _CONVERT),
+    (
+        "a GGUF file of llama.cpp",
+        rb"GGUF",
+        "it has weights and no graph: export the original model to ONNX, for example "
+        "with `optimum-cli export onnx`",
+        _CONVERT,
+    ),
+    (
+        "an HDF5 file of Keras",
+        rb"\x89HDF\r\n\x1a\n",
+        f"{_TF} --keras {{name}} --output model.onnx`",
+        _CONVERT,
+    ),
+    (
+        "an array of numpy",
+        rb"\x93NUMPY",
+        "an array has no graph; MODEL is an .onnx file",
+        "numpy.savez writes several arrays by name, which an adapter needs",
+    ),
+    (
+        "a Git LFS pointer, not the file itself",
+        rb"version https://git-lfs",
+        "run `git lfs pull`",
+    ),
+    (
+        "a web page",
+        rb"\s*(<!--.*?-->\s*)?<(!doctype html|!DOCTYPE html|!DOCTYPE HTML|html|HTML)",
+        f"{_AGAIN}: on Hugging Face with /resolve/ in its address, not /blob/",
+    ),
+    (
+        "an OpenVINO model",
+        rb"\s*<\?xml[^>]*\?>\s*<net ",
+        "give the .onnx file that it was made from; OpenVINO reads the adapted one",
+    ),
+    (
+        "ONNX text",
+        rb"\s*(//[^\n]*\n\s*)*<\s*ir_version",
+        "make a model of it: onnx.save(onnx.parser.parse_model(text), 'model.onnx')",
+    ),
+    (
+        "a JSON file",
+        rb"\s*[{\[]\s*[\"{\[\]}]",
+        "MODEL is an .onnx file, and a trained adapter is given as its folder",
+        _CONVERT,
+    ),
+    (
+        "an ONNX model",
+        rb"\x08[\x01-\x20][\x12:]",
+        "",
+        "adapters are files of weights: give the model first, its adapter after it",
+    ),
+)
+"""All other kinds, the more special of two first."""
+
+
+def signatures() -> list[Signature]:
+    """Every kind of file, the more special of two first: what it is, and what to do with it.
+
+    `{name}` in a hint is the file's name.
+    """
+    adapters = _signatures(
+        *(
+            (row.what, row.head, row.as_model, f"let its name end in {row.suffix}")
+            for row in FORMATS.values()
+        )
+    )
+    return [*_WEIGHTS_OF_TRAINING, *adapters, *_OTHERS]
 
 
 def recognised(head: bytes, name: str, *, adapter: bool = False) -> tuple[str, str] | None:
@@ -164,7 +168,7 @@ def recognised(head: bytes, name: str, *, adapter: bool = False) -> tuple[str, s
         >>> recognised(b"GGUF" + bytes(60), "llama.gguf")[0]
         'a GGUF file of llama.cpp'
     """
-    for item in SIGNATURES:
+    for item in signatures():
         if item.pattern.match(head):
             hint = (item.as_adapter if adapter else "") or item.as_model
             return (item.what, hint.replace("{name}", name)) if hint else None

@@ -23,7 +23,8 @@ from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.session.batches import BatchAxes, Shape, find_batch, take_rows
 from onnx_adapt.session.mixing import pack, row_feeds
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import fan_in, neutral_weights, part_shape
+from onnx_adapt.slot.parts import PARTS, Blend, Draw
+from onnx_adapt.slot.weights import fan_in, neutral_weights, part_shape
 
 _ADAPTERS = 3
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)
@@ -222,13 +223,13 @@ def _random(
     slot: Slot, size: int, strength: float, rng: np.random.Generator
 ) -> Mapping[str, Array]:
     weights = neutral_weights(slot, size)  # a norm of its own all adapters have in common
-    for part in (part for part in slot.parts if not part.startswith("norm")):
-        draw = rng.standard_normal(part_shape(slot, part, size))
-        if part == "down":
-            draw /= np.sqrt(fan_in(slot, part))
-        elif part in ("up", "up_bias"):
-            draw *= strength / np.sqrt(size)
-        elif part in ("scale", "gain"):
-            draw = 1 + 0.3 * draw
-        weights[part] = draw.astype(DTYPES[slot.dtype])
+    for part in (part for part in slot.parts if PARTS[part].blend is not Blend.SHARED):
+        value, how = rng.standard_normal(part_shape(slot, part, size)), PARTS[part].draw
+        if how is Draw.FAN_IN:
+            value /= np.sqrt(fan_in(slot, part))
+        elif how is Draw.TARGET:
+            value *= strength / np.sqrt(size)
+        elif how is Draw.NEAR_ONE:
+            value = 1 + 0.3 * value
+        weights[part] = value.astype(DTYPES[slot.dtype])
     return weights

@@ -13,6 +13,7 @@ from onnx_adapt.model import external_data, walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.payloads import token_index
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import slot_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def complaints(model: Model, slots: Sequence[Slot] = ()) -> list[Complaint]:
         model: The model.
         slots: Its slots.
     """
-    homes = {f"adapter.{slot.name}": slot.node for slot in slots}
+    homes = {slot_prefix(slot.name): slot.node for slot in slots}
     asked = (("checker", _ask_checker), ("strict shape inference", _ask_inference))
     return [
         _complaint(what, words, homes)

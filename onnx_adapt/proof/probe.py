@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
 from onnx_adapt.errors import SlotError
@@ -25,7 +25,8 @@ from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.slot.formula import EPSILON
 from onnx_adapt.slot.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.slot.oracle import Norm
-from onnx_adapt.slot.parts import (
+from onnx_adapt.slot.parts import PARTS, Draw
+from onnx_adapt.slot.weights import (
     bottleneck_axis,
     fan_in,
     neutral_weights,
@@ -36,10 +37,6 @@ from onnx_adapt.slot.parts import (
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
 """How strong the random weights are; a quantised model may round a small change away."""
-
-_NEAR_ONE = {"scale", "row_scale", "gain", "norm_weight", "after_weight", "switch"}
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 
 def neutral_model(model: Model) -> Model:
@@ -65,13 +62,8 @@ def neutral_model(model: Model) -> Model:
 
 def _is_neutral(weights: Mapping[str, Array]) -> bool:
     """Whether a slot with these weights gives its target."""
-    ones = [weights[part] for part in ("scale",) if part in weights]
-    silent = (
-        *("up", "up_bias", "after_bias", "residual", "skip", "switch"),
-        *("f_up", "f_up_bias", "g_up", "g_up_bias"),
-    )
-    zeros = [weights[part] for part in silent if part in weights]
-    return all(np.all(w == 1) for w in ones) and all(not np.any(w) for w in zeros)
+    rows = ((PARTS[part], value) for part, value in weights.items())
+    return all(np.all(value == row.off) for row, value in rows if row.silences)
 
 
 @dataclass(slots=True)
@@ -124,7 +116,7 @@ class Probe:
             view = index.views[slot.graph]
             names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
             elem_types = [
-                view.type_of(name).elem_type or _ELEM_TYPES[slot.dtype] for name in names
+                view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names
             ]
             taps = [
                 tapper.tap(slot.graph, name, elem_type)
@@ -218,8 +210,8 @@ class Probe:
             seen = found[slot.name]
             reached, now = self._deviation(slot, got, weights[slot.name])
             seen.deviation |= now
-            for part, value in weights[slot.name].items() if reached else ():
-                axis = bottleneck_axis(slot, part)
+            for part in slot.parts if reached else ():
+                axis, value = bottleneck_axis(slot, part), weights[slot.name][part]
                 seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
 
     def _deviation(
@@ -242,18 +234,21 @@ class Probe:
         """Random weights whose effect has the size of the target itself."""
         source, target = self._typical[slot.name][number]
         rows = self._rows[slot.name][number]
-        shapes = {part: part_shape(slot, part, size) for part in slot.parts}
-        shapes |= {part: row_shape(slot, part, rows, size) for part in slot.row_parts}
+        drawn: dict[str, tuple[tuple[int, ...], Draw]] = {
+            part: (part_shape(slot, part, size), PARTS[part].draw) for part in slot.parts
+        }
+        for name, row in slot.row_forms.items():
+            drawn[name] = (row_shape(slot, name, rows, size), row.draw)
         weights = {}
-        for part, shape in shapes.items():
-            draw = self._rng.standard_normal(shape)
-            if part in ("down", "f_down", "g_down"):
-                draw *= 1 / (source * np.sqrt(fan_in(slot, part)))
-            elif part.endswith(("up", "up_bias")):
-                draw *= 0.5 * strength * target / np.sqrt(max(size, 1))
-            elif part in _NEAR_ONE:
-                draw = 1 + 0.3 * draw
-            weights[part] = draw.astype(DTYPES[slot.dtype])
+        for part, (shape, how) in drawn.items():
+            value = self._rng.standard_normal(shape)
+            if how is Draw.FAN_IN:
+                value *= 1 / (source * np.sqrt(fan_in(slot, part)))
+            elif how is Draw.TARGET:
+                value *= 0.5 * strength * target / np.sqrt(max(size, 1))
+            elif how is Draw.NEAR_ONE:
+                value = 1 + 0.3 * value
+            weights[part] = value.astype(DTYPES[slot.dtype])
         return weights
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_adapt.dtypes import FLOATS
+import numpy as np
+
+from onnx_adapt.dtypes import ELEM_TYPES
 from onnx_adapt.errors import UnprovableError
-from onnx_adapt.graph.index import index_model
+from onnx_adapt.graph.index import index_model, read_type
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
 from onnx_adapt.proof.feeds import Feeds, inputs_hint, required_inputs
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
+from onnx_adapt.session.batches import find_batch
 from onnx_adapt.slot.manifest import Slot
-
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 
 
 def unreached_slots(
@@ -31,7 +32,7 @@ def unreached_slots(
     tapped = model.copy()
     tapper = Tapper(tapped.proto)
     taps = {
-        slot.name: tapper.tap(slot.graph, slot.inner, _ELEM_TYPES[slot.dtype])
+        slot.name: tapper.tap(slot.graph, slot.inner, ELEM_TYPES[slot.dtype])
         for slot in inside
     }
     runner = Runner(tapped, providers, optimised=True)
@@ -50,3 +51,29 @@ def unreached_slots(
             hint=inputs_hint({name: index.main.types[name] for name in names}),
         )
     return left
+
+
+def feeds_with_rows(base: Model, feeds: Sequence[Feeds]) -> list[Feeds]:
+    """The inputs that are not an empty batch.
+
+    Raises:
+        UnprovableError: If all are.
+    """
+    inputs, outputs = (
+        {value.name: read_type(value).shape or () for value in values}
+        for values in (required_inputs(base.proto), base.proto.graph.output)
+    )
+    axes = find_batch(inputs, outputs, None).inputs
+    filled = []
+    for item in feeds:
+        batched = {name: axis for name, axis in axes.items() if axis is not None}
+        sizes = {np.shape(item[n])[axis] for n, axis in batched.items() if n in item}
+        if sizes != {0}:
+            filled.append(item)
+    if feeds and not filled:
+        raise UnprovableError(
+            "the inputs are an empty batch, in which no slot computes anything",
+            hint="give inputs of one row at least; in Python "
+            "onnx_adapt.verify(base, adapted, inputs=[empty, others]) proves both",
+        )
+    return filled

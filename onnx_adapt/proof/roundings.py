@@ -23,11 +23,9 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.runner import Values, as_arrays
-from onnx_adapt.proof.taps import Tapper
 from onnx_adapt.slot.bounds import ARITHMETIC
 from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
 
-_ELEM_TYPES = {name: elem_type for elem_type, name in FLOATS.items()}
 _MOVED = 1 << 28
 """The most bytes of weights that are perturbed, beginning with the smallest tensors."""
 
@@ -37,25 +35,47 @@ def kept_apart(
 ) -> Model:
     """The base, in which ONNX Runtime cannot fuse nodes across the tensors of slots.
 
-    These tensors are made outputs of the model. Weights that adapters may replace are made
-    inputs and so are no constants, as in the adapted model.
+    Zero is added to each of these tensors. It is an input, so that ONNX Runtime does not
+    know its value. Nodes on one side of a tensor are then fused as on one side of a slot: an
+    8-bit weight becomes a MatMulNBits, for instance, if its input is not quantised just
+    before. Weights that adapters may replace are made inputs, as in the adapted model.
     """
     result = base.copy()
-    tapper = Tapper(result.proto)
-    paths = {scope.path for scope in walk.scopes(result.proto.graph)}
-    for slot in slots:
-        if slot.graph in paths:
-            tapper.tap(slot.graph, slot.tensor, _ELEM_TYPES[slot.dtype])
+    graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
+    for dtype in {slot.dtype for slot in slots}:
+        zero = numpy_helper.from_array(np.zeros((), DTYPES[dtype]), _zero(dtype))
+        result.proto.graph.initializer.append(zero)
+        _declare_input(result.proto, zero)
+    for tensor, dtype, graph in {(slot.tensor, slot.dtype, slot.graph) for slot in slots}:
+        if graph in graphs:
+            _add_zero(graphs[graph], tensor, _zero(dtype))
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     inputs = {value.name for value in result.proto.graph.input}
     for weight in weights:
-        tensor = stored.get(weight.original)
-        if weight.swappable and tensor is not None and tensor.name not in inputs:
-            value = onnx.helper.make_tensor_value_info(
-                tensor.name, tensor.data_type, list(tensor.dims)
-            )
-            result.proto.graph.input.append(value)
+        original = stored.get(weight.original)
+        if weight.swappable and original is not None and original.name not in inputs:
+            _declare_input(result.proto, original)
     return result
+
+
+def _zero(dtype: str) -> str:
+    return f"kept_apart/zero/{dtype}"
+
+
+def _declare_input(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    dims = list(tensor.dims)
+    value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, dims)
+    proto.graph.input.append(value)
+
+
+def _add_zero(graph: onnx.GraphProto, tensor: str, zero: str) -> None:
+    """Rename the output that makes a tensor, and add zero to it right behind its node."""
+    for place, node in enumerate(graph.node):
+        if tensor in node.output:
+            kept = f"kept_apart/{tensor}"
+            node.output[list(node.output).index(tensor)] = kept
+            graph.node.insert(place + 1, onnx.helper.make_node("Add", [kept, zero], [tensor]))
+            return
 
 
 def perturbed(base: Model, seed: int) -> Model:
@@ -65,10 +85,13 @@ def perturbed(base: Model, seed: int) -> Model:
     `gamma_n`, relative to each (Higham, section 3.1). So the outputs of such a base show its
     rounding even if all other runs agree. A weight of a narrow type changes to the next
     number.
+    A single number stays as it is. It is not a term of a sum but a setting, such as
+    an exponent, and a negative number to the power of 2.0000002 is NaN.
     """
     rng = np.random.default_rng(seed)
     result = base.copy()
-    tensors = [t for t in walk.tensors(result.proto) if t.data_type in FLOATS]
+    floats = (t for t in walk.tensors(result.proto) if t.data_type in FLOATS)
+    tensors = [tensor for tensor in floats if np.prod(tensor.dims) > 1]
     left = _MOVED
     for tensor in sorted(tensors, key=lambda tensor: int(np.prod(tensor.dims))):
         dtype = DTYPES[FLOATS[tensor.data_type]]
@@ -143,6 +166,17 @@ def beyond(
     return worst
 
 
+def is_finite_where(base: Sequence[Values], got: Sequence[Values]) -> bool:
+    """Whether outputs are numbers wherever the base's are."""
+    return all(
+        _comparable(a, b) and not np.any(np.isfinite(_real(a)) & ~np.isfinite(_real(b)))
+        for one, other in zip(base, got, strict=True)
+        for name in one
+        for a, b in zip(as_arrays(one[name]), as_arrays(other[name]), strict=False)
+        if a.dtype.kind not in "OSU"
+    )
+
+
 def _comparable(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
 
@@ -157,7 +191,7 @@ def _outside(known: Sequence[Array], array: Array) -> Distance:
     value, *wide = (_real(item) for item in (array, *known))
     with np.errstate(invalid="ignore"):
         same = [(item == value) | (np.isnan(item) & np.isnan(value)) for item in wide]
-        low, high = np.minimum.reduce(wide), np.maximum.reduce(wide)
+        low, high = np.fmin.reduce(wide), np.fmax.reduce(wide)  # NaN is no side
         far = np.where(
             np.logical_or.reduce(same),
             0.0,

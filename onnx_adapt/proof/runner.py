@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_adapt.model import external_data
 from onnx_adapt.model.file import Model
-from onnx_adapt.model.references import MAPPED, model_bytes
+from onnx_adapt.model.runtime_bytes import MAPPED, model_bytes
 from onnx_adapt.ort import (
     ProviderChoice,
     Providers,

@@ -8,31 +8,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
-from onnx_adapt.edit.damage import foreign_readers
 from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.graph.index import read_type
 from onnx_adapt.model.file import Model, open_model
-from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.ort import Providers, runtime_version
 from onnx_adapt.proof.batched_rows import check_rows
-from onnx_adapt.proof.checker import new_complaints
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
-from onnx_adapt.proof.reached_slots import unreached_slots
+from onnx_adapt.proof.reached_slots import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
 from onnx_adapt.proof.runner import ProviderArgument, Runner, Values, proof_providers
+from onnx_adapt.proof.same_graph import check_checker, check_graph, check_interface
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.proof.slots_off import OffProof
 from onnx_adapt.slot.manifest import Manifest, Slot
+from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
 
 Stage = Callable[[str], None]
@@ -100,12 +97,15 @@ def verify(
     if adapter is not None:
         require_fit(after, adapter)
     tell("comparing the interfaces")
-    checks = [_interface(before.proto, after.proto, manifest), _graph(before, after, manifest)]
+    checks = [
+        check_interface(before.proto, after.proto, manifest),
+        check_graph(before, after, manifest),
+    ]
     proof = _Proof(before, after, manifest, inputs, seed, tell, providers)
     if checks[0].passed:
         checks += proof.checks(adapter, weights=weights)
     tell("asking the ONNX checker")
-    checks.append(_checker(before, after, manifest))
+    checks.append(check_checker(before, after, manifest))
     return Report(
         before.label,
         "the result" if after.path == before.path else after.label,
@@ -115,7 +115,7 @@ def verify(
         runtime_version(),
         strict,
         proof.saturation,
-        tuple(provider.name for provider in providers),
+        tuple(item.name for item in providers if proof.feeds),
     )
 
 
@@ -124,46 +124,14 @@ def _shape(value: Any) -> tuple[int, ...]:
     return (len(value),) if isinstance(value, list | dict) else np.shape(value)
 
 
-def _interface(base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest) -> Check:
-    """The same inputs and outputs by name, type and shape, but for the slots' weights."""
-    own = {name for slot in manifest.slots for name in slot.inputs}
-    own |= {weight.name for weight in manifest.weights}
-    sides = []
-    for proto in (base, adapted):
-        stored = {tensor.name for tensor in proto.graph.initializer} if own else set()
-        ins = [v for v in proto.graph.input if v.name not in own | stored]
-        sides.append({"input": ins, "output": list(proto.graph.output)})
-    wrong = []
-    for kind in ("input", "output"):
-        theirs, ours = (
-            {v.name: (read_type(v), v.type.SerializeToString()) for v in side[kind]}
-            for side in sides
-        )
-        wrong += [f"{kind} {name!r} is gone" for name in theirs if name not in ours]
-        wrong += [f"{kind} {name!r} is new" for name in ours if name not in theirs]
-        wrong += [
-            f"{kind} {name!r} was {theirs[name][0]} and is {ours[name][0]}"
-            for name in theirs
-            if name in ours and theirs[name][1] != ours[name][1]
-        ]
-    both = " and ".join(count(len(sides[0][kind]), kind) for kind in sides[0])
-    return Check("interface", not wrong, "; ".join(wrong) or f"the same: {both}")
-
-
-def _graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
-    """Without its slots the adapted model is the base, wherever these inputs may lead."""
-    if manifest.inlined and base.proto.functions:
-        base = inline_model(base)
-    if foreign := foreign_readers(adapted.proto, manifest.slots):
-        return Check("graph", False, foreign[0])
-    same = fingerprint(remove(adapted)) == fingerprint(base)
-    what = "the base" if same else "another model"
-    return Check("graph", same, f"without its slots it is {what}")
-
-
 @dataclass(slots=True)
 class _Proof:
-    """The runs of one verification."""
+    """The runs of one verification.
+
+    Attributes:
+        filled: The inputs without those that are an empty batch, which slots see nothing of.
+        runs: Whether the adapted model runs at all; known once `off` has been checked.
+    """
 
     base: Model
     adapted: Model
@@ -174,6 +142,8 @@ class _Proof:
     providers: Providers
     feeds: list[Feeds] = field(default_factory=list)
     expected: dict[bool, list[Values]] = field(default_factory=dict)
+    filled: list[Feeds] = field(default_factory=list)
+    runs: bool = True
     results: tuple[SlotResult, ...] = ()
     saturation: tuple[Saturation, ...] = ()
 
@@ -189,6 +159,8 @@ class _Proof:
         """
         self._run_base()
         found = [self._off(reached=weights)]
+        if not self.runs:
+            return found
         if self.manifest.widened:
             off, expected = (
                 neutral_model(self.adapted),
@@ -203,7 +175,7 @@ class _Proof:
         if weights or adapter is not None:
             self.tell("counting what saturates with the adapter on")
             fits, self.saturation = check_saturation(
-                self.adapted, self.slots, adapter, self.feeds, self.providers
+                self.adapted, self.slots, adapter, self.filled, self.providers
             )
             found += [fits] if fits else []
         return found
@@ -212,11 +184,12 @@ class _Proof:
         """Run the base with and without optimisation, with inputs given or made up.
 
         Raises:
-            UnprovableError: If the base does not run here at all.
+            UnprovableError: If the base does not run here at all, or all inputs are empty.
         """
         self.tell("running the base")
         runner = base_runner(self.base, self.providers)
         self.feeds = feeds_for(self.base, runner, self.given, self.seed)
+        self.filled = feeds_with_rows(self.base, self.feeds)
         self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
         del runner
         plain = Runner(self.base, self.providers, optimised=False)
@@ -233,7 +206,13 @@ class _Proof:
         Args:
             reached: Whether another check tells which slots are reached.
         """
-        check = self._off_proof().check(with_base_ranges(neutral_model(self.adapted)))
+        model = with_base_ranges(neutral_model(self.adapted))
+        try:
+            check = self._off_proof().check(model)
+        except RunError as error:
+            # The base ran with these inputs, so this is what the slots did.
+            self.runs = False
+            return Check("off", False, self._with_slot(error.message))
         if reached:
             return check
         left = unreached_slots(self.adapted, self.slots, self.feeds, self.providers)
@@ -246,7 +225,7 @@ class _Proof:
         batched = [slot for slot in self.slots if slot.batched]
         model = neutral_model(self.adapted)
         spread = self._off_proof().spread()
-        return check_rows(model, batched, self.feeds, spread, self.seed, self.providers)
+        return check_rows(model, batched, self.filled, spread, self.seed, self.providers)
 
     def _off_proof(self) -> OffProof:
         inlined = self.manifest.inlined and self.base.proto.functions
@@ -268,10 +247,10 @@ class _Proof:
         effects = {}
         try:
             probe = Probe(self.adapted, self.slots, outputs, self.seed, self.providers)
-            measured = probe.measure(self.feeds)
+            measured = probe.measure(self.filled)
             for number, slot in enumerate(self.slots, 1):
                 self.tell(f"turning on slot {number} of {len(self.slots)}")
-                effects[slot.name] = probe.effect(slot, self.feeds)
+                effects[slot.name] = probe.effect(slot, self.filled)
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)
@@ -292,7 +271,7 @@ class _Proof:
 
     def _with_slot(self, message: str) -> str:
         """A message of ONNX Runtime with the slot whose node it names."""
-        named = [s.name for s in self.slots if f"adapter.{s.name}/" in message]
+        named = [s.name for s in self.slots if node_name(s.name, "") in message]
         return f"slot {named[0]!r}: {message}" if named else message
 
 
@@ -334,11 +313,3 @@ def _effect_check(results: Sequence[SlotResult]) -> Check:
     warnings = tuple(f"slot {name!r} moves no output for these inputs" for name in still)
     detail = f"{len(moving)} of {len(results)} slots move the outputs"
     return Check("effect", bool(moving), detail, warnings)
-
-
-def _checker(base: Model, adapted: Model, manifest: Manifest) -> Check:
-    """The checker and strict shape inference say nothing new."""
-    if manifest.inlined and base.proto.functions:
-        base = inline_model(base)
-    new = new_complaints(base, adapted, manifest.slots)
-    return Check("checker", not new, "; ".join(new[:4]) or "nothing new to report")

@@ -1,7 +1,8 @@
-"""What slots add to a model: parameters, floating-point operations, time."""
+"""The cost of the slots: parameters, floating-point operations and time."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,27 +22,27 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.report.trace import trace
-from onnx_adapt.slot.parts import bottleneck_of, fresh_weights, is_empty
+from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, is_empty
 
 _ROUNDS, _BLOCK = 10, 5
-"""How often the models take turns at most, and how many runs in a row each is timed for."""
+"""The most rounds in which the models are timed by turns, and the runs of each in a round."""
 
 _SECONDS = 2.0
-"""When to stop before that."""
+"""No new round begins after this time."""
 
 _NO_PARAMETERS = {"INT32", "INT64", "BOOL", "STRING"}
-"""Element types of shapes, indices and texts: tensors of these are no parameters."""
+"""Element types of shapes, indices and text, whose tensors are not counted as parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotCost:
-    """What one slot adds.
+    """The cost of one slot.
 
     Attributes:
-        name: The slot.
-        bottleneck: Inner size of the weights that were counted; 0 if it has none.
-        parameters: Numbers in these weights.
-        flops: Floating-point operations of its nodes in one run.
+        name: Name of the slot.
+        bottleneck: Inner size of the weights that were counted; 0 if the slot has none.
+        parameters: How many numbers these weights hold.
+        flops: Floating-point operations of the slot's nodes in one run.
     """
 
     name: str
@@ -55,9 +56,10 @@ class Latency:
     """How long a run takes, in milliseconds.
 
     Attributes:
-        best: The fastest run: what else the machine does only adds to it.
-        median: Of all runs.
-        worst: The slowest run.
+        best: Time of the fastest run. It is the fairest to compare, because other work on the
+            machine only makes runs slower.
+        median: Median of all runs.
+        worst: Time of the slowest run.
     """
 
     best: float
@@ -67,15 +69,16 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the slots of a model add to its base.
+    """The cost of all slots of a model, beside that of its base.
 
     Attributes:
         slots: One entry per slot.
-        replaced: Parameters of the base that adapters replace.
-        base_parameters: Parameters of the base.
+        replaced: How many parameters of the base adapters replace.
+        base_parameters: How many parameters the base has.
         base_flops: Floating-point operations of the base in one run.
-        uncounted: Operators of the base whose operations are not in `base_flops`.
-        runs: How many runs of each were timed.
+        uncounted: Operators of the base whose operations could not be counted; `base_flops`
+            has one for each element of their outputs.
+        runs: How many runs of each model were timed.
         base: Time of the base.
         off: Time of the adapted model with the slots off.
         on: Time of the adapted model with the slots on.
@@ -93,18 +96,19 @@ class Costs:
 
     @property
     def noise(self) -> float:
-        """How far the median of runs is from their best, in parts of it, at worst."""
+        """The largest relative distance of a median from its best time."""
         return max(time.median / time.best - 1 for time in (self.base, self.off, self.on))
 
 
 Weights = Mapping[str, Mapping[str, Array]]
+"""Weights by slot and part."""
 
 
 def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int) -> Weights:
-    """Weights to turn the slots on with, by slot and part.
+    """The weights that the slots are turned on with.
 
-    They are the adapter's; without one what the model has; where that is empty, fresh ones
-    of the given bottleneck.
+    A slot gets the adapter's weights if there are any, else the weights stored in the model.
+    If those are empty, it gets random weights of the given bottleneck.
     """
     slots = required_manifest(model).slots
     stored = read_weights(model, slots)
@@ -120,7 +124,7 @@ def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int
 
 
 def fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
-    """Those of the weights that a model takes as inputs, by name."""
+    """The weights that a model takes as inputs, by input name."""
     slots = required_manifest(model).slots
     named = {s.weight(part): v for s in slots for part, v in weights[s.name].items()}
     named.update(adapter.replaced if adapter else {})
@@ -136,14 +140,14 @@ def measure_costs(
     extra: Feeds,
     providers: Providers = CPU,
 ) -> Costs:
-    """Count and time what the slots add.
+    """Count the parameters and operations of the slots and time the model with and without.
 
     Args:
         base: The base model.
         adapted: The model with slots.
         feeds: Inputs of the base.
-        weights: Weights of the slots; see `weights_on`.
-        extra: Those of them, and of the base's own, that are fed; see `fed`.
+        weights: Weights of the slots, from `weights_on`.
+        extra: The weights that are fed, from `fed`.
         providers: Where the models run.
 
     Raises:
@@ -152,7 +156,8 @@ def measure_costs(
     manifest = required_manifest(adapted)
     ran = trace(adapted, {**feeds, **extra}, providers)
     rest = [item for item in ran if not item.slot]
-    opened = {weight.name for weight in manifest.weights}
+    replaceable = {weight.name for weight in manifest.weights}
+    replaced = [t for t in adapted.proto.graph.initializer if t.name in replaceable]
     runs, times = _time(base, adapted, feeds, extra, providers)
     return Costs(
         slots=tuple(
@@ -164,7 +169,7 @@ def measure_costs(
             )
             for slot in manifest.slots
         ),
-        replaced=sum(_size(t) for t in adapted.proto.graph.initializer if t.name in opened),
+        replaced=sum(math.prod(tensor.dims) for tensor in replaced),
         base_parameters=_parameters(base.proto),
         base_flops=sum(item.flops for item in rest),
         uncounted=tuple(sorted({item.op for item in rest if not item.counted})),
@@ -176,25 +181,22 @@ def measure_costs(
 
 
 def _parameters(proto: onnx.ModelProto) -> int:
+    """How many numbers the weights of a model hold."""
     kinds = onnx.TensorProto.DataType
     return sum(
-        _size(tensor)
+        math.prod(tensor.dims)
         for tensor in walk.graph_tensors(proto.graph, sparse=False)
         if kinds.Name(tensor.data_type) not in _NO_PARAMETERS
     )
 
 
-def _size(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for dim in tensor.dims:
-        count *= dim
-    return count
-
-
 def _time(
     base: Model, adapted: Model, feeds: Feeds, extra: Feeds, providers: Providers
 ) -> tuple[int, tuple[Latency, Latency, Latency]]:
-    """Time base, off and on by turns: what slows the machine down slows down all three."""
+    """Time the base and the adapted model with slots off and on.
+
+    They run by turns, so that a phase in which the machine is slow counts against all three.
+    """
     on = Runner(adapted, providers, optimised=True)
     neutral = neutral_model(adapted)
     off = on if neutral is adapted else Runner(neutral, providers, optimised=True)
@@ -209,7 +211,7 @@ def _time(
     begun = time.perf_counter()
     for _ in range(_ROUNDS):
         for call, times in zip(calls, taken, strict=True):
-            call()  # threads of the session before may still be waiting for work
+            call()  # not timed: threads of the previous session may still be spinning
             for _ in range(_BLOCK):
                 start = time.perf_counter()
                 call()

@@ -1,23 +1,26 @@
-"""The graph around a slot as a drawing: grandalf places boxes and edges."""
+"""The graph around a slot as a drawing: boxes with text, and edges as paths of SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
-from onnx_adapt.report.surroundings import BASE, Box, Surroundings
+from onnx_adapt.report.layout import Point, Size, lay_out
+from onnx_adapt.report.surroundings import BASE, NEW, Box, Surroundings
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.words import plain
 
 _LETTER, _LINE = 6.7, 15
-"""Size of a letter and a line of the page's monospaced font at 11 pixels."""
+"""Width of a letter and height of a line, in pixels, of the page's monospaced font."""
 
 _PADDING = 9
 _LONGEST = 27
-"""Letters of a name that are shown; the end tells names apart."""
+"""A longer name is shown by its end, because names mostly begin alike."""
 
-Point = tuple[float, float]
+_STRAIGHT = 0.05
+"""A slant of less than this, in pixels, is not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,9 @@ class Line:
     """One line of text.
 
     Attributes:
-        text: What is shown.
+        text: The text that is shown.
         style: `op`, `name`, `type` or `weight`.
-        whole: The whole name where only its end is shown, or ''.
+        whole: The whole name if only its end is shown, else ''.
     """
 
     text: str
@@ -37,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A box with its place: the middle of its left edge is at `x`, its top at `y`."""
+    """A box in the drawing; its top left corner is at `x`, `y`."""
 
     box: Box
     lines: tuple[Line, ...]
@@ -47,21 +50,21 @@ class Shape:
     height: float
 
     def baselines(self) -> Iterator[tuple[float, Line]]:
-        """Where each line of text is written."""
+        """The baseline of each line of text, from top to bottom."""
         for number, line in enumerate(self.lines):
             yield self.y + _PADDING + _LINE * number + 8, line
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture.
+    """Part of a graph, ready to be written as SVG.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
+        width: Width in pixels.
+        height: Height in pixels.
         shapes: The boxes.
-        paths: Each edge as the data of an SVG path, and whether it is new.
-        hidden: How many readers are left out.
+        paths: For each edge the data of an SVG path, and whether the slot added the edge.
+        hidden: How many readers of the last tensor are left out.
     """
 
     width: float
@@ -72,7 +75,7 @@ class Drawing:
 
     @property
     def summary(self) -> str:
-        """What is in it, for those who do not see it."""
+        """A description of the drawing for screen readers."""
         nodes = [shape.box for shape in self.shapes if shape.box.kind == "node"]
         text = ", ".join(
             f"{box.label}{'' if box.origin == BASE else f' ({box.origin})'}" for box in nodes
@@ -80,89 +83,45 @@ class Drawing:
         return plain(text)
 
 
-@dataclass(slots=True)
-class _View:
-    """What grandalf wants to know of a vertex, and where it puts it."""
-
-    w: float
-    h: float
-    xy: Point = (0.0, 0.0)
-
-
 def draw(part: Surroundings, slot: Slot) -> Drawing:
-    """Place the boxes and edges of a part of a graph."""
-    from grandalf.graphs import Edge, Graph, Vertex
-    from grandalf.layouts import SugiyamaLayout
-    from grandalf.routing import EdgeViewer, route_with_lines
-
+    """Draw the graph around a slot."""
     texts = [tuple(_lines(box, slot)) for box in part.boxes]
-    vertices = []
-    for number, lines in enumerate(texts):
-        vertex = Vertex(number)
-        longest = max(len(line.text) for line in lines)
-        vertex.view = _View(longest * _LETTER + 2 * _PADDING, len(lines) * _LINE + 8)
-        vertices.append(vertex)
-    edges = [Edge(vertices[a], vertices[b]) for a, b in part.edges]
-    for edge in edges:
-        edge.view = EdgeViewer()
-    right = 0.0
-    for piece in Graph(vertices, edges).C:
-        layout = SugiyamaLayout(piece)
-        layout.xspace, layout.yspace = 16, 18
-        layout.route_edge = route_with_lines
-        layout.init_all(optimize=True)
-        layout.draw()
-        right = _moved(piece, right) + 16
-    return _drawing(part, texts, vertices, edges)
-
-
-def _moved(piece: Any, left: float) -> float:
-    """Put a connected piece at `left`, top at zero; where it ends."""
-    views = [vertex.view for vertex in piece.V()]
-    points = [point for edge in piece.E() for point in edge.view._pts]
-    sides = [view.xy[0] - view.w / 2 for view in views] + [x for x, _ in points]
-    dx = left - min(sides)
-    dy = -min(view.xy[1] - view.h / 2 for view in views)
-    for view in views:
-        view.xy = (view.xy[0] + dx, view.xy[1] + dy)
-    for edge in piece.E():
-        edge.view.setpath([(x + dx, y + dy) for x, y in edge.view._pts])
-    ends = [view.xy[0] + view.w / 2 for view in views] + [x + dx for x, _ in points]
-    return float(max(ends))
-
-
-def _drawing(
-    part: Surroundings,
-    texts: Sequence[tuple[Line, ...]],
-    vertices: Sequence[Any],
-    edges: Sequence[Any],
-) -> Drawing:
+    sizes = [_size(lines) for lines in texts]
+    layout = lay_out(sizes, part.edges)
     shapes = tuple(
-        Shape(
-            part.boxes[number],
-            texts[number],
-            round(vertex.view.xy[0] - vertex.view.w / 2, 1),
-            round(vertex.view.xy[1] - vertex.view.h / 2, 1),
-            round(vertex.view.w, 1),
-            vertex.view.h,
+        Shape(box, lines, round(x, 1), round(y, 1), round(width, 1), height)
+        for box, lines, (x, y), (width, height) in zip(
+            part.boxes, texts, layout.corners, sizes, strict=True
         )
-        for number, vertex in enumerate(vertices)
     )
     paths = tuple(
-        (_path(edge.view._pts), any(part.boxes[end].origin == "new" for end in ends))
-        for edge, ends in zip(edges, part.edges, strict=True)
+        (_path(route), any(part.boxes[end].origin == NEW for end in ends))
+        for route, ends in zip(layout.routes, part.edges, strict=True)
     )
-    xs = [s.x + s.width for s in shapes] + [x for e in edges for x, _ in e.view._pts]
-    return Drawing(
-        round(max(xs), 1), max(s.y + s.height for s in shapes), shapes, paths, part.hidden
-    )
+    width, height = layout.size
+    return Drawing(round(width, 1), round(height, 1), shapes, paths, part.hidden)
 
 
-def _path(points: Sequence[Point]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+def _size(lines: Sequence[Line]) -> Size:
+    """Width and height of a box with these lines of text."""
+    longest = max(len(line.text) for line in lines)
+    return longest * _LETTER + 2 * _PADDING, len(lines) * _LINE + 8
+
+
+def _path(route: Sequence[Point]) -> str:
+    """The data of an SVG path: lines where an edge leads straight down, else curves."""
+    parts = [f"M{route[0][0]:.1f} {route[0][1]:.1f}"]
+    for (x, y), (to_x, to_y) in pairwise(route):
+        half = (y + to_y) / 2
+        curve = (
+            "L" if abs(to_x - x) < _STRAIGHT else f"C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} "
+        )
+        parts.append(f"{curve}{to_x:.1f} {to_y:.1f}")
+    return "".join(parts)
 
 
 def _lines(box: Box, slot: Slot) -> Iterator[Line]:
+    """The text in a box: a tensor's name and type, or a node's operator, name and weights."""
     if box.kind == "tensor":
         yield _name(box.name, slot, "name")
         yield Line(_shortened(plain(box.label), 34), "type")
@@ -176,8 +135,8 @@ def _lines(box: Box, slot: Slot) -> Iterator[Line]:
 
 
 def _name(name: str, slot: Slot, style: str) -> Line:
-    """The end of a name; what all names of the slot begin with is left out."""
-    own = name.removeprefix(f"adapter.{slot.name}")
+    """The end of a name, without the prefix that all names of the slot share."""
+    own = name.removeprefix(slot_prefix(slot.name))
     shown = own[1:] if own != name and own[:1] in (".", "/") else name
     short = _shortened(plain(shown), _LONGEST)
     return Line(short, style, "" if short == name else plain(name))

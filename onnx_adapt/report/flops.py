@@ -1,31 +1,40 @@
 """Floating-point operations of one run of a node, counted from the shapes it works on.
 
-A multiply-add is two operations, so is a multiply and an add. What is counted, with one row
-for each operator:
+A multiply-add is two operations; so is a multiply and an add. Counted are:
 
-- Products and convolutions: their multiply-adds, and one for each number a bias is added to.
-- Recurrent layers: the same in every step and direction, `W` and `R` with both halves of
-  the bias, and a multiply-add for each peephole. Gates are not counted element by element.
-- Attention: what projects (if it has weights), queries by keys, and probabilities by values.
-  A mask saves nothing; so ONNX Runtime's kernels work.
-- Normalisations: what the formula has for each element; see `_NORMS`.
+- Operators with weights: by the rule in their row of `graph.operators`.
+- Attention: its projections (if it has weights), queries by keys, and probabilities by
+  values. A mask saves nothing, because ONNX Runtime's kernels compute what it hides.
 - Reductions and pools: one for each element that they read.
-- Data that is only moved: nothing. Everything else: one for each element that is made.
+- Operators that only move data: nothing.
+- All other operators: one for each element that they make.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
+from onnx_adapt.graph.operations import (
+    NodeRun,
+    Shape,
+    convolution,
+    given,
+    lookup,
+    normalisation,
+    product,
+    transposed_convolution,
+)
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.report.attention import (
+    Count,
     attention,
     experts,
     grouped_query,
     multi_head,
     projecting_attention,
 )
-from onnx_adapt.report.call import Call, Count, Shape, given
 
 _ONNX = ("", "ai.onnx")
 _KNOWN = (*_ONNX, "com.microsoft")
@@ -34,87 +43,52 @@ _KNOWN = (*_ONNX, "com.microsoft")
 
 def is_free(op: str, domain: str) -> bool:
     """Whether an operator only moves data, or runs the graphs inside it."""
-    return op in _MOVING and domain in (*_KNOWN, "ai.onnx.ml")
+    operator = OPERATORS.get(op)
+    moves = op in _MOVING or (operator is not None and operator.operations is lookup)
+    return moves and domain in (*_KNOWN, "ai.onnx.ml")
 
 
 def is_in_table(op: str, domain: str) -> bool:
     """Whether the count needs more than the first output."""
-    return domain in _KNOWN and (f"{domain}.{op}" in _COUNTS or op in _COUNTS)
+    return _rule(op, domain) is not None
 
 
-def flops(call: Call) -> int | None:
+def _rule(op: str, domain: str) -> Count | None:
+    """The rule that counts an operator from more than what it makes, or None."""
+    if domain not in _KNOWN:
+        return None
+    rule = _COUNTS.get(f"{domain}.{op}") or _COUNTS.get(op)
+    operator = OPERATORS.get(op)
+    return operator.count if rule is None and operator else rule
+
+
+def flops(run: NodeRun) -> int | None:
     """The operations of one run of a node; None if they cannot be known."""
-    if is_free(call.op, call.domain):
+    if is_free(run.op, run.domain):
         return 0
-    if is_in_table(call.op, call.domain):
-        count = _COUNTS.get(f"{call.domain}.{call.op}") or _COUNTS[call.op]
+    rule = _rule(run.op, run.domain)
+    if rule is not None:
         try:
-            return count(call)
+            return rule(run)
         except (LookupError, ValueError):  # an input is left out, or of another rank
             return None
-    plain = call.domain in _ONNX and call.op not in _UNKNOWN
-    return call.made if plain or (call.domain in _KNOWN and call.op in _BY_ELEMENT) else None
+    plain = run.domain in _ONNX and run.op not in _UNKNOWN
+    return run.made if plain or (run.domain in _KNOWN and run.op in _BY_ELEMENT) else None
 
 
-def _product(left: int = 0, bias: int | None = None) -> Count:
-    """A matrix product; `left` and `bias` are inputs."""
-
-    def count(call: Call) -> int:
-        shape = call.input(left)
-        inner = shape[-1]
-        if call.attributes.get("transA"):
-            inner = shape[0 if call.attributes.get("transBatchA") else -2]
-        return 2 * call.made * inner + (call.made if call.has(bias) else 0)
-
-    return count
+def _reads(run: NodeRun) -> int:
+    return math.prod(run.input(0))
 
 
-def _convolution(kernel: int = 1, bias: int | None = 2, added: int | None = None) -> Count:
-    """Every output meets the kernel of its channel: `(out, in / groups, places...)`."""
-
-    def count(call: Call) -> int:
-        more = call.has(bias) + call.has(added)
-        return call.made * (2 * math.prod(call.input(kernel)[1:]) + more)
-
-    return count
+def _pool(run: NodeRun) -> int:
+    window: Sequence[int] = run.attributes["kernel_shape"]
+    return run.made * math.prod(window)
 
 
-def _transposed(bias: int) -> Count:
-    """Every input meets the kernel of its channel: `(in, out / groups, places...)`."""
-
-    def count(call: Call) -> int:
-        products = 2 * math.prod(call.input(0)) * math.prod(call.input(1)[1:])
-        return products + (call.made if call.has(bias) else 0)
-
-    return count
-
-
-def _recurrent(call: Call) -> int:
-    """`X (steps, batch, in)` or batch first; W, R, B and P lead with the directions."""
-    rows = math.prod(call.input(0)[:2])
-    products = math.prod(call.input(1)) + math.prod(call.input(2))
-    peepholes = call.size(7) if call.op.endswith("LSTM") else 0
-    return rows * (2 * products + call.size(3) + 2 * peepholes)
-
-
-def _norm(each: int, *optional: int) -> Count:
-    """So many operations for each element, and one more for each of some inputs."""
-    return lambda call: call.made * (each + sum(map(call.has, optional)))
-
-
-def _reads(call: Call) -> int:
-    return math.prod(call.input(0))
-
-
-def _pool(call: Call) -> int:
-    window: Sequence[int] = call.attributes["kernel_shape"]
-    return call.made * math.prod(window)
-
-
-def _einsum(call: Call) -> int:
+def _einsum(run: NodeRun) -> int:
     """All indices together, times the products for each, and one more if they are summed."""
-    terms, arrow, result = call.attributes["equation"].replace(" ", "").partition("->")
-    shapes = [given(shape) for shape in call.inputs]
+    terms, arrow, result = run.attributes["equation"].replace(" ", "").partition("->")
+    shapes = [given(shape) for shape in run.inputs]
     named = [
         item
         for term, shape in zip(terms.split(","), shapes, strict=True)
@@ -124,7 +98,7 @@ def _einsum(call: Call) -> int:
     for name, size in named:  # an axis of 1 is as long as the others
         sizes[name] = size if sizes.get(name, 1) == 1 else sizes[name]
     if arrow:
-        kept = set(_labels(result, given(call.outputs[0])))
+        kept = set(_labels(result, given(run.outputs[0])))
     else:  # what is there once, and the axes that have no name
         every = [name for name, _ in named]
         kept = {name for name in every if every.count(name) == 1 or name[0] == "."}
@@ -138,51 +112,14 @@ def _labels(term: str, shape: Shape) -> list[str]:
     return [*before, *(f".{i}" for i in range(rest, 0, -1) if dots), *after]
 
 
-_NORMS: dict[str, Count] = {
-    "BatchNormalization": _norm(2),  # a multiply-add: its four vectors are two
-    # mean, difference, its square, their sum, times the deviation, times the weight (bias)
-    "LayerNormalization": _norm(6, 2),
-    "InstanceNormalization": _norm(7),
-    "GroupNormalization": _norm(7),
-    "GroupNorm": _norm(7),
-    "MeanVarianceNormalization": _norm(5),
-    # square, sum, times the root, times the weight
-    "RMSNormalization": _norm(4),
-    "SimplifiedLayerNormalization": _norm(4),
-    # the same after a sum of two, and of a bias
-    "SkipLayerNormalization": _norm(7, 3, 4),
-    "SkipSimplifiedLayerNormalization": _norm(5, 3),
-    "SkipGroupNorm": _norm(8, 4),
-    "EmbedLayerNormalization": _norm(8, 4),  # positions, and segments
-}
-
 _COUNTS: dict[str, Count] = {
-    "MatMul": _product(),
-    "MatMulInteger": _product(),
-    "QLinearMatMul": _product(),
-    "FusedMatMul": _product(),
-    "TransposeMatMul": _product(),
-    "MatMulBnb4": _product(),
-    "MatMulNBits": _product(bias=5),
-    "MatMulIntegerToFloat": _product(bias=6),
-    "DynamicQuantizeMatMul": _product(bias=4),
-    "Gemm": _product(bias=2),
-    "FusedGemm": _product(bias=2),
-    "GemmFloat8": _product(bias=2),
-    "GemmFastGelu": _product(bias=2),
-    "QGemm": _product(bias=6),
-    "Conv": _convolution(),
-    "FusedConv": _convolution(added=3),
-    "NhwcFusedConv": _convolution(added=3),
-    "ConvInteger": _convolution(bias=None),
-    "QLinearConv": _convolution(kernel=3, bias=8),
-    "DeformConv": _convolution(bias=3),
-    "ConvTranspose": _transposed(bias=2),
-    "ConvTransposeWithDynamicPads": _transposed(bias=3),
-    "LSTM": _recurrent,
-    "GRU": _recurrent,
-    "RNN": _recurrent,
-    "DynamicQuantizeLSTM": _recurrent,
+    "TransposeMatMul": partial(product, weight=1, bias=None),
+    "GemmFastGelu": partial(product, weight=1, bias=2),
+    "DeformConv": partial(convolution, weight=1, bias=3),
+    "ConvTransposeWithDynamicPads": partial(transposed_convolution, weight=1, bias=3),
+    "GroupNorm": partial(normalisation(6), weight=1, bias=2),
+    "SkipGroupNorm": partial(normalisation(7, 4), weight=1, bias=2),
+    "MeanVarianceNormalization": lambda run: 5 * run.made,
     "Einsum": _einsum,
     "Attention": attention,
     "com.microsoft.Attention": projecting_attention(past=4),
@@ -191,7 +128,6 @@ _COUNTS: dict[str, Count] = {
     "GroupQueryAttention": grouped_query,
     "MoE": experts(2, 4, 6),
     "QMoE": experts(2, 5, 8, packed=True),
-    **_NORMS,
     **dict.fromkeys(
         (
             *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
@@ -203,11 +139,11 @@ _COUNTS: dict[str, Count] = {
     ),
     **dict.fromkeys(("AveragePool", "LpPool", "MaxPool", "QLinearAveragePool"), _pool),
 }
-"""The operators whose work is more than the elements of what they make."""
+"""The operators without a row in `OPERATORS` whose work is more than one per element made."""
 
 _MOVING = {
     *("Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "Dropout"),
-    *("Expand", "EyeLike", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
+    *("Expand", "EyeLike", "Flatten", "GatherElements", "GatherND", "Identity"),
     *("NonZero", "OneHot", "Pad", "QLinearConcat", "Range", "Reshape", "Scatter"),
     *("ScatterElements", "ScatterND", "Shape", "Size", "Slice", "SpaceToDepth", "Split"),
     *("Squeeze", "TensorScatter", "Tile", "Transpose", "Trilu", "Unsqueeze", "ZipMap"),
@@ -233,7 +169,6 @@ _BY_ELEMENT = {
     *(
         "DynamicQuantizeLinear",
         "FastGelu",
-        "GatherBlockQuantized",
         "Gelu",
         "QLinearAdd",
         "QLinearLeakyRelu",

@@ -1,4 +1,4 @@
-"""All that the report page shows of an adapted model, as data."""
+"""The data of the report page: an adapted model beside its base."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from onnx_adapt.report.surroundings import (
 from onnx_adapt.slot.manifest import Slot, slot_of
 
 BOTTLENECK = 8
-"""Counted and timed where slots are empty and there is no adapter."""
+"""Bottleneck of the random weights that empty slots are measured with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Layer:
     """A layer of the base.
 
     Attributes:
-        depth: How many nodes of the model come before it.
-        name: The node.
+        depth: How many nodes of the model run before it.
+        name: Name of the node.
         op: Its operator.
         width: Size of the feature axis of its output.
     """
@@ -54,17 +54,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """One slot with all that is known of it.
+    """One slot and what was measured of it.
 
     Attributes:
-        slot: What the model's manifest says.
-        depth: How many nodes of the base come before it.
+        slot: The slot as the model's manifest records it.
+        depth: How many nodes of the base run before it.
         result: What `verify` measured, or None.
         moved: Largest change of a model output when the adapter's weights for this slot
             alone are on, relative to the output's largest value; None without an adapter.
-        cost: What it adds, or None.
-        before: The base around its site, or None.
-        after: The adapted model around it.
+        cost: What the slot adds, or None.
+        before: The base's graph around the site, or None.
+        after: The adapted model's graph around the slot.
     """
 
     slot: Slot
@@ -82,10 +82,10 @@ class Overview:
 
     Attributes:
         report: What `verify` found.
-        adapter: Name of the adapter the slots were turned on with, or ''.
-        nodes: How many nodes the base has, bodies included.
-        layers: Its layers whose width is known, in order.
-        slots: The slots, in order of depth.
+        adapter: Name of the adapter that the slots were turned on with, or ''.
+        nodes: How many nodes the base has, those in bodies of control flow included.
+        layers: The layers of the base whose width is known, in the order in which they run.
+        slots: The slots, by depth.
         costs: What the slots add, or None if it could not be measured.
     """
 
@@ -97,13 +97,13 @@ class Overview:
     costs: Costs | None
 
     def as_dict(self) -> dict[str, object]:
-        """The overview for `--json`."""
+        """The overview as the document that `--json` prints."""
         data = asdict(self)
         return {**{k: _plain(v) for k, v in data.items()}, "report": self.report.as_dict()}
 
 
 def _plain(value: object) -> object:
-    """A number that JSON has no form for, as text."""
+    """A value for JSON: infinite numbers and NaN, which it cannot express, become text."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -127,25 +127,30 @@ def overview(
     """Verify an adapted model and measure what its slots cost.
 
     Args:
-        base: The base; slots that it has itself are taken out.
+        base: The base. Slots that it already has are removed first.
         adapted: The model with slots.
-        adapter: Turn the slots on with this one.
-        inputs: As for `verify`.
-        bottleneck: Counted and timed where slots are empty and there is no adapter.
+        adapter: The adapter to turn the slots on with.
+        inputs: Inputs to run with, as for `verify`.
+        bottleneck: Bottleneck of the random weights that empty slots are measured with.
         strict: As for `verify`.
-        seed: As for `verify`.
-        provider: As for `verify`; the time is taken on it too.
-        stage: Told what is being done.
+        seed: Seed of the random weights and of inputs that are made up.
+        provider: As for `verify`. The times are measured on it too.
+        stage: Called with a few words before each stage of the work.
 
     Raises:
         AdaptError: If a model, an input or the adapter cannot be used at all.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> base = oa.open_model("models/dnsmos-p808.onnx")
+        >>> found = overview(base, oa.insert(base, after="conv2d_5"))
+        >>> found.report.passed, found.slots[0].cost.parameters
+        (True, 512)
     """
     tell = stage or (lambda _: None)
-    slots = required_manifest(adapted).slots
+    required_manifest(adapted)  # a model without slots is refused before any work
     if adapter is not None:
-        require_fit(adapted, adapter)
-        if not any(slot.batched for slot in slots):  # of these the weights are only fed
-            adapted = fill(adapted, adapter)
+        adapted = _filled(adapted, adapter)
     report = verify(
         base,
         adapted,
@@ -158,18 +163,25 @@ def overview(
     )
     if list_slots(base):
         base = remove(base)
-    weights = weights_on(adapted, adapter, bottleneck, seed)
-    costs, moved = None, {}
+    costs, moved = None, dict[str, float]()
     if report.slots:
         tell("counting and timing")
         providers = proof_providers(provider)
+        weights = weights_on(adapted, adapter, bottleneck, seed)
         feeds = inputs_for(base, inputs, seed, providers)
         extra = fed(adapted, weights, adapter)
         costs = _costs(base, adapted, feeds[0], weights, extra, providers)
         if adapter is not None and costs is not None:
             tell("turning on the adapter slot by slot")
-            moved = _movements(adapted, slots, weights, feeds, providers)
+            moved = _movements(adapted, weights, feeds, providers)
     return _assembled(base, adapted, report, adapter, costs, moved)
+
+
+def _filled(adapted: Model, adapter: Adapter) -> Model:
+    """The model with an adapter's weights stored in its slots; batched slots store none."""
+    require_fit(adapted, adapter)
+    batched = any(slot.batched for slot in required_manifest(adapted).slots)
+    return adapted if batched else fill(adapted, adapter)
 
 
 def _costs(
@@ -180,7 +192,7 @@ def _costs(
     extra: Feeds,
     providers: Providers,
 ) -> Costs | None:
-    """The costs; None where the model runs with slots off but not so (verify says why)."""
+    """The costs, or None if the model does not run with its slots on (`verify` says why)."""
     try:
         return measure_costs(base, adapted, feeds, weights, extra, providers)
     except RunError:
@@ -188,23 +200,19 @@ def _costs(
 
 
 def _movements(
-    adapted: Model,
-    slots: Sequence[Slot],
-    weights: Weights,
-    feeds: Sequence[Feeds],
-    providers: Providers,
+    adapted: Model, weights: Weights, feeds: Sequence[Feeds], providers: Providers
 ) -> dict[str, float]:
-    """How far each slot alone moves the outputs, with the weights it has."""
+    """How far each slot alone moves the outputs, by slot; see `SlotView.moved`."""
     neutral = neutral_model(adapted)
     runner = Runner(neutral, providers, optimised=True)
-    still = [runner.run(item) for item in feeds]
+    unmoved = [runner.run(item) for item in feeds]
     moved = {}
-    for slot in slots:
+    for slot in required_manifest(adapted).slots:
         extra = {slot.weight(p): value for p, value in weights[slot.name].items()}
         if slot.swappable:
             moved[slot.name] = max(
                 movement(before, runner.run({**item, **extra}))
-                for before, item in zip(still, feeds, strict=True)
+                for before, item in zip(unmoved, feeds, strict=True)
             )
     return moved
 
@@ -217,12 +225,32 @@ def _assembled(
     costs: Costs | None,
     moved: Mapping[str, float],
 ) -> Overview:
+    """Put everything that was measured together."""
     manifest = required_manifest(adapted)
     if manifest.inlined and base.proto.functions:
         base = inline_model(base)
     before, after = index_model(base), index_model(adapted)
+    return Overview(
+        report,
+        adapter.name if adapter else "",
+        sum(len(view.nodes) for view in before.views.values()),
+        tuple(_layers(before)),
+        tuple(_slot_views(before, after, manifest.slots, report, costs, moved)),
+        costs,
+    )
+
+
+def _slot_views(
+    before: ModelIndex,
+    after: ModelIndex,
+    slots: Sequence[Slot],
+    report: Report,
+    costs: Costs | None,
+    moved: Mapping[str, float],
+) -> list[SlotView]:
+    """The slots with their measurements, by depth."""
     results = {result.name: result for result in report.slots}
-    priced = {cost.name: cost for cost in costs.slots} if costs else {}
+    cost_of = {cost.name: cost for cost in costs.slots} if costs else {}
     depths = _slot_depths(after)
     views = [
         SlotView(
@@ -230,24 +258,17 @@ def _assembled(
             depths.get(slot.name, 0),
             results.get(slot.name),
             moved.get(slot.name),
-            priced.get(slot.name),
+            cost_of.get(slot.name),
             surroundings_before(before.views.get(slot.graph), slot),
             surroundings_after(after.views[slot.graph], slot),
         )
-        for slot in manifest.slots
+        for slot in slots
     ]
-    return Overview(
-        report,
-        adapter.name if adapter else "",
-        sum(len(view.nodes) for view in before.views.values()),
-        tuple(_layers(before)),
-        tuple(sorted(views, key=lambda view: view.depth)),
-        costs,
-    )
+    return sorted(views, key=lambda view: view.depth)
 
 
 def _in_order(index: ModelIndex, view: GraphView | None = None) -> list[tuple[GraphView, int]]:
-    """Every node of a model in the order it runs, those of bodies after their owner."""
+    """Every node of a model in the order it runs; a body's nodes come after their owner."""
     view = view or index.main
     inner: dict[int, list[GraphView]] = {}
     for body in index.views.values():
@@ -262,6 +283,7 @@ def _in_order(index: ModelIndex, view: GraphView | None = None) -> list[tuple[Gr
 
 
 def _slot_depths(index: ModelIndex) -> dict[str, int]:
+    """How many nodes of the base run before each slot, by slot."""
     depth, found = 0, dict[str, int]()
     for view, number in _in_order(index):
         owner = slot_of(view.nodes[number])

@@ -1,13 +1,13 @@
-"""An overview of an adapted model as one HTML page that needs nothing else."""
+"""The report page: one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from onnx_adapt.errors import AdaptError
+from onnx_adapt.report.drawing import draw
 from onnx_adapt.report.numbers import by_unit, count, power, seconds, share
 from onnx_adapt.report.overview import Overview
 from onnx_adapt.words import plain
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 
 def render(overview: Overview) -> str:
-    """The page: no scripts, no network, names of the model escaped.
+    """Render an overview as one HTML page.
+
+    The page has no scripts and loads nothing. Names from the model are escaped.
 
     Raises:
-        AdaptError: If the libraries it is made with are not installed.
+        AdaptError: If jinja2 or pygal is not installed.
 
     Example:
         >>> import onnx_adapt as oa
@@ -36,64 +38,54 @@ def render(overview: Overview) -> str:
 
     from onnx_adapt.report.plots import effect_plot, error_plot, map_plot
 
+    plots = {"map": map_plot, "error": error_plot, "effect": effect_plot}
     folder = files(__package__)
     template = _environment().from_string((folder / "page.html").read_text(encoding="utf-8"))
-    return template.render(
-        overview=overview,
-        report=overview.report,
-        costs=overview.costs,
-        # Both are made here, out of nothing but this package's files and numbers.
-        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
-        plots={
-            name: Markup(plot(overview))
-            for name, plot in (
-                ("map", map_plot),
-                ("error", error_plot),
-                ("effect", effect_plot),
-            )
-        },
+    return str(
+        template.render(
+            overview=overview,
+            report=overview.report,
+            costs=overview.costs,
+            # Not escaped: the style sheet is a file of this package, and the plots escape
+            # the names that they show.
+            style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+            plots={name: Markup(plot(overview)) for name, plot in plots.items()},
+        )
     )
 
 
+def _environment() -> Environment:
+    """The templates' settings: all text is escaped, an unknown name is an error."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        finalize=_printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for filter_ in (by_unit, count, power, seconds, share, draw):
+        environment.filters[filter_.__name__] = filter_
+    return environment
+
+
+def _printable(value: object) -> object:
+    """Text without control characters; what is markup already stays as it is."""
+    from markupsafe import Markup
+
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def require_libraries() -> None:
-    """Raise unless what the page is made with is installed.
+    """Raise unless the libraries that the page needs are installed.
 
     Raises:
-        AdaptError: With what to install.
+        AdaptError: If jinja2 or pygal is not installed.
     """
-    for name in ("grandalf", "jinja2", "pygal"):
+    for name in ("jinja2", "pygal"):
         if find_spec(name) is None:
             raise AdaptError(
                 f"the report page needs {name}, which is not installed",
                 hint="pip install 'onnx-adapt[report]', or take the data with --json",
             )
-
-
-def _environment() -> Environment:
-    """The settings and the filters of the template; control characters are escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    from onnx_adapt.report.drawing import draw
-
-    def shown(value: object) -> object:
-        known = isinstance(value, str) and not isinstance(value, Markup)
-        return plain(str(value)) if known else value
-
-    environment = Environment(
-        autoescape=True,
-        finalize=shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., object]] = {
-        "by_unit": by_unit,
-        "count": count,
-        "power": power,
-        "seconds": seconds,
-        "share": share,
-        "draw": draw,
-    }
-    environment.filters.update(filters)
-    return environment

@@ -1,4 +1,4 @@
-"""The plots of a page: pygal draws them, the page's style sheet colours them."""
+"""The charts of the report page, drawn by pygal and coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from onnx_adapt.report.overview import Overview, SlotView
 from onnx_adapt.words import plain
 
 _EXTRA = ("text-overlay", "tooltip-overlay")
-"""What pygal draws for its scripts, which the page does not have."""
+"""Classes of elements that pygal adds for its scripts; the page has no scripts."""
 
 _TICKS = 6
 _LETTERS = 13
-"""Size of letters; pygal leaves room for them."""
+"""Font size in pixels; pygal leaves room for it."""
 
 Dot = dict[str, Any]
 Series = tuple[list[Dot], bool]
-"""Dots or the corners of a line, and whether it is a line."""
+"""Points, and whether a line joins them; else they are dots."""
 
 
 def map_plot(overview: Overview) -> str:
-    """The layers of the base along its depth by their width, and the slots on them."""
+    """Plot the layers of the base, and the slots, by depth and width."""
     layers = [
         {
             "value": (layer.depth, math.log2(layer.width)),
@@ -43,7 +43,7 @@ def map_plot(overview: Overview) -> str:
         for number, view in enumerate(overview.slots, 1)
     ]
     found = [dot["value"][1] for dot in [*layers, *slots]]
-    powers = _whole(min(found, default=0), max(found, default=1))
+    powers = _enclosing(min(found, default=0), max(found, default=1))
     return _plot(
         "map",
         [(layers, False), (slots, False)],
@@ -55,7 +55,7 @@ def map_plot(overview: Overview) -> str:
 
 
 def error_plot(overview: Overview) -> str:
-    """The error of each slot against the oracle, and what it may be."""
+    """Plot the error of each slot against the oracle, with its tolerance."""
     numbered = list(enumerate(overview.slots, 1))
     measured = {
         n: (view.result.error, view.result.tolerance)
@@ -71,11 +71,11 @@ def error_plot(overview: Overview) -> str:
     for n, view in numbered:
         if n in measured:
             error, limit = measured[n]
-            place = _clipped(error, low, high)
-            dot = _dot(n, view, n, place, f"error {power(error)}, tolerance {power(limit)}")
+            y = _place(error, low, high)
+            dot = _dot(n, view, n, y, f"error {power(error)}, tolerance {power(limit)}")
             (good if error <= limit else bad).append(dot)
     ends = [
-        {"value": (n + side, _clipped(limit, low, high))}
+        {"value": (n + side, _place(limit, low, high))}
         for n, (_, limit) in measured.items()
         for side in (-0.5, 0.5)
     ]
@@ -90,7 +90,7 @@ def error_plot(overview: Overview) -> str:
 
 
 def effect_plot(overview: Overview) -> str:
-    """How far each slot moves the outputs: with random weights, and with the adapter's."""
+    """Plot how far each slot moves the outputs, with random weights and with the adapter's."""
     numbered = list(enumerate(overview.slots, 1))
     probed = {n: view.result.effect for n, view in numbered if view.result is not None}
     moved = {n: view.moved for n, view in numbered}
@@ -102,8 +102,8 @@ def effect_plot(overview: Overview) -> str:
         for n, view in numbered:
             value = values.get(n)
             if value is not None:
-                place = _clipped(value, low, high)
-                dots.append(_dot(n, view, n, place, f"{what}: moves {power(value)}"))
+                y = _place(value, low, high)
+                dots.append(_dot(n, view, n, y, f"{what}: moves {power(value)}"))
         series.append((dots, False))
     return _plot(
         "effect",
@@ -116,6 +116,7 @@ def effect_plot(overview: Overview) -> str:
 
 
 def _dot(number: int, view: SlotView, x: float, y: float, text: str) -> Dot:
+    """A dot that leads to the section of its slot."""
     return {
         "value": (x, y),
         "xlink": {"href": f"#slot-{number}", "tabindex": "-1"},
@@ -131,7 +132,7 @@ def _plot(
     x_title: str,
     y_title: str,
 ) -> str:
-    """One plot as SVG without styles or scripts, so that the page's own apply."""
+    """Draw one chart as SVG without styles or scripts; the page's style sheet applies."""
     pygal = _pygal()
     from pygal.etree import etree
     from pygal.style import Style
@@ -158,15 +159,15 @@ def _plot(
         chart.add(str(number), dots, stroke=is_line, show_dots=not is_line)
     root = chart.render_tree()
     _strip(root)
-    root.set("aria-hidden", "true")  # the text beside it says the same
+    root.set("aria-hidden", "true")  # the list of slots gives the same numbers as text
     text = etree.tostring(root, encoding="unicode")
     return str(text).replace("xlink:href", "href")
 
 
 def _pygal() -> Any:
-    """The module, without the finder of plugins that it leaves behind.
+    """Import pygal, and remove the import hook for plugins that it installs.
 
-    Up to Python 3.11 that makes every later import that fails a warning.
+    Up to Python 3.11 the hook would turn every later failed import into a warning.
     """
     import pygal
 
@@ -176,7 +177,7 @@ def _pygal() -> Any:
 
 
 def _strip(root: Any) -> None:
-    """Take out comments, styles, scripts and what belongs to them."""
+    """Remove comments, styles, scripts and the elements that only scripts use."""
     for parent in list(root.iter()):
         for child in list(parent):
             if _is_extra(parent, child) or (child.tag == "title" and parent is root):
@@ -192,14 +193,14 @@ def _is_extra(parent: Any, child: Any) -> bool:
 
 
 def _decades(values: Iterable[float]) -> tuple[int, int]:
-    """The powers of ten around the values; those that are 0 or odd have none."""
+    """Exponents of the powers of ten that enclose the positive finite values."""
     logs = [math.log10(v) for v in values if v > 0 and math.isfinite(v)]
     low, high = math.floor(min(logs, default=-8)), math.ceil(max(logs, default=0))
     return low - (low == high), high
 
 
-def _clipped(value: float, low: int, high: int) -> float:
-    """Where a value is on the axis: 0 below the lowest power, NaN above the highest."""
+def _place(value: float, low: int, high: int) -> float:
+    """A value's place on a logarithmic axis: 0 is below all powers, infinity and NaN above."""
     if value == 0:
         return low - 1
     if not math.isfinite(value):
@@ -208,19 +209,21 @@ def _clipped(value: float, low: int, high: int) -> float:
 
 
 def _powers(low: int, high: int, *, zero: bool) -> list[tuple[float, str]]:
+    """Labels for powers of ten, and for 0 below them if it is a value."""
     step = max(1, math.ceil((high - low) / _TICKS))
     labels: list[tuple[float, str]] = [(e, f"1e{e}") for e in range(low, high + step, step)]
     return [(low - 1, "0"), *labels] if zero else labels
 
 
-def _whole(low: float, high: float) -> list[int]:
+def _enclosing(low: float, high: float) -> list[int]:
+    """Evenly spaced whole numbers that enclose a range."""
     first, last = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
     step = max(1, math.ceil((last - first) / _TICKS))
-    return list(range(first, last + step, step))  # the last is at or above all
+    return list(range(first, last + step, step))
 
 
 def _round_steps(first: int, last: int) -> list[int]:
-    """Some whole numbers from the first to the last, by 1, 2 or 5 times a power of ten."""
+    """Labels from the first to the last number in steps of 1, 2 or 5 times a power of ten."""
     wanted = max(1, (last - first) / _TICKS)
     power_of_ten = 10 ** math.floor(math.log10(wanted))
     step = next(m * power_of_ten for m in (1, 2, 5, 10) if m * power_of_ten >= wanted)

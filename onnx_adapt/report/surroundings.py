@@ -1,4 +1,4 @@
-"""The graph around a slot, before it was inserted and after, as something to draw."""
+"""The part of a graph around a slot, before and after the slot was inserted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from onnx_adapt.graph.layers import is_layer
 from onnx_adapt.slot.manifest import Slot, slot_of
 
 _READERS = 3
-"""How many readers of a tensor are shown."""
+"""The number of readers of a tensor that are shown."""
 
 BASE, NEW, OTHER = "base", "new", "other"
-"""Where a part of a graph comes from: the base, this slot, another slot."""
+"""The origin of a node or tensor: the base, this slot, or another slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Constant:
     """A weight that a node reads.
 
     Attributes:
-        name: Its tensor.
-        type: Element type and shape: `float32[64, r]`.
+        name: Name of the tensor.
+        type: Element type and shape, such as `float32[64, r]`.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Box:
 
     Attributes:
         kind: `node` or `tensor`.
-        name: Its name in the model; a node may have none.
-        label: A node's operator, a tensor's element type and shape.
+        name: Its name in the model; may be empty for a node.
+        label: The operator of a node, or the element type and shape of a tensor.
         origin: `base`, `new` or `other`.
-        weights: What a node reads that is constant or a weight of an adapter.
+        weights: The constants and adapter weights that a node reads.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Surroundings:
 
     Attributes:
         boxes: Nodes and tensors.
-        edges: From which box to which, by number.
+        edges: Pairs of box numbers: an edge leads from the first to the second.
         hidden: How many more nodes read the last tensor.
     """
 
@@ -66,39 +66,43 @@ class Surroundings:
 
 
 def surroundings_before(view: GraphView | None, slot: Slot) -> Surroundings | None:
-    """The graph of the base around a slot's site; None if the base has no such tensor."""
+    """The base's graph around a slot's site, or None if the base has no such tensor."""
     if view is None or slot.tensor not in view.producers:
         return None
     return _around(view, slot, _site(view, slot.tensor), slot.tensor)
 
 
 def surroundings_after(view: GraphView, slot: Slot) -> Surroundings:
-    """The graph of the adapted model around a slot."""
+    """The adapted model's graph around a slot."""
     own = [node for node in view.nodes if slot_of(node) == slot.name]
     return _around(view, slot, _site(view, slot.inner) + own, slot.output)
 
 
 def _site(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
-    """The node that makes a tensor; where it is no layer (a bias), what it reads as well."""
+    """The node that produces a tensor.
+
+    If that node is not a layer (it adds a bias, say), the producers of its inputs come first.
+    """
     if tensor not in view.producers:
         return []
     node = view.nodes[view.producers[tensor]]
     read = [] if is_layer(view, node) or slot_of(node) else dict.fromkeys(node.input)
-    makers = {view.producers[name] for name in read if name in view.producers}
-    return [*(view.nodes[i] for i in sorted(makers)[:_READERS]), node]
+    producers = {view.producers[name] for name in read if name in view.producers}
+    return [*(view.nodes[i] for i in sorted(producers)[:_READERS]), node]
 
 
-def _makes_weight(view: GraphView, node: onnx.NodeProto) -> bool:
-    """Whether what a node makes is shown in the nodes that read it."""
+def _makes_constant(view: GraphView, node: onnx.NodeProto) -> bool:
+    """Whether a node produces a constant, which is shown in the boxes of its readers."""
     return any(view.weight(name) is not None for name in node.output)
 
 
 def _around(
     view: GraphView, slot: Slot, inner: Sequence[onnx.NodeProto], last: str
 ) -> Surroundings:
+    """The given nodes with their tensors, and the first readers of the last tensor."""
     readers = view.readers(last)
     sketch = _Sketch(view, slot)
-    for node in (node for node in inner if not _makes_weight(view, node)):
+    for node in (node for node in inner if not _makes_constant(view, node)):
         sketch.add(node, [name for name in node.input if name], list(node.output))
     for node in readers[:_READERS]:
         sketch.add(node, [last], [])
@@ -109,7 +113,15 @@ def _around(
 
 @dataclass(slots=True)
 class _Sketch:
-    """Boxes and edges while they are collected."""
+    """The boxes and edges collected so far.
+
+    Attributes:
+        view: The graph.
+        slot: The slot that is drawn.
+        boxes: Nodes and tensors.
+        edges: Pairs of box numbers.
+        tensors: The number of each tensor's box, by the tensor's name.
+    """
 
     view: GraphView
     slot: Slot
@@ -118,6 +130,7 @@ class _Sketch:
     tensors: dict[str, int] = field(default_factory=dict)
 
     def add(self, node: onnx.NodeProto, inputs: list[str], outputs: list[str]) -> None:
+        """Add a node with edges from these inputs and to these outputs."""
         weights = [name for name in dict.fromkeys(inputs) if self._is_weight(name)]
         number = len(self.boxes)
         self.boxes.append(
@@ -139,9 +152,10 @@ class _Sketch:
         return self.view.weight(name) is not None or name in self.slot.inputs
 
     def _tensor(self, name: str) -> int:
+        """The number of a tensor's box, which is added if it is new."""
         if name not in self.tensors:
-            made = self.view.producers.get(name)
-            origin = BASE if made is None else self._origin(self.view.nodes[made])
+            producer = self.view.producers.get(name)
+            origin = BASE if producer is None else self._origin(self.view.nodes[producer])
             self.tensors[name] = len(self.boxes)
             self.boxes.append(Box("tensor", text(name), self._type(name), origin))
         return self.tensors[name]
@@ -155,9 +169,13 @@ class _Sketch:
 
 
 def type_text(known: TensorType, slot: Slot, *, empty: bool = False) -> str:
-    """An element type and shape: `float32[n, 64]`; the slot's own bottleneck is `r`.
+    """Write an element type and shape: `float32[n, 64]`. The slot's bottleneck is written `r`.
 
-    A weight that may be `empty` has a bottleneck of 0 by default: that is `r` as well.
+    Args:
+        known: The type of a tensor, as far as it is known.
+        slot: The slot whose bottleneck is written `r`.
+        empty: Whether the tensor is a weight whose bottleneck is 0 by default; that 0 is the
+            slot's bottleneck too.
     """
     if known.shape is None:
         return elem_name(known.elem_type) or "?"

@@ -1,7 +1,8 @@
-"""What ran in a run of a model, with the shapes of the model's own tensors.
+"""The operations that each node of a model does in one run.
 
-Shapes are measured by name, with Shape nodes beside each tensor. A profile of ONNX Runtime
-leaves out what it packed, and has no node that it wrote as several.
+They are counted from the shapes of the model's own tensors. Shape nodes, added beside each
+tensor, measure these. ONNX Runtime's profile would not do: it leaves out weights that were
+packed, and nodes that the runtime replaced by several others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from onnx import helper
 
 from onnx_adapt.edit.insert import inline_model
 from onnx_adapt.graph.index import text
+from onnx_adapt.graph.operations import NodeRun, Shape
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.proof.taps import Tapper
-from onnx_adapt.report.call import Call, Shape
 from onnx_adapt.report.flops import flops, is_free, is_in_table
 from onnx_adapt.slot.manifest import slot_of
 
@@ -30,11 +31,12 @@ class Ran:
     """One run of one node.
 
     Attributes:
-        node: Its name.
+        node: Name of the node.
         op: Its operator.
-        slot: The slot it is of, or ''.
-        flops: Its floating-point operations, if `counted`; else one for each element.
-        counted: Whether they can be known.
+        slot: Name of the slot that the node belongs to, or ''.
+        flops: Its floating-point operations if `counted`, else one for each element of its
+            first output.
+        counted: Whether the shapes tell how many operations there are.
     """
 
     node: str
@@ -47,18 +49,18 @@ class Ran:
 def trace(
     model: Model, feeds: Mapping[str, Any], providers: Providers = CPU
 ) -> tuple[Ran, ...]:
-    """Run a model once as it stands and count what its nodes do.
+    """Run a model once and count the operations of its nodes.
 
-    Nodes that only move data are left out. Nodes in the body of a Loop are there once for
-    each turn.
+    Nodes that only move data are left out. A node in the body of a Loop appears once for each
+    iteration.
 
     Args:
-        model: The model.
+        model: The model, run without optimisations.
         feeds: Arrays by input name.
         providers: Where to run it.
 
     Raises:
-        RunError: If ONNX Runtime refuses the model or the inputs.
+        RunError: If ONNX Runtime rejects the model or the inputs.
     """
     whole = inline_model(model) if model.proto.functions else model
     tapped = replace(whole, proto=onnx.ModelProto())
@@ -85,14 +87,18 @@ def trace(
 
 
 def _measured(node: onnx.NodeProto) -> list[str]:
-    """The tensors whose shapes a count needs."""
+    """The tensors whose shapes are needed to count a node's operations."""
     if is_in_table(node.op_type, node.domain):
         return [name for name in (*node.input, *node.output) if name]
     return [name for name in node.output if name][:1]
 
 
 def _read(names: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Shape]]:
-    """The shapes of all names, once for each time their graph ran."""
+    """The shapes of all named tensors, once for each time that their graph ran.
+
+    `sizes` holds for each tensor its rank and then its dimensions: `2, 3, 4, 1, 5` is a tensor
+    of shape `(3, 4)` and one of shape `(5,)`.
+    """
     at = 0
     while at < len(sizes):
         shapes = {}
@@ -104,22 +110,22 @@ def _read(names: Sequence[str], sizes: Sequence[int]) -> Iterator[dict[str, Shap
 
 
 def _ran(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Ran:
-    call = Call(
+    run = NodeRun(
         text(node.op_type),
         text(node.domain),
         _attributes(node),
         tuple(shapes.get(name) for name in node.input),
         tuple(shapes.get(name) for name in node.output),
     )
-    work = flops(call)
+    work = flops(run)
     counted = work is not None
     return Ran(
-        text(node.name), call.op, slot_of(node), call.made if work is None else work, counted
+        text(node.name), run.op, slot_of(node), run.made if work is None else work, counted
     )
 
 
 _READ = {onnx.AttributeProto.INT, onnx.AttributeProto.INTS, onnx.AttributeProto.STRING}
-"""The types of the attributes that say how much work there is."""
+"""The types of attributes that a count depends on."""
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _unseen(scope: walk.Scope) -> Ran:
-    """The operator that hides a body."""
+    """The node whose body cannot be measured, as a node that is not counted."""
     assert scope.parent is not None
     node = scope.parent.graph.node[scope.owner]
     return Ran(text(node.name), text(node.op_type), slot_of(node), 0, counted=False)

@@ -23,10 +23,9 @@ from onnx_adapt.adapter.files import read_adapter
 from onnx_adapt.adapter.fitting import manifest_misfits, refuse_misfits, required_manifest
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, SlotError
+from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.serve.choice import is_name
-
-_SUFFIXES = (".safetensors", ".onnx_adapter", ".npz")
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Repository:
             found: dict[str, list[dict[str, Any]]] = {}
             for info in listed:
                 path = PurePosixPath(info["name"])
-                if info["type"] == "file" and path.suffix in _SUFFIXES:
+                if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
             for name in self._versions.keys() - found.keys():
                 self._forget(name)

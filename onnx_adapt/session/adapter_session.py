@@ -17,7 +17,7 @@ from onnx_adapt.session.binding import AdapterBinding
 from onnx_adapt.session.cache import AdapterCache, LoadedAdapter, Shares, Source
 from onnx_adapt.session.engine import Engine, base_values, native
 from onnx_adapt.session.loaded import Loaded, as_ort_value, read
-from onnx_adapt.slot.parts import neutral_weights
+from onnx_adapt.slot.weights import neutral_weights
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model

@@ -187,7 +187,8 @@ class AdapterCache:
                 f"adapter {name!r} was evicted, and it came from no file",
                 hint="load it again, or raise max_adapters or max_bytes",
             )
-        close = nearest(name, self._origins) if isinstance(name, str) else []
+        known = list(self._origins)  # other threads load and unload meanwhile
+        close = nearest(name, known) if isinstance(name, str) else []
         return AdapterNotFoundError(
             f"no adapter is called {name!r}",
             hint=f"did you mean {', '.join(close)}?" if close else "load it first",

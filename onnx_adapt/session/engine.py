@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.fitting import Replaceable
-from onnx_adapt.dtypes import Array
+from onnx_adapt.dtypes import ORT_TYPES, Array
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.model import borrowed as lenders
+from onnx_adapt.model import borrowed
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.ort import (
     onnxruntime,
@@ -29,13 +29,6 @@ from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
-
-_ELEM_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
 
 
 class Engine:
@@ -179,9 +172,9 @@ def _start(
         if found := recognised(_head(given), label):
             raise RunError(f"{label} is {found[0]}, no ONNX model", hint=found[1]) from error
         raise
-    record = metadata.get(lenders.KEY)
+    record = metadata.get(borrowed.KEY)
     if record and isinstance(given, str):
-        lenders.check_lenders(Path(given).parent, record, label)
+        borrowed.check_borrowed_files(Path(given).parent, record, label)
     return label, session
 
 
@@ -195,7 +188,7 @@ def _head(given: str | bytes) -> bytes:
 
 def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
     from onnx_adapt.model.file import Model as Opened
-    from onnx_adapt.model.references import model_bytes
+    from onnx_adapt.model.runtime_bytes import model_bytes
 
     if not isinstance(model, Opened):
         raise RunError(
@@ -273,7 +266,7 @@ def _swappable(
                 hint="simplifiers do this; run them on the base first, then insert",
             )
     replaceable = {
-        weight.name: (tuple(item.shape), _ELEM_TYPES.get(item.type, item.type))
+        weight.name: (tuple(item.shape), ORT_TYPES.get(item.type, item.type))
         for weight in weights
         if (item := declared[weight.name])
     }

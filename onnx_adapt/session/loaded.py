@@ -14,12 +14,10 @@ import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.files import load_adapter, read_adapter
-from onnx_adapt.dtypes import DTYPES, FLOATS, Array
+from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.formats import FORMATS
 from onnx_adapt.ort import failures, onnxruntime, shortened
-
-_MAPPED = ".onnx_adapter"
-_ELEM_TYPES = {DTYPES[name]: number for number, name in FLOATS.items()}
 
 Stamp = tuple[int, int, int]
 """What changes when a file is replaced: inode, size, time of change in nanoseconds."""
@@ -107,13 +105,15 @@ def as_ort_value(array: Array) -> Any:
     """An OrtValue on an array's own memory; bfloat16 included, which numpy lacks."""
     kind = onnxruntime().OrtValue
     if array.dtype == DTYPES["bfloat16"]:
-        bits, number = array.view(np.uint16), _ELEM_TYPES[array.dtype]
+        bits, number = array.view(np.uint16), ELEM_TYPES["bfloat16"]
         return kind.ortvalue_from_numpy_with_onnx_type(bits, number)
     return kind.ortvalue_from_numpy(array)
 
 
 def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
-    """Read an adapter, or take one that is in memory; `.onnx_adapter` files are mapped.
+    """Read an adapter from a file, or take one that is in memory.
+
+    ONNX Runtime maps a file of a `mapped` format into memory itself.
 
     Returns:
         The weights, to be checked, and the adapter for runs. It does not keep the weights
@@ -127,7 +127,8 @@ def read(source: Adapter | str | os.PathLike[str]) -> tuple[Adapter, Loaded]:
     path = Path(source).absolute()  # the working directory may change until it is reloaded
     while True:  # until what was read is what stays: files may be replaced meanwhile
         stamp = stamp_of(path)
-        if path.suffix == _MAPPED:
+        row = FORMATS.get(path.suffix)
+        if row and row.mapped:
             adapter, (held, options) = _mapped(path), _activated(path)
         else:
             adapter, held, options = load_adapter(path), None, None

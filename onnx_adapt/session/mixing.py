@@ -15,8 +15,9 @@ from onnx_adapt.adapter.blending import blend_part, blend_slot
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.slot.manifest import ROW_PARTS, Slot
-from onnx_adapt.slot.parts import bottleneck_of, neutral_weights, row_shape
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,11 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
         if there:
             shared = blend_slot(slot.name, [(parts, 1.0) for parts in there])
             off = neutral_weights(slot)
-            vectors = [part for part in slot.parts if part in ROW_PARTS and part != "up"]
+            vectors = [
+                part
+                for part in slot.parts
+                if (row := PARTS[part].row) is not None and not row.masks
+            ]
             weights[slot.name] = shared | {part: off[part] for part in vectors}
             sizes = tuple(bottleneck_of(slot, parts) if parts else 0 for parts in given)
             moves = {part: _moves(part, off[part], given) for part in vectors}
@@ -110,14 +115,15 @@ def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
     for item in packed.slots:
         slot = item.slot
         dtype = DTYPES[slot.dtype]
-        if "up" in slot.parts:
-            shape = row_shape(slot, "mask", len(shares), sum(item.sizes))
+        moves = {PARTS[part].row: move for part, move in item.moves.items()}
+        for name, row in slot.row_forms.items():
+            shape = row_shape(slot, name, len(shares), sum(item.sizes))
+            if not row.masks:
+                value = shares @ moves[row] + row.off
+                feeds[slot.weight(name)] = value.reshape(shape).astype(dtype)
+                continue
             key = (item.sizes, shape, slot.dtype)
             if key not in masks:
                 masks[key] = np.repeat(shares, item.sizes, 1).reshape(shape).astype(dtype)
-            feeds[slot.weight("mask")] = masks[key]
-        for part, moves in item.moves.items():
-            value = shares @ moves + (part == "scale")
-            shape = row_shape(slot, ROW_PARTS[part], len(shares), 0)
-            feeds[slot.weight(ROW_PARTS[part])] = value.reshape(shape).astype(dtype)
+            feeds[slot.weight(name)] = masks[key]
     return feeds

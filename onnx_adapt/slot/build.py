@@ -13,7 +13,8 @@ from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import fresh_weights
+from onnx_adapt.slot.names import node_name
+from onnx_adapt.slot.weights import fresh_weights
 
 _OPSET, _IR_VERSION = 17, 8
 
@@ -109,7 +110,7 @@ def _check_sizes(hidden: int, bottleneck: int, seed: int) -> None:
 
 def _plain_names(slot: Slot, nodes: list[onnx.NodeProto]) -> dict[str, str]:
     """For each name of a slot (`adapter.<name>/down`) that of a layer (`<name>_down`)."""
-    prefix = f"adapter.{slot.name}/"
+    prefix = node_name(slot.name, "")
     names = {node.name: node.name.replace(prefix, f"{slot.name}_", 1) for node in nodes}
     names[slot.inner] = "input"
     names[f"{prefix}sum"] = f"{slot.name}_residual"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.names import inner_name
 
 
 class Target(Protocol):
@@ -85,7 +86,7 @@ def new_slot(name: str, target: Target, form: Form, *, width: int | None = None)
         width: Size of the target's feature axis, where the graph does not tell it.
     """
     size = target.width or 0 if width is None else width
-    inner = f"adapter.{name}/target"
+    inner = inner_name(name)
     ranked = target.axis == 1 or form.batched
     return Slot(
         name=name,

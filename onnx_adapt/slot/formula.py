@@ -27,15 +27,12 @@ import onnx
 from onnx_adapt.errors import SlotError
 from onnx_adapt.slot.activations import ACTIVATIONS, Emitter
 from onnx_adapt.slot.coupling import emit_coupling
-from onnx_adapt.slot.manifest import ROW_PARTS, SLOT_KEY, Slot
-from onnx_adapt.slot.parts import COUPLING, PARTS
+from onnx_adapt.slot.manifest import SLOT_KEY, Slot
+from onnx_adapt.slot.names import slot_prefix
+from onnx_adapt.slot.parts import PARTS, coupling_parts
 
 EPSILON = float(np.float32(1e-5))
 """Epsilon of a slot's own LayerNorms: torch.nn.LayerNorm's, as an attribute holds it."""
-
-_CHANNEL_PARTS = frozenset(PARTS[:6])
-_SHARED_PARTS = frozenset(PARTS[:8]) | {"table", "residual", "skip"}
-"""Parts that rows with adapters of their own can share a slot with."""
 
 
 def check_slot(slot: Slot, opset: int) -> None:
@@ -53,28 +50,26 @@ def check_slot(slot: Slot, opset: int) -> None:
     if unknown := parts - set(PARTS):
         raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
     _check_batched(slot)
-    if parts & set(COUPLING):
-        if parts != set(COUPLING) or slot.width % 2 or slot.axis == 1 or opset < 11:
+    coupling = coupling_parts()
+    if parts & set(coupling):
+        if parts != set(coupling) or slot.width % 2 or slot.axis == 1 or opset < 11:
             raise SlotError(
-                f"slot {slot.name!r}: a coupling has all of {', '.join(COUPLING)}, an even "
+                f"slot {slot.name!r}: a coupling has all of {', '.join(coupling)}, an even "
                 "width on the last axis, and needs opset 11"
             )
         return
-    first = "table" if "table" in parts else "down"
-    needs = {"down_bias": "down", "up_bias": "up", "gain": "up", "norm_weight": "down"}
-    needs |= {"up": first, first: "up", "norm_bias": "norm_weight", "gate": "down"}
-    needs |= {"skip": "up", "gate_bias": "gate"}
-    needs |= {"after_weight": "up", "after_bias": "after_weight"}
     for part in slot.parts:
-        if needs.get(part, part) not in parts:
-            raise SlotError(f"part {part!r} of a slot needs {needs[part]!r}")
+        needs = PARTS[part].needs
+        if needs and parts.isdisjoint(needs):
+            raise SlotError(f"part {part!r} of a slot needs {needs[0]!r}")
     if {"table", "down"} <= parts:
         raise SlotError(f"slot {slot.name!r} has both 'table' and 'down'")
     if not parts:
         raise SlotError(f"slot {slot.name!r} has no parts")
     if not _fits_its_form(slot, parts):
         raise SlotError(f"slot {slot.name!r}: its parts do not fit its form")
-    if slot.axis == 1 and (parts - _CHANNEL_PARTS or slot.norm):
+    last_only = any(PARTS[part].channels is None for part in slot.parts)
+    if slot.axis == 1 and (last_only or slot.norm):
         raise SlotError("norm and gate are defined on the last axis, not on channels")
     if opset < 7:
         raise SlotError(
@@ -97,7 +92,7 @@ def _fits_its_form(slot: Slot, parts: Collection[str]) -> bool:
 def _check_batched(slot: Slot) -> None:
     if not slot.batched:
         return
-    if other := [part for part in slot.parts if part not in _SHARED_PARTS]:
+    if other := [part for part in slot.parts if PARTS[part].closed]:
         raise SlotError(
             f"slot {slot.name!r} cannot give each row an adapter: its part {other[0]!r} makes "
             "its term no sum over the bottleneck",
@@ -126,7 +121,7 @@ def slot_nodes(
         opset: Version of the model's default operator set.
         norm: The base's normalisation node that `slot.norm` means.
     """
-    emit = Emitter(f"adapter.{slot.name}", opset, slot.dtype)
+    emit = Emitter(slot_prefix(slot.name), opset, slot.dtype)
     if "f_down" in slot.parts:
         emit_coupling(emit, slot)
         return _marked(emit, slot)
@@ -159,9 +154,10 @@ def _emit_weights(emit: Emitter, slot: Slot) -> dict[str, str]:
     """
     w = {part: slot.weight(part) for part in slot.parts}
     for part in slot.parts if slot.batched else ():
-        if part in ROW_PARTS and part != "up" and not (slot.axis == 1 and part == "up_bias"):
-            op = "Mul" if part == "scale" else "Add"
-            w[part] = emit.node(op, w[part], slot.weight(ROW_PARTS[part]))
+        row = PARTS[part].row
+        in_conv = slot.axis == 1 and part == "up_bias"  # has one axis there, the rows more
+        if row and not row.masks and not in_conv:
+            w[part] = emit.node(row.op, w[part], slot.weight(row.name))
     return w
 
 
@@ -253,10 +249,10 @@ def _emit_term(emit: Emitter, slot: Slot, w: dict[str, str], read: str) -> str:
         x = _emit_projection(emit, x, w["down"], w.get("down_bias", ""), "down", slot, window)
     x = ACTIVATIONS[slot.activation][0](emit, x)
     if slot.batched:
-        x = emit.node("Mul", x, slot.weight(ROW_PARTS["up"]), label="masked")
+        x = emit.node("Mul", x, slot.weight("mask"), label="masked")
     x = _emit_projection(emit, x, w["up"], w.get("up_bias", ""), "up", slot, {})
     if slot.batched and slot.axis == 1 and "up_bias" in w:
-        x = emit.node("Add", x, slot.weight(ROW_PARTS["up_bias"]))
+        x = emit.node("Add", x, slot.weight("row_up_bias"))
     if "gain" in w:
         x = emit.node("Mul", x, w["gain"], label="gained")
     if "gate" in w:

@@ -7,31 +7,38 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.names import weight_name
+from onnx_adapt.slot.parts import RowForm, part_of
+from onnx_adapt.slot.record import (
+    Extra,
+    SameAs,
+    absent,
+    read_extra,
+    read_object,
+    to_text,
+    typed,
+    write_extra,
+    write_object,
+)
 
 if TYPE_CHECKING:
     import onnx
 
 KEY = "onnx_adapt"
-FORMAT = 1
+FORMAT = 2
+"""Version of the record. Format 1, of onnx-adapt 0.1.0, has every key of a slot; it is read as
+format 2 is. A version refuses records of a newer format, and keeps the keys of its own that it
+does not know.
+"""
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
-
-
-ROW_PARTS = {
-    "up": "mask",
-    **{part: f"row_{part}" for part in ("up_bias", "scale", "residual", "skip")},
-}
-"""What a batched slot has beside some of its weights: a value for each row of the batch.
-
-`mask` multiplies the units of the bottleneck, `row_scale` the scale; the others are added.
-They are no weights: no adapter has them, and a run with one adapter does not feed them."""
 
 
 def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
@@ -42,14 +49,11 @@ def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
     return ""
 
 
-def weight_name(slot: str, part: str) -> str:
-    """The name of one weight of a slot in a model, in a file, and as an input."""
-    return f"adapter.{slot}.{part}"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """Nodes inserted at one site, with weights of their own.
+
+    A field that is `absent(value)` is left out of the record where it has that value.
 
     Attributes:
         name: Unique in the model.
@@ -77,30 +81,32 @@ class Slot:
             pads and dilations of the down-projection, one after the other; else empty.
         plus: A tensor that is added to the source before anything else, or ''.
         batched: Whether one run can give each row of a batch another adapter.
+        extra: Keys of its record that this version does not know, with JSON texts.
     """
 
     name: str
-    graph: str
+    graph: str = absent("main")
     node: str
     tensor: str
     inner: str
-    output: str
-    source: str
+    output: str = absent(SameAs("tensor"))
+    source: str = absent(SameAs("inner"))
     width: int
-    source_width: int
+    source_width: int = absent(SameAs("width"))
     dtype: str
-    axis: int
-    rank: int
+    axis: int = absent(-1)
+    rank: int = absent(0)
     activation: str
     parts: tuple[str, ...]
-    norm: str
-    norm_after: str
-    module: str
-    swappable: bool
-    bottleneck: int
+    norm: str = absent("")
+    norm_after: str = absent("")
+    module: str = absent("")
+    swappable: bool = absent(True)
+    bottleneck: int = absent(0)
     window: tuple[int, ...] = ()
     plus: str = ""
     batched: bool = False
+    extra: Extra = ()
 
     def weight(self, part: str) -> str:
         """The name of one weight in the model, and of the input that feeds it."""
@@ -112,11 +118,15 @@ class Slot:
         return f"r_{self.name}"
 
     @property
+    def row_forms(self) -> dict[str, RowForm]:
+        """What a batched slot has for each row of a batch, by name."""
+        parts = self.parts if self.batched else ()
+        return {row.name: row for part in parts if (row := part_of(part).row)}
+
+    @property
     def row_parts(self) -> tuple[str, ...]:
-        """What a batched slot has for each row; see `ROW_PARTS`."""
-        if not self.batched:
-            return ()
-        return tuple(ROW_PARTS[part] for part in self.parts if part in ROW_PARTS)
+        """The names of what a batched slot has for each row of a batch."""
+        return tuple(self.row_forms)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -134,13 +144,15 @@ class ReplaceableWeight:
         copied: Whether it is a copy, and the original is still there.
         swappable: Whether it can be fed at inference time.
         trained: Whether the value in the model is an adapter's, not the base's.
+        extra: Keys of its record that this version does not know, with JSON texts.
     """
 
     name: str
-    original: str
-    copied: bool
-    swappable: bool
-    trained: bool
+    original: str = absent(SameAs("name"))
+    copied: bool = absent(False)
+    swappable: bool = absent(True)
+    trained: bool = absent(False)
+    extra: Extra = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +163,13 @@ class Widened:
         quantizer: Output of the QuantizeLinear whose range was widened.
         name: The constant that its nodes read now.
         original: The base's, which is still in the model.
+        extra: Keys of its record that this version does not know, with JSON texts.
     """
 
     quantizer: str
     name: str
     original: str
+    extra: Extra = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +186,8 @@ class Manifest:
         inputs: Weights that the base, in an IR before 4, had to list as inputs: place and
             declaration in hexadecimal. From IR 4 on that would make them replaceable.
         widened: Constants of calibrated ranges that were widened.
+        extra: Keys of the record that this version does not know, with JSON texts.
+        base_extra: The same of what the record says of the base.
     """
 
     fingerprint: str
@@ -182,6 +198,22 @@ class Manifest:
     weights: tuple[ReplaceableWeight, ...] = ()
     inputs: tuple[tuple[int, str], ...] = ()
     widened: tuple[Widened, ...] = ()
+    extra: Extra = ()
+    base_extra: Extra = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What the record says of the base; `Manifest` has it among its own fields."""
+
+    fingerprint: str
+    ir_version: int
+    canonical: bool = absent(True)
+    inlined: bool = absent(False)
+    extra: Extra = ()
+
+
+_KEYS = ("format", "base", "slots", "weights", "widened")
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -222,23 +254,29 @@ def _read(data: dict[str, Any]) -> Manifest:
             f"onnx-adapt reads up to {FORMAT}",
             hint="upgrade: pip install -U onnx-adapt",
         )
-    base = data["base"]
+    base = dict(data["base"])
+    inputs = base.pop("inputs", ())
+    known = read_object(_Base, base)
     return Manifest(
-        fingerprint=_typed(base["fingerprint"], str),
-        ir_version=_typed(base["ir_version"], int),
-        canonical=_typed(base["canonical"], bool),
-        inlined=_typed(base["inlined"], bool),
+        fingerprint=known.fingerprint,
+        ir_version=known.ir_version,
+        canonical=known.canonical,
+        inlined=known.inlined,
         slots=tuple(_read_slot(item) for item in data["slots"]),
-        weights=tuple(_read_weight(item) for item in data["weights"]),
-        inputs=tuple(_read_input(i, text) for i, text in base["inputs"]),
-        widened=tuple(_read_widened(item) for item in data.get("widened", ())),
+        weights=tuple(
+            read_object(ReplaceableWeight, item) for item in data.get("weights", ())
+        ),
+        inputs=tuple(_read_input(i, text) for i, text in inputs),
+        widened=tuple(read_object(Widened, item) for item in data.get("widened", ())),
+        extra=read_extra(data, _KEYS),
+        base_extra=known.extra,
     )
 
 
 def _read_input(place: Any, declared: Any) -> tuple[int, str]:
-    if not 0 <= _typed(place, int) < 2**31:
+    if not 0 <= typed(place, int) < 2**31:
         raise ValueError(f"no input is at {place}")
-    bytes.fromhex(_typed(declared, str))
+    bytes.fromhex(typed(declared, str))
     return place, declared
 
 
@@ -258,31 +296,12 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
     return replace(manifest, slots=slots)
 
 
-def _typed(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is not {kind.__name__}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"no field of ONNX holds {value}")
-    if isinstance(value, str):
-        value.encode()  # JSON can spell half a character, which no name can have
-    return value
-
-
 _MOST_AXES = 64
 """More than ONNX Runtime and numpy take; a shape of so many numbers is made from it."""
 
-_KINDS = {"int": int, "str": str, "bool": bool}
-
 
 def _read_slot(item: dict[str, Any]) -> Slot:
-    values: dict[str, Any] = {}
-    for field in fields(Slot):
-        if field.name in ("parts", "window"):
-            kind = str if field.name == "parts" else int
-            values[field.name] = tuple(_typed(value, kind) for value in item[field.name])
-        else:
-            values[field.name] = _typed(item[field.name], _KINDS[str(field.type)])
-    slot = Slot(**values)
+    slot = read_object(Slot, item)
     sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
@@ -292,18 +311,6 @@ def _read_slot(item: dict[str, Any]) -> Slot:
     return slot
 
 
-def _read_weight(item: dict[str, Any]) -> ReplaceableWeight:
-    name, original = _typed(item["name"], str), _typed(item["original"], str)
-    copied, swappable, trained = (
-        bool(_typed(item[flag], bool)) for flag in ("copied", "swappable", "trained")
-    )
-    return ReplaceableWeight(name, original, copied, swappable, trained)
-
-
-def _read_widened(item: dict[str, Any]) -> Widened:
-    return Widened(*(_typed(item[field.name], str) for field in fields(Widened)))
-
-
 def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
     """Put the manifest into a model in place of the one it has; None takes it out."""
     for index in reversed(range(len(proto.metadata_props))):
@@ -311,24 +318,23 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             del proto.metadata_props[index]
     if manifest is None:
         return
-    data: dict[str, object] = {
+    base = _Base(
+        manifest.fingerprint,
+        manifest.ir_version,
+        manifest.canonical,
+        manifest.inlined,
+        manifest.base_extra,
+    )
+    data: dict[str, Any] = {
         "format": FORMAT,
-        "base": {
-            "fingerprint": manifest.fingerprint,
-            "ir_version": manifest.ir_version,
-            "canonical": manifest.canonical,
-            "inlined": manifest.inlined,
-            "inputs": manifest.inputs,
-        },
-        "slots": [_record(slot) for slot in manifest.slots],
-        "weights": [_record(weight) for weight in manifest.weights],
+        "base": write_object(base),
+        "slots": [write_object(slot) for slot in manifest.slots],
     }
+    if manifest.inputs:
+        data["base"]["inputs"] = manifest.inputs
+    if manifest.weights:
+        data["weights"] = [write_object(each) for each in manifest.weights]
     if manifest.widened:
-        data["widened"] = [_record(item) for item in manifest.widened]
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        data["widened"] = [write_object(each) for each in manifest.widened]
+    text = to_text(data | write_extra(manifest.extra))
     proto.metadata_props.add(key=KEY, value=text)
-
-
-def _record(item: Slot | ReplaceableWeight | Widened) -> dict[str, object]:
-    """The fields by name; they are flat, and `asdict` copies each of them, which shows."""
-    return {each.name: getattr(item, each.name) for each in fields(item)}

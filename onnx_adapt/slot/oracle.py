@@ -17,7 +17,8 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.bounds import ARITHMETIC, Bounded, exact, seen
 from onnx_adapt.slot.formula import EPSILON
-from onnx_adapt.slot.manifest import ROW_PARTS, Slot
+from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.parts import PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +156,21 @@ def _sum(
 def _with_rows(w: dict[str, Bounded]) -> dict[str, Bounded]:
     """The weights with what each row has of its own, but for the mask."""
     together = dict(w)
-    for part, name in ROW_PARTS.items():
-        if name in w and part != "up":
-            together[part] = w[part] * w[name] if part == "scale" else w[part] + w[name]
+    for part in w:
+        row = PARTS[part].row if part in PARTS else None
+        if row and row.name in w and not row.masks:
+            own = w[row.name]
+            together[part] = w[part] * own if row.op == "Mul" else w[part] + own
     return together
 
 
-def _flat(part: str, value: Array) -> Array:
-    """A Conv-layout weight in the layout of the formula."""
-    if part in ROW_PARTS.values():
+def _flat(name: str, value: Array) -> Array:
+    """A Conv-layout weight, or what each row has of its own, in the layout of the formula."""
+    if name not in PARTS:
         return np.moveaxis(value, 1, -1)
-    flat = value.reshape(len(value), -1) if part in ("down", "up") else value.reshape(-1)
-    return flat.T if part in ("down", "up") else flat
+    if len(PARTS[name].shape) == 1:
+        return value.reshape(-1)
+    return value.reshape(len(value), -1).T
 
 
 def _after(w: Mapping[str, Bounded]) -> Norm:

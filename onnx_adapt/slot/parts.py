@@ -1,158 +1,295 @@
-"""The weights of a slot: what they are called, their shapes, and values to start from."""
+"""The table of the parts of a slot.
+
+A part is one weight of a slot. All that is true of a part is one row of `PARTS`, except for
+the arithmetic: a new part is a row here, its line in the nodes (`formula.py`) and the same
+line in float64 (`oracle.py`).
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
 
-import numpy as np
-
-from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import SlotError
-from onnx_adapt.slot.manifest import ROW_PARTS, Slot
 
-PARTS = (
-    *("down", "up", "down_bias", "up_bias", "scale", "gain"),
-    *("norm_weight", "norm_bias", "gate", "gate_bias", "after_weight", "after_bias"),
-    *("residual", "skip", "switch"),
-    *("table", "f_down", "f_down_bias", "f_up", "f_up_bias"),
-    *("g_down", "g_down_bias", "g_up", "g_up_bias"),
+Size = Literal["r", "width", "source", "half", "window", "ones", 1]
+"""One size in a shape: the bottleneck `r`, the width of the target, the width of the source,
+or half the width of the target. On a channel axis, `window` is the kernel of a convolution
+and `ones` is a 1 for each axis behind the channels."""
+
+
+class Blend(Enum):
+    """How the values of several adapters make one value of a blend.
+
+    With shares `w_i` a blend is `target + sum_i w_i * (target'_i - target)`.
+    """
+
+    BESIDE = "laid side by side along the bottleneck"
+    SCALED_BESIDE = "multiplied by share and gain, laid side by side along the bottleneck"
+    SCALED_SUM = "sum of w_i * gain_i * value_i"
+    SUM = "sum of w_i * value_i"
+    FACTOR = "1 + sum of w_i * (value_i - 1)"
+    FOLDED = "1: each adapter's own goes into its up-projection"
+    SHARED = "one value that all have in common; differences go into `down`"
+    CLOSED = "refused"
+
+
+class Draw(Enum):
+    """How the proof draws random values, so that they move the output by its own size."""
+
+    FAN_IN = "normal, by the size of the source and the root of the fan-in"
+    TARGET = "normal, by the size of the target and the root of the bottleneck"
+    NEAR_ONE = "1 + 0.3 * normal"
+    NORMAL = "normal"
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """What a batched slot has beside a part: a value for each row of the batch.
+
+    It is no weight: no adapter has it, and a run with one adapter does not feed it.
+
+    Attributes:
+        name: The last part of the input's name.
+        op: `Mul` or `Add`: how it meets the part. What it is fed with while nothing is to
+            change follows: 1 or 0.
+        size: Its size behind the rows. With the size `r` it is a mask: it multiplies the
+            units of the bottleneck in place of the part.
+        draw: How the proof draws random values.
+    """
+
+    name: str
+    op: Literal["Mul", "Add"]
+    size: Size
+    draw: Draw
+
+    @property
+    def masks(self) -> bool:
+        """Whether it multiplies the units of the bottleneck."""
+        return self.size == "r"
+
+    @property
+    def off(self) -> float:
+        """The value that changes nothing."""
+        return 1.0 if self.op == "Mul" else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One row of the table. No column has a default: a row that lacks one is an error.
+
+    Attributes:
+        shape: Its shape where the features are the last axis.
+        channels: Its shape on a channel axis, or None if it cannot be there.
+        off: Its value in a slot that has no adapter.
+        silences: Whether the slot gives its target only if this part has its off value.
+            Parts like `down` may have any value while `up` is zero.
+        optional: Whether an adapter may leave it out: it changes nothing at its off value.
+        needs: Parts of which the slot must have one.
+        coupling: Whether it belongs to the coupling, the one slot of another shape.
+        projects: Whether it is a first projection: the activation follows it, and training
+            starts from random values of it.
+        meets: Whether positions of the tensor meet in it, so that the formula holds for the
+            whole tensor only and not for each position by itself.
+        blend: How a blend makes it.
+        closed: Why it cannot be blended, or ''.
+        row: What a batched slot has beside it for each row, or None.
+        draw: How the proof draws random values.
+    """
+
+    shape: tuple[Size, ...]
+    channels: tuple[Size, ...] | None
+    off: float
+    silences: bool
+    optional: bool
+    needs: tuple[str, ...]
+    coupling: bool
+    projects: bool
+    meets: bool
+    blend: Blend
+    closed: str
+    row: RowForm | None
+    draw: Draw
+
+    def bottleneck_axis(self, *, channels: bool) -> int | None:
+        """The axis of the bottleneck, or None."""
+        shape = self.channels or () if channels else self.shape
+        return shape.index("r") if "r" in shape else None
+
+
+_MASK = RowForm("mask", "Mul", "r", Draw.NORMAL)
+_GATE, _NORM, _NICE = (
+    "a gate",
+    "a normalisation of its term",
+    "an invertible adapter's coupling",
 )
-"""Every weight a slot can have. `table` stands in for `down` where the source is ids; `f_`
-and `g_` are the two networks of a NICE coupling (Dinh et al., 2014), the one slot of
-another shape: `y1 = x1 + f(x2); y2 = x2 + g(y1)` on the halves of the target."""
 
-NEUTRAL = ("down_bias", "up_bias", "scale", "gain")
-"""Parts that change nothing while they have their neutral value, so may be left out."""
+_Network = tuple[str, tuple[Size, ...], bool, bool, Draw]
+_NETWORK: tuple[_Network, ...] = (  # part, shape, silences, projects, draw
+    ("down", ("half", "r"), False, True, Draw.FAN_IN),
+    ("down_bias", ("r",), False, False, Draw.NORMAL),
+    ("up", ("r", "half"), True, False, Draw.TARGET),
+    ("up_bias", ("half",), True, False, Draw.TARGET),
+)
+"""The networks `f` and `g` of a coupling."""
 
-COUPLING = PARTS[PARTS.index("f_down") :]
+# fmt: off
+PARTS: dict[str, Part] = {
+    "down": Part(
+        shape=("source", "r"), channels=("r", "source", "window"),
+        off=0, silences=False, optional=False, needs=("up",),
+        coupling=False, projects=True, meets=False,
+        blend=Blend.BESIDE, closed="", draw=Draw.FAN_IN,
+        row=None,
+    ),
+    "up": Part(
+        shape=("r", "width"), channels=("width", "r", "ones"),
+        off=0, silences=True, optional=False, needs=("down", "table"),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SCALED_BESIDE, closed="", draw=Draw.TARGET,
+        row=_MASK,
+    ),
+    "down_bias": Part(
+        shape=("r",), channels=("r",),
+        off=0, silences=False, optional=True, needs=("down",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.BESIDE, closed="", draw=Draw.NORMAL,
+        row=None,
+    ),
+    "up_bias": Part(
+        shape=("width",), channels=("width",),
+        off=0, silences=True, optional=True, needs=("up",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SCALED_SUM, closed="", draw=Draw.TARGET,
+        row=RowForm("row_up_bias", "Add", "width", Draw.TARGET),
+    ),
+    "scale": Part(
+        shape=("width",), channels=("width", "ones"),
+        off=1, silences=True, optional=True, needs=(),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.FACTOR, closed="", draw=Draw.NEAR_ONE,
+        row=RowForm("row_scale", "Mul", "width", Draw.NEAR_ONE),
+    ),
+    "gain": Part(
+        shape=("width",), channels=("width", "ones"),
+        off=1, silences=False, optional=True, needs=("up",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.FOLDED, closed="", draw=Draw.NEAR_ONE,
+        row=None,
+    ),
+    "norm_weight": Part(
+        shape=("source",), channels=None,
+        off=1, silences=False, optional=False, needs=("down",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SHARED, closed="", draw=Draw.NEAR_ONE,
+        row=None,
+    ),
+    "norm_bias": Part(
+        shape=("source",), channels=None,
+        off=0, silences=False, optional=False, needs=("norm_weight",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SHARED, closed="", draw=Draw.NORMAL,
+        row=None,
+    ),
+    "gate": Part(
+        shape=("source", 1), channels=None,
+        off=0, silences=False, optional=False, needs=("down",),
+        coupling=False, projects=False, meets=True,
+        blend=Blend.CLOSED, closed=_GATE, draw=Draw.NORMAL,
+        row=None,
+    ),
+    "gate_bias": Part(
+        shape=(1,), channels=None,
+        off=0, silences=False, optional=False, needs=("gate",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.CLOSED, closed=_GATE, draw=Draw.NORMAL,
+        row=None,
+    ),
+    "after_weight": Part(
+        shape=("width",), channels=None,
+        off=1, silences=False, optional=False, needs=("up",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.CLOSED, closed=_NORM, draw=Draw.NEAR_ONE,
+        row=None,
+    ),
+    "after_bias": Part(
+        shape=("width",), channels=None,
+        off=0, silences=True, optional=False, needs=("after_weight",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.CLOSED, closed=_NORM, draw=Draw.NORMAL,
+        row=None,
+    ),
+    "residual": Part(
+        shape=(1,), channels=None,
+        off=0, silences=True, optional=False, needs=(),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SUM, closed="", draw=Draw.NORMAL,
+        row=RowForm("row_residual", "Add", 1, Draw.NORMAL),
+    ),
+    "skip": Part(
+        shape=(1,), channels=None,
+        off=0, silences=True, optional=False, needs=("up",),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.SUM, closed="", draw=Draw.NORMAL,
+        row=RowForm("row_skip", "Add", 1, Draw.NORMAL),
+    ),
+    "switch": Part(
+        shape=(1,), channels=None,
+        off=0, silences=True, optional=False, needs=(),
+        coupling=False, projects=False, meets=False,
+        blend=Blend.CLOSED, closed=_NORM, draw=Draw.NEAR_ONE,
+        row=None,
+    ),
+    "table": Part(
+        shape=("source", "r"), channels=None,
+        off=0, silences=False, optional=False, needs=("up",),
+        coupling=False, projects=True, meets=True,
+        blend=Blend.BESIDE, closed="", draw=Draw.NORMAL,
+        row=None,
+    ),
+    **{
+        f"{network}_{part}": Part(
+            shape=shape, channels=None,
+            off=0, silences=silences, optional=False, needs=(),
+            coupling=True, projects=projects, meets=False,
+            blend=Blend.CLOSED, closed=_NICE, draw=draw,
+            row=None,
+        )
+        for network in ("f", "g")
+        for part, shape, silences, projects, draw in _NETWORK
+    },
+}
+# fmt: on
+"""Every weight that a slot can have, in the order of the formula.
+
+`table` is in place of `down` where the source is ids. The parts `f_...` and `g_...` are the
+two networks of a NICE coupling (Dinh et al., 2014), `y1 = x1 + f(x2); y2 = x2 + g(y1)` on the
+halves of the target."""
 
 
-def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
-    """The shape of one weight for a given bottleneck.
-
-    `down` is `(source_width, r)` and `up` is `(r, width)`; on a channel axis they are
-    `(r, source_width, 1, ...)` and `(width, r, 1, ...)` as Conv has them.
-    """
-    r, ones = bottleneck, (1,) * (slot.rank - 2) if slot.axis == 1 else ()
-    if part in COUPLING:
-        half = slot.width // 2
-        ends = {"down": (half, r), "down_bias": (r,), "up": (r, half), "up_bias": (half,)}
-        return ends[part[2:]]
-    match part:
-        case "down" if slot.axis == 1:
-            return (r, slot.source_width, *(slot.window[: len(ones)] or ones))
-        case "down" | "table":
-            return (slot.source_width, r)
-        case "up":
-            return (slot.width, r, *ones) if slot.axis == 1 else (r, slot.width)
-        case "down_bias":
-            return (r,)
-        case "scale" | "gain":
-            return (slot.width, *ones)
-        case "up_bias" | "after_weight" | "after_bias":
-            return (slot.width,)
-        case "norm_weight" | "norm_bias":
-            return (slot.source_width,)
-        case "gate":
-            return (slot.source_width, 1)
-        case _:  # gate_bias, residual, skip, switch: one number
-            return (1,)
-
-
-def row_shape(slot: Slot, part: str, rows: int, bottleneck: int) -> tuple[int, ...]:
-    """The shape of what a batched slot has for each row: `(rows, 1, size)`.
-
-    On a channel axis it is `(rows, size, 1, ...)`.
-    """
-    sizes = {"mask": bottleneck, "row_up_bias": slot.width, "row_scale": slot.width}
-    size = sizes.get(part, 1)
-    return (rows, size, *(1,) * (slot.rank - 2)) if slot.axis == 1 else (rows, 1, size)
-
-
-def row_rank(slot: Slot) -> int:
-    """Number of axes of what a batched slot has for each row."""
-    return slot.rank if slot.axis == 1 else 3
-
-
-def neutral_rows(slot: Slot) -> dict[str, Array]:
-    """What a batched slot has for each row while nothing is fed: one value for all."""
-    ones = ("mask", ROW_PARTS["scale"])
-    return {
-        part: np.full([1] * row_rank(slot), part in ones, DTYPES[slot.dtype])
-        for part in slot.row_parts
-    }
-
-
-def bottleneck_axis(slot: Slot, part: str) -> int | None:
-    """The axis of a weight that is the bottleneck, or None."""
-    axes = {"down": 0, "up": 1} if slot.axis == 1 else {"down": 1, "up": 0, "table": 1}
-    return {**axes, "down_bias": 0}.get(part[2:] if part in COUPLING else part)
-
-
-def bottleneck_of(slot: Slot, weights: Mapping[str, Array]) -> int:
-    """The inner size that weights bring to a slot; 0 if the slot has none."""
-    sizes = [
-        value.shape[axis]
-        for part, value in weights.items()
-        if (axis := bottleneck_axis(slot, part)) is not None
-    ]
-    return sizes[0] if sizes else 0
-
-
-_LARGEST = 2**31
-
-
-def neutral_weights(slot: Slot, bottleneck: int = 0) -> dict[str, Array]:
-    """Weights with which the slot's output is its target, by part.
-
-    A bottleneck of none is 0, but 1 on a channel axis: ONNX Runtime before 1.32 leaves the
-    output of a convolution without input channels as it finds the memory.
+def part_of(name: str) -> Part:
+    """The row of a part.
 
     Raises:
-        SlotError: If a weight would pass 2 GB.
+        SlotError: If no part has this name.
     """
-    ones = {"scale", "gain", "norm_weight", "after_weight"}
-    dtype = DTYPES[slot.dtype]
-    bottleneck = max(bottleneck, 1 if slot.axis == 1 else 0)
-    weights = {}
-    for part in slot.parts:
-        shape = part_shape(slot, part, bottleneck)
-        # numpy counts an axis of 0 as 1, and does not make what would pass 2**63 then.
-        counted = math.prod(filter(None, shape)) * dtype.itemsize >= 2**63
-        if counted or math.prod(shape) * dtype.itemsize > _LARGEST:
-            raise SlotError(
-                f"weight {part!r} of slot {slot.name!r} would have the shape {list(shape)} "
-                f"with a bottleneck of {bottleneck}",
-                hint="a weight can have 2 GB; give a smaller --bottleneck",
-            )
-        weights[part] = np.full(shape, part in ones, dtype)
-    return weights
+    if name not in PARTS:
+        raise SlotError(f"unknown part {name!r}", hint=f"known: {', '.join(PARTS)}")
+    return PARTS[name]
 
 
-def is_empty(slot: Slot, weights: Mapping[str, Array]) -> bool:
-    """Whether a slot with a bottleneck has the weights it has before any adapter."""
-    if slot.bottleneck or not any(bottleneck_axis(slot, part) is not None for part in weights):
-        return False
-    neutral = neutral_weights(slot)
-    return all(np.array_equal(value, neutral[part]) for part, value in weights.items())
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Parts in the order of the table, which is that of the formula.
 
-
-def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Weights to train from: `up` is zero, so the slot starts as the identity.
-
-    `down` is Kaiming-uniform as `torch.nn.Linear` has it (a = sqrt(5)): uniform in
-    +-1/sqrt(fan_in).
+    Raises:
+        SlotError: If one of them is unknown.
     """
-    weights = neutral_weights(slot, bottleneck)
-    for part in ("down", "table", "f_down", "g_down"):
-        if part in weights:
-            bound = fan_in(slot, part) ** -0.5
-            drawn = rng.uniform(-bound, bound, weights[part].shape)
-            weights[part] = drawn.astype(weights[part].dtype)
-    return weights
+    wanted = {name: part_of(name) for name in names}
+    return tuple(name for name in PARTS if name in wanted)
 
 
-def fan_in(slot: Slot, part: str) -> int:
-    """How many numbers each output of a projection sums up."""
-    return 1 if part == "table" else math.prod(part_shape(slot, part, 1))
+def coupling_parts() -> tuple[str, ...]:
+    """The parts of the coupling."""
+    return tuple(name for name, part in PARTS.items() if part.coupling)

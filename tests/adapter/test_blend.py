@@ -15,7 +15,7 @@ import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.formula import check_slot
 from onnx_adapt.slot.oracle import slot_value
-from onnx_adapt.slot.parts import part_shape
+from onnx_adapt.slot.weights import part_shape
 
 RNG = np.random.default_rng(3)
 FORMS = {

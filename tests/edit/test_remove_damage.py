@@ -78,7 +78,7 @@ def test_a_manifest_of_a_newer_format_is_refused() -> None:
     data = json.loads(_manifest(adapted).value)
     _manifest(adapted).value = json.dumps({**data, "format": data["format"] + 1, "slots": 0})
     for use in (oa.remove, oa.list_slots, lambda m: oa.insert(m, after="act")):
-        with pytest.raises(ManifestError, match="format 2") as caught:
+        with pytest.raises(ManifestError, match="format 3") as caught:
             use(adapted)
         assert "upgrade" in caught.value.hint
 

@@ -7,9 +7,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-from sites_models import every, over, weight
+from sites_models import over, weight
 
 import onnx_adapt as oa
+from onnx_adapt.graph.sites import survey_model
 from onnx_adapt.graph.stand_ins import STAND_INS
 
 _SIZES = {"b": 2, "s": 3, "l": 5, "t": 6, "one": 1}
@@ -48,6 +49,15 @@ def _run(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     names = [value.name for value in proto.graph.output]
     feeds = {value.name: _fed(value) for value in proto.graph.input}
     return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _sites(model: oa.Model) -> dict[str, oa.Site]:
+    """The sites by tensor; where nothing tells the axis, a user says that it is the last."""
+    survey = survey_model(model)
+    return {
+        site.tensor: survey.on_axis(site, -1) if site.axis is None else site
+        for site in survey.sites
+    }
 
 
 RUN = """
@@ -116,7 +126,7 @@ def test_a_contrib_operator_is_as_wide_as_what_onnx_runtime_gives(
     node: str, inputs: str, weights: str
 ) -> None:
     proto = _model(node, inputs, weights)
-    sites = every(oa.Model(proto))
+    sites = _sites(oa.Model(proto))
     found = _run(proto)
     for name in [name for name in ("y", "y2", "y3") if name in found]:
         site, value = sites[name], found[name]
@@ -133,7 +143,7 @@ def test_a_contrib_operator_of_a_gpu_is_as_wide_as_its_documentation_says(
     first = helper.tensor_dtype_to_np_dtype(
         proto.graph.input[-1 if "Gemma" in node else 0].type.tensor_type.elem_type
     )
-    site = every(oa.Model(proto))["y"]
+    site = _sites(oa.Model(proto))["y"]
     assert [site.rank, site.width] == [int(number) for number in expected.split()]
     assert site.dtype == str(first)
 
@@ -150,7 +160,7 @@ def test_every_operator_of_the_table_is_tried() -> None:
 @pytest.mark.parametrize("opset", [7, 9, 13, 16])
 def test_layer_norms_before_onnx_knew_them_have_a_width(opset: int) -> None:
     proto = _model("y = LayerNormalization(x, g)", "x float b s 8", "g 8", opset)
-    site = every(oa.Model(proto))["y"]
+    site = _sites(oa.Model(proto))["y"]
     assert (site.width, site.rank, site.dtype) == (8, 3, "float32")
 
 
@@ -163,7 +173,7 @@ def test_what_stands_behind_contrib_operators_is_known_too() -> None:
         "w 8, g 8, k 1 int64",
     )
     proto.graph.initializer[-1].CopyFrom(helper.make_tensor("k", 7, [3], [0, 3, -1]))
-    site = every(oa.Model(proto))["y"]
+    site = _sites(oa.Model(proto))["y"]
     assert (site.width, site.rank) == (16, 3)
 
 
@@ -173,7 +183,7 @@ def test_an_operator_of_a_domain_that_nobody_knows_is_not_taken_for_one_of_the_s
     proto = _model("y = com.microsoft.BiasGelu(x, w)", "x float b s 8", "w 8")
     proto.graph.node[0].domain = "nobody.knows"
     proto.opset_import.add(domain="nobody.knows", version=1)
-    assert every(oa.Model(proto))["y"].width is None
+    assert _sites(oa.Model(proto))["y"].width is None
 
 
 def test_a_function_of_the_same_name_is_what_its_body_makes() -> None:
@@ -182,7 +192,7 @@ def test_a_function_of_the_same_name_is_what_its_body_makes() -> None:
     <domain: "com.microsoft", opset_import: ["" : 17]>
     Gelu (a) => (c) { k = Constant<value_ints=[0]>() e = Constant<value_ints=[4]>()
       ax = Constant<value_ints=[2]>() c = Slice(a, k, e, ax) }"""
-    assert every(oa.Model(onnx.parser.parse_model(text)))["y"].width == 4
+    assert _sites(oa.Model(onnx.parser.parse_model(text)))["y"].width == 4
 
 
 def test_contrib_operators_inside_a_function_do_not_hide_its_width() -> None:
@@ -192,4 +202,4 @@ def test_contrib_operators_inside_a_function_do_not_hide_its_width() -> None:
     act (a) => (c) { b = com.microsoft.QuickGelu(a) c = local.twice(b) }
     <domain: "local", opset_import: ["" : 17, "com.microsoft" : 1, "local" : 1]>
     twice (a) => (c) { b = Add(a, a) c = com.microsoft.Gelu(b) }"""
-    assert every(oa.Model(onnx.parser.parse_model(text)))["z"].width == 8
+    assert _sites(oa.Model(onnx.parser.parse_model(text)))["z"].width == 8

@@ -209,7 +209,9 @@ def test_taps_see_what_the_model_computes_for_a_batch_it_does_not_record() -> No
     proto.graph.initializer.append(helper.make_tensor("s", 7, [3], [-1, 2, 6]))
     adapted = _proven(proto, "fc")
     weights = {"down": np.ones((6, 1), "f"), "up": np.ones((1, 6), "f")}
-    session = oa.AdapterSession(adapted, adapters={"a": oa.Adapter("a", {"fc": weights})})
+    session = oa.AdapterSession(
+        adapted, adapters={"a": oa.make_adapter(adapted, "a", {"fc": weights})}
+    )
     with session:
         (y,) = session.run({"x": np.ones((3, 2, 8), "f")}, adapter="a").values()
     assert y.shape == (3, 2, 3)

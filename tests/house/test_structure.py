@@ -1,6 +1,7 @@
 """The house stands: imports point down, one door per third party, a small public API."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from onnx_adapt import errors
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
-    ("errors", "dtypes", "words"),
+    ("errors", "dtypes", "formats", "words"),
     ("model",),
     ("ort", "slot"),
     ("adapter",),
@@ -32,8 +33,8 @@ FLOORS = (
 CHECKPOINT_FLOORS = (("edits",), ("readers",), ("modules",), ("placing",), ("load",))
 """The floors inside `checkpoints/`, from the ground up."""
 
-EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes"}
-"""Third parties that any room may import; `google` is protobuf."""
+EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes", "_typeshed"}
+"""Third parties that any room may import; `google` is protobuf, `_typeshed` only types."""
 
 DOORS = {
     "click": {"cli"},
@@ -48,7 +49,6 @@ DOORS = {
     "jinja2": {"report/page"},
     "markupsafe": {"report/page"},
     "pygal": {"report/plots"},
-    "grandalf": {"report/drawing"},
 }
 """Where each other third party is imported: in a whole room, or in single modules."""
 
@@ -277,6 +277,22 @@ def test_files_stay_short() -> None:
         if len(path.read_text(encoding="utf-8").splitlines()) > 350
     ]
     assert long_files == []
+
+
+def _begins_like_a_slot(node: ast.AST) -> bool:
+    """Whether a literal, an f-string's first piece included, is a beginning of slot names."""
+    text = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(text, str) and re.match(r"adapter\\?\.($|[^a-z])", text) is not None
+
+
+def test_the_names_of_slots_are_built_and_parsed_in_one_module() -> None:
+    holders = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _begins_like_a_slot(node)
+    }
+    assert holders == {"slot/names.py"}
 
 
 def test_functions_stay_within_40_lines() -> None:

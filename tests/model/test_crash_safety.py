@@ -87,7 +87,8 @@ def test_data_that_moved_out_twice_is_there_once(
 
 
 SIGNALLED = """
-import sys, onnx_adapt as oa
+import signal, sys, onnx_adapt as oa
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
 from onnx_adapt.cli import main
 from onnx_adapt.model import whole_files
 real = whole_files._write_segment

@@ -177,7 +177,7 @@ def test_a_sparse_tensor_stays_inside_and_runs(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_base_with_data_beside_it_lends_both_files(tmp_path: Path) -> None:
+def test_both_files_of_a_base_with_data_beside_it_are_borrowed(tmp_path: Path) -> None:
     base = external(tmp_path / "m.onnx", "w.bin", raw("V", 3))
     thin, full = thin_and_full(slotted(base), tmp_path)
     assert locations(thin) == {"w.bin": {"W"}, "m.onnx": {"V"}}
@@ -452,7 +452,7 @@ def test_a_session_does_not_wait_for_a_pipe_that_a_record_names(tmp_path: Path) 
     assert done.stdout == "refused\n"
 
 
-def test_a_weight_that_is_lent_many_times_does_not_fill_the_disk(tmp_path: Path) -> None:
+def test_a_weight_that_is_borrowed_many_times_does_not_fill_the_disk(tmp_path: Path) -> None:
     base = write(tmp_path / "base.onnx", dense())
     thin, _ = thin_and_full(slotted(base), tmp_path)
     proto = onnx.load(thin, load_external_data=False)
@@ -461,7 +461,7 @@ def test_a_weight_that_is_lent_many_times_does_not_fill_the_disk(tmp_path: Path)
         tensor.CopyFrom(proto.graph.initializer[0])
         tensor.name = f"w{i}"
     write(thin, proto)
-    with pytest.raises(ExternalDataError, match="more than it has"):
+    with pytest.raises(ExternalDataError, match="more bytes than the file"):
         oa.open_model(thin)
 
 
@@ -493,10 +493,10 @@ def test_thin_needs_no_room_in_protobuf_and_pack_takes_what_a_full_save_takes(
     base = write(tmp_path / "base.onnx", dense())
     monkeypatch.setattr(model_file, "PROTOBUF_LIMIT", 9000)
     thin = oa.save_model(slotted(base), tmp_path / "thin.onnx", thin=True)
-    assert not thin.moved_out
+    assert not thin.externalised
     assert thin.data == ()
     full = oa.save_model(slotted(base), tmp_path / "big.onnx")
-    assert full.moved_out
+    assert full.externalised
     (tmp_path / "other").mkdir()
     packed = oa.save_model(oa.open_model(thin.path), tmp_path / "other" / "big.onnx")
     assert packed.path.read_bytes() == full.path.read_bytes()

@@ -173,3 +173,23 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     adapted = oa.insert(base, after="first")
     assert oa.verify(base, adapted, seed=3) == oa.verify(base, adapted, seed=3)
     assert oa.verify(base, adapted, seed=3).slots != oa.verify(base, adapted, seed=4).slots
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_empty_batch_among_the_inputs_is_proven_to_be_as_the_base_has_it(
+    batched: bool,
+) -> None:
+    base = model_of(MLP)
+    adapted = oa.insert(base, after="first", batched=batched)
+    report = oa.verify(base, adapted, inputs=[{"x": X[:0]}, {"x": X}])
+    assert report.passed
+    assert report.shapes == ({"x": (0, 4)}, {"x": (3, 4)})
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_empty_batch_alone_proves_nothing_of_slots(batched: bool) -> None:
+    base = model_of(MLP)
+    adapted = oa.insert(base, after="first", batched=batched)
+    with pytest.raises(UnprovableError, match="empty batch") as caught:
+        oa.verify(base, adapted, inputs={"x": X[:0]})
+    assert "one row at least" in caught.value.hint

@@ -308,3 +308,13 @@ def test_another_base_fails() -> None:
     _, adapted = _adapted()
     other = model_of(MLP.replace("Relu", "Abs"))
     assert "off" in _failed(oa.verify(other, adapted, inputs={"x": X}))
+
+
+def test_an_adapted_model_that_does_not_load_is_a_failed_proof_with_the_reason() -> None:
+    base, adapted = _adapted(batched=True)
+    adapted.proto.ir_version = 99
+    for weights in (True, False):
+        report = oa.verify(base, adapted, weights=weights)
+        assert "off" in _failed(report)
+        assert "99" in _detail(report, "off")
+        assert {check.name for check in report.checks} >= {"interface", "graph", "checker"}

@@ -27,9 +27,10 @@ from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import AdapterError, MismatchError, SlotError
 from onnx_adapt.slot.formula import check_slot, slot_nodes
-from onnx_adapt.slot.manifest import ROW_PARTS, Slot
+from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
-from onnx_adapt.slot.parts import neutral_rows, part_shape, row_shape
+from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import neutral_rows, part_shape, row_shape
 
 ROWS = 3
 SHAPES = {2: (ROWS * 4,), 3: (ROWS, 4), 4: (ROWS, 2, 2)}
@@ -50,7 +51,8 @@ CHANNELS = [
 def _row_weights(slot: Slot, feeds: dict[str, Any], row: int) -> dict[str, Any]:
     """The feeds of an ordinary slot that computes what one row should get."""
     own = dict(feeds)
-    for part, name in ROW_PARTS.items():
+    rows = {part: PARTS[part].row for part in slot.parts}
+    for part, name in ((part, row.name) for part, row in rows.items() if row):
         if slot.weight(name) in own:
             value, key = own.pop(slot.weight(name))[row], slot.weight(part)
             flat = value.reshape(-1).astype(np.float64)

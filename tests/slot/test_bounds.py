@@ -27,7 +27,7 @@ from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.bounds import ARITHMETIC, FUNCTION_UNITS, exact
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_bounded
-from onnx_adapt.slot.parts import fan_in, part_shape
+from onnx_adapt.slot.weights import fan_in, part_shape
 
 Weights = dict[str, np.ndarray[Any, Any]]
 

@@ -26,7 +26,7 @@ from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
-from onnx_adapt.slot.parts import neutral_rows, part_shape, row_shape
+from onnx_adapt.slot.weights import neutral_rows, part_shape, row_shape
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 EMPTY = {
@@ -207,7 +207,7 @@ def _random(model: oa.Model, size: int, seed: int) -> oa.Adapter:
         }
         for slot in oa.list_slots(model)
     }
-    return oa.Adapter(str(seed), weights)
+    return oa.make_adapter(model, str(seed), weights)
 
 
 @pytest.mark.parametrize("text", [NO_ROIS, IMAGES])

@@ -1,1 +1,1 @@
-"""Names and values -> the calls of a module in a graph."""
+"""Find the calls of a checkpoint's modules in a graph, by names or by values."""

@@ -1,4 +1,4 @@
-"""Modules of a graph by the traces of its exporter: scopes, and names of weights."""
+"""Find modules by what exporters leave in a graph: scopes, and names of weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_adapt.checkpoints.modules.calls import (
-    CALL_OPERATORS,
     LayerCall,
     ParameterInput,
     call_at,
@@ -16,8 +15,9 @@ from onnx_adapt.checkpoints.modules.calls import (
 )
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import KINDS, find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.modules import module_output
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -36,7 +36,7 @@ class ByName:
     packed: Mapping[str, list[LayerCall]]
 
     def known(self) -> list[str]:
-        """The modules that ran."""
+        """The paths of all modules that the graph has nodes of."""
         return [*self.survey.modules.paths, *self.packed]
 
     def stored(self) -> list[str]:
@@ -49,7 +49,7 @@ class ByName:
         for path, view in self.survey.index.views.items():
             scopes = self.survey.modules.scopes[path]
             for scope, node in zip(scopes, view.nodes, strict=True):
-                if scope == module and node.op_type in CALL_OPERATORS and is_layer(view, node):
+                if scope == module and is_module_call(view, node):
                     found.append(call_at(self.survey, view, node))
                     _refuse_folded(found[-1], module)
         found = found or self.packed.get(module, [])
@@ -65,11 +65,11 @@ class ByName:
         return found
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
-        """What a module hands to the rest of the model."""
+        """The tensors that a module passes to the rest of the model, each with its graph."""
         return module_output(self.survey.modules, module)
 
     def missing(self, module: str) -> CheckpointError:
-        """Why a module has no calls."""
+        """The error that says why a module has no calls."""
         return CheckpointError(
             f"module {module!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
             hint="was the model optimised or quantised? insert into it as exported",
@@ -77,7 +77,7 @@ class ByName:
 
 
 def _refuse_folded(call: LayerCall, module: str) -> None:
-    """TorchScript keeps the names of convolutions, but of those with a BatchNorm folded in."""
+    """Refuse a Conv without its name: TorchScript drops it where it folds a BatchNorm in."""
     if call.node.op_type == "Conv" and _weight_name(call).startswith("onnx::"):
         raise CheckpointError(
             f"node {call.node.name!r} of module {module!r} has another weight than the "
@@ -88,7 +88,7 @@ def _refuse_folded(call: LayerCall, module: str) -> None:
 
 
 def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]:
-    """The layers whose stored weight or bias still has the module's name.
+    """Find the layers whose stored weight or bias still has the module's name.
 
     Raises:
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
@@ -97,11 +97,11 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
     found: list[tuple[LayerCall, str | None]] = []
     for path, view in survey.index.views.items():
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if node.op_type not in CALL_OPERATORS or not is_layer(view, node):
+            if not is_module_call(view, node):
                 continue
             call = call_at(survey, view, node)
-            kind = KINDS[node.op_type]
-            inside = list(node.input[kind.bias : kind.bias + 1]) if kind.bias > 0 else []
+            bias = OPERATORS[node.op_type].bias
+            inside = [] if bias is None else list(node.input[bias : bias + 1])
             added = [n for r in view.readers(call.raw) if r.op_type == "Add" for n in r.input]
             if _weight_name(call) == f"{module}.weight" or f"{module}.bias" in inside + added:
                 found.append((call, scope))
@@ -129,7 +129,7 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
 
 
 def _refuse_unsure(call: LayerCall, module: str) -> None:
-    """Without scopes a bias may be one that a BatchNorm brought: names stay, values do not."""
+    """Refuse a Conv without a scope: a BatchNorm may have changed its weight, not its name."""
     if call.node.op_type == "Conv" and any(call.node.input[2:]):
         raise CheckpointError(
             f"the graph does not tell whether a BatchNorm was folded into {call.node.name!r}, "
@@ -140,12 +140,12 @@ def _refuse_unsure(call: LayerCall, module: str) -> None:
 
 
 def _holds(one: str, other: str) -> bool:
-    """Whether one of two modules is in the other, so that it may use the other's weights."""
+    """Whether one of two modules contains the other, so that it may use its weights."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _named_parameters(survey: Survey) -> list[str]:
-    """Modules that stored tensors are named after: `X` for `X.weight` and `X.bias`."""
+    """List the modules whose stored weight or bias has their name: `X` for `X.weight`."""
     names = (name for view in survey.index.views.values() for name in view.constants)
     return [
         module
@@ -162,7 +162,7 @@ def _weight_name(call: LayerCall) -> str:
 def _norm_inputs(
     view: GraphView, nodes: list[onnx.NodeProto], parameter: str
 ) -> list[ParameterInput]:
-    """A normalisation's parameters, in one node or decomposed into Mul and Add."""
+    """Find a normalisation's weight or bias, in one node or in the Mul and Add of several."""
     position = 1 if parameter == "weight" else 2
     whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
     if whole:
@@ -172,7 +172,7 @@ def _norm_inputs(
         for i, name in enumerate(node.input):
             weight = find_weight(view, name)
             vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
-            # What is stored under another name was made of it, such as Gemma's 1 + weight.
+            # A tensor with another name was computed, such as Gemma's 1 + weight.
             if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
                 return [ParameterInput(view, node, i, False)]
     return []

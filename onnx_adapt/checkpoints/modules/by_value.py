@@ -1,4 +1,4 @@
-"""Modules of a graph that lost its names, by the values of the base's weights."""
+"""Find the modules of a graph that lost its names by the values of the base's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.checkpoints.modules.calls import (
-    CALL_OPERATORS,
     LayerCall,
     ParameterInput,
     call_at,
@@ -22,7 +21,7 @@ from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -37,8 +36,8 @@ class ByValue:
         weights: The base's state dict.
         found: The calls of each module.
         norms: The calls of each normalisation.
-        alike: For modules whose weights are in the graph, but not theirs alone, the others.
-        free: The shapes of layers that are no module of the file.
+        alike: The modules that share their values with others, and which those are.
+        free: The shapes of the layers that belong to no module of the file.
     """
 
     label: str
@@ -55,7 +54,7 @@ class ByValue:
         return list(dict.fromkeys([*modules, *parents]))
 
     def stored(self) -> list[str]:
-        """Other modules: there are none."""
+        """None: all modules of the file are known."""
         return []
 
     def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
@@ -81,14 +80,14 @@ class ByValue:
         ]
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
-        """What a module hands to the rest of the model, if that is its LayerNorm's output."""
+        """The tensors that a module passes on, if they are the output of its LayerNorm."""
         norms = self.norms.get(f"{module}.LayerNorm")
         if norms is None:
             raise self.missing(f"{module}.LayerNorm")
         return [(norm.view, norm.output) for norm in norms]
 
     def missing(self, module: str) -> CheckpointError:
-        """Why a module was not found."""
+        """The error that says why a module was not found."""
         if module in self.alike:
             others = ", ".join(map(repr, self.alike[module][:3])) or "another"
             return CheckpointError(
@@ -149,7 +148,7 @@ def find_by_value(
     kinds: set[np.dtype[Any]] = set()
     for view in survey.index.views.values():
         for node in view.nodes:
-            if node.op_type in CALL_OPERATORS and is_layer(view, node):
+            if is_module_call(view, node):
                 call = call_at(survey, view, node)
                 weight = find_weight(call.view, call.weight)
                 if weight is not None and weight.elem_type in FLOATS:
@@ -174,7 +173,7 @@ def find_by_value(
 
 
 def _current(key: str) -> str:
-    """A key of a state dict; TensorFlow's names for LayerNorm are in old files."""
+    """Today's name for a key; old files have TensorFlow's names for LayerNorm."""
     key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
 
@@ -184,7 +183,7 @@ def _calls(
     kinds: Iterable[np.dtype[Any]],
     weights: Mapping[str, Array],
 ) -> tuple[dict[str, list[LayerCall]], dict[str, list[str]], set[int]]:
-    """The calls of each module; modules that are alike; and all nodes that have a module."""
+    """Find the calls of each module, the modules alike, and all nodes with a module."""
     matrices = {
         key.rpartition(".")[0]: array
         for key, array in weights.items()
@@ -214,7 +213,7 @@ def _calls(
 def _same(
     by_value: Mapping[bytes, list[LayerCall]], kinds: Iterable[np.dtype[Any]], array: Array
 ) -> list[LayerCall]:
-    """The calls with a weight's values in any precision; transposed only if none has it."""
+    """Find the calls with these values in any precision; transposed only if none has them."""
     for turned in (array, array.T):
         for kind in kinds:
             if calls := by_value.get(digest(turned.astype(kind))):
@@ -223,9 +222,9 @@ def _same(
 
 
 def _of_module(calls: list[LayerCall], twins: list[str], module: str) -> list[LayerCall]:
-    """Of the calls with a module's weight those of its kind; none if nobody can tell.
+    """Choose between the calls that read one tied table: an embedding's Gather and a head.
 
-    A tied table is read by an embedding's Gather and by a head.
+    Empty if the names do not tell which of them the module is.
     """
     embeds = [call for call in calls if call.node.op_type == "Gather"]
     heads = [call for call in calls if call.node.op_type != "Gather"]

@@ -12,15 +12,13 @@ from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView, attribute
-from onnx_adapt.graph.layers import KINDS, bias_add, find_weight, weight_width
+from onnx_adapt.graph.layers import bias_add, find_weight, layer_sizes, weight_width
 from onnx_adapt.graph.modules import module_output
 from onnx_adapt.graph.norms import find_norms
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
-
-CALL_OPERATORS = {"MatMul", "Gemm", "Conv", "Gather", "FusedMatMul", "MatMulNBits"}
-"""Operators that can be the call of a module."""
 
 _FUSED = {
     *("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu"),
@@ -59,16 +57,16 @@ class LayerCall:
     @property
     def data(self) -> str:
         """The tensor that the layer reads; the ids for an embedding."""
-        return str(self.node.input[1 if self.node.op_type == "Gather" else 0])
+        return str(self.node.input[OPERATORS[self.node.op_type].data])
 
     @property
     def weight(self) -> str:
         """The name of the weight that the node reads."""
-        return str(self.node.input[KINDS[self.node.op_type].weight])
+        return str(self.node.input[OPERATORS[self.node.op_type].weight])
 
     @property
     def raw(self) -> str:
-        """The node's own output: without the bias where that is a separate Add."""
+        """The node's own output, before the bias if that is a separate Add."""
         return str(self.node.output[0])
 
     @property
@@ -87,22 +85,13 @@ class LayerCall:
 
     @property
     def _node_sizes(self) -> tuple[int, int]:
-        weight = find_weight(self.view, self.weight)
-        dims = weight.dims if weight else ()
-        if self.node.op_type == "MatMulNBits":
-            dims = (attribute(self.node, "K", 0), attribute(self.node, "N", 0))
-        elif self.node.op_type == "Conv" and dims:
-            dims = (dims[1] * attribute(self.node, "group", 1), dims[0])
-        elif self.node.op_type != "Gather" and not self.stored_in_out:
-            dims = dims[::-1]
-        return (dims[0], dims[1]) if len(dims) == 2 else (0, 0)
+        reads, computes = layer_sizes(self.view, self.node)
+        return reads or 0, computes or 0
 
     @property
     def stored_in_out(self) -> bool:
         """Whether the weight is `(in, out)` at the node, the transpose of PyTorch's."""
-        if self.node.op_type == "Gemm":
-            return not attribute(self.node, "transB", 0)
-        return self.node.op_type in ("MatMul", "FusedMatMul")
+        return OPERATORS[self.node.op_type].is_stored_in_out(self.node)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,14 +163,14 @@ def refuse_fused(survey: Survey, edits: Iterable[Edit]) -> None:
 
 
 def _needs_linears_alone(edit: Edit) -> bool:
-    """Whether an edit changes a Linear, or an embedding; the builder may change norms."""
+    """Whether an edit changes Linears or embeddings only; the builder may change norms."""
     if isinstance(edit, Replacement):
         return edit.value.ndim > 1
     return isinstance(edit, LowRank | Scaling)
 
 
 def _keeps_linears(node: onnx.NodeProto) -> bool:
-    """Whether a fused node has taken in no Linear, nor the bias of one."""
+    """Whether a fused node contains neither a Linear nor the bias of one."""
     if node.op_type == "SkipSimplifiedLayerNormalization":
         return not any(node.input[3:4])
     return node.op_type == "GroupQueryAttention"
@@ -236,10 +225,10 @@ def read_matrix(model: Model, call: LayerCall) -> Array:
 
 def read_bias(model: Model, call: LayerCall) -> Array | None:
     """Read the bias inside a call's own node; None if it has none there."""
-    position = KINDS[call.node.op_type].bias
-    if position < 0 or position >= len(call.node.input) or not call.node.input[position]:
+    operator = OPERATORS[call.node.op_type]
+    if operator.bias is None or not operator.has_bias(call.node):
         return None
-    bias = call.node.input[position]
+    bias = call.node.input[operator.bias]
     if find_weight(call.view, bias) is None:
         raise CheckpointError(
             f"the bias {bias!r} of node {call.node.name!r} is computed, not stored",
@@ -253,7 +242,7 @@ _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}
 
 
 def block_output(survey: Survey, call: LayerCall, module: str) -> str:
-    """A module's output as the rest of the model sees it (behind Reshapes)."""
+    """Find a module's output as the rest of the model reads it, behind any Reshapes."""
     for view, tensor in module_output(survey.modules, module):
         if view is call.view and module in survey.modules.paths:
             return survey.settled(view.scope.path, tensor)

@@ -1,4 +1,4 @@
-"""Which part of a model a module's path names: its encoder, its vision tower, ...
+"""Tell which part of a model a module's path names: its encoder, its vision tower, ...
 
 The parts of one model often have layers of the same names, so a path that loses the name
 of its part on the way into a graph may be found in another part. Words are those of
@@ -48,8 +48,8 @@ _WHOLE = {
     "transformer": ("h", "layer", "layers", "block", "blocks", "encoder", "wte", "wpe"),
     "backbone": ("layers", "embeddings", "norm_f"),
 }
-"""What is no part where one of these is in it: GPT-2's only stack is `transformer.h`, and
-Mamba's is `backbone.layers`; in diffusers `transformer` stands beside `vae`."""
+"""Words that name no part if one of these follows: GPT-2's only stack is `transformer.h`, and
+Mamba's is `backbone.layers`. In diffusers `transformer` is a part, beside `vae`."""
 
 _ENCODER_ONLY = frozenset(
     [
@@ -58,13 +58,13 @@ _ENCODER_ONLY = frozenset(
         *("mpnet", "roberta", "vit", "wav2vec2", "wavlm", "xlm_roberta"),
     ]
 )
-"""Architectures that have an encoder and nothing else, so that it is no part of them."""
+"""Architectures that are one encoder, so that the word names no part of them."""
 
 _FAMILY = {word: family for family, words in _SAME.items() for word in words}
 
 
 def parts_of(path: str, kind: str = "") -> dict[str, str]:
-    """The parts that a path names: each part with the path's own word for it.
+    """Find the parts that a path names, each with the path's own word for it.
 
     Args:
         path: A module's path, or the beginning of one.
@@ -96,7 +96,7 @@ _INPUTS = {
     "input_features": ("audio", "encoder"),
     "input_values": ("audio", "encoder"),
 }
-"""What a graph is that reads one of these: no decoder reads pictures or sound."""
+"""The parts that a graph must be if it has one of these inputs."""
 
 _CLASS_WORDS = {
     "Encoder": "encoder",
@@ -113,7 +113,7 @@ _CLASSES = "pkg.torch.onnx.class_hierarchy"
 
 
 def parts_shown(proto: onnx.ModelProto, modules: Iterable[str]) -> frozenset[str]:
-    """The parts that a graph shows itself to be, other than by its modules' paths.
+    """Find the parts that a graph must be, by other evidence than its modules' paths.
 
     PyTorch's newer exporter writes down the class that was exported, a decoder has
     cross-attention, and transformers calls inputs by what they hold.
@@ -151,7 +151,7 @@ def _from_class(proto: onnx.ModelProto) -> Iterator[str]:
 def lost_parts(
     removed: str, found: Mapping[str, str], shown: Iterable[str], kind: str = ""
 ) -> list[str]:
-    """The parts that a removed prefix names, and neither the graph nor the paths found.
+    """Find the parts that only the removed prefix names, not the graph or the paths found.
 
     Args:
         removed: What each name begins with in the checkpoint and not in the graph.
@@ -174,7 +174,7 @@ def lost_parts(
 def other_part(
     removed: str, parts: Sequence[str], found: Mapping[str, str], wanted: int, file: str
 ) -> CheckpointError:
-    """Why modules of one part of a model are not taken for those of a graph without names.
+    """The error that says why modules of one part of a model are not looked for in a graph.
 
     Args:
         removed: What their paths begin with in the checkpoint.

@@ -1,4 +1,4 @@
-"""The modules of a checkpoint in the names of a graph."""
+"""Map the module names of a checkpoint to those of a graph."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _older(path: str) -> str:
 
 
 def _built(path: str) -> str:
-    """What onnxruntime-genai's builder makes of a name."""
+    """The name that onnxruntime-genai's builder gives to a module."""
     return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
 
 
@@ -118,7 +118,7 @@ def map_modules(
 def _mappings(
     wanted: Sequence[str], there: Collection[str], needed: Collection[str], kind: str
 ) -> Iterator[list[tuple[_Change, dict[str, str]]]]:
-    """For each scheme of names the changes of prefix that find modules, and what they find."""
+    """Yield the changes of prefix of each naming scheme, and the modules that each finds."""
     for rename in (str, _newer, _older, _built):
         names = {module: rename(module) for module in wanted}
         changes = _changes(list(names.values()), there, kind)
@@ -139,7 +139,7 @@ def refuse_other_part(
     shown: Collection[str] = (),
     file: str = "",
 ) -> None:
-    """Refuse a checkpoint of which more would be found without the name of a part.
+    """Refuse a checkpoint if more modules would be found without the name of a part.
 
     Args:
         wanted: The checkpoint's modules.
@@ -173,7 +173,7 @@ class _Change:
     Attributes:
         removed: What each name begins with in the checkpoint.
         added: What it begins with in the graph instead.
-        only_whole: Whether names so short may meet by accident: all have to be found.
+        only_whole: Whether it must find every module, because its names may match by chance.
     """
 
     removed: str
@@ -182,11 +182,11 @@ class _Change:
 
     @property
     def cost(self) -> int:
-        """How far the names are apart."""
+        """The number of prefixes that differ."""
         return bool(self.removed) + bool(self.added)
 
     def applied(self, names: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
-        """The graph's name for each module that the graph then has."""
+        """The graph's name for each module that the graph has after this change."""
         full = {
             module: self.added + name.removeprefix(self.removed)
             for module, name in names.items()
@@ -195,9 +195,9 @@ class _Change:
         return {module: name for module, name in full.items() if name in known}
 
     def replaces_a_part(self, known: Collection[str]) -> bool:
-        """Whether the prefixes are no two wrappers', but of different parts of a model.
+        """Whether the prefixes name different parts of a model, and not just two wrappers.
 
-        So it is where the graph has both, or where they differ in the number of a layer.
+        They do if the graph has both, or if they differ in the number of a layer.
         """
         removed, added = self.removed, self.added
         nested = added.startswith(removed) or removed.startswith(added)
@@ -207,7 +207,7 @@ class _Change:
 
 
 def _changes(names: Sequence[str], known: Collection[str], kind: str) -> list[_Change]:
-    """The changes of prefix with which a name of the checkpoint is one of the graph."""
+    """Find the changes of prefix that turn a name of the checkpoint into one of the graph."""
     options = {_Change("", ""): None}
     longest = max((name.count(".") for name in names), default=0)
     # The names with most parts are the least likely to be found by accident.
@@ -246,7 +246,7 @@ _ARCHITECTURES = frozenset(
         "vit",
     ]
 )
-"""What transformers calls a base model inside a model with a head (`base_model_prefix`)."""
+"""The names of base models inside models with a head (transformers' `base_model_prefix`)."""
 
 
 def _differ(removed: str, added: str, kind: str) -> bool:
@@ -260,7 +260,7 @@ def _differ(removed: str, added: str, kind: str) -> bool:
 def refuse_unmapped(
     wanted: Sequence[str], found: Mapping[str, str], known: Iterable[str], file: str = ""
 ) -> None:
-    """Refuse a checkpoint of which modules are left over.
+    """Refuse a checkpoint if some of its modules were not found.
 
     Args:
         wanted: The checkpoint's modules.

@@ -1,4 +1,4 @@
-"""Normalisations of a graph that lost its names, by their values and their neighbours."""
+"""Find the normalisations of a graph that lost its names, by values and neighbours."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import CALL_OPERATORS, LayerCall, read_weight
+from onnx_adapt.checkpoints.modules.calls import LayerCall, read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.graph.index import VALUE_FREE, GraphView
-from onnx_adapt.graph.layers import find_weight, is_layer
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm, find_norms
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 
 
 def digest(value: Array) -> bytes:
-    """The identity of a weight's values, in float32, and shape."""
+    """A hash of a weight's shape and its values in float32."""
     plain = np.ascontiguousarray(value, np.float32)
     return hashlib.sha256(repr(plain.shape).encode() + plain.tobytes()).digest()
 
@@ -45,7 +45,7 @@ def norms_by_value(
     calls: Mapping[str, list[LayerCall]],
     kinds: Iterable[np.dtype[Any]],
 ) -> tuple[dict[str, list[BaseNorm]], dict[str, list[str]]]:
-    """The calls of each normalisation; and modules that are alike.
+    """Find the calls of each normalisation, and the modules that are alike.
 
     Modules with equal values are told apart by the layers beside them.
     """
@@ -83,7 +83,7 @@ def norms_by_value(
 
 
 def _is_fresh(weights: Mapping[str, Array], module: str) -> bool:
-    """Whether a normalisation is as it was made: many others can be the same."""
+    """Whether a normalisation was never trained, so that others may have the same values."""
     return bool(np.ptp(weights[f"{module}.weight"]) == 0)
 
 
@@ -102,7 +102,7 @@ def _variants(
 
 
 class _Neighbours:
-    """Which layers are beside a normalisation: those that it reads, and that read it.
+    """The layers beside a normalisation: those that it reads, and those that read it.
 
     Args:
         norms: All of the graph.
@@ -115,7 +115,7 @@ class _Neighbours:
         self._read = {norm.read for norm in norms}
 
     def of(self, module: str, norms: list[BaseNorm]) -> list[BaseNorm]:
-        """Those normalisations that are beside a layer with the module's own parent."""
+        """The normalisations that are beside a layer with the same parent as the module."""
         parent = module.rpartition(".")[0] + "."
         siblings = {
             id(call.node)
@@ -126,7 +126,7 @@ class _Neighbours:
         return [norm for norm in norms if siblings.intersection(self._beside(norm))]
 
     def _beside(self, norm: BaseNorm) -> Iterator[int]:
-        """The nodes that can be walked to without passing a layer or a normalisation."""
+        """Yield the nodes that can be reached without passing a layer or a normalisation."""
         view = norm.view
         waiting, seen = [norm.read], {norm.read}
         while waiting:
@@ -149,4 +149,4 @@ class _Neighbours:
                     waiting += new
 
     def _is_layer(self, node: onnx.NodeProto, view: GraphView) -> bool:
-        return node.op_type in CALL_OPERATORS and is_layer(view, node)
+        return is_module_call(view, node)

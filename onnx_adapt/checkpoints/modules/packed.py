@@ -15,16 +15,16 @@ from itertools import accumulate, pairwise
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import CALL_OPERATORS, LayerCall, call_at
+from onnx_adapt.checkpoints.modules.calls import LayerCall, call_at
 from onnx_adapt.graph.index import attribute
-from onnx_adapt.graph.layers import is_layer, weight_width
+from onnx_adapt.graph.layers import is_module_call, weight_width
 from onnx_adapt.graph.sites import Survey
 
 _PACKED = "qkv_proj"
 
 
 def packed_calls(survey: Survey) -> dict[str, list[LayerCall]]:
-    """The `q_proj`, `k_proj` and `v_proj` inside each `qkv_proj`, by module path.
+    """Find the `q_proj`, `k_proj` and `v_proj` inside each `qkv_proj`, by module path.
 
     How many columns belong to each follows from the heads of the attention that reads them.
     """
@@ -37,11 +37,7 @@ def packed_calls(survey: Survey) -> dict[str, list[LayerCall]]:
         }
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
             around, _, leaf = (scope or "").rpartition(".")
-            if (
-                leaf != _PACKED
-                or node.op_type not in CALL_OPERATORS
-                or not is_layer(view, node)
-            ):
+            if leaf != _PACKED or not is_module_call(view, node):
                 continue
             call = call_at(survey, view, node)
             attention = attentions.get(call.output)

@@ -1,1 +1,1 @@
-"""What a checkpoint asks for -> slots with weights in one graph."""
+"""Place the edits of a checkpoint in a graph, as slots with weights."""

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on the layers of a graph."""
+"""Place LoRA and DoRA on the layers of a graph."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
 
 
 def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
-    """The window of A on a Conv: the Conv's own kernel, strides and pads.
+    """Find the window of A on a Conv: the Conv's own kernel, strides and pads.
 
     PEFT gives A no dilation; where the Conv has one, only padding="same" lines up, and A
     is padded by the same rule for its own kernel.
@@ -104,7 +104,7 @@ def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
 
 
 def _dense(b: Array, groups: int) -> Array:
-    """A grouped 1x1 convolution's weight as the full one: zero between groups."""
+    """Expand the weight of a grouped 1x1 convolution to the full one, zero between groups."""
     out, rank = b.shape[0] // groups, b.shape[1]
     dense = np.zeros((b.shape[0], rank * groups, *b.shape[2:]))
     for i in range(groups):
@@ -113,7 +113,7 @@ def _dense(b: Array, groups: int) -> Array:
 
 
 def _dora_scale(placement: Placement, edit: LowRank, call: LayerCall, b: Array) -> Array:
-    """DoRA: magnitude over the norm of the adapted weight's rows (arXiv 2402.09353)."""
+    """DoRA's scale: magnitude over the norm of the adapted rows (arXiv 2402.09353)."""
     if call.node.op_type == "MatMulNBits":
         raise CheckpointError(
             f"{edit.module!r}: DoRA needs the values of the weight, and they are quantised",

@@ -1,4 +1,4 @@
-"""From what a checkpoint asks for to slots with weights in one graph."""
+"""Place each edit of a checkpoint in a graph, as slots with weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known and made while a checkpoint is placed in a graph."""
+"""The placement of a checkpoint in one graph: what it works with, and the slots so far."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.names import free_name
-from onnx_adapt.graph.sites import Site, Survey
+from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form, new_slot
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.parts import PARTS, bottleneck_of, part_shape
+from onnx_adapt.slot.parts import PARTS, in_order
+from onnx_adapt.slot.weights import bottleneck_of, part_shape
 
 
 class ModuleFinder(Protocol):
-    """Finds the modules of a checkpoint in a graph, by their paths there."""
+    """Finds modules in a graph by their paths there."""
 
     def known(self) -> list[str]:
-        """The modules there are."""
+        """The paths of all modules."""
 
     def stored(self) -> list[str]:
-        """The modules of which no more than a weight's name is known."""
+        """The paths of modules that are known only from the name of a weight."""
 
     def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
-        """The calls of a module, or at least the layers with its weights."""
+        """The calls of a module; if not `called`, layers that only read its weights count."""
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
-        """What a module hands to the rest of the model."""
+        """The tensors that a module passes to the rest of the model, each with its graph."""
 
     def missing(self, module: str) -> CheckpointError:
-        """Why a module has no calls."""
+        """The error that says why a module has no calls."""
 
 
 _PLAIN = Form()
@@ -47,7 +49,7 @@ _PLAIN = Form()
 
 @dataclass(slots=True)
 class Placement:
-    """What is known and made while a checkpoint is placed in a graph.
+    """The placement of a checkpoint in one graph: what it works with, and the slots so far.
 
     Attributes:
         model: The model.
@@ -104,7 +106,7 @@ class Placement:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
-        ordered = tuple(sorted(parts, key=PARTS.index))
+        ordered = in_order(parts)
         slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
         weights = {
@@ -119,7 +121,7 @@ class Placement:
 def _check_weights(
     slot: Slot, given: Mapping[str, Array], weights: Mapping[str, Array]
 ) -> None:
-    """Refuse weights that do not fit their slot, or are no numbers."""
+    """Refuse weights that do not fit their slot, or hold NaN or infinity."""
     size = bottleneck_of(slot, weights)
     for part, value in weights.items():
         expected = part_shape(slot, part, size)
@@ -137,15 +139,16 @@ def _check_weights(
 
 
 def _width_of(parts: Mapping[str, Array]) -> int | None:
-    """The width that a slot's weights have been trained for."""
-    for part, axis in (("up_bias", 0), ("scale", 0), ("up", 1)):
-        if part in parts and parts[part].ndim <= 2:
-            return int(parts[part].shape[axis])
+    """The width that weights were trained for; None if they do not tell."""
+    for name in in_order(parts):
+        shape, value = PARTS[name].shape, parts[name]
+        if "width" in shape and value.ndim == len(shape):
+            return int(value.shape[shape.index("width")])
     return None
 
 
 def _laid_out(slot: Slot, part: str, value: Array) -> Array:
-    """A vector over channels with the trailing ones of Conv's layout."""
-    if slot.axis == 1 and part in ("scale", "gain"):
+    """Add the trailing axes of size 1 that Conv's layout needs to a vector over channels."""
+    if slot.axis == 1 and PARTS[part].channels == ("width", "ones"):
         return value.reshape(-1, *(1,) * (slot.rank - 2))
     return value

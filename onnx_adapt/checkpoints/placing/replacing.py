@@ -1,4 +1,4 @@
-"""Find the weights of the base that a checkpoint replaces: heads, biases, norms."""
+"""Plan the replacement of weights of the base: heads, biases, norms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
-from onnx_adapt.graph.layers import KINDS, find_weight
+from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import ReplaceableWeight
@@ -73,7 +74,7 @@ def _elem_type(item: ParameterInput) -> int:
 
 
 def _is_alone(placement: Placement, inputs: list[ParameterInput]) -> bool:
-    """Whether nobody but these inputs reads the tensor, and it is in the main graph."""
+    """Whether only these inputs read the tensor, and it is stored in the main graph."""
     tensor, known = inputs[0].tensor, {(id(item.node), item.position) for item in inputs}
     home = inputs[0].view.home(tensor)
     if home is not placement.survey.index.main or tensor in home.outputs:
@@ -93,7 +94,7 @@ def _is_alone(placement: Placement, inputs: list[ParameterInput]) -> bool:
 def _inputs(placement: Placement, module: str, parameter: str) -> list[ParameterInput]:
     found: list[ParameterInput] = []
     for call in placement.finder.calls(module, called=False):
-        kind = KINDS[call.node.op_type]
+        operator = OPERATORS[call.node.op_type]
         if call.span is not None:
             raise CheckpointError(
                 f"the checkpoint replaces '{module}.{parameter}', which is packed with "
@@ -101,9 +102,11 @@ def _inputs(placement: Placement, module: str, parameter: str) -> list[Parameter
                 hint="build the model with --extra_options fuse_qkv=false",
             )
         if parameter == "weight":
-            found.append(ParameterInput(call.view, call.node, kind.weight, call.stored_in_out))
-        elif 0 <= kind.bias < len(call.node.input) and call.node.input[kind.bias]:
-            found.append(ParameterInput(call.view, call.node, kind.bias, False))
+            found.append(
+                ParameterInput(call.view, call.node, operator.weight, call.stored_in_out)
+            )
+        elif operator.bias is not None and operator.has_bias(call.node):
+            found.append(ParameterInput(call.view, call.node, operator.bias, False))
         else:
             found += _added_bias(call.view, call.raw, call.output)
     return found or placement.finder.norm_inputs(module, parameter)

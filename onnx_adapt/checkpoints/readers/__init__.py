@@ -1,1 +1,1 @@
-"""The files of each training library -> what they ask for. No graph is known here."""
+"""Read the files of each training library as edits. A reader imports no graph."""

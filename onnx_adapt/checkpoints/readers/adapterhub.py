@@ -1,4 +1,4 @@
-"""AdapterHub checkpoints (`adapters` 1.3 and older, and adapter-transformers)."""
+"""Read checkpoints of AdapterHub (`adapters` 1.3 and older, and adapter-transformers)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _EMBEDDINGS = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the functions of this module read beside the tensors of one place.
+    """What a method's function may read beside the tensors of one place.
 
     Attributes:
         folder: The checkpoint.
@@ -82,7 +82,7 @@ class Trained:
 
 
 def adapterhub_edits(folder: Folder) -> list[Edit]:
-    """What an AdapterHub checkpoint asks for.
+    """Read what an AdapterHub checkpoint asks for.
 
     Raises:
         CheckpointError: If the method or one of its settings is not supported.
@@ -149,7 +149,7 @@ def _activation(config: Mapping[str, Any], folder: Folder) -> str:
 def _without_phm(
     location: str, parts: dict[str, Array], shared: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Compacter's hypercomplex layers as the plain Linears they are."""
+    """Multiply Compacter's hypercomplex layers out into plain Linears."""
     plain = {key: value for key, value in parts.items() if not _PHM.search(key)}
     for layer in sorted({m[1] for m in map(_PHM.match, parts) if m}):
         rule = parts.get(f"{layer}.phm_rule", shared.get("phm_rule"))
@@ -173,7 +173,7 @@ def _without_phm(
 
 
 def _refuse_large(layer: str, size: int) -> None:
-    """Refuse a layer that small factors blow up, before it is made."""
+    """Refuse a layer that would be too large, before its factors are multiplied."""
     if size > _LARGEST:
         raise CheckpointError(f"the hypercomplex layer {layer!r} would have {size} numbers")
 
@@ -266,7 +266,7 @@ def _is_fused(module: str) -> bool:
 
 
 def _fused_vector(module: str, vector: Array, config: Mapping[str, Any]) -> Array:
-    """A vector over the enabled thirds of a fused q, k, v as one over all of them."""
+    """Expand a vector over the enabled thirds of a fused q, k, v to all three."""
     enabled = _enabled(config)
     if not _is_fused(module) or all(enabled):
         return vector
@@ -276,7 +276,7 @@ def _fused_vector(module: str, vector: Array, config: Mapping[str, Any]) -> Arra
 
 
 def _fused_matrix(b: Array, rows: int, config: Mapping[str, Any]) -> Array:
-    """The grouped B of a fused q, k, v as one dense matrix `(out, rows)`."""
+    """Expand the grouped B of a fused q, k, v to one dense matrix `(out, rows)`."""
     enabled = _enabled(config)
     count, rank = sum(enabled), b.shape[1]
     if count * rank != rows:
@@ -311,7 +311,7 @@ def _coupling(location: str, parts: dict[str, Array], trained: Trained) -> Coupl
 
 
 def _head(folder: Folder) -> Iterator[Replacement]:
-    """A prediction head saved beside the adapter."""
+    """Read the prediction head that was saved beside the adapter."""
     for key, value in folder.head.items():
         module, _, parameter = key.rpartition(".")
         if parameter in ("weight", "bias") and module:

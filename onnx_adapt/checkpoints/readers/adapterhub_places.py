@@ -1,4 +1,4 @@
-"""Where AdapterHub's bottlenecks sit: by model type, and by the flags of a configuration."""
+"""Where AdapterHub's bottlenecks sit, by the model's type and the configuration's flags."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PRE_LN = {
 def bottleneck_place(
     config: Mapping[str, Any], norm_after: str, *, post_ln: bool
 ) -> tuple[str, str, dict[str, Array]]:
-    """Where a bottleneck sits, what it reads, and the parts that its residuals need.
+    """Tell where a bottleneck sits, what it reads, and which parts its residuals need.
 
     Source: the forward of the library's `BottleneckLayer`; `s` is the sum behind the
     sub-layer, `h` the sub-layer's output.
@@ -84,7 +84,7 @@ def bottleneck_place(
 
 
 def sub_layer(location: str, folder: Folder) -> tuple[str, bool]:
-    """The output Linear of a bottleneck's sub-layer, and whether a LayerNorm follows it."""
+    """Find the output Linear of a bottleneck's sub-layer, and whether a LayerNorm follows."""
     kind = str(folder.config.get("model_type"))
     table = _POST_LN.get(kind) or _PRE_LN.get(kind)
     if table is None or (folder.path / "adapter_interface.json").exists():

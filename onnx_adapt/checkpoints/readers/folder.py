@@ -20,7 +20,7 @@ from onnx_adapt.words import beside
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """What a training library saved.
+    """A checkpoint folder, read into memory.
 
     Attributes:
         path: The folder.
@@ -40,7 +40,7 @@ class Folder:
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:
-    """The tensors of a `.safetensors` or `.bin` file.
+    """Read the tensors of a `.safetensors` or `.bin` file.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -69,14 +69,14 @@ _WEIGHTS = {
     *("a PyTorch file", "a pickle of Python", "a zip archive", "a safetensors file"),
     "the weights of a PEFT or AdapterHub adapter",
 }
-"""What `recognised` calls files that weights are in, or that their reader says more of."""
+"""Kinds of files that hold weights, as `recognised` names them: their readers say more."""
 
 
 def number(value: Any, name: str) -> float:
-    """A finite number of a configuration.
+    """Read a finite number of a configuration.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If the value is no finite number.
     """
     if (
         isinstance(value, bool)
@@ -95,7 +95,7 @@ _DAMAGE = (
 
 @contextmanager
 def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
-    """Let the code inside read a checkpoint as if it were whole, and say so where it is not.
+    """Turn the errors of code that reads a damaged checkpoint into one that names the damage.
 
     Raises:
         CheckpointError: If a tensor or setting is missing, or of a wrong kind.

@@ -1,4 +1,4 @@
-"""PEFT checkpoints: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
+"""Read checkpoints of PEFT: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _REFUSED_SETTINGS = {
 
 
 def peft_edits(folder: Folder) -> list[Edit]:
-    """What a PEFT checkpoint asks for.
+    """Read what a PEFT checkpoint asks for.
 
     Raises:
         CheckpointError: If the method or one of its settings is not supported.
@@ -86,7 +86,7 @@ def peft_edits(folder: Folder) -> list[Edit]:
 def _sort_tensors(
     folder: Folder, kind: str
 ) -> tuple[dict[str, dict[str, Array]], list[Replacement]]:
-    """The tensors of each adapted module by part, and the weights that were trained as well.
+    """Sort tensors into those of adapted modules, by part, and replaced weights of the base.
 
     `base_model.model.encoder.query.lora_B.weight` is part `lora_B` of `encoder.query`, and
     `base_model.model.classifier.weight` replaces the weight of `classifier`.
@@ -119,7 +119,7 @@ def _sort_tensors(
 
 
 def _key_pattern() -> re.Pattern[str]:
-    """The keys of the tensors of every method: module, part, and what PEFT adds to it."""
+    """The pattern of the keys of every method: module, part, and what PEFT appends."""
     parts = "|".join(re.escape(part) for method in METHODS.values() for part in method.parts)
     rest = r"(?:\.(?P<rest>weight|bias|[^.]+\.weight|[^.]+\.bias))?"
     return re.compile(rf"^(?P<module>.+)\.(?P<part>{parts}){rest}$")
@@ -180,7 +180,7 @@ def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> It
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """Give alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
+    """Compute alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
     alpha = config.get("lora_alpha", 8)
     patterns = config.get("alpha_pattern") or {}
     rooted = config.get("use_rslora", False)
@@ -200,10 +200,10 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def _is_match(whole: str, pattern: str, module: str, setting: str) -> bool:
-    """Whether a pattern of a setting, which may be a part of the whole, matches a module.
+    """Whether a module matches a pattern of a setting.
 
     Raises:
-        CheckpointError: If it is none, or could take for ever.
+        CheckpointError: If it is no valid pattern, or matching could take for ever.
     """
     refuse_slow(pattern, module, setting)
     try:
@@ -255,7 +255,7 @@ def _ia3(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> Ite
 
 
 def _is_feedforward(module: str, named: Any) -> bool:
-    """Whether PEFT scales a module's input; it compares the ends of names, or a pattern."""
+    """Whether PEFT scales a module's input: by the end of its name, or by a pattern."""
     if isinstance(named, str):
         return _is_match(named, named, module, "feedforward_modules")
     return any(module.endswith(name) for name in named)

@@ -50,7 +50,7 @@ _EXPANSION = 16
 
 
 def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
-    """The tensors of a state dict that `torch.save` wrote.
+    """Read the tensors of a state dict that `torch.save` wrote.
 
     Raises:
         CheckpointError: If the file is damaged, of another kind, or holds anything but
@@ -87,7 +87,7 @@ _DAMAGE = (
     *(ValueError, KeyError, IndexError, EOFError, OSError, RuntimeError, OverflowError),
     *(NotImplementedError, UnicodeDecodeError, zlib.error, MemoryError),
 )
-"""What zipfile, pickletools and numpy raise on bytes that are no tensors."""
+"""The errors that zipfile, pickletools and numpy raise on damaged bytes."""
 
 
 def _load(archive: zipfile.ZipFile, budget: int) -> Any:
@@ -108,7 +108,7 @@ def _load(archive: zipfile.ZipFile, budget: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A global that the pickle refers to; nothing is looked up."""
+    """The name of a global that the pickle refers to. It is never imported."""
 
     name: str
 
@@ -177,7 +177,7 @@ class _Machine:
             )
 
     def since_mark(self) -> list[Any]:
-        """Take everything above the last mark off the stack, and the mark."""
+        """Pop the last mark and everything above it off the stack."""
         at = self.marks.pop()
         items = self.stack[at:]
         del self.stack[at:]
@@ -195,7 +195,7 @@ class _Machine:
         target.update(zip(keys, items[1::2], strict=True))
 
     def storage(self, description: Any) -> Array:
-        """The values of one storage, checked to be as many as described."""
+        """Read the values of one storage, and check their number."""
         if type(description) is not tuple or len(description) != 5:
             raise ValueError("a storage is described wrongly")
         kind, storage, key, _, count = description
@@ -211,13 +211,13 @@ class _Machine:
         return values
 
     def spend(self, size: int) -> None:
-        """Count memory that is taken, and refuse when it is out of proportion."""
+        """Count the memory in use, and refuse a file that needs far more than its size."""
         self.budget -= size
         if self.budget < 0:
             raise ValueError("its tensors are far larger than the file")
 
     def rebuild(self, what: Any, arguments: Any) -> Any:
-        """A tensor from its storage, a parameter's tensor, or an empty dictionary."""
+        """Build a tensor from its storage, a parameter's tensor, or an empty dictionary."""
         if not isinstance(what, _Name) or type(arguments) is not tuple:
             raise ValueError("something is called that is no tensor")
         if what.name == _DICT and not arguments:
@@ -242,7 +242,7 @@ def _known(module: str, name: str = "") -> _Name:
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Array:
-    """A view of a storage, checked to lie inside it."""
+    """Make a view of a storage, and check that it lies inside."""
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
         raise ValueError("a tensor views something other than a storage")
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
@@ -272,4 +272,4 @@ _FIXED: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
 }
-"""Opcodes that push always the same."""
+"""Opcodes that always push the same value."""

@@ -1,4 +1,4 @@
-"""The table of checkpoint readers: how each library's folder is known, and what reads it."""
+"""The table of checkpoint readers: how to recognise each library's folder, and to read it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ READERS: dict[str, Reader] = {
 
 
 def read_edits(folder: Folder) -> list[Edit]:
-    """What a checkpoint asks for.
+    """Read what a checkpoint asks for.
 
     Raises:
         CheckpointError: If the method or a setting is not supported, or files are damaged.

@@ -1,7 +1,7 @@
 """Where the features of each tensor are: on its last axis, on axis 1, or nobody knows.
 
 Operators give signs: a Conv reads and makes channels on axis 1, a LayerNormalization
-features on the last axis (`operators.FACTS`). Each sign is followed along the axis that it
+features on the last axis (`facts.FACTS`). Each sign is followed along the axis that it
 names, to every tensor that has the same axis: from what a node reads to what it makes, and
 back (`links`). Where the ways of two signs meet on different axes of one tensor, the
 stronger holds; of two that are equally strong none does.
@@ -22,9 +22,9 @@ import onnx.inliner
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model
 from onnx_adapt.graph.layout import shapes
 from onnx_adapt.graph.layout.bodies import through_bodies
+from onnx_adapt.graph.layout.facts import links_of, own_axis, signs_of
 from onnx_adapt.graph.layout.links import SPLIT, Link, aligned
 from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
-from onnx_adapt.graph.layout.operators import links_of, own_axis, signs_of
 from onnx_adapt.graph.layout.signs import Sign, Strength, sign
 from onnx_adapt.graph.layout.spreading import (
     Signs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -50,17 +51,18 @@ class Link(NamedTuple):
 Linker = Callable[[Look, Step], Iterator[Link]]
 
 
-def aligned(source: int | None, target: int | None) -> Pairs:
+@cache  # a model has few ranks and many nodes, which share these pairs
+def aligned(source: int | None, target: int | None) -> tuple[tuple[int, int], ...]:
     """The pairs of two tensors with equally many axes, each known or unknown."""
     if source is not None and target is not None:
-        return [(k, k) for k in range(source)] if source == target else []
+        return tuple((k, k) for k in range(source)) if source == target else ()
     if source is None and target is None:
-        return [(-1, -1), (1, 1)]
+        return (-1, -1), (1, 1)
     rank = source if target is None else target
     if not rank:
-        return []
-    ends = [(rank - 1, -1), *([(1, 1)] if rank > 2 else [])]
-    return ends if target is None else [(b, a) for a, b in ends]
+        return ()
+    ends = ((rank - 1, -1), *([(1, 1)] if rank > 2 else []))
+    return ends if target is None else tuple((b, a) for a, b in ends)
 
 
 def _link(
@@ -110,7 +112,7 @@ def _stretched(before: Shape | None, after: Shape | None, *, shift: bool = True)
         return aligned(*ranks)
     ahead = len(after) - len(before)
     if not ahead and before == after:
-        return [(k, k) for k in range(len(before))]
+        return aligned(len(before), len(before))
     if ahead and not shift:
         return []
     pairs = [(k, k + ahead) for k in range(len(before)) if k + ahead >= 0]

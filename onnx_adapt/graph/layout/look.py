@@ -115,7 +115,7 @@ class Look:
             return None
         try:
             values = onnx.numpy_helper.to_array(tensor).reshape(-1).tolist()
-        except (ValueError, TypeError, OSError, onnx.checker.ValidationError):
+        except (ValueError, TypeError, KeyError, OSError, onnx.checker.ValidationError):
             return None  # its data is missing or damaged: whoever runs the model says so
         return [int(v) for v in values if math.isfinite(v)] if _are_numbers(values) else None
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from onnx_adapt.graph.index import ModelIndex, Shape
 from onnx_adapt.graph.layers import layer_weight, weight_width
 from onnx_adapt.graph.layout import links
+from onnx_adapt.graph.layout.facts import fact_of
 from onnx_adapt.graph.layout.look import Look, Place, Step, step_of
-from onnx_adapt.graph.layout.operators import FACTS
 
 _RESIZING = {
     *("Pad", "Slice", "Split", "Tile", "TopK", "Compress", "GatherElements", "Resize"),
@@ -35,7 +35,7 @@ def missing(index: ModelIndex) -> dict[Place, Shape]:
 
 def _made(look: Look, step: Step) -> Shape | None:
     view, node = step.view, step.node
-    fact = FACTS.get(node.op_type)
+    fact = fact_of(node.op_type)
     given = [look.shape(view, name) for name in step.inputs if name]
     first = given[0] if given else None
     weight = layer_weight(view, node)

@@ -38,7 +38,9 @@ def spread(
         known = signs.get(place)
         if (known and axis in known) or (stop and place in stop):
             continue
-        signs.setdefault(place, {})[axis] = sign
+        if known is None:
+            known = signs[place] = {}
+        known[axis] = sign
         for link in nearby.get(place, ()):
             forward, backward = link.source == place, link.target == place
             for source, target in link.pairs:

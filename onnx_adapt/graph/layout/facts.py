@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from onnx_adapt.graph.layout import links
 from onnx_adapt.graph.layout.links import Link, Linker
@@ -23,8 +24,7 @@ from onnx_adapt.graph.layout.signs import (
     resized,
     sign,
 )
-
-LAST, CHANNELS = -1, 1
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +53,16 @@ _SAME = Fact(links.same)
 _BROADCAST = Fact(links.broadcast, more=per_channel)
 _REDUCE = Fact(links.reduce)
 _RESHAPE = Fact(links.reshape)
-_CONV = Fact(axis=CHANNELS)
-_NORM = Fact(links.same, CHANNELS)
+_CHANNELS_MADE = Fact(axis=CHANNELS)
 _POOL = Fact(links.same, CHANNELS, strength=Strength.LINEAR)
-_LAYER_NORM = Fact(links.same, normalised)
 _SKIP_NORM = Fact(links.broadcast, LAST, reads=(0, 1), makes=(0, 3))
 _BIASED = Fact(links.same, LAST, strength=Strength.LINEAR)
 _ATTENTION = Fact(axis=LAST, reads=(0, 1, 2))
-_RECURRENT = Fact(axis=LAST, reads=(0, 5, 6), makes=(0, 1, 2))
 
 
-def _linear(weight: int, *flags: str) -> Fact:
-    axis = multiplied(weight, flags)
+def _linear(weight: int) -> Fact:
+    """A product with the matrix at an input."""
+    axis = multiplied(weight, ("transA",))
     return Fact(links.product_of_matrices, axis, strength=Strength.LINEAR, more=matrices)
 
 
@@ -102,19 +100,12 @@ FACTS: dict[str, Fact] = {
     "Unsqueeze": Fact(links.unsqueeze),
     "Expand": Fact(links.expand),
     **_rows("Concat QLinearConcat", Fact(links.concat)),
-    "Gather": Fact(links.gather, embedded, reads=()),
-    "GatherBlockQuantized": Fact(axis=LAST, reads=()),
     "Einsum": Fact(links.einsum, more=einsum_signs),
-    **_rows("MatMul FusedMatMul MatMulInteger DynamicQuantizeMatMul", _linear(1, "transA")),
-    **_rows("MatMulIntegerToFloat MatMulNBits MatMulBnb4", _linear(1)),
-    "QLinearMatMul": _linear(3),
-    **_rows("Gemm FusedGemm GemmFloat8", _linear(1, "transA")),
-    "QGemm": _linear(3, "transA"),
-    **_rows("Conv FusedConv ConvTranspose ConvInteger DeformConv GridSample", _CONV),
-    **_rows("DepthToSpace SpaceToDepth MaxRoiPool RoiAlign Col2Im", _CONV),
-    "QLinearConv": Fact(axis=channels_last(0)),
-    **_rows("NhwcFusedConv NhwcConv NhwcMaxPool", Fact(axis=LAST)),
-    **_rows("BatchNormalization InstanceNormalization GroupNormalization LRN", _NORM),
+    **_rows("TransposeMatMul GemmFastGelu", _linear(1)),
+    **_rows("DeformConv GridSample", _CHANNELS_MADE),
+    **_rows("DepthToSpace SpaceToDepth MaxRoiPool RoiAlign Col2Im", _CHANNELS_MADE),
+    **_rows("NhwcConv NhwcMaxPool", Fact(axis=LAST)),
+    "LRN": Fact(links.same, CHANNELS),
     "MeanVarianceNormalization": Fact(links.same, centred),
     **_rows("GroupNorm", Fact(links.same, channels_last(1))),
     "SkipGroupNorm": Fact(links.same, channels_last(1), reads=(0, 3)),
@@ -125,22 +116,55 @@ FACTS: dict[str, Fact] = {
         Fact(links.same, channels_last(0), strength=Strength.LINEAR),
     ),
     **_rows("Resize Upsample", Fact(links.same, resized, strength=Strength.LINEAR)),
-    **_rows("LayerNormalization RMSNormalization SimplifiedLayerNormalization", _LAYER_NORM),
     **_rows("SkipLayerNormalization SkipSimplifiedLayerNormalization", _SKIP_NORM),
     "EmbedLayerNormalization": Fact(axis=LAST, reads=(), makes=(0, 2)),
     **_rows("BiasGelu FastGelu BiasAdd BiasSplitGelu", _BIASED),
     **_rows("Attention MultiHeadAttention GroupQueryAttention", _ATTENTION),
     **_rows("PackedMultiHeadAttention DecoderMaskedMultiHeadAttention", _ATTENTION),
+    "SparseAttention": _ATTENTION,
+    **_rows("LongformerAttention DecoderAttention", Fact(axis=LAST)),
     **_rows("QAttention PackedAttention DecoderMaskedSelfAttention", Fact(axis=LAST)),
     **_rows("RotaryEmbedding MoE QMoE", Fact(links.same, LAST)),
-    **_rows("LSTM GRU RNN DynamicQuantizeLSTM", _RECURRENT),
+    "GemmaRotaryEmbedding": Fact(axis=LAST, reads=(1, 3), makes=(0, 1)),
 }
-"""Operators by type; the domain does not matter."""
+"""Operators without weights, and those with several inputs of features, by type.
+
+The domain does not matter. What is said of other operators with weights is in `operators`.
+"""
+
+
+def fact_of(op: str) -> Fact | None:
+    """What is known of an operator, or None."""
+    fact = FACTS.get(op)
+    if fact is None and op in OPERATORS:
+        return _of_weights(op)
+    return fact
+
+
+@cache
+def _of_weights(op: str) -> Fact:
+    """What the row of an operator with weights says of axes."""
+    operator = OPERATORS[op]
+    match operator.layout:
+        case WeightLayout.IN_OUT | WeightLayout.BY_TRANS_B:
+            return _linear(operator.weight)
+        case WeightLayout.PACKED:
+            return Fact(links.product_of_matrices, LAST, strength=Strength.LINEAR)
+        case WeightLayout.CONV | WeightLayout.CONV_TRANSPOSED:
+            return Fact(axis=channels_last(0) if operator.axis == CHANNELS else LAST)
+        case WeightLayout.TABLE:
+            return Fact(links.gather, embedded, reads=())
+        case WeightLayout.PACKED_TABLE:
+            return Fact(axis=LAST, reads=())
+        case WeightLayout.VECTOR | WeightLayout.GROUPS:
+            return Fact(links.same, CHANNELS if operator.axis == CHANNELS else normalised)
+        case WeightLayout.GATES:
+            return Fact(axis=LAST, reads=(0, 5, 6), makes=tuple(range(operator.outputs)))
 
 
 def links_of(look: Look, step: Step) -> Iterator[Link]:
     """How axes go through a node that has no bodies."""
-    fact = FACTS.get(step.node.op_type)
+    fact = fact_of(step.node.op_type)
     if fact is None:
         yield from _unknown(look, step)
     elif fact.links is not None and step.outputs:
@@ -159,20 +183,24 @@ def _unknown(look: Look, step: Step) -> Iterator[Link]:
 
 def own_axis(look: Look, step: Step) -> int | None:
     """Where an operator puts the features of what it makes, or None if it does not say."""
-    fact = FACTS.get(step.node.op_type)
-    if fact is None or not step.outputs:
+    fact = fact_of(step.node.op_type)
+    return _axis(fact, look, step) if fact else None
+
+
+def _axis(fact: Fact, look: Look, step: Step) -> int | None:
+    if not step.outputs:
         return None
     return fact.axis(look, step) if callable(fact.axis) else fact.axis
 
 
 def signs_of(look: Look, step: Step) -> Iterator[Sign]:
     """What a node tells of its inputs and outputs."""
-    fact = FACTS.get(step.node.op_type)
+    fact = fact_of(step.node.op_type)
     if fact is None:
         return
     if fact.more is not None:
         yield from fact.more(look, step)
-    axis = own_axis(look, step)
+    axis = _axis(fact, look, step)
     if axis is None:
         return
     for position in fact.reads:

@@ -38,10 +38,10 @@ def test_data_moves_out_only_past_the_limit(
     model = oa.open_model(write(tmp_path / "m.onnx", dense()))
     size = (tmp_path / "m.onnx").stat().st_size
     limit(monkeypatch, size)
-    assert not oa.save_model(model, tmp_path / "in.onnx").moved_out
+    assert not oa.save_model(model, tmp_path / "in.onnx").externalised
     limit(monkeypatch, size - 1)
     saved = oa.save_model(model, tmp_path / "out.onnx")
-    assert saved.moved_out
+    assert saved.externalised
     assert saved.data == (tmp_path / "out.onnx.data",)
     assert saved.size == (tmp_path / "out.onnx").stat().st_size < 1000
     assert set(files(tmp_path)) == {"m.onnx", "in.onnx", "out.onnx", "out.onnx.data"}
@@ -69,7 +69,7 @@ def test_what_moved_out_comes_back_byte_for_byte(
     with monkeypatch.context() as patch:
         limit(patch, 9000)
         saved = oa.save_model(adapted(path), tmp_path / "ad.onnx")
-    assert saved.moved_out
+    assert saved.externalised
     ours = [t for t in onnx.load(saved.path).graph.initializer if t.name in "WDML"]
     for mine, its in itertools.zip_longest(ours, base.graph.initializer):
         np.testing.assert_array_equal(numpy_helper.to_array(mine), numpy_helper.to_array(its))
@@ -197,7 +197,7 @@ def test_typed_data_moves_out_as_well(
     with monkeypatch.context() as patch:
         limit(patch, 9000)
         saved = oa.save_model(adapted(path), tmp_path / "ad.onnx")
-    assert saved.moved_out
+    assert saved.externalised
     before, after = (onnx.load(p).graph.initializer[1] for p in (path, saved.path))
     np.testing.assert_array_equal(numpy_helper.to_array(after), numpy_helper.to_array(before))
     oa.save_model(oa.remove(oa.open_model(saved.path)), tmp_path / "back.onnx")
@@ -215,7 +215,7 @@ def test_sparse_tensors_do_not_move_out_because_nobody_could_read_them(
     with monkeypatch.context() as patch:
         limit(patch, 40_000)
         saved = oa.save_model(adapted(path), tmp_path / "ad.onnx")
-    assert saved.moved_out
+    assert saved.externalised
     onnx.checker.check_model(str(saved.path))
     oa.save_model(oa.remove(oa.open_model(saved.path)), tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()

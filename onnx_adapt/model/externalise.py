@@ -1,4 +1,15 @@
-"""Tensors whose data was taken out of a model file, with a mark that leads back."""
+"""Move the data of tensors out of a model file, marked so that it can come back.
+
+An example: a model of 3 GB cannot be one protobuf file. It is saved as `a.onnx` with
+`a.onnx.data` beside it. A tensor `W` that held 10 000 bytes in `raw_data` then says that they
+are at offset 0 of `a.onnx.data`, and has the entry `pkg.onnx_adapt.inline = "raw_data"` in its
+`metadata_props`. The next tensor's data begins at 12288, the next multiple of a page. When
+the slots are removed, `internalise` reads the entry, drops it and the reference, and gives
+`W` a token for those 10 000 bytes: saved, the base is the same as it was, byte for byte.
+
+A tensor with inline data can have fields about external data all the same. They follow in
+the mark as a TensorProto in hexadecimal: `"raw_data 7000"` is `data_location: DEFAULT`.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +26,25 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.external_data import FIELDS, is_external, payload, refer, reference
 from onnx_adapt.model.payloads import Payload, Source, token, token_index
 
-MOVED_OUT = "pkg.onnx_adapt.inline"
-"""Marks a tensor whose data moved into a file of its own, past protobuf's 2 GB."""
+EXTERNALISED = "pkg.onnx_adapt.inline"
+"""The mark of a tensor whose data was moved out because of protobuf's 2 GB."""
 
 _ALIGNMENT = 4096
 
 
-def take_out(
+def externalise_tensor(
     tensor: onnx.TensorProto, place: Payload, location: str, offset: int, key: str
 ) -> None:
-    """Make a tensor refer to `location`, and mark it so that `move_in` finds back.
+    """Make one tensor refer to `location`, and mark it so that `internalise` can undo it.
 
-    The mark is the name of the field that held the data and, where there were any, the
-    fields about external data that the tensor had then, as a TensorProto in hexadecimal.
+    Args:
+        tensor: The tensor, which is changed.
+        place: Where its data is now.
+        location: The file that it shall refer to.
+        offset: Where in that file its data will be.
+        key: The key of the mark. Its value is the name of the field that held the data
+            and, if it had any, the tensor's fields about external data, as a TensorProto
+            in hexadecimal.
     """
     header = onnx.TensorProto(external_data=tensor.external_data)
     if tensor.HasField("data_location"):
@@ -37,13 +54,14 @@ def take_out(
     tensor.metadata_props.add(key=key, value=mark)
 
 
-def move_out(
+def externalise(
     proto: onnx.ModelProto, payloads: Sequence[Payload], location: str
 ) -> tuple[onnx.ModelProto, list[tuple[int, Payload]]]:
-    """Refer to `location` for all bulk data, for a model that passes protobuf's 2 GB.
+    """Move all bulk data of a model to `location`, because it passes protobuf's 2 GB.
 
     Returns:
-        A copy of the model, and for each tensor the offset its payload goes to.
+        A copy of the model that refers to `location`, and each payload with the offset
+        at which to write it there.
     """
     small = onnx.ModelProto()
     small.CopyFrom(proto)
@@ -54,29 +72,29 @@ def move_out(
         if index is None:
             continue
         place = payloads[index]
-        take_out(tensor, place, location, offset, MOVED_OUT)
+        externalise_tensor(tensor, place, location, offset, EXTERNALISED)
         plan.append((offset, place))
         offset += -(-place.length // _ALIGNMENT) * _ALIGNMENT
     return small, plan
 
 
-def move_in(
+def internalise(
     model: Path | None,
     proto: onnx.ModelProto,
     payloads: Sequence[Payload],
-    key: str = MOVED_OUT,
+    key: str = EXTERNALISED,
 ) -> tuple[Payload, ...]:
-    """Undo `take_out` in place: the marked tensors hold their data again.
+    """Undo `externalise_tensor` in place: the marked tensors hold their data again.
 
     Returns:
-        The payloads, with those of the tensors that came back in appended.
+        The payloads, with those of the tensors that hold their data again appended.
 
     Raises:
-        ExternalDataError: If the data is not there any more, a mark is damaged, or tensors
-            share data, which those that were taken out never do.
+        ExternalDataError: If the data is missing, a mark is damaged, or marked tensors
+            share data, which `externalise` never makes them do.
     """
     result = list(payloads)
-    lent: Counter[Source] = Counter()
+    claimed: Counter[Source] = Counter()
     for tensor in walk.tensors(proto):
         mark = _mark(tensor, key)
         if mark is None or model is None:
@@ -88,10 +106,11 @@ def move_in(
         tensor.ClearField("external_data")
         tensor.MergeFrom(header)
         if place is not None:
-            lent[place.source] += place.length
-            if lent[place.source] > place.source.size:  # whole, they would fill the disk
+            claimed[place.source] += place.length
+            # A hostile file of a few bytes could claim the same range a million times.
+            if claimed[place.source] > place.source.size:
                 raise ExternalDataError(
-                    f"the tensors that {place.source.path.name} lends are more than it has",
+                    f"the tensors in {place.source.path.name} have more bytes than the file",
                     hint="another tool changed the model; insert the slots anew",
                 )
             tensor.raw_data = token(len(result))
@@ -99,14 +118,14 @@ def move_in(
     return tuple(result)
 
 
-def is_moved_out(proto: onnx.ModelProto, location: str) -> bool:
-    """Whether a data file holds what `move_out` took out of this model, and nothing else."""
+def is_externalised(proto: onnx.ModelProto, location: str) -> bool:
+    """Whether all data in a file was put there by `externalise` for this model."""
     users = [
         tensor
         for tensor in walk.tensors(proto)
         if is_external(tensor) and reference(tensor).location == location
     ]
-    return bool(users) and all(_mark(tensor, MOVED_OUT) is not None for tensor in users)
+    return bool(users) and all(_mark(tensor, EXTERNALISED) is not None for tensor in users)
 
 
 def _mark(tensor: onnx.TensorProto, key: str) -> onnx.StringStringEntryProto | None:

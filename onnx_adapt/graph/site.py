@@ -1,0 +1,111 @@
+"""A site: a tensor where an adapter can go, or why it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph.index import (
+    GraphView,
+    TensorType,
+)
+from onnx_adapt.graph.layers import (
+    find_weight,
+    float_downstream,
+    layer_weight,
+)
+from onnx_adapt.graph.layout import Features
+from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS, WeightLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A tensor of a model where an adapter can go.
+
+    Attributes:
+        address: Unique in the model: the graph's path, a colon, the tensor.
+        node: Name of the node; for a layer the node with the weight.
+        op: Operator type of that node.
+        tensor: The tensor. For a layer with a separate bias Add it is the Add's output.
+        module: PyTorch module path, or None if the exporter left no trace.
+        width: Size of the feature axis, or None if unknown.
+        dtype: Element type, or '' if unknown.
+        axis: The feature axis: -1, or 1 for channels; None if nothing tells.
+        refused: Why no adapter can go here, or None.
+        graph: Path of the graph the tensor is in.
+        rank: Number of axes, or None if unknown.
+        layer: Whether the site is the output of a layer.
+        core: Index of the node in its graph.
+        also: Names of other nodes that stand for it: that of the bias Add.
+        before_bias: Where the layer's bias is added, if that is behind the tensor. An
+            adapter after the layer cannot go here, one after the tensor can.
+    """
+
+    address: str
+    node: str
+    op: str
+    tensor: str
+    module: str | None
+    width: int | None
+    dtype: str
+    axis: int | None
+    refused: str | None
+    graph: str
+    rank: int | None
+    layer: bool
+    core: int
+    also: tuple[str, ...] = ()
+    before_bias: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why no adapter can go after the layer or module that this is, or None."""
+        return self.refused or self.before_bias
+
+    def as_dict(self) -> dict[str, object]:
+        """What `onnx-adapt sites --json` prints of a site."""
+        return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
+
+
+_PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")
+
+
+def rank_of(view: GraphView, node: onnx.NodeProto, known: TensorType) -> int | None:
+    """The number of axes of an output: that of its record, or of a Conv's weight."""
+    if known.shape is not None:
+        return len(known.shape)
+    weight = layer_weight(view, node)
+    convolutions = (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)
+    conv = weight is not None and OPERATORS[node.op_type].layout in convolutions
+    return len(weight.dims) if weight and conv else None
+
+
+def refusal(view: GraphView, site: Site, known: TensorType, features: Features) -> str | None:
+    """Why a tensor cannot take an adapter, or None if it can."""
+    if site.tensor in view.repeated:
+        return "it is made twice: the model breaks ONNX's rule of single assignment"
+    if known.elem_type and known.elem_type not in FLOATS:
+        better = float_downstream(view, site.tensor)
+        reason = f"its elements are {site.dtype}, not floats"
+        return f"{reason}; the float tensor downstream is {better!r}" if better else reason
+    if not site.dtype:
+        return "its element type is unknown, or it is no tensor"
+    if site.tensor not in view.live:
+        return "dead: its values reach no output of the model"
+    if find_weight(view, site.tensor) is not None:
+        return "it is a constant"
+    if known.shape == ():
+        return "it is a scalar"
+    if features.refused is not None:
+        return features.refused
+    if site.axis not in (LAST, CHANNELS):
+        return f"its features are on axis {site.axis}; a slot takes the last axis or axis 1"
+    if site.width is None:
+        return "unknown width: its feature axis has no fixed size"
+    if site.width < 1:
+        return "its feature axis is empty"
+    if site.axis == CHANNELS and site.rank is None:
+        return "unknown number of axes"
+    return None

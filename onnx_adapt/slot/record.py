@@ -1,0 +1,122 @@
+"""Frozen dataclasses as JSON objects that can grow.
+
+What has its default is not written. Keys that this version does not know are kept, and written
+back. For example
+
+    {"name": "fc", "inner": "h/target", "width": 64, "colour": "red"}
+
+is read into a slot whose `source` is its `inner`, `"h/target"`, because the key is missing,
+and whose `extra` is `(("colour", '"red"'),)`. It is written as the same object again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+EXTRA = "extra"
+"""The field that holds what a record has beside the fields of its class, if it has one."""
+
+Extra = tuple[tuple[str, str], ...]
+"""Keys that are not known to this version, each with its value as JSON text."""
+
+
+@dataclass(frozen=True, slots=True)
+class SameAs:
+    """The default of a key that is missing: the value of another key."""
+
+    field: str
+
+
+def absent(value: Any) -> Any:
+    """A field that a record may lack, and what it is then; Python code has to give it."""
+    return field(metadata={"absent": value})
+
+
+def read_object(kind: type[T], item: Any) -> T:
+    """Read a dataclass from a JSON object.
+
+    Raises:
+        KeyError: If a key without a default is missing.
+        TypeError: If a value has another type, or the item is no object.
+        ValueError: If a number or a text is out of range.
+    """
+    if not isinstance(item, dict):
+        raise TypeError(f"{item!r} is no object")
+    values: dict[str, Any] = {}
+    known = {each.name: each for each in fields(kind) if each.name != EXTRA}
+    for name, each in known.items():
+        if name in item:
+            values[name] = _value(item[name], str(each.type))
+            continue
+        default = _default(each)
+        if default is MISSING:
+            raise KeyError(name)
+        values[name] = values[default.field] if isinstance(default, SameAs) else default
+    values[EXTRA] = read_extra(item, known)
+    return kind(**values)
+
+
+def read_extra(item: Mapping[str, Any], known: Collection[str]) -> Extra:
+    """The keys of an object that are not known, as they are written back."""
+    extra = ((key, to_text(value)) for key, value in item.items() if key not in known)
+    return tuple((typed(key, str), typed(text, str)) for key, text in extra)
+
+
+def write_object(item: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object, without what has its default."""
+    data = {}
+    for each in fields(item):
+        value, default = getattr(item, each.name), _default(each)
+        if isinstance(default, SameAs):
+            default = getattr(item, default.field)
+        if each.name != EXTRA and value != default:
+            data[each.name] = value
+    return data | write_extra(item.extra)
+
+
+def write_extra(extra: Extra) -> dict[str, Any]:
+    """The unknown keys of an object and their values."""
+    return {key: json.loads(text) for key, text in extra}
+
+
+def to_text(value: Any) -> str:
+    """A value as short JSON text."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def typed(value: Any, kind: type) -> Any:
+    """A value that must have exactly this type.
+
+    Raises:
+        TypeError: If it has another.
+        ValueError: If it is a number that no field of ONNX holds, or half a character.
+    """
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"no field of ONNX holds {value}")
+    if isinstance(value, str):
+        value.encode()  # JSON can spell half a character, which no name can have
+    return value
+
+
+_KINDS = {"int": int, "str": str, "bool": bool}
+
+
+def _value(value: Any, annotation: str) -> Any:
+    many = annotation.removeprefix("tuple[").removesuffix(", ...]")
+    if many == annotation:
+        return typed(value, _KINDS[annotation])
+    return tuple(typed(each, _KINDS[many]) for each in typed(value, list))
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.metadata.get("absent", each.default)

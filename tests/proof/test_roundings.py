@@ -1,0 +1,59 @@
+"""The measure of a base's own roundings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_adapt.model.file import Model
+from onnx_adapt.proof.roundings import beyond, shaken
+from onnx_adapt.proof.runner import Runner
+
+
+def _rms_norm(dtype: type) -> Model:
+    """`x / sqrt(mean(x ** 2) + epsilon) * gain`, as exporters write it."""
+    elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [
+        helper.make_node("Pow", ["x", "two"], ["squared"]),
+        helper.make_node("ReduceMean", ["squared"], ["mean"], axes=[-1]),
+        helper.make_node("Add", ["mean", "epsilon"], ["variance"]),
+        helper.make_node("Sqrt", ["variance"], ["deviation"]),
+        helper.make_node("Div", ["x", "deviation"], ["normed"]),
+        helper.make_node("Mul", ["normed", "gain"], ["y"]),
+    ]
+    stored = {"two": np.array(2), "epsilon": np.array(1e-5), "gain": np.linspace(1, 2, 8)}
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("x", elem_type, [2, 8])],
+        [helper.make_tensor_value_info("y", elem_type, [2, 8])],
+        [numpy_helper.from_array(v.astype(dtype), k) for k, v in stored.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return Model(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_moved_base_keeps_its_exponents_so_its_outputs_stay_numbers(dtype):
+    # A negative number to the power of 2.0000002 is NaN.
+    base = _rms_norm(dtype)
+    feeds = {"x": np.linspace(-1, 1, 16).reshape(2, 8).astype(dtype)}
+    for seed in range(8):
+        (y,) = Runner(shaken(base, seed), optimised=True).run(feeds).values()
+        assert np.isfinite(y).all()
+
+
+def test_a_moved_base_moves_weights_of_sums():
+    base = _rms_norm(np.float32)
+    gain = {t.name: t for t in shaken(base, 0).proto.graph.initializer}["gain"]
+    assert (numpy_helper.to_array(gain) != np.linspace(1, 2, 8).astype(np.float32)).any()
+    assert gain.data_type == TensorProto.FLOAT
+
+
+def test_a_run_that_gives_no_number_where_others_do_widens_and_narrows_nothing():
+    known = [[{"y": np.array([1.0, 2.0])}], [{"y": np.array([1.1, 2.0])}]]
+    broken = [{"y": np.array([np.nan, np.nan])}]
+    got = [{"y": np.array([1.05, 2.05])}]
+    assert beyond([*known, broken], got) == beyond(known, got)
+    assert beyond([*known, broken], got).within
