@@ -120,6 +120,7 @@ def _show(report: Report) -> None:
         for item in report.shapes
         if item
     )
-    where = f"ONNX Runtime {report.runtime} on {', '.join(report.providers)}"
+    where = f"ONNX Runtime {report.runtime}"
+    where += f" on {', '.join(report.providers)}" if report.providers else ""
     say(where + (f", inputs {shapes}" if shapes else ""))
     say(verdict(report))

@@ -95,7 +95,7 @@ class Report:
         strict: Whether warnings count as failures.
         saturation: The quantizers with more values outside their range when the adapter is
             on than when it is off.
-        providers: The execution providers that the models ran on.
+        providers: The execution providers that the models ran on; empty if none ran.
     """
 
     base: str

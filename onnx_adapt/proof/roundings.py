@@ -35,10 +35,10 @@ def kept_apart(
 ) -> Model:
     """The base, in which ONNX Runtime cannot fuse nodes across the tensors of slots.
 
-    A number that is zero is added to each of these tensors. It is an input, so that ONNX
-    Runtime cannot know it. What is fused on one side of it is fused on that side of a slot
-    as well: an 8-bit weight becomes a MatMulNBits, for instance, if its input is not
-    quantised just before. Weights that adapters may replace are made inputs too.
+    Zero is added to each of these tensors. It is an input, so that ONNX Runtime does not
+    know its value. Nodes on one side of a tensor are then fused as on one side of a slot: an
+    8-bit weight becomes a MatMulNBits, for instance, if its input is not quantised just
+    before. Weights that adapters may replace are made inputs, as in the adapted model.
     """
     result = base.copy()
     graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
@@ -69,7 +69,7 @@ def _declare_input(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
 
 
 def _add_zero(graph: onnx.GraphProto, tensor: str, zero: str) -> None:
-    """Rename what makes a tensor, and make the tensor of it and zero, right behind."""
+    """Rename the output that makes a tensor, and add zero to it right behind its node."""
     for place, node in enumerate(graph.node):
         if tensor in node.output:
             kept = f"kept_apart/{tensor}"
@@ -84,8 +84,8 @@ def perturbed(base: Model, seed: int) -> Model:
     A computed sum of `n` products equals the exact sum for weights that differ by at most
     `gamma_n`, relative to each (Higham, section 3.1). So the outputs of such a base show its
     rounding even if all other runs agree. A weight of a narrow type changes to the next
-    number. A single number keeps its value: it is no term of a sum but a setting, such
-    as an exponent, and a negative number to the power of 2.0000002 is NaN.
+    number. A single number stays as it is. It is not a term of a sum but a setting, such as
+    an exponent, and a negative number to the power of 2.0000002 is NaN.
     """
     rng = np.random.default_rng(seed)
     result = base.copy()

@@ -25,9 +25,9 @@ from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
 from onnx_adapt.proof.reached_slots import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
 from onnx_adapt.proof.runner import ProviderArgument, Runner, Values, proof_providers
+from onnx_adapt.proof.same_graph import check_checker, check_graph, check_interface
 from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.proof.slots_off import OffProof
-from onnx_adapt.proof.static_checks import checker_check, graph_check, interface_check
 from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.names import node_name
 from onnx_adapt.words import count
@@ -98,14 +98,14 @@ def verify(
         require_fit(after, adapter)
     tell("comparing the interfaces")
     checks = [
-        interface_check(before.proto, after.proto, manifest),
-        graph_check(before, after, manifest),
+        check_interface(before.proto, after.proto, manifest),
+        check_graph(before, after, manifest),
     ]
     proof = _Proof(before, after, manifest, inputs, seed, tell, providers)
     if checks[0].passed:
         checks += proof.checks(adapter, weights=weights)
     tell("asking the ONNX checker")
-    checks.append(checker_check(before, after, manifest))
+    checks.append(check_checker(before, after, manifest))
     return Report(
         before.label,
         "the result" if after.path == before.path else after.label,
@@ -115,7 +115,7 @@ def verify(
         runtime_version(),
         strict,
         proof.saturation,
-        tuple(provider.name for provider in providers),
+        tuple(item.name for item in providers if proof.feeds),
     )
 
 

@@ -34,8 +34,8 @@ FLOORS = (
 CHECKPOINT_FLOORS = (("edits",), ("readers",), ("modules",), ("placing",), ("load",))
 """The floors inside `checkpoints/`, from the ground up."""
 
-EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes"}
-"""Third parties that any room may import; `google` is protobuf."""
+EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes", "_typeshed"}
+"""Third parties that any room may import; `google` is protobuf, `_typeshed` only types."""
 
 DOORS = {
     "click": {"cli"},

@@ -1,4 +1,4 @@
-"""Checks that run nothing: interfaces, graphs, and what the ONNX checker says."""
+"""The checks that run nothing: the interface, the graph without slots, the ONNX checker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx_adapt.slot.manifest import Manifest
 from onnx_adapt.words import count
 
 
-def interface_check(
+def check_interface(
     base: onnx.ModelProto, adapted: onnx.ModelProto, manifest: Manifest
 ) -> Check:
     """The same inputs and outputs by name, type and shape, but for the slots' weights."""
@@ -44,7 +44,7 @@ def interface_check(
     return Check("interface", not wrong, "; ".join(wrong) or f"the same: {both}")
 
 
-def graph_check(base: Model, adapted: Model, manifest: Manifest) -> Check:
+def check_graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
     """Without its slots the adapted model is the base, wherever these inputs may lead."""
     if manifest.inlined and base.proto.functions:
         base = inline_model(base)
@@ -55,7 +55,7 @@ def graph_check(base: Model, adapted: Model, manifest: Manifest) -> Check:
     return Check("graph", same, f"without its slots it is {what}")
 
 
-def checker_check(base: Model, adapted: Model, manifest: Manifest) -> Check:
+def check_checker(base: Model, adapted: Model, manifest: Manifest) -> Check:
     """The checker and strict shape inference say nothing new."""
     if manifest.inlined and base.proto.functions:
         base = inline_model(base)
