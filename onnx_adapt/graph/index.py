@@ -13,15 +13,13 @@ from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.graph.endless_shapes import MOST_AXES
 from onnx_adapt.graph.inference import infer
+from onnx_adapt.graph.liveness import inputs_read
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.walk import Scope
 from onnx_adapt.slot.manifest import slot_of
 
 Shape = tuple[int | str | None, ...]
-
-VALUE_FREE = {"Shape", "Size"}
-"""Operators that read a tensor's shape but not its values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +126,13 @@ class GraphView:
                 return UNKNOWN
             view = view.parent
         return UNKNOWN
+
+    def size(self, tensor: str, axis: int) -> int | None:
+        """The size of an axis, where it is inferred to be a number; records do not count."""
+        home = self.home(tensor)
+        shape = (home.inferred[tensor].shape or ()) if home and tensor in home.inferred else ()
+        size = shape[axis] if -len(shape) <= axis < len(shape) else None
+        return size if isinstance(size, int) else None
 
     def constant(self, tensor: str) -> onnx.TensorProto | None:
         """The stored value of a tensor that can be read here, if it has one."""
@@ -331,7 +336,10 @@ def _mark_live(views: dict[str, GraphView]) -> None:
             continue
         seen.add((id(home), index))
         node = home.nodes[index]
-        if node.op_type not in VALUE_FREE:
-            waiting.extend((home, name) for name in node.input if name)
+        # Of a graph's output all is read, whoever else reads it.
+        whole = node.output[0] in home.outputs
+        readers = [] if whole else home.readers(node.output[0])
+        read = inputs_read(node, readers, home.size, home.constant)
+        waiting.extend((home, name) for name in read)
         for body in children.get((id(home), index), ()):
             waiting.extend((body, name) for name in body.outputs)

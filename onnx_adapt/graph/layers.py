@@ -9,7 +9,8 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
-from onnx_adapt.graph.index import VALUE_FREE, GraphView, TensorType, attribute
+from onnx_adapt.graph.index import GraphView, TensorType, attribute
+from onnx_adapt.graph.liveness import VALUE_FREE
 from onnx_adapt.graph.operators import CHANNELS, OPERATORS, WeightLayout
 from onnx_adapt.slot.manifest import slot_of
 

@@ -112,6 +112,39 @@ def test_a_tensor_that_reaches_no_output_is_dead() -> None:
     assert all(str(made[name].refused).startswith("dead") for name in dead)
 
 
+LAST_STATE = """g (float[{size},B,4] x, int64[1] given) => (float[C,B,4] y)
+    <int64[1] last = {{-1}}, int64[1] zero = {{0}}, int64[2] ends = {{0, -1}}> {{
+      first = MatMul(x, w)
+      second = MatMul(x, w)
+      both = Concat<axis = 0>(first, second)
+      y = Gather<axis = 0>(both, {which})
+      {more}
+    }}"""
+
+
+@over(
+    "size which more alive",
+    """
+    the last          | 1 | last  |                          | second
+    the first         | 1 | zero  |                          | first
+    one of four       | 2 | last  |                          | second
+    both              | 1 | ends  |                          | first second
+    not known which   | 1 | given |                          | first second
+    sizes not known   | N | last  |                          | first second
+    two readers       | 1 | last  | z = Gather(both, zero)   | first second
+    another reader    | 1 | last  | z = Relu(both)           | first second
+    """,
+)
+def test_a_part_of_a_concat_that_no_gather_picks_is_dead(
+    size: str, which: str, more: str, alive: str
+) -> None:
+    # PyTorch's `h_n[-1]`: the states of the layers before the last are not read.
+    text = LAST_STATE.format(size=size, which=which, more=more)
+    made = every(model(text, "w 4 4"))
+    states = {name for name in ("first", "second") if made[name].refused is None}
+    assert states == set(alive.split())
+
+
 def test_a_tensor_that_only_a_body_reads_is_alive() -> None:
     text = f"""g (float[B,4] a, bool c) => (float[B,4] y) {{
       x = MatMul(a, w)

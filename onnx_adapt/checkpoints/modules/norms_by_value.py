@@ -12,8 +12,9 @@ import onnx
 
 from onnx_adapt.checkpoints.modules.calls import LayerCall, read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
-from onnx_adapt.graph.index import VALUE_FREE, GraphView
+from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layers import find_weight, is_module_call
+from onnx_adapt.graph.liveness import VALUE_FREE
 from onnx_adapt.graph.norms import BaseNorm, find_norms
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
