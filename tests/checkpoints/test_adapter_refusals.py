@@ -16,6 +16,9 @@ from slot_models import cli
 from torch_files import archive, one
 from trained_cases import CASES
 
+import onnx_adapt as oa
+from onnx_adapt.errors import CheckpointError
+
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 Capture = pytest.CaptureFixture[str]
 CONFIG = "adapter_config.json"
@@ -349,3 +352,16 @@ def test_a_broken_model_is_an_error_before_the_checkpoint_is_read(
     onnx.save(two_layers(), tmp_path / "model.onnx")
     (tmp_path / "out").rmdir()
     assert "trained" in _refused(capsys, tmp_path / "model.onnx", folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "op_type",
+    ["DecoderMaskedMultiHeadAttention", "PackedMultiHeadAttention", "BiasSplitGelu"],
+)
+def test_every_operator_that_takes_a_bias_in_is_one_that_onnx_runtime_fused(
+    op_type: str,
+) -> None:
+    base = oa.open_model(CASES["ah_bert_seq_bn"].base)
+    base.proto.graph.node.add(op_type=op_type, domain="com.microsoft", output=["fused"])
+    with pytest.raises(CheckpointError, match=f"{op_type}.*stands for several modules"):
+        oa.load_checkpoint(CASES["ah_bert_seq_bn"].adapter, base)

@@ -24,6 +24,9 @@ _FUSED = {
     *("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu"),
     *("EmbedLayerNormalization", "SkipSimplifiedLayerNormalization", "QAttention"),
     *("GroupQueryAttention", "BiasAdd", "FusedConv", "FusedGemm"),
+    *("PackedAttention", "PackedMultiHeadAttention", "DecoderMaskedSelfAttention"),
+    *("DecoderMaskedMultiHeadAttention", "DecoderAttention", "LongformerAttention"),
+    *("BiasSplitGelu", "BiasDropout", "SkipGroupNorm"),
 }
 
 
