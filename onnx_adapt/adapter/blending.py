@@ -1,4 +1,4 @@
-"""Several adapters as one: the exact blend, with no change to the graph."""
+"""Blend several adapters into one, exactly and without a change to the graph."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
 
 
 def refuse_odd_weights(weights: Iterable[object]) -> None:
-    """Refuse what cannot say how much of an adapter goes into a blend.
+    """Refuse weights of a blend that are not finite numbers.
 
     Raises:
-        AdapterError: If one is no finite number.
+        AdapterError: If one is not.
     """
     for weight in weights:
         number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
@@ -117,7 +117,7 @@ def refuse_odd_weights(weights: Iterable[object]) -> None:
 
 
 def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, Array]:
-    """The blend of several adapters' weights for one slot.
+    """Blend several adapters' weights for one slot.
 
     Raises:
         AdapterError: If they cannot be blended.
@@ -158,7 +158,7 @@ def blend_slot(slot: str, shares: Sequence[tuple[_Parts, float]]) -> dict[str, A
 
 
 def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
-    """A part of a blend in the element type of the adapters."""
+    """Round a part of a blend to the element type of the adapters."""
     with np.errstate(over="ignore"):
         result = np.ascontiguousarray(value, dtype)
     if not np.isfinite(result).all():
@@ -170,10 +170,10 @@ def _narrowed(label: str, value: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _row(slot: str, part: str) -> Part:
-    """The row of a part in the table.
+    """Return the row of a part in the table.
 
     Raises:
-        AdapterError: If no slot has such a part, so that nothing is known of its blend.
+        AdapterError: If the part is unknown, so that no rule tells how to blend it.
     """
     if part not in PARTS:
         raise AdapterError(
@@ -184,9 +184,9 @@ def _row(slot: str, part: str) -> Part:
 
 
 def blend_part(part: str, shares: Sequence[tuple[dict[str, Array], float]]) -> Array:
-    """One part of a blend; `gain` goes into the up-projection.
+    """Blend one part by the rule in its row of the table.
 
-    Numbers are in float64, but for parts that are only laid side by side.
+    Values are in float64, except for parts that are only laid side by side.
     """
     first, rule = shares[0][0][part], PARTS[part].blend
     if rule is Blend.BESIDE:
@@ -218,7 +218,7 @@ def _bottleneck_axis(part: str, value: Array) -> int:
 
 
 def _scaled(share: Mapping[str, Array], part: str, weight: float) -> Array:
-    """A part times its adapter's gain and weight; untouched if both are 1."""
+    """Multiply a part by its adapter's gain and weight; it is not copied if both are 1."""
     gain = _gain(share, part)
     return (
         share[part]
@@ -228,7 +228,7 @@ def _scaled(share: Mapping[str, Array], part: str, weight: float) -> Array:
 
 
 def _gain(share: Mapping[str, Array], part: str) -> Array | None:
-    """The gain as it multiplies a part that has the width on its only or outer axis."""
+    """Return the gain in a shape that multiplies a part along its width, or None."""
     gains = [share[name] for name in share if PARTS[name].blend is Blend.FOLDED]
     if not gains:
         return None
@@ -239,10 +239,10 @@ def _gain(share: Mapping[str, Array], part: str) -> Array | None:
 def _fold_norms(
     slot: str, shares: Sequence[tuple[dict[str, Array], float]]
 ) -> list[tuple[dict[str, Array], float]]:
-    """Give all adapters one normalisation: what it is followed by goes into `down`.
+    """Give all adapters the same normalisation by moving their own into `down`.
 
-    `(x * weight + bias) @ down = x @ (weight * down) + bias @ down`, which wants a
-    `down_bias` to go to.
+    `(x * weight + bias) @ down = x @ (weight * down) + bias @ down`; the last term goes into
+    `down_bias`, so a slot without one cannot be blended.
     """
     first = shares[0][0]
     shared = [part for part in first if PARTS[part].blend is Blend.SHARED]
@@ -269,7 +269,7 @@ def _fold_norms(
 def _blend_replaced(
     shares: Sequence[tuple[Adapter, float]], base: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    """Weights in place of the base's: `base + sum_i weight_i * (value_i - base)`."""
+    """Blend replaced weights of the base: `base + sum_i weight_i * (value_i - base)`."""
     blended: dict[str, Array] = {}
     for key in dict.fromkeys(key for adapter, _ in shares for key in adapter.replaced):
         given = [(a.replaced[key], weight) for a, weight in shares if key in a.replaced]

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model."""
+"""Check whether an adapter fits a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def required_manifest(model: Model) -> Manifest:
-    """Read the manifest of a model that must have slots.
+    """Return the manifest of a model that must have slots.
 
     Raises:
         SlotError: If it has no slots.
@@ -39,7 +39,7 @@ Replaceable = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> list[str]:
-    """Why an adapter cannot be used with a model; empty if it can.
+    """List why an adapter cannot be used with a model; the list is empty if it can.
 
     Args:
         model: A model with slots.
@@ -66,7 +66,7 @@ def manifest_misfits(
     *,
     allow_partial: bool = False,
 ) -> list[str]:
-    """Why an adapter cannot be used with a model, from the model's manifest alone."""
+    """List why an adapter cannot be used with a model, from the model's record alone."""
     found: list[str] = []
     if adapter.fingerprint and not same_base(adapter.fingerprint, manifest.fingerprint):
         found.append(
@@ -88,7 +88,7 @@ def manifest_misfits(
 
 
 def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
-    """List what an adapter does not record and nobody can check; empty if all is checked."""
+    """List what an adapter does not say of itself, and so cannot be checked."""
     found = []
     if not adapter.fingerprint:
         found.append("base not checked: the adapter has no fingerprint")
@@ -105,12 +105,12 @@ def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
 
 
 def warn_unchecked(manifest: Manifest, adapter: Adapter, told: set[str]) -> None:
-    """Warn about what cannot be checked, at the line that called the package.
+    """Warn, at the line that called the package, of what cannot be checked.
 
     Args:
         manifest: The record of the model.
         adapter: The adapter.
-        told: The warnings given already; a new one is added.
+        told: Warnings that were given before and are not repeated.
     """
     found = unchecked(manifest, adapter)
     message = f"adapter {adapter.name!r}: {'; '.join(found)}; make_adapter stamps both"
@@ -191,7 +191,7 @@ def require_fit(model: Model, adapter: Adapter, *, allow_partial: bool = False) 
 
 
 def refuse_misfits(found: Sequence[str], adapter: Adapter, label: str) -> None:
-    """Raise if there are any misfits.
+    """Raise if there are misfits.
 
     Raises:
         AdapterError: With the first three.
@@ -206,7 +206,7 @@ def refuse_misfits(found: Sequence[str], adapter: Adapter, label: str) -> None:
 
 
 def overlaps(adapters: Sequence[Adapter]) -> list[str]:
-    """List the weights that more than one of several adapters has."""
+    """List slots and weights that are in more than one adapter."""
     owner: dict[str, str] = {}
     found = []
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself beside its tensors, as one JSON text."""
+"""The record in an adapter file: a JSON text that describes the tensors beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 
 def write_record(adapter: Adapter) -> str:
-    """The record of an adapter: name, slots with parts and activation, fingerprint."""
+    """Write the record of an adapter: its name, slots and fingerprint."""
     slots = {
         slot: {
             "parts": sorted(parts),
@@ -38,7 +38,7 @@ def write_record(adapter: Adapter) -> str:
 
 
 def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Path) -> Adapter:
-    """Put an adapter together from its record, if it has one, and its tensors.
+    """Make an adapter from its tensors and its record, if there is one.
 
     Raises:
         AdapterError: If the record is damaged, too new, or not about these tensors.
@@ -78,7 +78,7 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
 
 
 def _read_extra(data: dict[str, Any]) -> dict[str, Extra]:
-    """The keys that this version does not know, by slot; those of the record under ''."""
+    """Return the unknown keys by slot, and those of the record itself under ''."""
     known = ("format", "name", "fingerprint", "slots")
     extra = {"": read_extra(data, known)}
     extra |= {s: read_extra(i, ("parts", "activation")) for s, i in data["slots"].items()}

@@ -47,7 +47,7 @@ class Pack:
 
     Attributes:
         adapter: The weights that all rows share.
-        slots: The slots that any of the adapters has weights for.
+        slots: The slots for which at least one adapter has weights.
     """
 
     adapter: Adapter
@@ -93,7 +93,7 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
 
 
 def _moves(part: str, off: Array, given: Sequence[Mapping[str, Array] | None]) -> Array:
-    """The difference of each adapter's value of one part from the value while it is off."""
+    """Compute how far each adapter moves one part from its off value."""
     still = off.astype(np.float64)
     rows = []
     for parts in given:
@@ -106,11 +106,11 @@ def _moves(part: str, off: Array, given: Sequence[Mapping[str, Array] | None]) -
 
 
 def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
-    """Make the feeds with a value for each row, for a run of a pack.
+    """Compute the inputs by row for a run of a pack.
 
     Args:
         packed: The pack.
-        shares: How much of each adapter each row gets: `(rows, adapters)`.
+        shares: The weight of each adapter in each row: `(rows, adapters)`.
 
     Returns:
         Arrays by input name.

@@ -1,4 +1,4 @@
-"""The activations of a slot, each twice: as ONNX nodes and in float64 with an error bound.
+"""The activations of a slot, each as ONNX nodes and in float64 with an error bound.
 
 Nodes are built from operators that the model's own opset has (7 to 26) and that ONNX
 Runtime has kernels for. Names follow PyTorch; `gelu_tanh` is PyTorch's

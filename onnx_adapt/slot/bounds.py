@@ -47,7 +47,7 @@ class Arithmetic:
         return self.unit > self.sums
 
     def gamma(self, terms: int) -> float:
-        """`gamma_n` of a sum of so many terms; infinite where it says nothing."""
+        """Return `gamma_n` of a sum of `terms` terms, or infinity where it is no bound."""
         share = terms * self.sums
         return share / (1 - share) if share < 1 else float("inf")
 
@@ -71,21 +71,23 @@ ARITHMETIC = {name: _arithmetic(dtype) for name, dtype in DTYPES.items()}
 """The arithmetic of each element type a slot can have."""
 
 FUNCTION_UNITS = {"sigmoid": 4, "tanh": 8, "erf": 4, "exp": 4, "log": 4}
-"""How many roundoffs ONNX Runtime's own functions may be off: of 1 for the sigmoid, which is
-cut off where it is small, else of the result. A test measures each over its whole range."""
+"""The error of ONNX Runtime's own functions in units of roundoff.
+
+The unit is relative to 1 for the sigmoid, which ONNX Runtime cuts off where it is small, and
+relative to the result for the others. A test measures each function over its whole range."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bounded:
-    """Exact values, and how far computed ones may be from them.
+    """Exact values, and how far computed values may be from them.
 
-    Arrays and numbers beside it in an operation count as exact; a number is rounded to the
-    element type first, as a constant in a graph is.
+    The other operand of an operation may be an array or a number. Both count as exact, but a
+    number is first rounded to the element type, as a constant in a graph is.
 
     Attributes:
         value: float64.
         bound: The same shape; infinite where nothing can be said.
-        arithmetic: Of the computation that is bounded.
+        arithmetic: The arithmetic in which the values are computed.
     """
 
     value: Array
@@ -95,26 +97,26 @@ class Bounded:
     __array_ufunc__ = None  # an array on the left leaves the operation to this class
 
     def __add__(self, other: Bounded | Array | float) -> Bounded:
-        """The sum."""
+        """Add."""
         other = self._operand(other)
         return self._rounded(self.value + other.value, self.bound + other.bound)
 
     __radd__ = __add__
 
     def __neg__(self) -> Bounded:
-        """The negative, which rounds nothing."""
+        """Negate; this rounds nothing."""
         return Bounded(-self.value, self.bound, self.arithmetic)
 
     def __sub__(self, other: Bounded | Array | float) -> Bounded:
-        """The difference."""
+        """Subtract."""
         return self + -self._operand(other)
 
     def __rsub__(self, other: Array | float) -> Bounded:
-        """The difference the other way round."""
+        """Subtract from `other`."""
         return self._operand(other) + -self
 
     def __mul__(self, other: Bounded | Array | float) -> Bounded:
-        """The product."""
+        """Multiply."""
         other = self._operand(other)
         bound = self.reach * other.bound + np.abs(other.value) * self.bound
         return self._rounded(self.value * other.value, bound)
@@ -122,7 +124,7 @@ class Bounded:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Bounded) -> Bounded:
-        """The quotient."""
+        """Divide."""
         value = self.value / other.value
         room = np.maximum(np.abs(other.value) - other.bound, 0)
         return self._rounded(value, (self.bound + np.abs(value) * other.bound) / room)
@@ -133,14 +135,14 @@ class Bounded:
         return np.asarray(np.abs(self.value) + self.bound)
 
     def project(self, weight: Bounded, bias: Bounded | None = None) -> Bounded:
-        """`self @ weight + bias` for an exact weight; a kernel may start with the bias."""
+        """Compute `self @ weight + bias`, where a kernel may start its sum with the bias."""
         terms = len(weight.value)
         bound = self.arithmetic.gamma(terms) * self.reach + self.bound
         result = self._rounded(self.value @ weight.value, bound @ np.abs(weight.value))
         return result if bias is None else result.join(bias, terms)
 
     def join(self, other: Bounded, terms: int) -> Bounded:
-        """The sum with what a kernel may have added before its own sum of so many terms."""
+        """Add `other`, which a kernel may have added before its own sum of `terms` terms."""
         early = Bounded(
             other.value,
             other.bound + self.arithmetic.gamma(terms) * other.reach,
@@ -149,7 +151,7 @@ class Bounded:
         return self + early
 
     def mean(self, axis: int) -> Bounded:
-        """The mean over one axis, which is kept."""
+        """Average over one axis, which stays with size 1."""
         size = self.value.shape[axis]
         bound = self.bound + self.arithmetic.gamma(size) * self.reach
         return self._rounded(
@@ -157,31 +159,31 @@ class Bounded:
         )
 
     def square_root(self) -> Bounded:
-        """The square root of each; two roots differ by less than `|a - b| / sqrt(a)`."""
+        """Take the square root: two roots differ by less than `|a - b| / sqrt(a)`."""
         root = np.sqrt(self.value)
         return self._rounded(root, self.bound / root)
 
     def clip(self, low: float, high: float) -> Bounded:
-        """No less than one number and no more than another, which rounds nothing."""
+        """Clip to `[low, high]`; this rounds nothing."""
         value = np.clip(self.value, low, high)
         above = np.clip(self.value + self.bound, low, high) - value
         below = value - np.clip(self.value - self.bound, low, high)
         return Bounded(value, np.maximum(above, below), self.arithmetic)
 
     def relu(self) -> Bounded:
-        """`max(x, 0)`, which rounds nothing."""
+        """Compute `max(x, 0)`; this rounds nothing."""
         value = np.maximum(self.value, 0)
         above = np.maximum(self.value + self.bound, 0) - value
         return Bounded(value, np.where(value > 0, self.bound, above), self.arithmetic)
 
     def abs(self) -> Bounded:
-        """The absolute value."""
+        """Take the absolute value; this rounds nothing."""
         return Bounded(np.abs(self.value), self.bound, self.arithmetic)
 
     def function(
         self, name: str, compute: Callable[[Array], Array], slope: Callable[[Array], Array]
     ) -> Bounded:
-        """A function that falls ever less steeply away from 0, as the runtime computes it.
+        """Apply a function of ONNX Runtime whose slope only falls as `|x|` grows.
 
         Args:
             name: Its row in `FUNCTION_UNITS`.
@@ -196,12 +198,12 @@ class Bounded:
         return self._rounded(value, slope(nearest) * self.bound + own)
 
     def within_a_kernel(self) -> Bounded:
-        """The same in the arithmetic inside a kernel, whose results are not rounded yet."""
+        """Return the same values in a kernel's own arithmetic, before results are rounded."""
         kind = replace(self.arithmetic, unit=self.arithmetic.sums)
         return Bounded(self.value, self.bound, kind)
 
     def each(self, change: Callable[[Array], Array]) -> Bounded:
-        """Values and bounds moved, cut or reshaped alike."""
+        """Move, cut or reshape the values and their bounds in the same way."""
         return Bounded(change(self.value), change(self.bound), self.arithmetic)
 
     def _operand(self, other: Bounded | Array | float) -> Bounded:
@@ -214,7 +216,7 @@ class Bounded:
         return Bounded(value, off, self.arithmetic)
 
     def _rounded(self, value: Array, bound: Array) -> Bounded:
-        """The result of a node: rounded once more, and infinite where it may overflow."""
+        """Round the result of a node; the bound is infinite where it may overflow."""
         kind = self.arithmetic
         own = np.abs(value)
         own *= kind.unit
@@ -227,16 +229,16 @@ class Bounded:
 
 
 def exact(value: Array, arithmetic: Arithmetic) -> Bounded:
-    """A weight: it is what it is."""
+    """Wrap a weight, which has no error."""
     wide = np.asarray(value, np.float64)
     return Bounded(wide, np.zeros(wide.shape), arithmetic)
 
 
 def seen(value: Array, arithmetic: Arithmetic) -> Bounded:
-    """A tensor that a slot reads, as it comes out of the model.
+    """Wrap a tensor that a slot reads, as it was read out of the model.
 
-    ONNX Runtime drops the casts between two nodes that both compute in a wider type: the
-    slot may have read the number as it was before it was rounded to what can be seen.
+    ONNX Runtime drops the casts between two nodes that both compute in a wider type. The slot
+    may therefore have read the number before it was rounded to the value that we see.
     """
     item = exact(value, arithmetic)
     if not arithmetic.half:

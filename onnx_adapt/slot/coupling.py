@@ -9,7 +9,7 @@ from onnx_adapt.slot.manifest import Slot
 
 
 def emit_coupling(emit: Emitter, slot: Slot) -> None:
-    """The NICE coupling; each network is a projection, the activation, a projection."""
+    """Emit the coupling; each network is a projection, the activation and a projection."""
     half = slot.width // 2
     halves = [f"{emit.prefix}/half_1", f"{emit.prefix}/half_2"]
     sizes = onnx.helper.make_tensor("", onnx.TensorProto.INT64, [2], [half, half])

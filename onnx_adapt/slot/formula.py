@@ -148,14 +148,14 @@ def slot_nodes(
 
 
 def _emit_weights(emit: Emitter, slot: Slot) -> dict[str, str]:
-    """The weights by part; in a batched slot each with what the rows have of their own.
+    """The names of the weights by part; a batched slot combines each with its value by row.
 
-    Two small tensors meet here, not each of them the large one.
+    Combining the two small tensors here costs less than applying both to the large one.
     """
     w = {part: slot.weight(part) for part in slot.parts}
     for part in slot.parts if slot.batched else ():
         row = PARTS[part].row
-        in_conv = slot.axis == 1 and part == "up_bias"  # has one axis there, the rows more
+        in_conv = slot.axis == 1 and part == "up_bias"  # Conv takes a bias of one axis only
         if row and not row.masks and not in_conv:
             w[part] = emit.node(row.op, w[part], slot.weight(row.name))
     return w
@@ -166,7 +166,7 @@ def _is_reshaped(slot: Slot) -> bool:
 
 
 def _emit_rows(emit: Emitter, slot: Slot, x: str, features: list[int]) -> str:
-    """A tensor as `(rows, positions, *features)`; there are as many rows as in the mask.
+    """Reshape a tensor to `(rows, positions, *features)`, with as many rows as the mask.
 
     A mask of no rows makes it `(1, 0, *features)`, which meets the mask's `(0, 1, r)` as
     `(0, 0, r)`: beside a 0 the -1 of a Reshape would have no meaning.
@@ -184,7 +184,7 @@ def _emit_rows(emit: Emitter, slot: Slot, x: str, features: list[int]) -> str:
 
 
 def _emit_back(emit: Emitter, slot: Slot, x: str) -> None:
-    """A tensor by row in the shape of the target, also where an axis of that is empty.
+    """Reshape a tensor by row to the shape of the target, even if that has an empty axis.
 
     A 0 among the sizes of a Reshape copies an axis of its input unless `allowzero` says
     otherwise, which came with opset 14. Before, an empty axis is given as -1, so ONNX
@@ -220,7 +220,7 @@ def mark_node(node: onnx.NodeProto, slot: Slot) -> None:
 
 
 def _emit_read(emit: Emitter, slot: Slot, norm: onnx.NodeProto | None) -> str:
-    """What the adapter reads: the source, plus what is added to it, normalised."""
+    """Emit what the adapter reads: the source, plus `plus`, normalised."""
     x = emit.node("Add", slot.source, slot.plus, label="read") if slot.plus else slot.source
     if norm is None:
         return x

@@ -1,4 +1,4 @@
-"""The record of slots that is written into a model, and nothing but the record.
+"""The record of slots that is written into a model.
 
 It is one JSON document in the model's `metadata_props`, so any tool that reads ONNX
 metadata can read it, ONNX Runtime included.
@@ -42,7 +42,7 @@ SLOT_KEY = "pkg.onnx_adapt.slot"
 
 
 def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
-    """The slot a node, or the record of a shape, was inserted for, or ''."""
+    """Return the slot that a node, or a value_info entry, was inserted for, or ''."""
     for entry in node.metadata_props:
         if entry.key == SLOT_KEY:
             return str(entry.value)
@@ -109,7 +109,7 @@ class Slot:
     extra: Extra = ()
 
     def weight(self, part: str) -> str:
-        """The name of one weight in the model, and of the input that feeds it."""
+        """Return the name of one weight in the model, and of the input that feeds it."""
         return weight_name(self.name, part)
 
     @property
@@ -119,18 +119,18 @@ class Slot:
 
     @property
     def row_forms(self) -> dict[str, RowForm]:
-        """What a batched slot has for each row of a batch, by name."""
+        """The inputs of a batched slot that have a value for each row, by name."""
         parts = self.parts if self.batched else ()
         return {row.name: row for part in parts if (row := part_of(part).row)}
 
     @property
     def row_parts(self) -> tuple[str, ...]:
-        """The names of what a batched slot has for each row of a batch."""
+        """The names of the inputs of a batched slot that have a value for each row."""
         return tuple(self.row_forms)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of all its initializers: its weights, and what it has for each row."""
+        """The names of all its initializers: its weights and its inputs by row."""
         return tuple(self.weight(part) for part in (*self.parts, *self.row_parts))
 
 
@@ -187,7 +187,7 @@ class Manifest:
             declaration in hexadecimal. From IR 4 on that would make them replaceable.
         widened: Constants of calibrated ranges that were widened.
         extra: Keys of the record that this version does not know, with JSON texts.
-        base_extra: The same of what the record says of the base.
+        base_extra: The same for the object `base` of the record.
     """
 
     fingerprint: str
@@ -204,7 +204,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What the record says of the base; `Manifest` has it among its own fields."""
+    """The object `base` of the record, whose fields are also fields of `Manifest`."""
 
     fingerprint: str
     ir_version: int
@@ -281,7 +281,7 @@ def _read_input(place: Any, declared: Any) -> tuple[int, str]:
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
-    """Trust the marks on nodes for where a slot is: a renamed If changes every path in it."""
+    """Take the graph of each slot from its marked nodes: renaming an If changes its paths."""
     from onnx_adapt.model import walk
 
     places = {
@@ -297,7 +297,7 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
 
 
 _MOST_AXES = 64
-"""More than ONNX Runtime and numpy take; a shape of so many numbers is made from it."""
+"""A limit on `rank`, which sets the length of shapes; ONNX Runtime and numpy take fewer."""
 
 
 def _read_slot(item: dict[str, Any]) -> Slot:
@@ -312,7 +312,7 @@ def _read_slot(item: dict[str, Any]) -> Slot:
 
 
 def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
-    """Put the manifest into a model in place of the one it has; None takes it out."""
+    """Replace the manifest of a model; None deletes it."""
     for index in reversed(range(len(proto.metadata_props))):
         if proto.metadata_props[index].key == KEY:
             del proto.metadata_props[index]

@@ -69,7 +69,7 @@ def slot_value(
     norm: Norm | None = None,
     plus: Array | None = None,
 ) -> Array:
-    """The oracle: what a slot's output is, in float64. The arguments are `slot_bounded`'s."""
+    """Compute a slot's output in float64; the arguments are those of `slot_bounded`."""
     return slot_bounded(slot, target, source, weights, norm, plus).value
 
 
@@ -81,20 +81,20 @@ def slot_bounded(
     norm: Norm | None = None,
     plus: Array | None = None,
 ) -> Bounded:
-    """What a slot's output is, and how far rounding may take ONNX Runtime's from it.
+    """Compute a slot's output, and how far rounding may take ONNX Runtime's from it.
 
     Args:
         slot: The slot.
         target: `(batch, ..., width)`, or `(batch, width, ...)` on a channel axis.
         source: The same with `source_width`; ids for a slot with a table.
-        weights: The slot's weights by part, and what a batched slot has for each row.
+        weights: The slot's weights by part, and the inputs by row of a batched slot.
         norm: The base's normalisation that `slot.norm` means.
         plus: The tensor that `slot.plus` means, of the source's shape.
 
     Returns:
         Value and bound, each of `target`'s shape.
     """
-    with np.errstate(all="ignore"):  # what is not finite is judged by who asks
+    with np.errstate(all="ignore"):  # the caller judges what is not finite
         return _bounded(slot, target, source, weights, norm, plus)
 
 
@@ -138,7 +138,7 @@ def _sum(
     w: Mapping[str, Bounded],
     norm: Norm | None,
 ) -> Bounded:
-    """The whole line of the formula, the features last."""
+    """Compute the whole line of the formula, with the features on the last axis."""
     out = y * w["scale"] if "scale" in w else y
     if added is not None:
         x = x + added
@@ -154,7 +154,7 @@ def _sum(
 
 
 def _with_rows(w: dict[str, Bounded]) -> dict[str, Bounded]:
-    """The weights with what each row has of its own, but for the mask."""
+    """Combine the weights with their values by row; the mask is applied elsewhere."""
     together = dict(w)
     for part in w:
         row = PARTS[part].row if part in PARTS else None
@@ -165,7 +165,7 @@ def _with_rows(w: dict[str, Bounded]) -> dict[str, Bounded]:
 
 
 def _flat(name: str, value: Array) -> Array:
-    """A Conv-layout weight, or what each row has of its own, in the layout of the formula."""
+    """Bring a weight in Conv's layout, or values by row, into the layout of the formula."""
     if name not in PARTS:
         return np.moveaxis(value, 1, -1)
     if len(PARTS[name].shape) == 1:
@@ -194,8 +194,8 @@ def _term(slot: Slot, read: Bounded, w: Mapping[str, Bounded]) -> Bounded:
     term = hidden.project(w["up"], w.get("up_bias"))
     term = term * w["gain"] if "gain" in w else term
     if "gate" in w:
-        opening = ACTIVATIONS["sigmoid"][1](read.project(w["gate"], w.get("gate_bias")))
-        term = term * opening.mean(1)
+        openness = ACTIVATIONS["sigmoid"][1](read.project(w["gate"], w.get("gate_bias")))
+        term = term * openness.mean(1)
     return _after(w)(term) if slot.norm_after == "term" else term
 
 

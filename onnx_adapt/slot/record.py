@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON objects that can grow.
 
-What has its default is not written. Keys that this version does not know are kept, and written
-back. For example
+A field that has its default is not written. Keys that this version does not know are kept and
+written back. For example
 
     {"name": "fc", "inner": "h/target", "width": 64, "colour": "red"}
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 EXTRA = "extra"
-"""The field that holds what a record has beside the fields of its class, if it has one."""
+"""The field of a dataclass that holds the unknown keys of its record."""
 
 Extra = tuple[tuple[str, str], ...]
 """Keys that are not known to this version, each with its value as JSON text."""
@@ -36,7 +36,7 @@ class SameAs:
 
 
 def absent(value: Any) -> Any:
-    """A field that a record may lack, and what it is then; Python code has to give it."""
+    """Declare a field that a record may lack, and its value then. Python code must give it."""
     return field(metadata={"absent": value})
 
 
@@ -65,13 +65,13 @@ def read_object(kind: type[T], item: Any) -> T:
 
 
 def read_extra(item: Mapping[str, Any], known: Collection[str]) -> Extra:
-    """The keys of an object that are not known, as they are written back."""
+    """Return the keys of an object that are not known, with their values as JSON text."""
     extra = ((key, to_text(value)) for key, value in item.items() if key not in known)
     return tuple((typed(key, str), typed(text, str)) for key, text in extra)
 
 
 def write_object(item: Any) -> dict[str, Any]:
-    """A dataclass as a JSON object, without what has its default."""
+    """Write a dataclass as a JSON object, without the fields that have their default."""
     data = {}
     for each in fields(item):
         value, default = getattr(item, each.name), _default(each)
@@ -83,17 +83,17 @@ def write_object(item: Any) -> dict[str, Any]:
 
 
 def write_extra(extra: Extra) -> dict[str, Any]:
-    """The unknown keys of an object and their values."""
+    """Return the unknown keys of an object with their values."""
     return {key: json.loads(text) for key, text in extra}
 
 
 def to_text(value: Any) -> str:
-    """A value as short JSON text."""
+    """Write a value as compact JSON text."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def typed(value: Any, kind: type) -> Any:
-    """A value that must have exactly this type.
+    """Return a value if it has exactly this type.
 
     Raises:
         TypeError: If it has another.

@@ -39,7 +39,7 @@ def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
 
 
 def row_shape(slot: Slot, name: str, rows: int, bottleneck: int) -> tuple[int, ...]:
-    """The shape of what a batched slot has for each row: `(rows, 1, size)`.
+    """The shape of an input that gives each row a value of its own: `(rows, 1, size)`.
 
     On a channel axis it is `(rows, size, 1, ...)`.
     """
@@ -48,12 +48,12 @@ def row_shape(slot: Slot, name: str, rows: int, bottleneck: int) -> tuple[int, .
 
 
 def row_rank(slot: Slot) -> int:
-    """Number of axes of what a batched slot has for each row."""
+    """The number of axes of the inputs by row of a batched slot."""
     return slot.rank if slot.axis == 1 else 3
 
 
 def neutral_rows(slot: Slot) -> dict[str, Array]:
-    """What a batched slot has for each row while nothing is fed: one value for all."""
+    """The default values of the inputs by row of a batched slot; they change nothing."""
     return {
         name: np.full([1] * row_rank(slot), row.off, DTYPES[slot.dtype])
         for name, row in slot.row_forms.items()
@@ -132,7 +132,7 @@ def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict
 
 
 def fan_in(slot: Slot, part: str) -> int:
-    """How many numbers each output of a projection sums up; a table only looks one up."""
+    """Count the terms in each output of a projection; a table adds none up and has 1."""
     row = part_of(part)
     looked_up = row.projects and row.draw is not Draw.FAN_IN
     return 1 if looked_up else math.prod(part_shape(slot, part, 1))

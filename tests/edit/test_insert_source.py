@@ -288,5 +288,8 @@ def test_a_normalisation_that_was_rewritten_gives_no_traceback(damage: str) -> N
         data = adapted.proto.SerializeToString().replace(name, b"\xff" * len(name))
     model = oa.Model(onnx.ModelProto.FromString(data))
     assert len(damages(model)) == 1
-    with pytest.raises(AdaptError):
-        oa.verify(model_of(POST_NORM), model)
+    if damage == "no product":  # ONNX Runtime refuses it, so that it is not its base
+        assert not oa.verify(model_of(POST_NORM), model).passed
+    else:
+        with pytest.raises(AdaptError):
+            oa.verify(model_of(POST_NORM), model)

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_adapt.model.file import Model
-from onnx_adapt.proof.roundings import beyond, shaken
+from onnx_adapt.proof.roundings import beyond, perturbed
 from onnx_adapt.proof.runner import Runner
 
 
@@ -40,13 +40,13 @@ def test_a_moved_base_keeps_its_exponents_so_its_outputs_stay_numbers(dtype):
     base = _rms_norm(dtype)
     feeds = {"x": np.linspace(-1, 1, 16).reshape(2, 8).astype(dtype)}
     for seed in range(8):
-        (y,) = Runner(shaken(base, seed), optimised=True).run(feeds).values()
+        (y,) = Runner(perturbed(base, seed), optimised=True).run(feeds).values()
         assert np.isfinite(y).all()
 
 
 def test_a_moved_base_moves_weights_of_sums():
     base = _rms_norm(np.float32)
-    gain = {t.name: t for t in shaken(base, 0).proto.graph.initializer}["gain"]
+    gain = {t.name: t for t in perturbed(base, 0).proto.graph.initializer}["gain"]
     assert (numpy_helper.to_array(gain) != np.linspace(1, 2, 8).astype(np.float32)).any()
     assert gain.data_type == TensorProto.FLOAT
 
