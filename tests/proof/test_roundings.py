@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import CPU
 from onnx_adapt.proof.roundings import beyond, perturbed
 from onnx_adapt.proof.runner import Runner
 
@@ -40,7 +41,7 @@ def test_a_moved_base_keeps_its_exponents_so_its_outputs_stay_numbers(dtype):
     base = _rms_norm(dtype)
     feeds = {"x": np.linspace(-1, 1, 16).reshape(2, 8).astype(dtype)}
     for seed in range(8):
-        (y,) = Runner(perturbed(base, seed), optimised=True).run(feeds).values()
+        (y,) = Runner(perturbed(base, seed), CPU, optimised=True).run(feeds).values()
         assert np.isfinite(y).all()
 
 
