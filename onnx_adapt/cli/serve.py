@@ -39,6 +39,11 @@ from onnx_adapt.cli.outputs import say
     "--threads", type=click.IntRange(1), default=1, help="How many CPUs each replica uses."
 )
 @click.option(
+    "--provider",
+    default="",
+    help="The execution provider, such as `cuda` or `cuda:device_id=1`; by default the CPU.",
+)
+@click.option(
     "--gateways", type=click.IntRange(1), default=1, help="How many processes serve HTTP."
 )
 @click.option(
@@ -107,10 +112,13 @@ def command(
       onnx-adapt serve adapted.onnx --adapters adapters/
       curl localhost:8000/v2/models/fr
     """
+    from onnx_adapt.ort import read_providers
     from onnx_adapt.serve import build_app
 
     if "://" not in options["adapters"]:
         options["adapters"] = os.path.abspath(options["adapters"])
+    if options["provider"] and address is None:
+        read_providers(options["provider"])  # before replicas fail one after the other
     app = build_app({"model": os.path.abspath(model), **options})
     from onnx_adapt.serve.running import running
 

@@ -134,6 +134,7 @@ class Model:
             settings.model,
             batch_axis=settings.batch_axis,
             threads=settings.threads,
+            provider=settings.provider,
             max_rows=settings.max_batch_size,
         )
         self._runner = ThreadPoolExecutor(

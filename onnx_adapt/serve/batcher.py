@@ -60,10 +60,12 @@ class Batcher:
         batch_axis: Which axis the batch is; by default the one whose symbolic dimension
             has `batch` in its name.
         threads: How many threads one run may use; by default ONNX Runtime decides.
+        provider: The execution provider; by default the CPU.
         max_rows: The most rows that a request can have.
 
     Raises:
-        RunError: If the model does not load, or the protocol has no word for its types.
+        RunError: If the model or the provider does not load, or the protocol has no word for
+            the model's types.
     """
 
     def __init__(
@@ -72,11 +74,17 @@ class Batcher:
         *,
         batch_axis: BatchAxis = None,
         threads: int = 0,
+        provider: str = "",
         max_rows: int | None = None,
     ) -> None:
         options = onnxruntime().SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = AdapterSession(model, session_options=options, batch_axis=batch_axis)
+        self.session = AdapterSession(
+            model,
+            providers=provider or None,
+            session_options=options,
+            batch_axis=batch_axis,
+        )
         self.inputs = {name: _spec(item) for name, item in self.session.inputs.items()}
         self.outputs = {name: _spec(item) for name, item in self.session.outputs.items()}
         self._max_rows = max_rows

@@ -23,6 +23,7 @@ class Settings:
         name: What the base is called; by default its file's name without the suffix.
         replicas: How many copies of the model run.
         threads: How many threads, and CPUs of Ray, each of them has.
+        provider: The execution provider that they run on, such as `cuda`; by default the CPU.
         max_adapters: How many adapters a replica keeps loaded.
         batching: Whether concurrent requests are joined into batches.
         batch_axis: Which axis the batch is, where its symbolic dimension does not say.
@@ -39,6 +40,7 @@ class Settings:
     name: str = ""
     replicas: int = 1
     threads: int = 1
+    provider: str = ""
     max_adapters: int = 32
     batching: bool = True
     batch_axis: int | None = None

@@ -183,3 +183,10 @@ def test_what_the_model_cannot_take_is_refused_before_it_runs(
     batcher = make(tmp_path, batch_axis=0, max_rows=10)
     with pytest.raises(RequestError, match=message):
         batcher.check(feeds, dict.fromkeys(feeds, datatype), outputs)
+
+
+def test_a_server_takes_a_provider_and_refuses_one_that_is_not_here(tmp_path: Path) -> None:
+    path = str(adapted_file(tmp_path))
+    assert Batcher(path, provider="cpu").inputs
+    with pytest.raises(RunError, match="no execution provider 'cudda'"):
+        Batcher(path, provider="cudda")
