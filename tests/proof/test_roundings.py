@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -58,3 +60,33 @@ def test_a_run_that_gives_no_number_where_others_do_widens_and_narrows_nothing()
     got = [{"y": np.array([1.05, 2.05])}]
     assert beyond([*known, broken], got) == beyond(known, got)
     assert beyond([*known, broken], got).within
+
+
+def test_the_largest_number_of_a_mask_stays_when_weights_move_by_rounding() -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    g (float16[n,4] x) => (float16[n,4] y) { y = Add(x, mask) }""")
+    mask = np.array([0, np.finfo(np.float16).min, 1, -np.inf], np.float16)
+    proto.graph.initializer.append(numpy_helper.from_array(mask, "mask"))
+    moved = [perturbed(Model(proto), seed).proto.graph.initializer[0] for seed in range(8)]
+    values = np.array([numpy_helper.to_array(tensor) for tensor in moved])
+    assert (values[:, [0, 3]] == mask[[0, 3]]).all()
+    assert np.isfinite(values[:, 1]).all()
+    assert len(set(values[:, 2])) > 1
+    assert np.abs(values[:, 2] - 1).max() < 3e-3
+
+
+def test_a_rounding_that_is_not_finite_explains_nothing() -> None:
+    one, two, broken = ([{"y": np.array([v, 1.0])}] for v in (1.0, 1.5, np.nan))
+    assert beyond([one, two, broken], [{"y": np.array([1.9, 1.0])}]).within
+    assert not beyond([one, two, broken], [{"y": np.array([2.1, 1.0])}]).within
+    assert not beyond([one, two], broken).within
+
+
+def test_codes_are_those_of_some_rounding_and_amounts_lie_near() -> None:
+    one, two = ([{"y": np.array([v, 7])}] for v in (1, 9))
+    assert beyond([one, two], [{"y": np.array([9, 7])}]).within
+    assert not beyond([one, two], [{"y": np.array([5, 7])}]).within
+    assert not beyond([one, two], [{"y": np.array([[9, 7]])}]).within
+    small = [[{"y": np.array([v, 7], np.uint8)}] for v in (1, 2)]
+    assert beyond(small, [{"y": np.array([1, 8], np.uint8)}]).within
+    assert not beyond(small, [{"y": np.array([1, 9], np.uint8)}]).within
