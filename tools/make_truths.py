@@ -8,7 +8,7 @@ PyTorch model, and the answer is the output of the whole model, in float64. Each
     <case>.npz    ``x``, ``down`` ``(width, r)``, ``up`` ``(r, width)``, and PyTorch's
                   answers ``base`` and ``adapted``
 
-and the tests' table (``tests/test_truths.py``) says what each case is for. To make the
+and the tests' table (``tests/house/test_truths.py``) says what each case is for. To make the
 environment and run the script, from the root of the repository::
 
     python -m venv /tmp/truths

@@ -165,7 +165,8 @@ def _saturation(
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)
     if not adapters or not quantizers_behind(index_model(opened), slots):
-        return {}
+        idle = "nothing was run: that takes an adapter, and a slot whose value is quantised "
+        return {model: [f"{idle}with a calibrated range"]} if inputs or provider else {}
     try:
         feeds = inputs_for(oa.remove(opened), inputs or None, providers=providers)
     except UnprovableError as error:

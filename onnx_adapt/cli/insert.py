@@ -218,6 +218,8 @@ def _refuse_conflicts(ctx: click.Context) -> None:
         _refuse_idle(ctx, "--adapter", _ONLY_WITH_AFTER)
     if ctx.params["batched"]:
         _refuse_idle(ctx, "--batched", _NOT_WITH_BATCHED)
+    if ctx.params["no_verify"]:
+        _refuse_idle(ctx, "--no-verify", ("inputs", *(() if calibrate else ("provider",))))
 
 
 def _refuse_idle(ctx: click.Context, given: str, names: Sequence[str]) -> None:

@@ -68,12 +68,12 @@ def show_inserted(
             f"note: {base.label} is not encoded as protobuf encodes it; removing the slots "
             "gives the same model, but not the same bytes"
         )
-    _tell_ranges(warnings, widened)
+    _tell_ranges(warnings, widened, calibrated=calibrated)
     for file in weights:
         say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
 
 
-def _tell_ranges(warnings: Sequence[str], widened: Sequence[str]) -> None:
+def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated: bool) -> None:
     """Print which ranges of a quantised model were widened, or may be too narrow."""
     from onnx_adapt.proof.result import CALIBRATE
 
@@ -85,5 +85,7 @@ def _tell_ranges(warnings: Sequence[str], widened: Sequence[str]) -> None:
         )
     if warnings:
         say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
+    if calibrated and not widened:
+        say("note: no range was widened; all hold the adapter's values already")
     if widened:
         say(f"widened the ranges of {count(len(widened), 'QuantizeLinear node')}")

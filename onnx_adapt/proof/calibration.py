@@ -6,6 +6,7 @@ they exceed are changed, and the new range always contains the old one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.ranges import Change, widen_ranges
 from onnx_adapt.edit.remove import remove
+from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model.file import Model
@@ -27,6 +29,8 @@ from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import ProviderArgument, proof_providers
 from onnx_adapt.proof.saturation import switched_on
 from onnx_adapt.proof.unsaturated import Ends, Seen, observe, ranges_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ def calibrate(
     """Widen the ranges of a quantised model with slots so that they hold an adapter's values.
 
     Only the ranges of QuantizeLinear nodes behind slots that the values leave are changed;
-    `remove` brings the old ones back. A model without such ranges is returned as it is.
+    `remove` brings the old ones back. A range that cannot be changed is logged as a warning.
+    The model is returned as it is if the ranges hold the values already.
 
     Args:
         model: The model with slots; it is left as it was.
@@ -58,6 +63,7 @@ def calibrate(
     Raises:
         AdapterError: If the adapter does not fit.
         RunError: If the model does not run with these inputs.
+        SlotError: If no value of a slot is quantised with a calibrated range.
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
@@ -74,7 +80,10 @@ def calibrate(
     off = neutral_model(model)
     ranges = ranges_of(off, required_manifest(model).slots, feeds, providers)
     if ranges is None:
-        return model
+        raise SlotError(
+            f"{model.label} has no slot whose value is quantised with a calibrated range",
+            hint="there is nothing to widen; leave the calibration out",
+        )
     on = switched_on(model, adapter)
     runs = [(off, False), (on, False), (on, True)]  # rounding moves values out as well
     sides = [
@@ -86,8 +95,14 @@ def calibrate(
     index = index_model(model)
     changes: list[Change] = []
     for quantizer, ends, *seen in zip(ranges.quantizers, ranges.ends, *sides, strict=True):
-        wider = None if quantizer.refused else _wider(quantizer, ends, seen)
-        if wider is not None:
+        wider = _wider(quantizer, ends, seen)
+        if wider is not None and quantizer.refused:
+            _log.warning(
+                "the range of %r is too narrow and cannot be widened: %s",
+                quantizer.name,
+                quantizer.refused,
+            )
+        elif wider is not None:
             changes += _changes(index, quantizer, wider)
     return widen_ranges(model, changes) if changes else model
 

@@ -81,6 +81,12 @@ class _SlotTaps:
     output: Tap
     plus: Tap
 
+    @property
+    def names(self) -> list[str]:
+        """The outputs to ask for."""
+        taps = (self.target, self.source, self.output, self.plus)
+        return list({name: None for tap in taps for name in (tap.values, tap.shapes)})
+
 
 class Probe:
     """The adapted model with its slots swappable and its sites readable.
@@ -164,33 +170,33 @@ class Probe:
         if any(not _is_neutral(weights) for weights in self._own.values()):
             for item in feeds:
                 self._compare(item, self._own, found)
-        self._compare_alone(feeds, found)
         return found
-
-    def _compare_alone(self, feeds: Sequence[Feeds], found: Mapping[str, Measurement]) -> None:
-        """Measure slots that read values that are not finite once more, with all others off.
-
-        Random weights of the slots before them may cause such values, by the root of a
-        negative number or by overflow. Alone, a slot reads what the base computes.
-        """
-        for slot in self._slots:
-            if found[slot.name].deviation.unjudged:
-                for number, item in enumerate(feeds):
-                    weights = self._random(slot, self._size(slot, 1), number)
-                    self._compare(item, {slot.name: weights}, found)
 
     def _size(self, slot: Slot, turn: int) -> int:
         return slot.bottleneck or _SIZES[turn % len(_SIZES)]
 
-    def effect(self, slot: Slot, feeds: Sequence[Feeds]) -> float:
-        """How far the outputs move when one slot alone is on; 0 if nothing moves."""
+    def effect(self, slot: Slot, feeds: Sequence[Feeds], seen: Measurement) -> float:
+        """How far the outputs move when one slot alone is on; 0 if nothing moves.
+
+        A slot that read values that are not finite is measured here once more. Random weights
+        of the slots before it may cause such values, by the root of a negative number or by
+        overflow. Alone, a slot reads what the base computes.
+
+        Args:
+            slot: The slot.
+            feeds: The inputs, in the order of `measure`.
+            seen: What was measured at the slot so far.
+        """
+        taps = self._taps[slot.name] if seen.deviation.unjudged else None
         moved = 0.0
         for strength in _STRENGTHS:
             for number, item in enumerate(feeds):
-                weights = self._random(slot, slot.bottleneck or _SIZES[1], number, strength)
+                weights = self._random(slot, self._size(slot, 1), number, strength)
                 fed = {**item, **_as_feeds(slot, weights)}
-                got = self._runner.run(fed, self._outputs)
+                got = self._runner.run(fed, [*self._outputs, *(taps.names if taps else ())])
                 moved = max(moved, movement(self._still[number], got))
+                if taps:
+                    self._judge(slot, got, weights, seen)
             if moved:
                 break
         return moved
@@ -201,32 +207,28 @@ class Probe:
         weights: Mapping[str, Mapping[str, Array]],
         found: Mapping[str, Measurement],
     ) -> None:
-        slots = [slot for slot in self._slots if slot.name in weights]
         fed = dict(item)
-        for slot in slots:
+        for slot in self._slots:
             fed.update(_as_feeds(slot, weights[slot.name]))
         got = self._runner.run(fed)
-        for slot in slots:
-            seen = found[slot.name]
-            reached, now = self._deviation(slot, got, weights[slot.name])
-            seen.deviation |= now
-            for part in slot.parts if reached else ():
-                axis, value = bottleneck_axis(slot, part), weights[slot.name][part]
-                seen.bottlenecks |= set() if axis is None else {value.shape[axis]}
+        for slot in self._slots:
+            self._judge(slot, got, weights[slot.name], found[slot.name])
 
-    def _deviation(
-        self, slot: Slot, got: Values, weights: Mapping[str, Array]
-    ) -> tuple[bool, Deviation]:
-        """Whether the slot was computed at all, and how near it was to the formula."""
+    def _judge(
+        self, slot: Slot, got: Values, weights: Mapping[str, Array], seen: Measurement
+    ) -> None:
+        """Add to what was measured how near the slot is to the formula, if it was computed."""
         taps = self._taps[slot.name]
         read = [taps.target, taps.source, taps.output, *([taps.plus] if slot.plus else [])]
-        runs = [
-            run for run in zip(*(tap.read(got) for tap in read), strict=True) if run[0].size
-        ]
-        norm, found = self._norms.get(slot.name), Deviation()
-        for tensors in runs:
-            found |= slot_deviation(slot, tensors, weights, norm)
-        return bool(runs), found
+        runs = zip(*(tap.read(got) for tap in read), strict=True)
+        for tensors in (run for run in runs if run[0].size):
+            seen.deviation |= slot_deviation(
+                slot, tensors, weights, self._norms.get(slot.name)
+            )
+            axes = {part: bottleneck_axis(slot, part) for part in slot.parts}
+            seen.bottlenecks |= {
+                weights[part].shape[axis] for part, axis in axes.items() if axis is not None
+            }
 
     def _random(
         self, slot: Slot, size: int, number: int, strength: float = 1.0

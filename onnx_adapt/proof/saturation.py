@@ -107,8 +107,8 @@ def check_saturation(
         providers: Where the model runs.
 
     Returns:
-        The check, and where more saturates; no check if there is no adapter, or if no
-        range is behind a slot.
+        The check, and where more saturates; no check if there is no adapter, or if the model
+        itself holds it and no range is behind a slot.
     """
     off = neutral_model(adapted)
     if adapter is None and off is adapted:
@@ -116,7 +116,8 @@ def check_saturation(
     on = switched_on(adapted, adapter)
     ranges = ranges_of(off, slots, feeds, providers)
     if ranges is None:
-        return None, ()
+        what = "no value of a slot is quantised with a calibrated range"
+        return None if adapter is None else Check("saturation", True, what), ()
     seen, _ = observe(on, ranges.quantizers, feeds, providers)
     pairs = zip(ranges.quantizers, ranges.ends, ranges.seen, seen, strict=True)
     more = tuple(

@@ -250,7 +250,7 @@ class _Proof:
             measured = probe.measure(self.filled)
             for number, slot in enumerate(self.slots, 1):
                 self.tell(f"turning on slot {number} of {len(self.slots)}")
-                effects[slot.name] = probe.effect(slot, self.filled)
+                effects[slot.name] = probe.effect(slot, self.filled, measured[slot.name])
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)

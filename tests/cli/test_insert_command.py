@@ -267,3 +267,14 @@ def test_a_damaged_manifest_is_an_error_of_every_command(
     ):
         code, _, err = cli(capsys, *args)
         assert (code, err.startswith("error: ")) == (2, True), args
+
+
+@pytest.mark.parametrize("idle", ["--inputs", "--provider"])
+def test_what_only_a_proof_uses_is_refused_without_one(
+    idle: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--inputs": "x.npz", "--provider": "cuda"}[idle]
+    options = ["--after", "first", "--no-verify", idle, given]
+    code, _, err = cli(capsys, "insert", str(base), *options)
+    assert code == 2
+    assert f"{idle} has no effect with --no-verify" in err

@@ -374,3 +374,50 @@ def test_a_widened_range_that_another_tool_took_away_is_damage() -> None:
     broken.proto.graph.initializer.extend(copies)
     with pytest.raises(oa.AdaptError, match="is gone from the model"):
         oa.remove(broken)
+
+
+FLOAT = Path(__file__).parent.parent / "cases" / "peft_bert_lora_default_ts"
+
+
+def test_nothing_to_calibrate_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, given = str(FLOAT / "base.onnx"), str(FLOAT / "inputs.npz")
+    out = tmp_path / "out.onnx"
+    options = ["--adapter", str(FLOAT / "adapter"), "--calibrate", given, "-o", str(out)]
+    code, _, err = cli(capsys, "insert", base, *options)
+    assert code == 2
+    assert "no slot whose value is quantised with a calibrated range" in err
+    assert not out.exists()
+
+
+def test_ranges_that_hold_the_values_already_are_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = model_of(LINE.format(range="s, zp", more=""))
+    onnx.save(base.proto, tmp_path / "base.onnx")
+    adapter = pushed(oa.insert(base, after="h"), 1e-6)
+    oa.save_adapter(adapter, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "in.npz", x=X)
+    named = ["--adapter", str(tmp_path / "a.safetensors")]
+    options = ["--after", "h", *named, "--calibrate", str(tmp_path / "in.npz")]
+    code, out, err = cli(capsys, "insert", str(tmp_path / "base.onnx"), *options, "--json")
+    assert (code, json.loads(out)["widened"]) == (0, [])
+    assert "no range was widened" in err
+
+
+def test_an_adapter_on_a_float_model_has_nothing_to_saturate_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, given = oa.open_model(FLOAT / "base.onnx"), str(FLOAT / "inputs.npz")
+    trained = oa.load_checkpoint(FLOAT / "adapter", base, name="fr")
+    adapted = oa.insert_checkpoint(base, trained)
+    report = oa.verify(base, adapted, adapter=trained.adapter, inputs=given)
+    (check,) = [check for check in report.checks if check.name == "saturation"]
+    assert (check.passed, check.detail[:26]) == (True, "no value of a slot is quan")
+    oa.save_model(adapted, tmp_path / "a.onnx")
+    oa.save_adapter(trained.adapter, tmp_path / "fr.npz")
+    files = [str(tmp_path / "a.onnx"), str(tmp_path / "fr.npz")]
+    code, _, err = cli(capsys, "check", *files, "--inputs", given)
+    assert code == 0
+    assert "nothing was run" in err

@@ -99,8 +99,8 @@ def test_with_an_adapter_the_report_is_verifys_of_the_filled_model(
     trained: tuple[oa.Model, oa.Model, oa.Adapter], bert: Overview
 ) -> None:
     base, adapted, adapter = trained
-    filled = oa.fill(adapted, adapter)
-    assert bert.report == oa.verify(base, filled, inputs=CASE / "inputs.npz")
+    filled, given = oa.fill(adapted, adapter), CASE / "inputs.npz"
+    assert bert.report == oa.verify(base, filled, adapter=adapter, inputs=given)
 
 
 def test_the_page_shows_every_check_and_every_slot_of_the_report(bert: Overview) -> None:
