@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,13 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
-from onnx_adapt.checkpoints.modules.calls import refuse_fused
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
     refuse_other_part,
     refuse_unmapped,
 )
-from onnx_adapt.checkpoints.modules.packed import packed_calls
+from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import plan_replacement
@@ -84,8 +83,7 @@ def load_checkpoint(
     folder = read_folder(Path(path))
     edits = read_edits(folder)
     survey = survey_model(model)
-    refuse_fused(survey, edits)
-    finder: ByName | ByValue = ByName(survey, packed_calls(survey))
+    finder: ByName | ByValue = ByName(survey, packed_layers(survey))
     if base_weights is not None:
         file = Path(base_weights)
         finder = find_by_value(model, survey, read_state_dict(file), file.name)
@@ -147,8 +145,9 @@ def _map(
     folder: Folder, edits: list[Edit], finder: ByName | ByValue, shown: Collection[str]
 ) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
-    wanted = list(dict.fromkeys(edit.module for edit in edits))
     known = finder.known()
+    parts = {edit.module: unpacked(edit.module, known) for edit in edits}
+    wanted = list(dict.fromkeys(part for edit in edits for part in parts[edit.module]))
     head = {key.rpartition(".")[0] for key in folder.head}
     kind = str(folder.config.get("model_type", ""))
     names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
@@ -170,4 +169,21 @@ def _map(
     refuse_unmapped(wanted, names, known, label)
     if not edits:
         raise CheckpointError(f"{folder.path} asks for nothing")
-    return edits, names
+    return [piece for edit in edits for piece in _apart(edit, parts, names, finder)], names
+
+
+def _apart(
+    edit: Edit,
+    parts: Mapping[str, tuple[str, ...]],
+    names: Mapping[str, str],
+    finder: ByName | ByValue,
+) -> Iterator[Edit]:
+    """Cut an edit into those of the modules that the graph has in place of a packed one."""
+    if parts[edit.module] == (edit.module,):
+        yield edit
+        return
+    calls = {module: finder.calls(names[module]) for module in parts[edit.module]}
+    for module, found in calls.items():
+        if not found:
+            raise finder.missing(names[module])
+    yield from unpack(edit, {module: found[0].sizes[1] for module, found in calls.items()})

@@ -57,7 +57,7 @@ def stored(tensor: onnx.TensorProto) -> Weight:
     return Weight(tensor, tuple(tensor.dims), tensor.data_type)
 
 
-_KEEPERS = {"Identity", "Cast", "Transpose", "DequantizeLinear", "Mul"}
+_KEEPERS = {"Identity", "Cast", "Transpose", "Reshape", "DequantizeLinear", "Mul"}
 """Operators that weights are kept behind: exporters and quantisers put them there."""
 
 
@@ -76,6 +76,8 @@ def derived(node: onnx.NodeProto, find: Callable[[str], Weight | None]) -> Weigh
         return weight
     if node.op_type == "Transpose":
         return _transposed(weight, node)
+    if node.op_type == "Reshape":
+        return _reshaped(weight, other) if other else None
     if node.op_type == "Mul":
         return _multiplied(weight, other) if other else None
     if node.op_type == "Cast":
@@ -91,6 +93,21 @@ def _transposed(weight: Weight, node: onnx.NodeProto) -> Weight | None:
     if sorted(order) != axes:
         return None
     return replace(weight, dims=tuple(weight.dims[axis] for axis in order))
+
+
+def _reshaped(weight: Weight, shape: Weight) -> Weight | None:
+    if math.prod(shape.dims) > _MOST_AXES or shape.tensor.data_location:
+        return None
+    sizes = [int(size) for size in onnx.numpy_helper.to_array(shape.tensor).ravel()]
+    if 0 in sizes:
+        return None  # a size of the weight, or none: nobody stores a weight so
+    count, rest = math.prod(weight.dims), math.prod(size for size in sizes if size > 0)
+    dims = tuple(count // max(rest, 1) if size < 0 else size for size in sizes)
+    return replace(weight, dims=dims) if math.prod(dims) == count else None
+
+
+_MOST_AXES = 64
+"""More than any runtime takes; a damaged tensor can have millions."""
 
 
 def _multiplied(weight: Weight, other: Weight) -> Weight | None:

@@ -8,6 +8,7 @@ A tensor between the two is the layer's product without its bias. For example, i
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -34,10 +35,32 @@ _RESCALING = {*_MOVING, "Mul", "DequantizeLinear"}
 _MOST = 16
 
 
+@dataclass(frozen=True, slots=True)
+class FusedBias:
+    """A layer's bias that is added inside a node behind the layer's product.
+
+    Attributes:
+        bias: The tensor of the bias.
+        node: The node that adds it.
+        position: Which of the node's inputs it is.
+    """
+
+    bias: str
+    node: onnx.NodeProto
+    position: int
+
+    def __str__(self) -> str:
+        """Why an adapter after the product is not one after the layer."""
+        label = text(self.node.name) or text(self.node.output[0])
+        return (
+            f"it is before its bias {self.bias!r}, which {label!r} ({self.node.op_type}) adds"
+        )
+
+
 def bias_behind(
     index: ModelIndex, view: GraphView, tensor: str, width: int | None
-) -> str | None:
-    """Where a layer's bias is added, if that is inside a node behind the layer's product.
+) -> FusedBias | None:
+    """Find a layer's bias, if that is added inside a node behind the layer's product.
 
     Args:
         index: The model's index.
@@ -46,7 +69,7 @@ def bias_behind(
         width: Its width.
 
     Returns:
-        The bias and the node in words; None if the tensor has its bias, or there is none.
+        The bias; None if the tensor has its bias, or there is none.
     """
     if width is None or not _is_bare(view, tensor):
         return None
@@ -61,8 +84,7 @@ def bias_behind(
             name = str(node.input[position])
             if not _adds(index, view, name, side, width):
                 return None
-            label = text(node.name) or text(node.output[0])
-            return f"it is before its bias {name!r}, which {label!r} ({node.op_type}) adds"
+            return FusedBias(name, node, position)
         if node.op_type not in _MOVING or not node.output:
             return None
         tensor = node.output[0]

@@ -9,7 +9,8 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
-from onnx_adapt.graph.index import GraphView, TensorType, attribute
+from onnx_adapt.graph.einsum import linear_order
+from onnx_adapt.graph.index import GraphView, TensorType, attribute, text
 from onnx_adapt.graph.liveness import VALUE_FREE
 from onnx_adapt.graph.operators import CHANNELS, OPERATORS, WeightLayout
 from onnx_adapt.slot.manifest import slot_of
@@ -36,10 +37,12 @@ def is_layer(view: GraphView, node: onnx.NodeProto) -> bool:
     if not operator.constant:
         return True
     weight = layer_weight(view, node)
-    if weight is None:
+    if weight is None or text(node.domain) == _BLOCKED:
         return False
     if operator.layout is WeightLayout.TABLE:
         return _is_embedding(view, node, weight)
+    if operator.layout is WeightLayout.BY_EQUATION:
+        return linear_order(node) is not None
     return True
 
 
@@ -49,12 +52,20 @@ def is_module_call(view: GraphView, node: onnx.NodeProto) -> bool:
     return operator is not None and operator.module_call and is_layer(view, node)
 
 
+_BLOCKED = "com.microsoft.nchwc"
+"""ONNX Runtime's convolutions on blocks of channels; no axis of their tensors has channels."""
+
+
 def _is_embedding(view: GraphView, node: onnx.NodeProto, weight: Weight) -> bool:
     by_row = attribute(node, "axis", 0) == 0 and len(weight.dims) >= 2
-    floats = weight.elem_type in FLOATS
-    return (
-        by_row and floats and len(node.input) > 1 and find_weight(view, node.input[1]) is None
-    )
+    found = len(node.input) > 1 and find_weight(view, node.input[1]) is None
+    return by_row and found and holds_features(view, node, weight)
+
+
+def holds_features(view: GraphView, node: onnx.NodeProto, table: Weight) -> bool:
+    """Whether the rows that a node looks up are floats, or become floats right behind it."""
+    after = [reader.op_type for name in node.output for reader in view.readers(name)]
+    return table.elem_type in FLOATS or after == ["DequantizeLinear"]
 
 
 def layer_sizes(view: GraphView, node: onnx.NodeProto) -> tuple[int | None, int | None]:

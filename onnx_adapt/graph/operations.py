@@ -91,6 +91,33 @@ def product(run: NodeRun, *, weight: int, bias: int | None) -> int:
     return 2 * run.made * inner + (run.made if run.has(bias) else 0)
 
 
+def summed_products(run: NodeRun, *, weight: int, bias: int | None) -> int:
+    """An Einsum: all indices together, times the products for each, and one more for a sum."""
+    terms, arrow, result = run.attributes["equation"].replace(" ", "").partition("->")
+    shapes = [given(shape) for shape in run.inputs]
+    named = [
+        item
+        for term, shape in zip(terms.split(","), shapes, strict=True)
+        for item in zip(_labels(term, shape), shape, strict=True)
+    ]
+    sizes: dict[str, int] = {}
+    for name, size in named:  # an axis of 1 is as long as the others
+        sizes[name] = size if sizes.get(name, 1) == 1 else sizes[name]
+    if arrow:
+        kept = set(_labels(result, given(run.outputs[0])))
+    else:  # what is there once, and the axes that have no name
+        every = [name for name, _ in named]
+        kept = {name for name in every if every.count(name) == 1 or name[0] == "."}
+    return math.prod(sizes.values()) * (len(shapes) - 1 + (not kept.issuperset(sizes)))
+
+
+def _labels(term: str, shape: Shape) -> list[str]:
+    """A name for each axis; those of an ellipsis are counted from the right, as numpy's."""
+    before, dots, after = term.partition("...")
+    rest = len(shape) - len(before) - len(after)
+    return [*before, *(f".{i}" for i in range(rest, 0, -1) if dots), *after]
+
+
 def convolution(run: NodeRun, *, weight: int, bias: int | None) -> int:
     """Each output meets the kernel of its channel: `(out, in / groups, places...)`."""
     return run.made * (2 * math.prod(run.input(weight)[1:]) + run.has(bias))

@@ -14,13 +14,14 @@ a bias that an optimiser moved into them (`fused_bias`), and their operations
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import onnx
 
-from onnx_adapt.graph import operations
+from onnx_adapt.graph import einsum, operations
 from onnx_adapt.graph.operations import NodeRun, Operations
 
 LAST, CHANNELS = -1, 1
@@ -31,7 +32,9 @@ class WeightLayout(Enum):
 
     IN_OUT = "(in, out)"
     BY_TRANS_B = "(in, out), or (out, in) where the attribute transB says so"
-    PACKED = "(out, in) in blocks of integers; the attributes K and N are in and out"
+    BY_EQUATION = "(in, out) or (out, in), as the attribute equation says"
+    BLOCKS = "(out, in) in blocks of integers; the attributes K and N are in and out"
+    BNB4 = "(out, in), two numbers of a table of 16 in each byte; K and N are in and out"
     CONV = "(out, in / groups, places...)"
     CONV_TRANSPOSED = "(in, out / groups, places...)"
     TABLE = "(entries, out): rows that are looked up"
@@ -51,6 +54,8 @@ class Operator:
         layout: How the weight is stored, and so how wide the output is.
         data: The input that it computes on; for an embedding the ids.
         axis: The feature axis of the output.
+        weight_scale: The input with the scale of a quantised weight, or None.
+        weight_zero: The input with its zero point, or None.
         bias: The input that may hold a bias, or None.
         bias_add: Whether a constant that a following Add adds is its bias.
         outputs: How many of its outputs, the first ones, are outputs of a layer.
@@ -64,12 +69,19 @@ class Operator:
     layout: WeightLayout
     data: int
     axis: int
+    weight_scale: int | None
+    weight_zero: int | None
     bias: int | None
     bias_add: bool
     outputs: int
     keeps_type: bool
     module_call: bool
     operations: Operations
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it looks rows up in a table."""
+        return self.layout in (WeightLayout.TABLE, WeightLayout.PACKED_TABLE)
 
     @property
     def convolves(self) -> bool:
@@ -92,7 +104,7 @@ class Operator:
             dims: The shape of its weight, () if that is unknown.
         """
         match self.layout:
-            case WeightLayout.PACKED:
+            case WeightLayout.BLOCKS | WeightLayout.BNB4:
                 return _number(node, "K", 0) or None, _number(node, "N", 0) or None
             case WeightLayout.GATES:
                 return None, _number(node, "hidden_size", 0) or None
@@ -107,14 +119,16 @@ class Operator:
             return None, None
         if self.layout is WeightLayout.CONV_TRANSPOSED:
             return dims[0], dims[1] * _number(node, "group", 1)
-        in_out = self.layout is WeightLayout.TABLE or self.is_stored_in_out(node)
+        in_out = self.embeds or self.is_stored_in_out(node)
         reads, makes = dims[-2:] if in_out else (dims[-1], dims[-2])
-        return (reads if len(dims) == 2 else None), makes
+        return (reads if math.prod(dims[:-2]) == 1 else None), makes
 
     def is_stored_in_out(self, node: onnx.NodeProto) -> bool:
         """Whether a node's weight is `(in, out)`, the transpose of PyTorch's."""
         if self.layout is WeightLayout.BY_TRANS_B:
             return not _number(node, "transB", 0)
+        if self.layout is WeightLayout.BY_EQUATION:
+            return einsum.linear_order(node) == "(in, out)"
         return self.layout is WeightLayout.IN_OUT
 
     def count(self, run: NodeRun) -> int:
@@ -136,6 +150,8 @@ _PRODUCT = Operator(
     layout=WeightLayout.IN_OUT,
     data=0,
     axis=LAST,
+    weight_scale=None,
+    weight_zero=None,
     bias=None,
     bias_add=True,
     outputs=1,
@@ -150,6 +166,8 @@ _CONV = Operator(
     layout=WeightLayout.CONV,
     data=0,
     axis=CHANNELS,
+    weight_scale=None,
+    weight_zero=None,
     bias=2,
     bias_add=True,
     outputs=1,
@@ -163,6 +181,8 @@ _LAYER_NORM = Operator(
     layout=WeightLayout.VECTOR,
     data=0,
     axis=LAST,
+    weight_scale=None,
+    weight_zero=None,
     bias=2,
     bias_add=False,
     outputs=1,
@@ -181,6 +201,8 @@ _TABLE = Operator(
     layout=WeightLayout.TABLE,
     data=1,
     axis=LAST,
+    weight_scale=None,
+    weight_zero=None,
     bias=None,
     bias_add=False,
     outputs=1,
@@ -194,6 +216,8 @@ _RECURRENT = Operator(
     layout=WeightLayout.GATES,
     data=0,
     axis=LAST,
+    weight_scale=None,
+    weight_zero=None,
     bias=3,
     bias_add=False,
     outputs=3,
@@ -205,24 +229,36 @@ _RECURRENT = Operator(
 OPERATORS: dict[str, Operator] = {
     "MatMul": replace(_PRODUCT, module_call=True),
     "FusedMatMul": replace(_PRODUCT, layout=WeightLayout.BY_TRANS_B, module_call=True),
-    "MatMulInteger": replace(_PRODUCT, keeps_type=False),
-    "MatMulIntegerToFloat": replace(_PRODUCT, bias=6),
-    "DynamicQuantizeMatMul": replace(_PRODUCT, bias=4),
-    "MatMulNBits": replace(_PRODUCT, layout=WeightLayout.PACKED, bias=5, module_call=True),
-    "MatMulBnb4": replace(_PRODUCT, layout=WeightLayout.PACKED),
+    "Einsum": replace(
+        _PRODUCT,
+        layout=WeightLayout.BY_EQUATION,
+        module_call=True,
+        operations=operations.summed_products,
+    ),
+    "MatMulInteger": replace(_PRODUCT, weight_zero=3, keeps_type=False, module_call=True),
+    "MatMulIntegerToFloat": replace(
+        _PRODUCT, weight_scale=3, weight_zero=5, bias=6, module_call=True
+    ),
+    "DynamicQuantizeMatMul": replace(
+        _PRODUCT, weight_scale=2, weight_zero=3, bias=4, module_call=True
+    ),
+    "MatMulNBits": replace(_PRODUCT, layout=WeightLayout.BLOCKS, bias=5, module_call=True),
+    "MatMulBnb4": replace(_PRODUCT, layout=WeightLayout.BNB4, module_call=True),
     "QLinearMatMul": replace(_PRODUCT, weight=3, bias_add=False, keeps_type=False),
     "Gemm": replace(_GEMM, module_call=True),
-    "FusedGemm": _GEMM,
+    "FusedGemm": replace(_GEMM, module_call=True),
     "GemmFloat8": replace(_GEMM, keeps_type=False),
     "QGemm": replace(_GEMM, weight=3, bias=6, bias_add=False, keeps_type=False),
     "Conv": replace(_CONV, module_call=True),
-    "FusedConv": replace(_CONV, operations=operations.convolution_and_sum),
+    "FusedConv": replace(_CONV, operations=operations.convolution_and_sum, module_call=True),
     "ConvTranspose": replace(
         _CONV,
         layout=WeightLayout.CONV_TRANSPOSED,
         operations=operations.transposed_convolution,
     ),
-    "ConvInteger": replace(_CONV, bias=None, keeps_type=False),
+    "ConvInteger": replace(
+        _CONV, weight_zero=3, bias=None, keeps_type=False, module_call=True
+    ),
     "QLinearConv": replace(_CONV, weight=3, bias=8, bias_add=False, keeps_type=False),
     "NhwcFusedConv": replace(
         _CONV, axis=LAST, bias_add=False, operations=operations.convolution_and_sum

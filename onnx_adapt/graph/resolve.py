@@ -205,7 +205,7 @@ def _module_choices(survey: Survey, path: str) -> list[Choice]:
             _refuse_fused(survey, view, site, path)
             if not site.layer:  # such as the product of integers, rescaled
                 behind = bias_behind(survey.index, view, site.tensor, site.width)
-                site = replace(site, before_bias=behind)
+                site = replace(site, before_bias=str(behind) if behind else None)
             found.append(Choice(site, path))
     return found
 

@@ -19,6 +19,7 @@ from onnx_adapt.graph.index import (
     index_model,
     text,
 )
+from onnx_adapt.graph.layer_calls import LayerCall, float_product, layer_call
 from onnx_adapt.graph.layers import (
     bias_add,
     feature_width,
@@ -87,6 +88,10 @@ class Survey:
         if address in self.by_address:
             return self.by_address[address]
         return _site(self, view, view.producers[tensor], tensor)
+
+    def call(self, view: GraphView, node: onnx.NodeProto) -> LayerCall | None:
+        """The call that a layer's node makes; None if its product is nowhere a float."""
+        return layer_call(view, node, self.slot_outputs.get(view.scope.path, {}))
 
     def on_axis(self, site: Site, axis: int) -> Site:
         """The same place with its features on an axis that the user names."""
@@ -177,7 +182,8 @@ def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
             continue
         outputs = node.output[: OPERATORS[node.op_type].outputs]
         for output in filter(_is_name, outputs):
-            inner = survey.after_slots(path, output)
+            made = float_product(view, node, output) or output
+            inner = survey.after_slots(path, made)
             bias = bias_add(view, node, inner, weight_width(view, node))
             tensor = survey.after_slots(path, bias or inner)
             if tensor not in found:
@@ -235,7 +241,7 @@ def _site(
     )
     behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
     refused = refusal(view, site, known, features)
-    return replace(site, refused=refused, before_bias=behind)
+    return replace(site, refused=refused, before_bias=str(behind) if behind else None)
 
 
 def _checked(given: Features, width: int | None, told: int | None) -> Features:

@@ -18,9 +18,7 @@ from functools import partial
 
 from onnx_adapt.graph.operations import (
     NodeRun,
-    Shape,
     convolution,
-    given,
     normalisation,
     product,
     table_lookup,
@@ -85,33 +83,6 @@ def _pool(run: NodeRun) -> int:
     return run.made * math.prod(window)
 
 
-def _einsum(run: NodeRun) -> int:
-    """All indices together, times the products for each, and one more if they are summed."""
-    terms, arrow, result = run.attributes["equation"].replace(" ", "").partition("->")
-    shapes = [given(shape) for shape in run.inputs]
-    named = [
-        item
-        for term, shape in zip(terms.split(","), shapes, strict=True)
-        for item in zip(_labels(term, shape), shape, strict=True)
-    ]
-    sizes: dict[str, int] = {}
-    for name, size in named:  # an axis of 1 is as long as the others
-        sizes[name] = size if sizes.get(name, 1) == 1 else sizes[name]
-    if arrow:
-        kept = set(_labels(result, given(run.outputs[0])))
-    else:  # what is there once, and the axes that have no name
-        every = [name for name, _ in named]
-        kept = {name for name in every if every.count(name) == 1 or name[0] == "."}
-    return math.prod(sizes.values()) * (len(shapes) - 1 + (not kept.issuperset(sizes)))
-
-
-def _labels(term: str, shape: Shape) -> list[str]:
-    """A name for each axis; those of an ellipsis are counted from the right, as numpy's."""
-    before, dots, after = term.partition("...")
-    rest = len(shape) - len(before) - len(after)
-    return [*before, *(f".{i}" for i in range(rest, 0, -1) if dots), *after]
-
-
 _COUNTS: dict[str, Count] = {
     "TransposeMatMul": partial(product, weight=1, bias=None),
     "GemmFastGelu": partial(product, weight=1, bias=2),
@@ -120,7 +91,6 @@ _COUNTS: dict[str, Count] = {
     "GroupNorm": partial(normalisation(6), weight=1, bias=2),
     "SkipGroupNorm": partial(normalisation(7, 4), weight=1, bias=2),
     "MeanVarianceNormalization": lambda run: 5 * run.made,
-    "Einsum": _einsum,
     "Attention": attention,
     "com.microsoft.Attention": projecting_attention(past=4),
     "QAttention": projecting_attention(past=8),

@@ -81,6 +81,9 @@ class Slot:
             pads and dilations of the down-projection, one after the other; else empty.
         plus: A tensor that is added to the source before anything else, or ''.
         batched: Whether one run can give each row of a batch another adapter.
+        modules: The PyTorch modules that it adapts, where the site computes several side by
+            side, in the order of their columns; else empty.
+        columns: Where the columns of these modules start, and at last where they end.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -106,6 +109,8 @@ class Slot:
     window: tuple[int, ...] = ()
     plus: str = ""
     batched: bool = False
+    modules: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
     extra: Extra = ()
 
     def weight(self, part: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import safetensors.numpy
 from adapter_models import lora, peft_folder, saved_model, two_layers
@@ -15,9 +14,6 @@ from onnx import helper
 from slot_models import cli
 from torch_files import archive, one
 from trained_cases import CASES
-
-import onnx_adapt as oa
-from onnx_adapt.errors import CheckpointError
 
 X = np.random.default_rng(9).standard_normal((3, 4)).astype(np.float32)
 Capture = pytest.CaptureFixture[str]
@@ -285,22 +281,6 @@ def test_an_adapter_of_another_hidden_size_is_refused_with_both_sizes(
     assert "another size" in err
 
 
-@pytest.mark.parametrize(
-    "name", ["ah_bert_seq_bn", "ah_gpt2_lora", "peft_vit_lora", "peft_convnet_lora"]
-)
-def test_a_base_that_onnx_runtime_fused_is_refused_with_the_advice(
-    name: str, tmp_path: Path, capsys: Capture
-) -> None:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    ort.InferenceSession(CASES[name].base, options, providers=["CPUExecutionProvider"])
-    shutil.copytree(CASES[name].adapter, tmp_path / "trained")
-    err = _refused(capsys, tmp_path / "fused.onnx", tmp_path / "trained")
-    assert "optimised for ONNX Runtime" in err
-    assert "as exported, then optimise" in err
-
-
 def test_a_hand_made_fused_layer_is_refused(tmp_path: Path, capsys: Capture) -> None:
     proto = two_layers()
     del proto.graph.node[1:]
@@ -352,16 +332,3 @@ def test_a_broken_model_is_an_error_before_the_checkpoint_is_read(
     onnx.save(two_layers(), tmp_path / "model.onnx")
     (tmp_path / "out").rmdir()
     assert "trained" in _refused(capsys, tmp_path / "model.onnx", folder / "nowhere")
-
-
-@pytest.mark.parametrize(
-    "op_type",
-    ["DecoderMaskedMultiHeadAttention", "PackedMultiHeadAttention", "BiasSplitGelu"],
-)
-def test_every_operator_that_takes_a_bias_in_is_one_that_onnx_runtime_fused(
-    op_type: str,
-) -> None:
-    base = oa.open_model(CASES["ah_bert_seq_bn"].base)
-    base.proto.graph.node.add(op_type=op_type, domain="com.microsoft", output=["fused"])
-    with pytest.raises(CheckpointError, match=f"{op_type}.*stands for several modules"):
-        oa.load_checkpoint(CASES["ah_bert_seq_bn"].adapter, base)

@@ -10,7 +10,7 @@ from sites_models import layers, model
 from slot_models import run
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.modules.calls import call_at, read_bias, read_matrix
+from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix
 from onnx_adapt.graph.layers import is_module_call
 from onnx_adapt.graph.operations import NodeRun
 from onnx_adapt.graph.operators import OPERATORS, Operator, WeightLayout
@@ -60,8 +60,8 @@ def test_a_new_row_can_be_the_call_of_a_module() -> None:
     survey = survey_model(made)
     node = survey.index.main.nodes[0]
     assert is_module_call(survey.index.main, node)
-    call = call_at(survey, survey.index.main, node)
-    assert (call.data, call.weight, call.output) == ("x", "w", "h")
+    call = survey.call(survey.index.main, node)
+    assert (call.source, call.weight, call.output) == ("x", "w", "h")
     assert (call.sizes, call.stored_in_out) == ((4, 6), False)
     stored = {tensor.name: tensor for tensor in made.proto.graph.initializer}
     np.testing.assert_array_equal(read_matrix(made, call), numpy_helper.to_array(stored["w"]))
@@ -85,7 +85,9 @@ def test_a_row_with_a_column_missing_is_an_error() -> None:
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_row_counts_its_operations(op: str) -> None:
-    ran = NodeRun(op, "com.microsoft", {}, ((2, 3, 4),) * 9, ((2, 3, 4),))
+    attributes = {"equation": "abc,abc->abc"} if op == "Einsum" else {}
+    count = 2 if op == "Einsum" else 9
+    ran = NodeRun(op, "com.microsoft", attributes, ((2, 3, 4),) * count, ((2, 3, 4),))
     found = flops(ran)
     assert found is not None
     assert (found == 0) == is_free(op, "com.microsoft")
@@ -95,11 +97,12 @@ def test_every_row_counts_its_operations(op: str) -> None:
 def test_every_layout_tells_the_width_of_what_is_made_or_that_it_cannot(
     layout: WeightLayout,
 ) -> None:
-    attributes = {"K": 12, "N": 6, "hidden_size": 6, "group": 2}
-    node = helper.make_node("Any", ["x"], ["y"], **attributes)
+    attributes = {"K": 12, "N": 6, "hidden_size": 6, "group": 2, "equation": "abk,kj->abj"}
+    node = helper.make_node("Any", ["x", "w"], ["y"], **attributes)
     dims = {
         WeightLayout.IN_OUT: (12, 6),
         WeightLayout.BY_TRANS_B: (12, 6),
+        WeightLayout.BY_EQUATION: (12, 6),
         WeightLayout.CONV: (6, 6, 3),
         WeightLayout.CONV_TRANSPOSED: (12, 3, 3),
         WeightLayout.TABLE: (12, 6),
@@ -115,7 +118,7 @@ def test_the_weight_of_a_transposed_fused_matmul_is_read_as_pytorch_has_it() -> 
     text = "g (float[2,4] x) => (float[2,6] y) {y = com.microsoft.FusedMatMul<transB=1>(x, w)}"
     made = model(text, "w 6 4")
     survey = survey_model(made)
-    call = call_at(survey, survey.index.main, survey.index.main.nodes[0])
+    call = survey.call(survey.index.main, survey.index.main.nodes[0])
     matrix = read_matrix(made, call)
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     np.testing.assert_allclose(run(made, {"x": x})[0], x @ matrix.T)

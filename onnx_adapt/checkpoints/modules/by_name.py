@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import (
-    LayerCall,
-    ParameterInput,
-    call_at,
-    refuse_uncalled,
-)
+from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.packed import PackedLayer
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.index import GraphView, text
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.modules import module_output
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 
+_SHOWN = 3
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
@@ -29,11 +28,11 @@ class ByName:
 
     Attributes:
         survey: The survey of the model.
-        packed: The calls of modules that a node computes together with others.
+        packed: The layers that modules are computed in together with others.
     """
 
     survey: Survey
-    packed: Mapping[str, list[LayerCall]]
+    packed: Mapping[str, list[PackedLayer]]
 
     def known(self) -> list[str]:
         """The paths of all modules that the graph has nodes of."""
@@ -50,9 +49,11 @@ class ByName:
             scopes = self.survey.modules.scopes[path]
             for scope, node in zip(scopes, view.nodes, strict=True):
                 if scope == module and is_module_call(view, node):
-                    found.append(call_at(self.survey, view, node))
-                    _refuse_folded(found[-1], module)
-        found = found or self.packed.get(module, [])
+                    call = self.survey.call(view, node)
+                    if call is not None:
+                        _refuse_folded(call, module)
+                        found.append(call)
+        found = found or [layer.part(module) for layer in self.packed.get(module, ())]
         return found or _calls_by_name(self.survey, module, called)
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
@@ -70,8 +71,15 @@ class ByName:
 
     def missing(self, module: str) -> CheckpointError:
         """The error that says why a module has no calls."""
+        nodes = [
+            self.survey.index.views[path].nodes[i]
+            for path, inside in self.survey.modules.members.get(module, {}).items()
+            for i in inside
+        ]
+        listed = ", ".join(f"{text(n.name)!r} ({n.op_type})" for n in nodes[:_SHOWN])
         return CheckpointError(
-            f"module {module!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it",
+            f"module {module!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it "
+            f"whose product is a float{f'; its nodes are {listed}' if listed else ''}",
             hint="was the model optimised or quantised? insert into it as exported",
         )
 
@@ -99,11 +107,11 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
             if not is_module_call(view, node):
                 continue
-            call = call_at(survey, view, node)
-            bias = OPERATORS[node.op_type].bias
-            inside = [] if bias is None else list(node.input[bias : bias + 1])
-            added = [n for r in view.readers(call.raw) if r.op_type == "Add" for n in r.input]
-            if _weight_name(call) == f"{module}.weight" or f"{module}.bias" in inside + added:
+            call = survey.call(view, node)
+            if call is None:
+                continue
+            named = f"{module}.bias" in _bias_names(survey, call)
+            if named or _weight_name(call) == f"{module}.weight":
                 found.append((call, scope))
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
     own = [
@@ -126,6 +134,16 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for call in [call for call, scope in found if scope is None]:
             _refuse_unsure(call, module)
     return own
+
+
+def _bias_names(survey: Survey, call: LayerCall) -> list[str]:
+    """The tensors that may be the bias of a call: in its node, in an Add, or fused behind."""
+    bias = OPERATORS[call.node.op_type].bias
+    inside = [] if bias is None else list(call.node.input[bias : bias + 1])
+    adds = [node for node in call.view.readers(call.raw) if node.op_type == "Add"]
+    behind = bias_behind(survey.index, call.view, call.output, call.sizes[1])
+    fused = [behind.bias] if behind else []
+    return [*inside, *(name for add in adds for name in add.input), *fused]
 
 
 def _refuse_unsure(call: LayerCall, module: str) -> None:

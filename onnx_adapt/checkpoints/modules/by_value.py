@@ -10,17 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.checkpoints.modules.calls import (
-    LayerCall,
-    ParameterInput,
-    call_at,
-    read_matrix,
-    refuse_uncalled,
-)
+from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
 from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
+from onnx_adapt.checkpoints.modules.weights import read_matrix
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm
 from onnx_adapt.graph.sites import Survey
@@ -148,12 +144,12 @@ def find_by_value(
     kinds: set[np.dtype[Any]] = set()
     for view in survey.index.views.values():
         for node in view.nodes:
-            if is_module_call(view, node):
-                call = call_at(survey, view, node)
-                weight = find_weight(call.view, call.weight)
-                if weight is not None and weight.elem_type in FLOATS:
-                    kinds.add(DTYPES[FLOATS[weight.elem_type]])
-                by_value.setdefault(digest(read_matrix(model, call)), []).append(call)
+            call = survey.call(view, node) if is_module_call(view, node) else None
+            weight = find_weight(call.view, call.weight) if call else None
+            if call is None or weight is None or weight.elem_type not in FLOATS:
+                continue  # of integers no value is that of the file
+            kinds.add(DTYPES[FLOATS[weight.elem_type]])
+            by_value.setdefault(digest(read_matrix(model, call)), []).append(call)
     found, alike, claimed = _calls(by_value, kinds, weights)
     if not claimed:
         raise CheckpointError(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import LayerCall, read_weight
+from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.liveness import VALUE_FREE
 from onnx_adapt.graph.norms import BaseNorm, find_norms

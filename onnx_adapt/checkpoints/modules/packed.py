@@ -1,59 +1,144 @@
-"""Projections that onnxruntime-genai's builder packed into one MatMul.
+"""Modules that one node computes side by side, and checkpoints in which they are one module.
 
-An example: a model of width 64 with 4 heads for queries, 2 for keys and 2 for values, of 16
-numbers each. Its `qkv_proj` is one MatMul with 64 + 32 + 32 = 128 columns, which a
-GroupQueryAttention with `num_heads=4` and `kv_num_heads=2` reads. So 128 columns over
-4 + 2 + 2 heads are 16 a head: `q_proj` has the columns 0 to 64, `k_proj` 64 to 96 and `v_proj`
-96 to 128. LoRA on `v_proj` becomes a slot on all 128 columns whose `up` is zero in the first
-96.
+An example: onnxruntime-genai's builder writes a model of width 64 with 4 heads for queries, 2
+for keys and 2 for values, of 16 numbers each, with one MatMul `qkv_proj` of 64 + 32 + 32 = 128
+columns. What reads it tells whose columns they are: a GroupQueryAttention with `num_heads=4`
+and `kv_num_heads=2`, or a Split into 64, 32 and 32. So `q_proj` has the columns 0 to 64,
+`k_proj` 64 to 96 and `v_proj` 96 to 128. LoRA on `v_proj` becomes a slot on all 128 columns
+whose `up` is zero in the first 96.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import accumulate, pairwise
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-import onnx
+import numpy as np
 
-from onnx_adapt.checkpoints.modules.calls import LayerCall, call_at
-from onnx_adapt.graph.index import attribute
-from onnx_adapt.graph.layers import is_module_call, weight_width
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.column_spans import column_spans, spans_of
+from onnx_adapt.graph.layer_calls import LayerCall, Packing
+from onnx_adapt.graph.layers import is_module_call
 from onnx_adapt.graph.sites import Survey
 
-_PACKED = "qkv_proj"
+_PACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv": ("q", "k", "v"),
+    "Wqkv": ("Wq", "Wk", "Wv"),
+    "query_key_value": ("query", "key", "value"),
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Names of modules whose columns are those of others, one after the other, and their names."""
 
 
-def packed_calls(survey: Survey) -> dict[str, list[LayerCall]]:
-    """Find the `q_proj`, `k_proj` and `v_proj` inside each `qkv_proj`, by module path.
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A layer that computes several modules side by side.
 
-    How many columns belong to each follows from the heads of the attention that reads them.
+    Attributes:
+        path: The layer's own module path.
+        call: Its call.
+        modules: The paths of the modules inside, in the order of their columns.
     """
-    found: dict[str, list[LayerCall]] = {}
+
+    path: str
+    call: LayerCall
+    modules: tuple[str, ...]
+
+    def part(self, module: str) -> LayerCall:
+        """The call of one of the modules.
+
+        Raises:
+            CheckpointError: If what reads the layer does not cut it into these modules.
+        """
+        spans, width = column_spans(self.call), self.call.sizes[1]
+        if len(spans) != len(self.modules) or spans[-1][1] != width:
+            cut = ", ".join(f"{start} to {end}" for start, end in spans)
+            raise CheckpointError(
+                f"{self.path!r} has {width} columns for {', '.join(self.modules)}; what reads "
+                f"it takes the columns {cut}, which is not the same",
+                hint="build the model with separate projections (--extra_options "
+                "fuse_qkv=false), or insert into the model as exported",
+            )
+        packing = Packing(self.path, self.modules, (0, *(end for _, end in spans)))
+        return replace(self.call, span=packing.span(module), packing=packing)
+
+
+def packed_layers(survey: Survey) -> dict[str, list[PackedLayer]]:
+    """Find the layers that compute several modules side by side, by the paths of the modules.
+
+    A layer counts as one if it has such a name and its readers cut its columns.
+    """
+    found: dict[str, list[PackedLayer]] = {}
     for path, view in survey.index.views.items():
-        attentions = {
-            node.input[0]: node
-            for node in view.nodes
-            if node.op_type == "GroupQueryAttention" and not any(node.input[1:3])
-        }
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            around, _, leaf = (scope or "").rpartition(".")
-            if leaf != _PACKED or not is_module_call(view, node):
+            around, dot, leaf = (scope or "").rpartition(".")
+            if leaf not in _PACKED or not is_module_call(view, node):
                 continue
-            call = call_at(survey, view, node)
-            attention = attentions.get(call.output)
-            width = weight_width(view, node)
-            if attention is None or width is None:
+            call = survey.call(view, node)
+            if call is None or not column_spans(call):
                 continue
-            for name, span in zip("qkv", _spans(attention, width), strict=False):
-                found.setdefault(f"{around}.{name}_proj", []).append(replace(call, span=span))
+            modules = tuple(f"{around}{dot}{name}" for name in _PACKED[leaf])
+            for module in modules:
+                layer = PackedLayer(scope or "", call, modules)
+                found.setdefault(module, []).append(layer)
     return found
 
 
-def _spans(attention: onnx.NodeProto, width: int) -> list[tuple[int, int]]:
-    queries = attribute(attention, "num_heads", 0)
-    keys = attribute(attention, "kv_num_heads", 0)
-    heads = (queries, keys, keys)
-    if min(heads) < 1 or width % sum(heads):
-        return []
-    size = width // sum(heads)
-    return list(pairwise(accumulate((n * size for n in heads), initial=0)))
+def unpacked(module: str, known: Collection[str]) -> tuple[str, ...]:
+    """The modules that stand for one of a checkpoint in a graph that has them apart.
+
+    Args:
+        module: A module of the checkpoint, such as `layers.0.mlp.gate_up_proj`.
+        known: The modules of the graph.
+
+    Returns:
+        The module itself, or those beside each other that the graph has instead of it.
+    """
+    around, dot, leaf = module.rpartition(".")
+    leaves = {path.rpartition(".")[2] for path in known}
+    names = _PACKED.get(leaf, ())
+    if leaf in leaves or not names or not leaves.issuperset(names):
+        return (module,)
+    return tuple(f"{around}{dot}{name}" for name in names)
+
+
+def unpack(edit: Edit, sizes: Mapping[str, int]) -> Iterator[Edit]:
+    """Cut an edit of a packed module into edits of the modules that a graph has instead.
+
+    All of them read what the packed module reads, so A is theirs too; each has its own rows
+    of B, and of whatever else has a number for each output.
+
+    Args:
+        edit: The edit.
+        sizes: The outputs of each of the modules in the graph.
+
+    Raises:
+        CheckpointError: If they are not as many as the edit is for.
+    """
+    total = sum(sizes.values())
+    for module, (start, end) in zip(sizes, spans_of(list(sizes.values())), strict=True):
+        match edit:
+            case LowRank() if edit.b.shape[0] == total and edit.gate is None:
+                yield replace(
+                    edit,
+                    module=module,
+                    b=edit.b[start:end],
+                    bias=None if edit.bias is None else edit.bias[start:end],
+                    magnitude=None if edit.magnitude is None else edit.magnitude[start:end],
+                )
+            case Scaling(on_input=True):
+                yield replace(edit, module=module)
+            case Scaling() if edit.vector.size == total:
+                yield replace(edit, module=module, vector=np.ravel(edit.vector)[start:end])
+            case Replacement() if edit.value.shape[0] == total:
+                yield replace(edit, module=module, value=edit.value[start:end])
+            case _:
+                raise CheckpointError(
+                    f"{edit.module!r} of the checkpoint does not fit the layers that the "
+                    f"graph has instead of it: {', '.join(sizes)}, with {total} outputs",
+                    hint="is it an adapter for another size of this model?",
+                )

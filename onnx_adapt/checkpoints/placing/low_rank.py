@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank
-from onnx_adapt.checkpoints.modules.calls import LayerCall, read_bias, read_matrix
+from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import attribute
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.site import Site
 from onnx_adapt.slot.form import Form
 
 
@@ -20,6 +22,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     Raises:
         CheckpointError: If the matrices do not fit the layer, or it is of a form not known.
     """
+    _refuse_hidden(edit.module, call)
     a, b = edit.a, edit.b
     window: tuple[int, ...] = ()
     if call.node.op_type == "Gather":
@@ -32,32 +35,68 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
         parts = {"down": a.T, "up": b.T}
     _check_sizes(edit, call, a, b)
     up_axis = 0 if call.node.op_type == "Conv" else 1
-    parts["up"] = call.spread(parts["up"], axis=up_axis) * edit.scale
+    gain = edit.scale * call.alpha
+    parts["up"] = call.spread(parts["up"], axis=up_axis) * gain
     if edit.bias is not None:
-        parts["up_bias"] = call.spread(edit.bias.astype(np.float64)) * edit.scale
+        parts["up_bias"] = call.spread(edit.bias.astype(np.float64)) * gain
     target = placement.survey.site(call.view, call.output)
     if edit.magnitude is not None:
-        scale = call.spread(_dora_scale(placement, edit, call, b), fill=1)
-        shape = [1] * parts["up"].ndim
-        shape[up_axis] = -1
-        parts["up"] = parts["up"] * scale.reshape(shape)
-        parts["scale"] = scale
-        if "up_bias" in parts:
-            parts["up_bias"] = parts["up_bias"] * scale
-        inside = read_bias(placement.model, call)
-        if not edit.scales_bias and inside is not None:
-            parts["up_bias"] = parts.get("up_bias", 0) + (1 - scale) * inside
-        elif not edit.scales_bias:
-            target = placement.survey.site(call.view, call.raw)
+        target = _rescale(placement, edit, call, parts, _dora_scale(placement, edit, call, b))
     if edit.gate is not None:
         if call.node.op_type not in ("MatMul", "FusedMatMul"):
             raise CheckpointError(
                 f"{edit.module!r}: gating needs the sequence axis, which is folded away here"
             )
         parts["gate"], parts["gate_bias"] = edit.gate[0].T, edit.gate[1]
-    source = placement.survey.after_slots(call.view.scope.path, call.data)
+    source = placement.survey.after_slots(call.view.scope.path, call.source)
     form = Form(source=source, source_width=a.shape[1], window=window)
-    placement.add(target, placement.names[edit.module], parts, form)
+    if call.packing is None or edit.gate is not None:
+        placement.add(target, placement.names[edit.module], parts, form)
+    else:
+        placement.add_beside(target, call.packing, parts, form)
+
+
+def _rescale(
+    placement: Placement,
+    edit: LowRank,
+    call: LayerCall,
+    parts: dict[str, Array],
+    scale: Array,
+) -> Site:
+    """Put DoRA's scale into the parts, in place.
+
+    Returns:
+        The tensor to rescale. It is the product alone unless the bias is rescaled with it.
+    """
+    scale = call.spread(scale, fill=1)
+    shape = [1] * parts["up"].ndim
+    shape[0 if call.node.op_type == "Conv" else 1] = -1
+    parts["up"] = parts["up"] * scale.reshape(shape)
+    parts["scale"] = scale
+    if "up_bias" in parts:
+        parts["up_bias"] = parts["up_bias"] * scale
+    if edit.scales_bias:
+        return placement.with_bias(edit.module, call)
+    inside = read_bias(placement.model, call)
+    if inside is None:
+        return placement.survey.site(call.view, call.raw)
+    parts["up_bias"] = parts.get("up_bias", 0) + (1 - scale) * inside
+    return placement.survey.site(call.view, call.output)
+
+
+def _refuse_hidden(module: str, call: LayerCall) -> None:
+    """Refuse a layer whose product is inside its node, or whose input is nowhere a float."""
+    if call.activation:
+        raise CheckpointError(
+            f"module {module!r} has no output of its own: the activation behind it "
+            f"({call.activation}) was fused into node {call.label!r}",
+            hint="insert into the model as it was exported and optimise the result",
+        )
+    if not call.source:
+        raise CheckpointError(
+            f"module {module!r}: node {call.label!r} reads integers that are nowhere floats",
+            hint="insert into the model before it is quantised",
+        )
 
 
 def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
@@ -114,11 +153,6 @@ def _dense(b: Array, groups: int) -> Array:
 
 def _dora_scale(placement: Placement, edit: LowRank, call: LayerCall, b: Array) -> Array:
     """DoRA's scale: magnitude over the norm of the adapted rows (arXiv 2402.09353)."""
-    if call.node.op_type == "MatMulNBits":
-        raise CheckpointError(
-            f"{edit.module!r}: DoRA needs the values of the weight, and they are quantised",
-            hint="insert the adapter into the model in float32 or float16",
-        )
     weight = read_matrix(placement.model, call)
     if call.node.op_type == "Gather":
         weight = weight.T

@@ -6,7 +6,6 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import Bottleneck, Coupling, Edit, LowRank, Scaling
 from onnx_adapt.checkpoints.modules.calls import (
-    LayerCall,
     block_output,
     norm_behind,
     residual_add,
@@ -14,6 +13,7 @@ from onnx_adapt.checkpoints.modules.calls import (
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.slot.form import Form
 
 
@@ -48,9 +48,13 @@ def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None
         )
     if not edit.on_input:
         parts["scale"] = call.spread(parts["scale"], fill=1)
-        placement.add(placement.survey.site(call.view, call.output), name, parts)
+        target = placement.with_bias(edit.module, call)
+        if call.packing is None:
+            placement.add(target, name, parts)
+        else:
+            placement.add_beside(target, call.packing, parts, Form())
         return
-    tensor = placement.survey.after_slots(call.view.scope.path, call.data)
+    tensor = placement.survey.after_slots(call.view.scope.path, call.source)
     readers = call.view.readers(tensor)
     made = call.view.home(tensor)
     alone = len(readers) == 1 and call.span is None
@@ -68,6 +72,7 @@ def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None
 def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -> None:
     module = placement.names[edit.module]
     view = call.view
+    placement.with_bias(edit.module, call)
     output = block_output(placement.survey, call, module)
     target, source, plus, norm, width = output, "", "", "", 0
     if edit.place != "output" or edit.reads != "target":

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from onnx_adapt.checkpoints.modules.calls import LayerCall, ParameterInput
+from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey
@@ -59,6 +61,7 @@ class Placement:
         taken: Names that slots already have.
         slots: The slots so far.
         weights: Their weights, by slot and part.
+        beside: The slots on layers that compute several modules, by what they read and write.
     """
 
     model: Model
@@ -68,6 +71,7 @@ class Placement:
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
+    beside: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def calls(self, module: str) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
@@ -80,6 +84,24 @@ class Placement:
         if not found:
             raise self.finder.missing(path)
         return found
+
+    def with_bias(self, module: str, call: LayerCall) -> Site:
+        """The site of a module's output with its bias.
+
+        Raises:
+            CheckpointError: If an optimiser moved the bias or the activation behind it into
+                one node with others.
+        """
+        site = self.survey.site(call.view, call.output)
+        behind = bias_behind(self.survey.index, call.view, call.output, call.sizes[1])
+        if behind is None and not call.activation:
+            return site
+        why = behind or f"the activation {call.activation} is inside node {call.label!r}"
+        raise CheckpointError(
+            f"module {module!r} has no output of its own in the graph, which this adapter "
+            f"changes: {why}",
+            hint="insert into the model as it was exported and optimise the result",
+        )
 
     def add(
         self, target: Site, name: str, parts: Mapping[str, Array], form: Form = _PLAIN
@@ -116,6 +138,55 @@ class Placement:
         _check_weights(slot, parts, weights)
         self.slots.append(slot)
         self.weights[unique] = weights
+
+    def add_beside(
+        self, target: Site, packing: Packing, parts: Mapping[str, Array], form: Form
+    ) -> None:
+        """Add the weights of one of the modules that a layer computes side by side.
+
+        Modules that read one tensor and write another have one slot, which is called after
+        the layer. Its `down` has the columns of all their projections, one after the other,
+        and its `up` the rows. For example LoRA of rank 4 on `q_proj` and of rank 8 on `v_proj`
+        is a slot of rank 12 on `qkv_proj`.
+
+        Args:
+            target: The place, on the columns of all modules.
+            packing: The modules that the layer computes.
+            parts: The weights by part, on all columns: `up` is zero outside the module's.
+            form: What the slot computes; its parts are those of the weights.
+        """
+        key = (target.address, form.source)
+        first = self.beside.get(key)
+        if first is None:
+            self.add(target, packing.layer, parts, form)
+            slot = self.slots[-1]
+            self.beside[key] = slot.name
+            self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)
+            return
+        at = next(i for i, slot in enumerate(self.slots) if slot.name == first)
+        joined = _joined(self.weights[first], parts)
+        self.slots[at] = replace(self.slots[at], parts=in_order(joined))
+        dtype = DTYPES[target.dtype]
+        self.weights[first] = {
+            part: np.ascontiguousarray(joined[part], dtype) for part in in_order(joined)
+        }
+        _check_weights(self.slots[at], joined, self.weights[first])
+
+
+def _joined(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:
+    """Join the weights of two modules that a layer computes side by side."""
+    joined: dict[str, Array] = {**one, **other}
+    for part in one.keys() & other.keys():
+        match part:
+            case "down":
+                joined[part] = np.concatenate([one[part], other[part]], axis=1)
+            case "up":
+                joined[part] = np.concatenate([one[part], other[part]], axis=0)
+            case "up_bias":  # zero in the columns of other modules
+                joined[part] = one[part] + other[part]
+            case "scale":  # and one there
+                joined[part] = one[part] * other[part]
+    return joined
 
 
 def _check_weights(

@@ -6,11 +6,14 @@ import numpy as np
 import onnx
 
 from onnx_adapt.checkpoints.edits import Replacement
-from onnx_adapt.checkpoints.modules.calls import ParameterInput, read_weight
+from onnx_adapt.checkpoints.modules.calls import ParameterInput
+from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import GraphView
+from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import ReplacementPlan
@@ -109,7 +112,17 @@ def _inputs(placement: Placement, module: str, parameter: str) -> list[Parameter
             found.append(ParameterInput(call.view, call.node, operator.bias, False))
         else:
             found += _added_bias(call.view, call.raw, call.output)
+            found += _fused_bias(placement, call)
     return found or placement.finder.norm_inputs(module, parameter)
+
+
+def _fused_bias(placement: Placement, call: LayerCall) -> list[ParameterInput]:
+    """Where a call's bias is added by a node behind it, if it is the node's only bias."""
+    behind = bias_behind(placement.survey.index, call.view, call.output, call.sizes[1])
+    weight = find_weight(call.view, behind.bias) if behind else None
+    if behind is None or weight is None or weight.dims != (call.sizes[1],):
+        return []
+    return [ParameterInput(call.view, behind.node, behind.position, False)]
 
 
 def _added_bias(view: GraphView, raw: str, output: str) -> list[ParameterInput]:

@@ -149,9 +149,9 @@ def _of_weights(op: str) -> Fact:
     """What the row of an operator with weights says of axes."""
     operator = OPERATORS[op]
     match operator.layout:
-        case WeightLayout.IN_OUT | WeightLayout.BY_TRANS_B:
+        case WeightLayout.IN_OUT | WeightLayout.BY_TRANS_B | WeightLayout.BY_EQUATION:
             return _linear(operator.weight)
-        case WeightLayout.PACKED:
+        case WeightLayout.BLOCKS | WeightLayout.BNB4:
             return Fact(links.product_of_matrices, LAST, strength=Strength.LINEAR)
         case WeightLayout.CONV | WeightLayout.CONV_TRANSPOSED:
             return Fact(axis=channels_last(0) if operator.axis == CHANNELS else LAST)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.graph.layers import holds_features
 from onnx_adapt.graph.layout.links import einsum_letters
 from onnx_adapt.graph.layout.lookup import Lookup, Place, Step, single
 
@@ -92,9 +93,11 @@ def centred(lookup: Lookup, step: Step) -> int | None:
 
 
 def embedded(lookup: Lookup, step: Step) -> int | None:
-    """The last axis, if rows of a table of floats are looked up."""
+    """The last axis, if rows of a table of features are looked up."""
     table = lookup.weight(step, 0)
-    if table is None or table.elem_type not in FLOATS or len(table.dims) != 2:
+    if table is None or len(table.dims) != 2:
+        return None
+    if not holds_features(step.view, step.node, table):
         return None
     rows = step.integer("axis", 0) in (0, -2) and not lookup.weight(step, 1)
     return -1 if rows else None

@@ -1,0 +1,72 @@
+"""Trained checkpoints on bases that ONNX Runtime optimised: PyTorch's outputs, or a reason."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from trained_cases import CASES, Case, run
+
+import onnx_adapt as oa
+from onnx_adapt.errors import CheckpointError
+
+BASIC, EXTENDED, ALL = "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"
+
+
+def _optimised(case: Case, path: Path, level: str) -> Path:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(path)
+    ort.InferenceSession(case.base, options, providers=["CPUExecutionProvider"])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("peft_bert_dora", EXTENDED),  # the biases are in BiasGelu and SkipLayerNormalization
+        ("peft_bert_lora_bias_all", EXTENDED),  # which take trained ones instead
+        ("peft_bert_lora_default_ts", ALL),
+        ("peft_bert_lora_bias_lora_only", ALL),
+        ("ah_bert_lora", EXTENDED),
+        ("ah_gpt2_lora", EXTENDED),
+        ("ah_vit_lora_renamed", EXTENDED),
+        ("ah_bert_seq_bn", BASIC),
+        ("peft_convnet_lora", BASIC),
+        ("peft_llama_lora_ts", ALL),
+    ],
+)
+def test_an_edit_of_layers_that_are_whole_gives_what_pytorch_gives(
+    name: str, level: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    file = _optimised(case, tmp_path / "base.onnx", level)
+    base = oa.open_model(file)
+    checkpoint = oa.load_checkpoint(case.adapter, base)
+    adapted = oa.insert_checkpoint(base, checkpoint)
+    oa.save_model(adapted, tmp_path / "adapted.onnx")
+    feeds = {**case.inputs(), **checkpoint.adapter.feeds()}
+    assert case.distance(run(tmp_path / "adapted.onnx", feeds)) < case.tolerance
+    off, plain = (run(tmp_path / f"{n}.onnx", case.inputs()) for n in ("adapted", "base"))
+    for output, value in plain.items():
+        np.testing.assert_allclose(off[output], value, rtol=0, atol=case.tolerance)
+    oa.save_model(oa.remove(adapted), tmp_path / "removed.onnx")
+    assert (tmp_path / "removed.onnx").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "reason"),
+    [
+        ("peft_bert_lora_all_linear", EXTENDED, "activation behind it .*Tanh"),
+        ("peft_convnet_lora", ALL, "not in the graph: features.0"),
+    ],
+)
+def test_an_edit_inside_a_fused_node_is_refused_by_its_module(
+    name: str, level: str, reason: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base = oa.open_model(_optimised(case, tmp_path / "base.onnx", level))
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        oa.load_checkpoint(case.adapter, base)
+    assert caught.value.hint
