@@ -1,9 +1,9 @@
 """PyTorch module paths in exported graphs.
 
-Each exporter leaves a trace of the module a node came from: torch's dynamo exporter in
-`metadata_props`, the TorchScript exporter (and optimum, and the onnxruntime-genai
-builder) in the node's name. Source of the rules: the exporters' own output for 23
-architectures.
+Each exporter leaves a trace of the module a node came from: torch's dynamo exporter and
+onnxscript's builder (which mobius uses) in `metadata_props`, the TorchScript exporter (and
+optimum, and the onnxruntime-genai builder) in the node's name. Source of the rules: the
+exporters' own output for 23 architectures.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from onnx_adapt.graph.value_numbers import ValueNumbers
 from onnx_adapt.slot.manifest import slot_of
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Whole paths, from the model's '' to the module, and the node's own name at last."""
+_ATTRIBUTE_NAMES = "pkg.onnxscript.name_scopes"
+"""The names of the attributes on the way to the module: `['', 'model', 'layers.0', 'mlp']`."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _LONGEST, _DEEPEST = 1000, 100
 """No module is so far inside others; every one of them gets a path of its own."""
@@ -36,6 +39,8 @@ def module_of(node: onnx.NodeProto) -> str | None:
     """
     entries = {text(entry.key): text(entry.value) for entry in node.metadata_props}
     path = _from_name_scopes(entries.get(_NAME_SCOPES, ""))
+    if path is None:
+        path = _from_attribute_names(entries.get(_ATTRIBUTE_NAMES, ""))
     if path is None:
         path = _from_namespace(entries.get("namespace", ""))
     name = text(node.name)
@@ -52,15 +57,23 @@ def module_of(node: onnx.NodeProto) -> str | None:
 
 
 def _from_name_scopes(value: str) -> str | None:
-    if not value:
-        return None
+    scopes = _read_list(value)
+    return scopes[-2] if scopes is not None and len(scopes) > 1 else None
+
+
+def _from_attribute_names(value: str) -> str | None:
+    names = _read_list(value)
+    return None if names is None else ".".join(filter(None, names))
+
+
+def _read_list(value: str) -> list[str] | None:
+    """Read a list of texts as Python writes it; None if it is something else."""
     try:
-        scopes = ast.literal_eval(value)
+        found = ast.literal_eval(value) if value else None
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    if not isinstance(scopes, list) or len(scopes) < 2 or not isinstance(scopes[-2], str):
-        return None
-    return scopes[-2]
+    texts = isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return found if texts else None
 
 
 def _from_namespace(value: str) -> str | None:

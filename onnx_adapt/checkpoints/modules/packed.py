@@ -10,6 +10,7 @@ whose `up` is zero in the first 96.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.column_spans import column_spans, spans_of
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
-from onnx_adapt.graph.layers import is_module_call
+from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.sites import Survey
 
 _PACKED = {
@@ -70,22 +71,46 @@ class PackedLayer:
 def packed_layers(survey: Survey) -> dict[str, list[PackedLayer]]:
     """Find the layers that compute several modules side by side, by the paths of the modules.
 
-    A layer counts as one if it has such a name and its readers cut its columns.
+    A layer counts as one if its name or that of its weight says so, and its readers cut its
+    columns.
     """
     found: dict[str, list[PackedLayer]] = {}
     for path, view in survey.index.views.items():
         for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            around, dot, leaf = (scope or "").rpartition(".")
-            if leaf not in _PACKED or not is_module_call(view, node):
+            call = survey.call(view, node) if is_module_call(view, node) else None
+            if call is None:
                 continue
-            call = survey.call(view, node)
-            if call is None or not column_spans(call):
-                continue
-            modules = tuple(f"{around}{dot}{name}" for name in _PACKED[leaf])
-            for module in modules:
-                layer = PackedLayer(scope or "", call, modules)
-                found.setdefault(module, []).append(layer)
+            layer = _by_module(scope or "", call) or _by_weight(call)
+            if layer is not None and column_spans(call):
+                for module in layer.modules:
+                    found.setdefault(module, []).append(layer)
     return found
+
+
+def _by_module(path: str, call: LayerCall) -> PackedLayer | None:
+    """The layer of a module whose name says that it is several."""
+    around, dot, leaf = path.rpartition(".")
+    modules = tuple(f"{around}{dot}{name}" for name in _PACKED.get(leaf, ()))
+    return PackedLayer(path, call, modules) if modules else None
+
+
+_CONCATENATED = re.compile(r"(?P<names>.+\.weight(__.+\.weight)+)__axis_0__concat(_t)?")
+
+
+def _by_weight(call: LayerCall) -> PackedLayer | None:
+    """The layer whose weight onnx-ir's optimiser concatenated from those of several.
+
+    It calls it after them: `attn.q_proj.weight__attn.k_proj.weight__axis_0__concat_t`.
+    """
+    weight = find_weight(call.view, call.weight)
+    match = _CONCATENATED.fullmatch(weight.tensor.name) if weight else None
+    if match is None:
+        return None
+    modules = tuple(n.removesuffix(".weight") for n in match["names"].split("__"))
+    around, dot, _ = modules[0].rpartition(".")
+    leaves = tuple(module.rpartition(".")[2] for module in modules)
+    names = {parts: name for name, parts in _PACKED.items()}
+    return PackedLayer(f"{around}{dot}{names.get(leaves, '+'.join(leaves))}", call, modules)
 
 
 def unpacked(module: str, known: Collection[str]) -> tuple[str, ...]:
