@@ -11,7 +11,6 @@ from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.einsum import linear_order
 from onnx_adapt.graph.index import GraphView, TensorType, attribute, text
-from onnx_adapt.graph.liveness import VALUE_FREE
 from onnx_adapt.graph.operators import CHANNELS, OPERATORS, WeightLayout
 from onnx_adapt.slot.manifest import slot_of
 
@@ -169,6 +168,9 @@ def bias_add(
     return add.output[0] if fits else None
 
 
+_RESCALING = ("Cast", "DequantizeLinear", "Mul", "Reshape", "Transpose", "Identity")
+
+
 def float_downstream(view: GraphView, tensor: str) -> str | None:
     """The float tensor an integer tensor is rescaled to: the place an adapter belongs."""
     waiting = deque([tensor])
@@ -177,7 +179,7 @@ def float_downstream(view: GraphView, tensor: str) -> str | None:
             return None
         integer = waiting.popleft()
         for reader in view.readers(integer):
-            outputs = [] if reader.op_type in VALUE_FREE else list(reader.output)
+            outputs = list(reader.output) if reader.op_type in _RESCALING else []
             floats = [name for name in outputs if view.type_of(name).elem_type in FLOATS]
             if floats:
                 after = view.readers(floats[0])

@@ -19,6 +19,8 @@ from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 
 _SHOWN = 3
+_INTEGERS = ("QLinearMatMul", "QLinearConv", "QGemm", "QAttention")
+"""Layers of the QOperator format, whose outputs are integers that others read."""
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
@@ -76,7 +78,17 @@ class ByName:
             for path, inside in self.survey.modules.members.get(module, {}).items()
             for i in inside
         ]
-        listed = ", ".join(f"{text(n.name)!r} ({n.op_type})" for n in nodes[:_SHOWN])
+        integers = [node for node in nodes if node.op_type in _INTEGERS]
+        listed = ", ".join(
+            f"{text(n.name)!r} ({n.op_type})" for n in integers or nodes[:_SHOWN]
+        )
+        if integers:
+            return CheckpointError(
+                f"module {module!r} is computed in integers, and no float tensor of it is in "
+                f"the graph: {listed} reads and makes 8-bit integers",
+                hint="quantise the model in the QDQ format instead of QOperator, or insert "
+                "the adapter into the float model and quantise the result",
+            )
         return CheckpointError(
             f"module {module!r} is in the graph, but no MatMul, Gemm, Conv or Gather of it "
             f"whose product is a float{f'; its nodes are {listed}' if listed else ''}",

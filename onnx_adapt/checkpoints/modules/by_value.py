@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
 from onnx_adapt.checkpoints.modules.weights import read_matrix
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.column_spans import column_spans
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight, is_module_call
@@ -120,6 +121,7 @@ class ByValue:
 #    layout and float32: {digest(const_7): [MatMul_12]}.
 # 2. Every matrix of the file is rounded to each precision that the graph has, and its digest
 #    is looked up: `query` is computed by MatMul_12.
+#    A layer whose readers cut its columns is listed once more for each piece.
 # 3. A layer that two modules claim (equal weights, as when both are still zero) belongs to
 #    neither, and an edit of one of them is refused with the names of both. Only a tied
 #    embedding can be told apart: the Gather is the embedding, and the MatMul is the head.
@@ -149,7 +151,8 @@ def find_by_value(
             if call is None or weight is None or weight.elem_type not in FLOATS:
                 continue  # of integers no value is that of the file
             kinds.add(DTYPES[FLOATS[weight.elem_type]])
-            by_value.setdefault(digest(read_matrix(model, call)), []).append(call)
+            for part in (call, *(replace(call, span=span) for span in column_spans(call))):
+                by_value.setdefault(digest(read_matrix(model, part)), []).append(part)
     found, alike, claimed = _calls(by_value, kinds, weights)
     if not claimed:
         raise CheckpointError(
@@ -192,11 +195,11 @@ def _calls(
         if calls
     }
     own = {module: _of_module(found[module], twins[module], module) for module in twins}
-    owners = Counter(id(call.node) for calls in own.values() for call in calls)
+    owners = Counter((id(call.node), call.span) for calls in own.values() for call in calls)
     single = {
         module: calls
         for module, calls in own.items()
-        if calls and all(owners[id(call.node)] == 1 for call in calls)
+        if calls and all(owners[id(call.node), call.span] == 1 for call in calls)
     }
     alike = {
         module: [other for other in twins[module] if other != module]
