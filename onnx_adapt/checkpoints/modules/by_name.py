@@ -98,7 +98,7 @@ class ByName:
 
 def _refuse_folded(call: LayerCall, module: str) -> None:
     """Refuse a Conv without its name: TorchScript drops it where it folds a BatchNorm in."""
-    if call.node.op_type == "Conv" and _weight_name(call).startswith("onnx::"):
+    if OPERATORS[call.node.op_type].convolves and _weight_name(call).startswith("onnx::"):
         raise CheckpointError(
             f"node {call.node.name!r} of module {module!r} has another weight than the "
             "module: the exporter folded the BatchNorm behind it in",
@@ -155,12 +155,15 @@ def _bias_names(survey: Survey, call: LayerCall) -> list[str]:
     adds = [node for node in call.view.readers(call.raw) if node.op_type == "Add"]
     behind = bias_behind(survey.index, call.view, call.output, call.sizes[1])
     fused = [behind.bias] if behind else []
-    return [*inside, *(name for add in adds for name in add.input), *fused]
+    added = [find_weight(call.view, name) for add in adds for name in add.input]
+    return [*inside, *(weight.tensor.name for weight in added if weight), *fused]
 
 
 def _refuse_unsure(call: LayerCall, module: str) -> None:
     """Refuse a Conv without a scope: a BatchNorm may have changed its weight, not its name."""
-    if call.node.op_type == "Conv" and any(call.node.input[2:]):
+    operator = OPERATORS[call.node.op_type]
+    has_bias = operator.has_bias(call.node) or call.output != call.raw
+    if operator.convolves and has_bias:
         raise CheckpointError(
             f"the graph does not tell whether a BatchNorm was folded into {call.node.name!r}, "
             f"the convolution of module {module!r}",
