@@ -192,12 +192,28 @@ def _weight_name(call: LayerCall) -> str:
     return weight.tensor.name if weight else ""
 
 
+def _refuse_shifted(node: onnx.NodeProto) -> None:
+    """Refuse a norm of onnxruntime-genai's builder, which stores Gemma's weight as 1 + weight.
+
+    It keeps the name of the weight, and calls its nodes `/model/.../LayerNorm`.
+    """
+    if text(node.name).rpartition("/")[2] in ("LayerNorm", "SkipLayerNorm"):
+        raise CheckpointError(
+            f"the builder of onnxruntime-genai made node {text(node.name)!r}, and may have "
+            "added 1 to its weight, so a trained weight cannot replace it",
+            hint="train the adapter without modules_to_save for the norms, or merge the norms "
+            "in PyTorch and build the model again",
+        )
+
+
 def _norm_inputs(
     view: GraphView, nodes: list[onnx.NodeProto], parameter: str
 ) -> list[ParameterInput]:
     """Find a normalisation's weight or bias, in one node or in the Mul and Add of several."""
     position = 1 if parameter == "weight" else 2
     whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
+    for node in whole:
+        _refuse_shifted(node)
     if whole:
         return [ParameterInput(view, node, position, False) for node in whole]
     op = "Mul" if parameter == "weight" else "Add"
