@@ -1,4 +1,4 @@
-"""Write what deployment pipelines make of tiny models, trained adapters, and PyTorch's answers.
+"""Write what deployment pipelines make of tiny models, with adapters and PyTorch's answers.
 
 The files in ``tests/pipelines/`` are made by this script and committed, so that the tests
 need none of the pipelines::

@@ -21,7 +21,7 @@ from onnx_adapt.errors import AdaptError
 
 PAGE = Path(__file__).parents[2] / "docs" / "works-on.md"
 METHODS = ("lora", "lora_all", "dora", "ia3", "bottleneck")
-YES, CALIBRATED, UNTRAINED = "yes", "calibrated", "–"
+YES, CALIBRATED, UNTRAINED = "yes", "calibrated", "n/a"
 REASONS = {
     "several-files": "the graph has none of it",
     "fused-attention": "in the graph",

@@ -12,9 +12,7 @@ from optimum.exporters.onnx import main_export
 from pipelines.architectures import ARCHITECTURES, FRAMES, make
 
 
-def export(
-    name: str, folder: Path, optimize: str | None = None, *, slim: bool = False
-) -> None:
+def export(name: str, folder: Path, level: str | None = None, *, slim: bool = False) -> None:
     """Run `optimum-cli export onnx` on an architecture, and keep the models only."""
     saved, written = folder / "saved", folder / "written"
     make(name).save_pretrained(saved)
@@ -22,7 +20,7 @@ def export(
         os.fspath(saved),
         output=written,
         task=ARCHITECTURES[name].task,
-        optimize=optimize,
+        optimize=level,
         slim=slim,
         do_validation=False,
         library_name="transformers",
