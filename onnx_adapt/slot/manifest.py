@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
 from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
 from onnx_adapt.slot.record import (
@@ -84,6 +85,8 @@ class Slot:
         modules: The PyTorch modules that it adapts, where the site computes several side by
             side, in the order of their columns; else empty.
         columns: Where the columns of these modules start, and at last where they end.
+        weight_shape: The shape of the weight that the slot is on; else empty.
+        readers: The nodes that read that weight, as addresses of their first outputs.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -111,11 +114,18 @@ class Slot:
     batched: bool = False
     modules: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
+    weight_shape: tuple[int, ...] = ()
+    readers: tuple[str, ...] = ()
     extra: Extra = ()
 
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
         return weight_name(self.name, part)
+
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes a weight that nodes read, not what a node makes."""
+        return bool(self.weight_shape)
 
     @property
     def symbol(self) -> str:
@@ -137,44 +147,6 @@ class Slot:
     def inputs(self) -> tuple[str, ...]:
         """The names of all its initializers: its weights and its inputs by row."""
         return tuple(self.weight(part) for part in (*self.parts, *self.row_parts))
-
-
-@dataclass(frozen=True, slots=True)
-class ReplaceableWeight:
-    """A weight of the base that adapters may replace: a trained head, a bias.
-
-    Attributes:
-        name: Its name in the model, and of the input that feeds it.
-        original: The base's name for it.
-        copied: Whether it is a copy, and the original is still there.
-        swappable: Whether it can be fed at inference time.
-        trained: Whether the value in the model is an adapter's, not the base's.
-        extra: Keys of its record that this version does not know, with JSON texts.
-    """
-
-    name: str
-    original: str = absent(SameAs("name"))
-    copied: bool = absent(False)
-    swappable: bool = absent(True)
-    trained: bool = absent(False)
-    extra: Extra = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Widened:
-    """A scale, zero point or bias of the base that was widened for the values of an adapter.
-
-    Attributes:
-        quantizer: Output of the QuantizeLinear whose range was widened.
-        name: The constant that its nodes read now.
-        original: The base's, which is still in the model.
-        extra: Keys of its record that this version does not know, with JSON texts.
-    """
-
-    quantizer: str
-    name: str
-    original: str
-    extra: Extra = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +279,7 @@ _MOST_AXES = 64
 
 def _read_slot(item: dict[str, Any]) -> Slot:
     slot = read_object(Slot, item)
-    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
+    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window, *slot.weight_shape)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
     form = form and len(slot.window) in (0, 5 * (slot.rank - 2))
