@@ -14,6 +14,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
@@ -83,7 +84,8 @@ def load_checkpoint(
     folder = read_folder(Path(path))
     edits = read_edits(folder)
     survey = survey_model(model)
-    finder: ByName | ByValue = ByName(survey, packed_layers(survey))
+    inner = attention_weights(survey, [edit.module for edit in edits])
+    finder: ByName | ByValue = ByName(survey, packed_layers(survey), inner)
     if base_weights is not None:
         file = Path(base_weights)
         finder = find_by_value(model, survey, read_state_dict(file), file.name)

@@ -11,6 +11,10 @@ from onnx_adapt.checkpoints.modules.calls import (
     residual_add,
 )
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
+from onnx_adapt.checkpoints.placing.on_weights import (
+    place_low_rank_on_weights,
+    place_scaling_on_weights,
+)
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
@@ -23,7 +27,12 @@ def place(placement: Placement, edit: Edit) -> None:
     Raises:
         CheckpointError: If the graph has no place for it.
     """
-    if isinstance(edit, LowRank):
+    inner = placement.inner_weights(edit.module)
+    if isinstance(edit, LowRank) and inner:
+        place_low_rank_on_weights(placement, edit, inner)
+    elif isinstance(edit, Scaling) and inner:
+        place_scaling_on_weights(placement, edit, inner)
+    elif isinstance(edit, LowRank):
         for call in placement.calls(edit.module):
             place_low_rank(placement, edit, call)
     elif isinstance(edit, Scaling):
