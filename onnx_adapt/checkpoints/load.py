@@ -24,7 +24,7 @@ from onnx_adapt.checkpoints.modules.names import (
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
-from onnx_adapt.checkpoints.placing.replacing import plan_replacement
+from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
 from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
 from onnx_adapt.dtypes import Array
@@ -98,6 +98,8 @@ def load_checkpoint(
     plans: list[ReplacementPlan] = []
     for edit in edits:
         with name_damage(folder, edit.module):
+            if isinstance(edit, Replacement):
+                edit = as_low_rank(placement, edit) or edit
             if isinstance(edit, Replacement):
                 _replace(placement, edit, plans, replaced)
                 _refuse_replaced(plans[-1], manifest)

@@ -36,7 +36,7 @@ def is_layer(view: GraphView, node: onnx.NodeProto) -> bool:
     if not operator.constant:
         return True
     weight = layer_weight(view, node)
-    if weight is None or text(node.domain) == _BLOCKED:
+    if weight is None or text(node.domain) == BLOCKED:
         return False
     if operator.layout is WeightLayout.TABLE:
         return _is_embedding(view, node, weight)
@@ -51,7 +51,7 @@ def is_module_call(view: GraphView, node: onnx.NodeProto) -> bool:
     return operator is not None and operator.module_call and is_layer(view, node)
 
 
-_BLOCKED = "com.microsoft.nchwc"
+BLOCKED = "com.microsoft.nchwc"
 """ONNX Runtime's convolutions on blocks of channels; no axis of their tensors has channels."""
 
 

@@ -244,7 +244,8 @@ def module_output(modules: ModuleIndex, path: str) -> list[tuple[GraphView, str]
 
 def last_boundary(view: GraphView, inside: Collection[int]) -> str | None:
     """The last float tensor that some nodes hand to the others, or to an output."""
-    nodes = set(inside)
+    # A quantiser calls its nodes after the tensor that they quantise for the next layer.
+    nodes = {i for i in inside if view.nodes[i].op_type != "DynamicQuantizeLinear"}
     for i in sorted(nodes, reverse=True):
         outputs: list[str] = list(view.nodes[i].output)
         for tensor in outputs:

@@ -21,6 +21,7 @@ from onnx_adapt.graph.index import (
 )
 from onnx_adapt.graph.layer_calls import LayerCall, float_product, layer_call
 from onnx_adapt.graph.layers import (
+    BLOCKED,
     bias_add,
     feature_width,
     inherited_type,
@@ -241,6 +242,8 @@ def _site(
     )
     behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
     refused = refusal(view, site, known, features)
+    if text(node.domain) == BLOCKED and node.op_type != "ReorderOutput":
+        refused = "its channels are in blocks, for ONNX Runtime's NCHWc kernels alone"
     return replace(site, refused=refused, before_bias=str(behind) if behind else None)
 
 

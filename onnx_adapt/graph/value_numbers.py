@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import onnx
@@ -10,6 +11,9 @@ from onnx_adapt.errors import ModelFileError
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.payloads import LARGE
 from onnx_adapt.model.tensors import payload_of, read_payload, read_tensor
+
+_QUANTISED = re.compile(r"(?P<name>.+)_(quantized|Bnb4|Q[248])")
+"""How onnxruntime.quantization calls a weight after the one that it quantised."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,8 @@ class ValueNumbers:
     def of(self, tensor: onnx.TensorProto) -> int:
         """The number of a tensor's value."""
         number = self._numbers.get(id(tensor))
+        if number is None and (original := self._original(tensor)) is not None:
+            number = self._numbers[id(tensor)] = self.of(original)
         if number is None:
             alike = self._alike.setdefault(self._beginning(tensor), [])
             twin = next((other for other in alike if self._equal(tensor, other)), None)
@@ -39,6 +45,15 @@ class ValueNumbers:
             self._numbers[id(tensor)] = number
             alike.append(tensor)
         return number
+
+    def _original(self, tensor: onnx.TensorProto) -> onnx.TensorProto | None:
+        """The float tensor that a quantiser made a tensor of, where something else reads it.
+
+        A weight that two layers share through an Identity is quantised for one of them.
+        """
+        match = _QUANTISED.fullmatch(tensor.name)
+        stored = self.model.proto.graph.initializer if match else ()
+        return next((other for other in stored if match and other.name == match["name"]), None)
 
     def _beginning(self, tensor: onnx.TensorProto) -> object:
         """What equal tensors have in common at least, and is cheap to read."""

@@ -382,3 +382,13 @@ def test_a_statically_quantised_layer_is_a_float_layer_with_its_bias() -> None:
     }"""
     made = model(text, "one", "w 4 6 int8", "scales 6", "b 6 int32")
     assert [(s.tensor, s.op, s.width) for s in find_sites(made)] == [("a", "MatMul", 6)]
+
+
+def test_channels_in_blocks_are_no_place_for_an_adapter() -> None:
+    made = model(
+        "g (float[B,8,9,9] x) => (float[B,8,9,9] y) {h = Conv(x, w) y = Relu(h)}", "w 8 8 1 1"
+    )
+    made.proto.graph.node[0].domain = "com.microsoft.nchwc"
+    made.proto.opset_import.add(domain="com.microsoft.nchwc", version=1)
+    assert find_sites(made) == []
+    assert "in blocks" in str(every(made)["h"].refused)

@@ -105,7 +105,7 @@ class ByName:
 
 def _refuse_folded(call: LayerCall, module: str) -> None:
     """Refuse a Conv without its name: TorchScript drops it where it folds a BatchNorm in."""
-    if call.node.op_type == "Conv" and _weight_name(call).startswith("onnx::"):
+    if OPERATORS[call.node.op_type].convolves and _weight_name(call).startswith("onnx::"):
         raise CheckpointError(
             f"node {call.node.name!r} of module {module!r} has another weight than the "
             "module: the exporter folded the BatchNorm behind it in",
@@ -162,12 +162,15 @@ def _bias_names(survey: Survey, call: LayerCall) -> list[str]:
     adds = [node for node in call.view.readers(call.raw) if node.op_type == "Add"]
     behind = bias_behind(survey.index, call.view, call.output, call.sizes[1])
     fused = [behind.bias] if behind else []
-    return [*inside, *(name for add in adds for name in add.input), *fused]
+    added = [find_weight(call.view, name) for add in adds for name in add.input]
+    return [*inside, *(weight.tensor.name for weight in added if weight), *fused]
 
 
 def _refuse_unsure(call: LayerCall, module: str) -> None:
     """Refuse a Conv without a scope: a BatchNorm may have changed its weight, not its name."""
-    if call.node.op_type == "Conv" and any(call.node.input[2:]):
+    operator = OPERATORS[call.node.op_type]
+    has_bias = operator.has_bias(call.node) or call.output != call.raw
+    if operator.convolves and has_bias:
         raise CheckpointError(
             f"the graph does not tell whether a BatchNorm was folded into {call.node.name!r}, "
             f"the convolution of module {module!r}",
@@ -196,12 +199,28 @@ def _weight_name(call: LayerCall) -> str:
     return weight.tensor.name if weight else ""
 
 
+def _refuse_shifted(node: onnx.NodeProto) -> None:
+    """Refuse a norm of onnxruntime-genai's builder, which stores Gemma's weight as 1 + weight.
+
+    It keeps the name of the weight, and calls its nodes `/model/.../LayerNorm`.
+    """
+    if text(node.name).rpartition("/")[2] in ("LayerNorm", "SkipLayerNorm"):
+        raise CheckpointError(
+            f"the builder of onnxruntime-genai made node {text(node.name)!r}, and may have "
+            "added 1 to its weight, so a trained weight cannot replace it",
+            hint="train the adapter without modules_to_save for the norms, or merge the norms "
+            "in PyTorch and build the model again",
+        )
+
+
 def _norm_inputs(
     view: GraphView, nodes: list[onnx.NodeProto], parameter: str
 ) -> list[ParameterInput]:
     """Find a normalisation's weight or bias, in one node or in the Mul and Add of several."""
     position = 1 if parameter == "weight" else 2
     whole = [n for n in nodes if n.op_type in _NORMS and len(n.input) > position]
+    for node in whole:
+        _refuse_shifted(node)
     if whole:
         return [ParameterInput(view, node, position, False) for node in whole]
     op = "Mul" if parameter == "weight" else "Add"

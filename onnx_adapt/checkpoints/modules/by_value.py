@@ -25,6 +25,7 @@ from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight, is_module_call
 from onnx_adapt.graph.norms import BaseNorm
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
 
@@ -257,8 +258,8 @@ def _of_module(calls: list[LayerCall], twins: list[str], module: str) -> list[La
 
     Empty if the names do not tell which of them the module is.
     """
-    embeds = [call for call in calls if call.node.op_type == "Gather"]
-    heads = [call for call in calls if call.node.op_type != "Gather"]
+    embeds = [call for call in calls if OPERATORS[call.node.op_type].embeds]
+    heads = [call for call in calls if not OPERATORS[call.node.op_type].embeds]
     if not embeds or not heads:
         return calls
     if _EMBEDDING.search(module):

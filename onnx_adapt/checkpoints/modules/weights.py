@@ -93,7 +93,9 @@ def _unscaled(model: Model, call: LayerCall) -> Array:
     if weight is None or weight.elem_type in FLOATS:
         return value
     if operator.embeds:
-        return read_weight(model, call.view, call.weight)
+        (after,) = call.view.readers(str(call.node.output[0]))
+        scale, *zeros = (read_weight(model, call.view, name) for name in after.input[1:])
+        return np.asarray((value - (zeros[0] if zeros else 0)) * scale)
     zero = _input(call, operator.weight_zero)
     scales = weight_scales(call)
     if len(scales) != 1:

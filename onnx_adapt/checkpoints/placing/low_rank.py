@@ -12,8 +12,15 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import attribute
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight
+from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.site import Site
 from onnx_adapt.slot.form import Form
+
+_KEEP_ROWS = {
+    *("MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"),
+    *("MatMulBnb4", "DynamicQuantizeMatMul", "Einsum"),
+}
+"""Layers that keep the axes of what they read, where a Gemm reads rows of all positions."""
 
 
 def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None:
@@ -25,16 +32,17 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     _refuse_hidden(edit.module, call)
     a, b = edit.a, edit.b
     window: tuple[int, ...] = ()
-    if call.node.op_type == "Gather":
+    operator = OPERATORS[call.node.op_type]
+    if operator.embeds:
         parts = {"table": a.T, "up": b.T}
-    elif call.node.op_type == "Conv":
+    elif operator.convolves:
         window = _window(call, a)
         b = _dense(b, attribute(call.node, "group", 1))
         parts = {"down": a, "up": b}
     else:
         parts = {"down": a.T, "up": b.T}
     _check_sizes(edit, call, a, b)
-    up_axis = 0 if call.node.op_type == "Conv" else 1
+    up_axis = 0 if operator.convolves else 1
     gain = edit.scale * call.alpha
     parts["up"] = call.spread(parts["up"], axis=up_axis) * gain
     if edit.bias is not None:
@@ -43,7 +51,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     if edit.magnitude is not None:
         target = _rescale(placement, edit, call, parts, _dora_scale(placement, edit, call, b))
     if edit.gate is not None:
-        if call.node.op_type not in ("MatMul", "FusedMatMul"):
+        if call.node.op_type not in _KEEP_ROWS:
             raise CheckpointError(
                 f"{edit.module!r}: gating needs the sequence axis, which is folded away here"
             )
@@ -70,7 +78,7 @@ def _rescale(
     """
     scale = call.spread(scale, fill=1)
     shape = [1] * parts["up"].ndim
-    shape[0 if call.node.op_type == "Conv" else 1] = -1
+    shape[0 if OPERATORS[call.node.op_type].convolves else 1] = -1
     parts["up"] = parts["up"] * scale.reshape(shape)
     parts["scale"] = scale
     if "up_bias" in parts:
@@ -103,7 +111,7 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
     weight = find_weight(call.view, call.weight)
     dims = weight.dims if weight else ()
     fits = (a.shape[1], b.shape[0]) == call.sizes
-    if call.node.op_type == "Conv":
+    if OPERATORS[call.node.op_type].convolves:
         fits = fits and a.shape[2:] == dims[2:]
     if not fits or a.shape[0] != b.shape[1]:
         raise CheckpointError(
@@ -154,7 +162,7 @@ def _dense(b: Array, groups: int) -> Array:
 def _dora_scale(placement: Placement, edit: LowRank, call: LayerCall, b: Array) -> Array:
     """DoRA's scale: magnitude over the norm of the adapted rows (arXiv 2402.09353)."""
     weight = read_matrix(placement.model, call)
-    if call.node.op_type == "Gather":
+    if OPERATORS[call.node.op_type].embeds:
         weight = weight.T
     flat = weight.reshape(weight.shape[0], -1)
     groups = attribute(call.node, "group", 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.edits import Replacement
+from onnx_adapt.checkpoints.edits import LowRank, Replacement
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
-from onnx_adapt.checkpoints.modules.weights import read_weight
+from onnx_adapt.checkpoints.modules.weights import read_matrix, read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
@@ -19,6 +21,8 @@ from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.base_changes import ReplaceableWeight
+
+_log = logging.getLogger(__name__)
 
 
 def plan_replacement(placement: Placement, edit: Replacement) -> tuple[ReplacementPlan, Array]:
@@ -37,6 +41,10 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     first = inputs[0]
     current = read_weight(placement.model, first.view, first.tensor)
     value = edit.value.T if first.transposed else edit.value
+    if edit.parameter == "bias" and value.size == current.size == max(
+        current.shape, default=1
+    ):
+        value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
     if value.shape != current.shape:
         raise CheckpointError(
             f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
@@ -63,6 +71,38 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     )
     readers = tuple((i.view.scope.path, i.index, i.position) for i in inputs)
     return ReplacementPlan(weight, default, readers), np.ascontiguousarray(value, dtype)
+
+
+def as_low_rank(placement: Placement, edit: Replacement) -> LowRank | None:
+    """A trained weight as what it adds to the base's, where that cannot be replaced.
+
+    That is so where the base's is quantised, or packed with those of other modules: for
+    example a classifier of 3 classes becomes LoRA of rank 3 with A = trained - base.
+
+    Returns:
+        The edit; None if the weight can be replaced, or is of another shape.
+    """
+    if edit.parameter != "weight" or edit.value.ndim != 2:
+        return None
+    module = placement.names[edit.module]
+    for call in placement.finder.calls(module, called=False):
+        weight = find_weight(call.view, call.weight)
+        if weight is not None and weight.elem_type in FLOATS and call.span is None:
+            return None
+        base = read_matrix(placement.model, call)
+        if base.shape != edit.value.shape:
+            return None
+        added = edit.value.astype(np.float64) - base
+        if OPERATORS[call.node.op_type].embeds:
+            added = added.T
+        makes, reads = added.shape
+        a, b = (added, np.eye(makes)) if makes <= reads else (np.eye(reads), added)
+        _log.warning(
+            "%r: its weight in the graph is %s, so the trained one is a slot of rank %d",
+            *(module, "quantised" if call.span is None else "packed with others", len(a)),
+        )
+        return LowRank(edit.module, a, b, 1.0)
+    return None
 
 
 def _elem_type(item: ParameterInput) -> int:
