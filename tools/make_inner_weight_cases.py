@@ -193,6 +193,9 @@ EXPORTERS |= {"optimised": export_optimised, "extended": export_extended}
 
 BERT = (bert_inputs, TEXT_AXES, LOGITS)
 
+EXPERTS = {"loop": "torchscript", "bmm": "dynamo", "einsum": "torchscript"}
+"""Forms of the experts, each with one exporter."""
+
 BASES = {
     "bert_optimised": Base(build_bert, *BERT, "optimised"),
     "bert_extended": Base(build_bert, *BERT, "extended"),
@@ -204,11 +207,10 @@ BASES = {
     "mixtral_dynamo": Base(build_mixtral, text_inputs, TEXT_AXES, TOKEN_LOGITS),
     "olmoe_dynamo": Base(build_olmoe, text_inputs, TEXT_AXES, TOKEN_LOGITS),
     **{
-        f"experts_{form}_{exporter}": Base(
+        f"experts_{form}": Base(
             lambda form=form: Mixture(form), series_inputs, SERIES, LOGITS, exporter
         )
-        for form in ("loop", "bmm", "einsum")
-        for exporter in ("torchscript", "dynamo")
+        for form, exporter in EXPERTS.items()
     },
 }
 
@@ -250,12 +252,12 @@ CASES = {
         std=0.15,
     ),
     **{
-        f"{kind}_{name}": Case(f"recurrent_{exporter}", on_parameters(*targets), said, std=1.5)
+        f"{kind}_{name}": Case(f"recurrent_{exporter}", on_parameters(*targets), said, std=std)
         for kind, exporter in (("recurrent", "dynamo"), ("recurrent_ts", "torchscript"))
-        for name, targets, said in (
-            ("lstm", LSTM, "target_parameters of an LSTM in both directions"),
-            ("gru", GRU, "target_parameters of a GRU, whose two weights have one shape"),
-            ("all", (*LSTM, *GRU, "head.weight"), "parameters of three modules"),
+        for name, targets, said, std in (
+            ("lstm", LSTM, "target_parameters of an LSTM in both directions", 1.5),
+            ("gru", GRU, "target_parameters of a GRU, whose two weights have one shape", 0.8),
+            ("all", (*LSTM, *GRU, "head.weight"), "parameters of three modules", 0.5),
         )
     },
     "mixtral_experts": Case(
@@ -276,15 +278,21 @@ CASES = {
         "experts with a square weight, whose shape does not tell its orientation",
     ),
     **{
-        f"experts_{form}_{exporter}": Case(
-            f"experts_{form}_{exporter}",
+        f"experts_{form}": Case(
+            f"experts_{form}",
             on_parameters("experts.up_proj", "experts.down_proj"),
             f"stacked experts: {form}",
             std=0.4,
         )
-        for form in ("loop", "bmm", "einsum")
-        for exporter in ("torchscript", "dynamo")
+        for form in ("bmm", "einsum")
     },
+    "experts_loop": Case(
+        "experts_loop",
+        on_parameters("experts.up_proj", "experts.down_proj"),
+        "experts whose stack the exporter cut into pieces; --base-weights tells which is which",
+        reason="'experts.up_proj' [3, 12, 20] was not found",
+        std=0.4,
+    ),
 }
 
 

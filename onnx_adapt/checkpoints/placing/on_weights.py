@@ -1,4 +1,4 @@
-"""Place LoRA, DoRA and IA3 on weights inside operators.
+"""Place LoRA, DoRA and IA3 on weights inside operators, and LoRA on parameters.
 
 An example. `value` is the columns 128 to 192 of an Attention's weight `(64, 192)`. Its LoRA
 of rank 4 becomes a slot with `down` `(64, 4)`, which is the transpose of A, and `up`
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import LowRank, Scaling
+from onnx_adapt.checkpoints.edits import LowRank, ParameterLowRank, Scaling
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
+from onnx_adapt.checkpoints.modules.parameters import recurrent_weights, stacked_weights
 from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import FLOATS, Array
@@ -73,6 +74,33 @@ def place_scaling_on_weights(
             parts = {"scale": _spread(edit.vector, target, weight, fill=1)}
             name = f"{weight.name}.bias" if bias else weight.name
             placement.add_on_weight(target, name, parts, weight.packing, apart=False)
+
+
+def place_parameter(placement: Placement, edit: ParameterLowRank) -> None:
+    """Make the slots that LoRA on a parameter of a module asks for.
+
+    Raises:
+        CheckpointError: If the graph has no such parameter, or one of another shape.
+    """
+    module, survey = placement.names[edit.module], placement.survey
+    groups, computes, _ = edit.up.shape
+    if groups == 1 and (inner := recurrent_weights(survey, module, edit.parameter)):
+        path = f"{edit.module}.{edit.parameter}"
+        single = LowRank(path, edit.down[0], edit.up[0], edit.scale)
+        place_low_rank_on_weights(placement, single, inner)
+        return
+    shape = (groups, computes, edit.down.shape[2])
+    known = edit.sums_over_input
+    inner = stacked_weights(survey, module, edit.parameter, shape, known=known)
+    for target, weight in _targets(placement, edit.module, inner, bias=False):
+        downs, ups = (edit.up, edit.down)
+        if weight.in_out:
+            downs, ups = (np.swapaxes(each, 1, 2) for each in (edit.down, edit.up))
+        parts = {
+            "down": np.concatenate(list(downs), axis=0),
+            "up": np.concatenate(list(ups), axis=1) * edit.scale,
+        }
+        placement.add_on_weight(target, weight.name, parts, None, apart=False)
 
 
 def _targets(

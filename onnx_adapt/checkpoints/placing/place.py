@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import Bottleneck, Coupling, Edit, LowRank, Scaling
+from onnx_adapt.checkpoints.edits import (
+    Bottleneck,
+    Coupling,
+    Edit,
+    LowRank,
+    ParameterLowRank,
+    Scaling,
+)
 from onnx_adapt.checkpoints.modules.calls import (
     block_output,
     norm_behind,
@@ -13,6 +20,7 @@ from onnx_adapt.checkpoints.modules.calls import (
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
 from onnx_adapt.checkpoints.placing.on_weights import (
     place_low_rank_on_weights,
+    place_parameter,
     place_scaling_on_weights,
 )
 from onnx_adapt.checkpoints.placing.placement import Placement
@@ -27,6 +35,9 @@ def place(placement: Placement, edit: Edit) -> None:
     Raises:
         CheckpointError: If the graph has no place for it.
     """
+    if isinstance(edit, ParameterLowRank):
+        place_parameter(placement, edit)
+        return
     inner = placement.inner_weights(edit.module)
     if isinstance(edit, LowRank) and inner:
         place_low_rank_on_weights(placement, edit, inner)
