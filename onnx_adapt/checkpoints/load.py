@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
@@ -88,13 +89,13 @@ def load_checkpoint(
     folder = read_folder(Path(path))
     edits = read_edits(folder)
     identity = fingerprint(model)
-    survey, finder = _look(model, base_weights)
+    survey, finder = _look(model, base_weights, edits)
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
     manifest = read_manifest(model.proto)
     fused = fused_nodes(survey, finder, names, edits)
     if fused:
         model, _ = unfuse(model, fused)
-        survey, finder = _look(model, base_weights)
+        survey, finder = _look(model, base_weights, edits)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     placement = Placement(model, survey, finder, names, taken)
@@ -122,12 +123,13 @@ def load_checkpoint(
 
 
 def _look(
-    model: Model, base_weights: str | os.PathLike[str] | None
+    model: Model, base_weights: str | os.PathLike[str] | None, edits: Iterable[Edit]
 ) -> tuple[Survey, ByName | ByValue]:
     """Survey a model, and decide how its modules are found."""
     survey = survey_model(model)
     if base_weights is None:
-        return survey, ByName(survey, packed_layers(survey))
+        inner = attention_weights(survey, [edit.module for edit in edits])
+        return survey, ByName(survey, packed_layers(survey), inner)
     file = Path(base_weights)
     return survey, find_by_value(model, survey, read_state_dict(file), file.name)
 

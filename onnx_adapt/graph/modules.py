@@ -58,6 +58,15 @@ def module_of(node: onnx.NodeProto) -> str | None:
     return path
 
 
+def module_of_tensor(name: str) -> str | None:
+    """The path of the module that a tensor's name tells, or None.
+
+    TorchScript's exporter names tensors after the nodes that make them, and an optimiser keeps
+    the names of tensors where it replaces nodes.
+    """
+    return _from_node_name(name) if name.startswith("/") else None
+
+
 def _from_name_scopes(value: str) -> str | None:
     scopes = _read_list(value)
     return scopes[-2] if scopes is not None and len(scopes) > 1 else None
