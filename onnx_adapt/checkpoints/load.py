@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from onnx_adapt.checkpoints.modules.names import (
     refuse_unmapped,
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
+from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
@@ -31,7 +32,9 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
-from onnx_adapt.graph.sites import survey_model
+from onnx_adapt.graph.sites import Survey, survey_model
+from onnx_adapt.graph.unfusing import FusedPlace
+from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
@@ -47,6 +50,7 @@ class Checkpoint:
         adapter: The weights.
         slots: The slots, as they are to be inserted.
         replacements: Weights of the base that the adapter replaces.
+        unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
     """
 
@@ -54,6 +58,7 @@ class Checkpoint:
     slots: tuple[Slot, ...]
     replacements: tuple[ReplacementPlan, ...]
     base: str
+    unfused: tuple[FusedPlace, ...] = ()
 
 
 def load_checkpoint(
@@ -83,14 +88,14 @@ def load_checkpoint(
     """
     folder = read_folder(Path(path))
     edits = read_edits(folder)
-    survey = survey_model(model)
-    inner = attention_weights(survey, [edit.module for edit in edits])
-    finder: ByName | ByValue = ByName(survey, packed_layers(survey), inner)
-    if base_weights is not None:
-        file = Path(base_weights)
-        finder = find_by_value(model, survey, read_state_dict(file), file.name)
+    identity = fingerprint(model)
+    survey, finder = _look(model, base_weights, edits)
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
     manifest = read_manifest(model.proto)
+    fused = fused_nodes(survey, finder, names, edits)
+    if fused:
+        model, _ = unfuse(model, fused)
+        survey, finder = _look(model, base_weights, edits)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     placement = Placement(model, survey, finder, names, taken)
@@ -105,7 +110,7 @@ def load_checkpoint(
                 _refuse_replaced(plans[-1], manifest)
             else:
                 place(placement, edit)
-    identity = manifest.fingerprint if manifest else fingerprint(model)
+    identity = manifest.fingerprint if manifest else identity
     adapter = Adapter(
         name or str(folder.config.get("name") or "") or folder.path.resolve().name,
         placement.weights,
@@ -113,7 +118,20 @@ def load_checkpoint(
         {slot.name: slot.activation for slot in placement.slots},
         identity,
     )
-    return Checkpoint(adapter, tuple(placement.slots), tuple(plans), identity)
+    slots = tuple(placement.slots)
+    return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
+
+
+def _look(
+    model: Model, base_weights: str | os.PathLike[str] | None, edits: Sequence[Edit]
+) -> tuple[Survey, ByName | ByValue]:
+    """Survey a model, and decide how its modules are found."""
+    survey = survey_model(model)
+    if base_weights is None:
+        inner = attention_weights(survey, [edit.module for edit in edits])
+        return survey, ByName(survey, packed_layers(survey), inner)
+    file = Path(base_weights)
+    return survey, find_by_value(model, survey, read_state_dict(file), file.name)
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:

@@ -141,11 +141,13 @@ def bias_add(
     """The output of the Add that gives a layer its bias, or None.
 
     The Add must be the only reader of `tensor`, the layer's output, and its other operand
-    a constant with one entry per feature.
+    a constant with one entry per feature. In a quantised model it can read what
+    QuantizeLinear and DequantizeLinear make of the tensor.
     """
     operator = OPERATORS[node.op_type]
     if not operator.bias_add or operator.has_bias(node):
         return None
+    tensor = _requantised(view, tensor)
     readers = view.readers(tensor)
     if len(readers) != 1 or tensor in view.outputs:
         return None
@@ -166,6 +168,19 @@ def bias_add(
         dims = (1,) * (rank - len(dims)) + dims if len(dims) <= rank else ()
     fits = -len(dims) <= operator.axis < len(dims) and dims[operator.axis] == width
     return add.output[0] if fits else None
+
+
+def _requantised(view: GraphView, tensor: str) -> str:
+    """The tensor after it was quantised and dequantised; itself if nothing does only that."""
+    shown = tensor
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        readers = view.readers(shown)
+        if len(readers) != 1 or readers[0].op_type != op_type or shown in view.outputs:
+            return tensor
+        if readers[0].input[0] != shown or not readers[0].output:
+            return tensor
+        shown = str(readers[0].output[0])
+    return shown
 
 
 _RESCALING = ("Cast", "DequantizeLinear", "Mul", "Reshape", "Transpose", "Identity")

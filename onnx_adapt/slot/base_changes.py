@@ -1,4 +1,4 @@
-"""The records of what is changed of the base itself: replaceable weights, widened ranges."""
+"""Records of what is changed of the base: replaceable weights, wider ranges, fused nodes."""
 
 from __future__ import annotations
 
@@ -42,4 +42,24 @@ class Widened:
     quantizer: str
     name: str
     original: str
+    extra: Extra = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unfused:
+    """A fused node of the base that was written out for the slots.
+
+    Attributes:
+        label: Where it is: the path of its graph, a colon, its first output. The nodes that
+            stand for it are marked with it.
+        op: Its operator.
+        node: The node itself, in hexadecimal.
+        constants: The initializers that were added for it.
+        extra: Keys of its record that this version does not know, with JSON texts.
+    """
+
+    label: str
+    op: str
+    node: str
+    constants: tuple[str, ...] = ()
     extra: Extra = ()

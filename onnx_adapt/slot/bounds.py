@@ -243,4 +243,5 @@ def seen(value: Array, arithmetic: Arithmetic) -> Bounded:
     item = exact(value, arithmetic)
     if not arithmetic.half:
         return item
-    return Bounded(item.value, np.abs(item.value) * arithmetic.unit, arithmetic)
+    off = np.abs(item.value) * arithmetic.unit + arithmetic.least
+    return Bounded(item.value, off, arithmetic)

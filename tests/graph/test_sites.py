@@ -111,6 +111,32 @@ def test_the_bias_may_be_any_kind_of_constant(body: str) -> None:
     assert list(layers(model(text, *constants))) == ["y"]
 
 
+def test_a_bias_is_found_behind_a_calibrated_range_of_the_product() -> None:
+    text = """g (float[B,4] x) => (float[B,4] y) {
+      h = MatMul(x, w)
+      q = QuantizeLinear(h, scale, zero)
+      d = DequantizeLinear(q, scale, zero)
+      y = Add(b, d)
+    }"""
+    assert list(layers(model(text, "w 4 4", "scale", "zero uint8", "b 4"))) == ["y"]
+
+
+@over(
+    "body",
+    """
+    range that others read too | q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) \
+                                 e = DequantizeLinear(q, s, z) a = Add(d, b) y = Add(a, e)
+    product that is read too   | q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) \
+                                 a = Add(d, b) y = Add(a, h)
+    """,
+)
+def test_an_add_behind_a_range_that_is_read_elsewhere_stays_outside_the_layer(
+    body: str,
+) -> None:
+    text = f"g (float[B,4] x) => (float[B,4] y) {{h = MatMul(x, w) {body}}}"
+    assert list(layers(model(text, "w 4 4", "s", "z uint8", "b 4"))) == ["h"]
+
+
 @over(
     "body",
     """

@@ -204,6 +204,18 @@ def test_a_value_that_vanishes_is_judged_by_what_was_summed() -> None:
     assert found.error > 1e-3, "the value does not vanish"
 
 
+def test_a_number_that_was_rounded_after_the_slot_read_it_may_have_underflowed() -> None:
+    dtype = DTYPES["float16"]
+    slot = replace(slot_of_case("ia3"), dtype="float16")
+    scale = {"scale": np.full(WIDTH, 8, dtype)}
+    read = np.full(shape(slot, WIDTH), 6.405e-6)  # between two numbers of float16
+    output = (8 * read).astype(dtype)
+    shown = read.astype(dtype)
+    found = slot_deviation(slot, [shown, shown, output], scale)
+    assert found.error > 0
+    assert found.ratio <= 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_in_the_base_stays_so_and_the_rest_is_judged(value: float) -> None:
     slot = slot_of_case("biases")
