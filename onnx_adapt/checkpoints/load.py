@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def load_checkpoint(
 
 
 def _look(
-    model: Model, base_weights: str | os.PathLike[str] | None, edits: Iterable[Edit]
+    model: Model, base_weights: str | os.PathLike[str] | None, edits: Sequence[Edit]
 ) -> tuple[Survey, ByName | ByValue]:
     """Survey a model, and decide how its modules are found."""
     survey = survey_model(model)

@@ -20,7 +20,7 @@ from onnx_adapt.graph.contractions import summed_axis
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.sites import Survey
 
-_RECURRENT = {
+RECURRENT = {
     # PyTorch's gates of an LSTM are input, forget, cell, output; ONNX's i, o, f, c.
     "LSTM": (0, 3, 1, 2),
     # Of a GRU PyTorch has reset, update, new; ONNX z (update), r, h.
@@ -44,7 +44,7 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
         CheckpointError: If the module has not as many layers, or only one direction.
     """
     match = _NAME.fullmatch(parameter)
-    nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in _RECURRENT]
+    nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in RECURRENT]
     if match is None or not nodes:
         return []
     position = 1 if match["which"] == "ih" else 2
@@ -67,7 +67,7 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
             position,
             in_out=False,
             group=int(reverse),
-            order=_RECURRENT[node.op_type],
+            order=RECURRENT[node.op_type],
         )
         for view, node in calls
     ]
