@@ -56,6 +56,20 @@ def module_of(node: onnx.NodeProto) -> str | None:
     return path
 
 
+def module_of_tensor(name: str) -> str | None:
+    """The path of the module that computes a tensor, from a name as TorchScript gives it.
+
+    Such a name is `/encoder/layer.0/attention/MatMul_output_0`.
+
+    Returns:
+        The dotted path, or None for other names, such as those of parameters.
+    """
+    return _from_node_name(name) if _COMPUTED.match(name) else None
+
+
+_COMPUTED = re.compile(r"/.*_output_\d+$")
+
+
 def _from_name_scopes(value: str) -> str | None:
     scopes = _read_list(value)
     return scopes[-2] if scopes is not None and len(scopes) > 1 else None
