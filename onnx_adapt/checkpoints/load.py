@@ -22,6 +22,7 @@ from onnx_adapt.checkpoints.modules.names import (
     refuse_unmapped,
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
+from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
@@ -31,7 +32,9 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
-from onnx_adapt.graph.sites import survey_model
+from onnx_adapt.graph.sites import Survey, survey_model
+from onnx_adapt.graph.unfusing import FusedPlace
+from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
@@ -47,6 +50,7 @@ class Checkpoint:
         adapter: The weights.
         slots: The slots, as they are to be inserted.
         replacements: Weights of the base that the adapter replaces.
+        unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
     """
 
@@ -54,6 +58,7 @@ class Checkpoint:
     slots: tuple[Slot, ...]
     replacements: tuple[ReplacementPlan, ...]
     base: str
+    unfused: tuple[FusedPlace, ...] = ()
 
 
 def load_checkpoint(
@@ -83,15 +88,16 @@ def load_checkpoint(
     """
     folder = read_folder(Path(path))
     edits = read_edits(folder)
-    survey = survey_model(model)
-    finder: ByName | ByValue = ByName(survey, packed_layers(survey))
-    if base_weights is not None:
-        file = Path(base_weights)
-        finder = find_by_value(model, survey, read_state_dict(file), file.name)
+    identity = fingerprint(model)
+    survey, finder = _look(model, base_weights)
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
     for module in dict.fromkeys(names[edit.module] for edit in edits):
         refuse_folded(survey, finder, module)
     manifest = read_manifest(model.proto)
+    fused = fused_nodes(survey, finder, names, edits)
+    if fused:
+        model, _ = unfuse(model, fused)
+        survey, finder = _look(model, base_weights)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     placement = Placement(model, survey, finder, names, taken)
@@ -106,7 +112,7 @@ def load_checkpoint(
                 _refuse_replaced(plans[-1], manifest)
             else:
                 place(placement, edit)
-    identity = manifest.fingerprint if manifest else fingerprint(model)
+    identity = manifest.fingerprint if manifest else identity
     adapter = Adapter(
         name or str(folder.config.get("name") or "") or folder.path.resolve().name,
         placement.weights,
@@ -114,7 +120,19 @@ def load_checkpoint(
         {slot.name: slot.activation for slot in placement.slots},
         identity,
     )
-    return Checkpoint(adapter, tuple(placement.slots), tuple(plans), identity)
+    slots = tuple(placement.slots)
+    return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
+
+
+def _look(
+    model: Model, base_weights: str | os.PathLike[str] | None
+) -> tuple[Survey, ByName | ByValue]:
+    """Survey a model, and decide how its modules are found."""
+    survey = survey_model(model)
+    if base_weights is None:
+        return survey, ByName(survey, packed_layers(survey))
+    file = Path(base_weights)
+    return survey, find_by_value(model, survey, read_state_dict(file), file.name)
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from onnx_adapt.words import count
 if TYPE_CHECKING:
     from onnx_adapt import Model, Report, Slot
     from onnx_adapt.model.file import Saved
+    from onnx_adapt.slot.base_changes import Unfused
 
 _MOST_WARNINGS = 3
 """How many warnings about ranges are printed; they are the same for each slot."""
@@ -38,11 +40,13 @@ def show_inserted(
 ) -> None:
     """Print what was inserted, proven and written."""
     from onnx_adapt.edit.ranges import widened_ranges
+    from onnx_adapt.edit.unfuse import unfused_nodes
     from onnx_adapt.proof.saturation import range_warnings
 
     slots = _new_slots(base, adapted)
     warnings = [] if calibrated else range_warnings(adapted, slots)
     widened = widened_ranges(adapted)
+    unfused = unfused_nodes(adapted)
     if as_json:
         print_json(
             {
@@ -54,6 +58,7 @@ def show_inserted(
                 "verified": proof is not None,
                 "warnings": warnings,
                 "widened": widened,
+                "unfused": [asdict(item) for item in unfused],
                 "slots": [slot_dict(slot) for slot in slots],
             }
         )
@@ -69,8 +74,19 @@ def show_inserted(
             "gives the same model, but not the same bytes"
         )
     _tell_ranges(warnings, widened, calibrated=calibrated)
+    _tell_unfused(base, unfused)
     for file in weights:
         say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
+
+
+def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
+    """Print which fused nodes of the base were written out."""
+    ops = ", ".join(dict.fromkeys(item.op for item in unfused))
+    if unfused:
+        say(
+            f"wrote out {count(len(unfused), 'fused node')} of {base.label} ({ops}), which "
+            "held what the slots need; `onnx-adapt remove` puts them back"
+        )
 
 
 def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated: bool) -> None:

@@ -51,13 +51,15 @@ def command(model: str, as_json: bool) -> None:
       onnx-adapt slots model.adapted.onnx --json
     """
     import onnx_adapt as oa
+    from onnx_adapt.edit.unfuse import unfused_nodes
     from onnx_adapt.edit.weights import check_weights
 
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)
     check_weights(opened.proto, slots)
     if as_json:
-        print_json({"slots": [slot_dict(slot) for slot in slots]})
+        unfused = [asdict(item) for item in unfused_nodes(opened)]
+        print_json({"slots": [slot_dict(slot) for slot in slots], "unfused": unfused})
     elif slots:
         print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
     if not slots:

@@ -15,7 +15,8 @@ from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
-from onnx_adapt.slot.manifest import ReplaceableWeight, write_manifest
+from onnx_adapt.slot.base_changes import ReplaceableWeight
+from onnx_adapt.slot.manifest import write_manifest
 
 
 def make_replaceable(proto: onnx.ModelProto, plans: Iterable[ReplacementPlan]) -> None:

@@ -8,6 +8,7 @@ import onnx
 
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.edit.unfuse import lost_parts
 from onnx_adapt.edit.weights import check_base_weights, check_weights, check_widened
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.graph.index import default_opset, elem_name, text
@@ -38,6 +39,7 @@ def damages(model: Model) -> list[str]:
     except AdaptError as error:
         found.append(f"{error.message} ({error.hint})")
     found += _lost_marks(model.proto, manifest.slots)
+    found += lost_parts(model.proto, manifest.unfused)
     found += foreign_readers(model.proto, manifest.slots)
     found += _changed_nodes(model.proto, manifest.slots)
     found += _shared_symbols(model.proto, manifest.slots)

@@ -25,11 +25,11 @@ from onnx_adapt.graph.inference import typed_tensors
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import (
     SLOT_KEY,
     Manifest,
-    ReplaceableWeight,
     Slot,
     read_manifest,
     slot_of,

@@ -16,9 +16,10 @@ from onnx_adapt.edit.plan import Recipe, plan_slot
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
 from onnx_adapt.graph.index import require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
-from onnx_adapt.graph.resolve import resolve
+from onnx_adapt.graph.resolve import fused_places, resolve
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey, survey_model
+from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest
@@ -116,6 +117,10 @@ def _insert(
     survey = survey_model(result)
     if known.inlined:
         names = [_inlined_name(survey, name) for name in names]
+    if places := fused_places(survey, names):
+        result, unfused = unfuse(result, places, known.slots)
+        known = replace(known, unfused=(*known.unfused, *unfused))
+        survey = survey_model(result)
     resolution = resolve(survey, names, axis=recipe.axis)
     for site in resolution.skipped:
         _log.warning("left out %s: %s", site.address, site.reason)

@@ -11,6 +11,7 @@ from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import ModelIndex, index_model
 from onnx_adapt.graph.replaceable import ReplacementPlan
+from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
@@ -52,7 +53,8 @@ def insert_checkpoint(
         raise SlotError(
             "the checkpoint was loaded for another model", hint="load it for this one"
         )
-    result = model.copy()
+    result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots)
+    known = replace(known, unfused=(*known.unfused, *unfused))
     adapter = checkpoint.adapter
     plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)

@@ -15,7 +15,8 @@ from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.edit.weights import drop_named
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.manifest import Widened, write_manifest
+from onnx_adapt.slot.base_changes import Widened
+from onnx_adapt.slot.manifest import write_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
+from onnx_adapt.edit.unfuse import undo_unfusing
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.externalise import internalise
@@ -50,6 +51,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     if kept:
         write_manifest(result.proto, replace(manifest, slots=kept))
         return result
+    undo_unfusing(result.proto, manifest.unfused)
     undo_replaceable(result.proto, manifest.weights)
     undo_widening(result.proto, manifest.widened)
     undo_dropped_inputs(result.proto, manifest.inputs)
@@ -59,6 +61,20 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         result.proto.ClearField("ir_version")  # the base had none
     payloads = internalise(model.path, result.proto, model.payloads)
     return replace(result, payloads=payloads, canonical=manifest.canonical)
+
+
+def written_out_base(model: Model) -> Model:
+    """Take the slots out of a model, and leave written out what was fused in its base.
+
+    Raises:
+        SlotError: If another tool damaged the slots.
+    """
+    manifest = read_manifest(model.proto)
+    if manifest is None or not manifest.unfused:
+        return remove(model)
+    plain = model.copy()
+    write_manifest(plain.proto, replace(manifest, unfused=()))
+    return remove(plain)
 
 
 def base_notes(adapted: Model, result: Model) -> list[str]:

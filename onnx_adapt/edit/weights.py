@@ -21,15 +21,9 @@ from onnx_adapt.graph.index import default_opset
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor, tensor_of
+from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
 from onnx_adapt.slot.formula import check_slot
-from onnx_adapt.slot.manifest import (
-    Manifest,
-    ReplaceableWeight,
-    Slot,
-    Widened,
-    slot_of,
-    write_manifest,
-)
+from onnx_adapt.slot.manifest import Manifest, Slot, slot_of, write_manifest
 from onnx_adapt.slot.weights import bottleneck_axis, neutral_rows, part_shape, row_rank
 
 Weights = Mapping[str, Array]

@@ -40,14 +40,18 @@ class FusedBias:
     """A layer's bias that is added inside a node behind the layer's product.
 
     Attributes:
+        tensor: What it is added to.
         bias: The tensor of the bias.
         node: The node that adds it.
         position: Which of the node's inputs it is.
+        moved: Whether a Reshape or the like is between the product and the node.
     """
 
+    tensor: str
     bias: str
     node: onnx.NodeProto
     position: int
+    moved: bool = False
 
     def __str__(self) -> str:
         """Why an adapter after the product is not one after the layer."""
@@ -73,6 +77,7 @@ def bias_behind(
     """
     if width is None or not _is_bare(view, tensor):
         return None
+    product = tensor
     for _ in range(_MOST):
         readers = view.readers(tensor)
         if len(readers) != 1 or tensor in view.outputs:
@@ -84,7 +89,7 @@ def bias_behind(
             name = str(node.input[position])
             if not _adds(index, view, name, side, width):
                 return None
-            return FusedBias(name, node, position)
+            return FusedBias(tensor, name, node, position, tensor != product)
         if node.op_type not in _MOVING or not node.output:
             return None
         tensor = node.output[0]

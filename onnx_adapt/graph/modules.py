@@ -26,6 +26,8 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Whole paths, from the model's '' to the module, and the node's own name at last."""
 _ATTRIBUTE_NAMES = "pkg.onnxscript.name_scopes"
 """The names of the attributes on the way to the module: `['', 'model', 'layers.0', 'mlp']`."""
+_FUSED = "fused "
+"""ONNX Runtime puts it before the name of a layer that it gave an activation."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _LONGEST, _DEEPEST = 1000, 100
 """No module is so far inside others; every one of them gets a path of its own."""
@@ -43,7 +45,7 @@ def module_of(node: onnx.NodeProto) -> str | None:
         path = _from_attribute_names(entries.get(_ATTRIBUTE_NAMES, ""))
     if path is None:
         path = _from_namespace(entries.get("namespace", ""))
-    name = text(node.name)
+    name = text(node.name).removeprefix(_FUSED)
     if path is None and name.startswith("/"):
         path = _from_node_name(name)
     if (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_adapt.slot.manifest import ReplaceableWeight
+from onnx_adapt.slot.base_changes import ReplaceableWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ between two dots. It means one module in each layer, and of each module the last
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import onnx
 
 from onnx_adapt.errors import (
     AmbiguousSiteError,
@@ -28,7 +30,8 @@ from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.module_calls import module_calls
 from onnx_adapt.graph.modules import match_path
 from onnx_adapt.graph.site import Site
-from onnx_adapt.graph.sites import Survey, survey_model
+from onnx_adapt.graph.sites import Survey, hidden, survey_model
+from onnx_adapt.graph.unfusing import FusedPlace, can_write_out, is_known
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import slot_of
 from onnx_adapt.words import nearest
@@ -88,6 +91,32 @@ def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) ->
         choices += [hit for hit in usable if hit.site.address not in taken]
         skipped.update((h.site.address, h.site) for h in hits if h.refused)
     return Resolution(tuple(choices), tuple(skipped.values()))
+
+
+def fused_places(survey: Survey, names: Sequence[str]) -> list[FusedPlace]:
+    """Find the fused nodes that hold the output of a layer or module that a name means.
+
+    They can be written out, so that the output is a tensor of the graph.
+    """
+    found: list[FusedPlace] = []
+    for name in names:
+        choice = _exact(survey, name)
+        hits = [choice] if choice else _glob(survey, name) if _GLOB.search(name) else []
+        for hit in hits:
+            if not hit.literal and hit.site.graph in survey.index.views:
+                found += _fused_place(survey, hit)
+    return found
+
+
+def _fused_place(survey: Survey, choice: Choice) -> Iterator[FusedPlace]:
+    site = choice.site
+    view = survey.index.views[site.graph]
+    node = view.nodes[site.node_index]
+    behind = bias_behind(survey.index, view, site.tensor, site.width)
+    if behind is not None and can_write_out(behind):
+        yield FusedPlace(site.graph, str(behind.node.output[0]), site.tensor)
+    elif site.before_bias and _is_active(node) and is_known(node):
+        yield FusedPlace(site.graph, str(node.output[0]), "")
 
 
 def resolve_tensor(survey: Survey, name: str) -> Site:
@@ -202,33 +231,43 @@ def _module_choices(survey: Survey, path: str) -> list[Choice]:
     for view, tensors in module_calls(survey.modules, path):
         for tensor in tensors:
             site = survey.site(view, survey.after_slots(view.scope.path, tensor))
-            _refuse_fused(survey, view, site, path)
-            if not site.layer:  # such as the product of integers, rescaled
+            _refuse_normed(survey, view, site, path)
+            if _swallows(survey, view, site, path):
+                why = "the activation behind it is inside its own node"
+                site = replace(site, before_bias=why)
+            elif not site.layer:  # such as the product of integers, rescaled
                 behind = bias_behind(survey.index, view, site.tensor, site.width)
-                site = replace(site, before_bias=str(behind) if behind else None)
+                site = replace(site, before_bias=hidden(behind))
             found.append(Choice(site, path))
     return found
 
 
-def _refuse_fused(survey: Survey, view: GraphView, site: Site, path: str) -> None:
-    """A node that swallowed what is behind a module may have the module's name.
-
-    TorchScript names a Conv with its BatchNorm after the Conv alone; ONNX Runtime's
-    FusedGemm and FusedConv hold an activation.
-    """
-    for layer in survey.layers_of.get((site.graph, site.node_index), ()):
-        node = view.nodes[site.node_index]
-        normed = node.op_type == "Conv" and any(
-            text(name).startswith("onnx::Conv_") for name in node.input[1:2]
+def _refuse_normed(survey: Survey, view: GraphView, site: Site, path: str) -> None:
+    """Refuse a Conv that TorchScript named after the Conv alone, with its BatchNorm inside."""
+    node = view.nodes[site.node_index]
+    normed = node.op_type == "Conv" and any(
+        text(name).startswith("onnx::Conv_") for name in node.input[1:2]
+    )
+    if normed and _is_layer_of(survey, site, path):
+        raise SiteRefusedError(
+            f"module {path!r} has no output of its own: the normalisation behind it was "
+            f"fused into node {site.node!r}",
+            hint=f"--after {site.node} inserts after both",
         )
-        active = any(item.name == "activation" and item.s for item in node.attribute)
-        if (normed or active) and layer.module == path and layer.tensor == site.tensor:
-            what = "normalisation" if normed else "activation"
-            raise SiteRefusedError(
-                f"module {path!r} has no output of its own: the {what} behind it was "
-                f"fused into node {site.node!r}",
-                hint=f"--after {site.node} inserts after both",
-            )
+
+
+def _swallows(survey: Survey, view: GraphView, site: Site, path: str) -> bool:
+    """Whether a module's own node holds the activation behind it, as FusedGemm does."""
+    return _is_active(view.nodes[site.node_index]) and _is_layer_of(survey, site, path)
+
+
+def _is_layer_of(survey: Survey, site: Site, path: str) -> bool:
+    layers = survey.layers_of.get((site.graph, site.node_index), ())
+    return any(layer.module == path and layer.tensor == site.tensor for layer in layers)
+
+
+def _is_active(node: onnx.NodeProto) -> bool:
+    return any(item.name == "activation" and item.s for item in node.attribute)
 
 
 def _glob(survey: Survey, pattern: str) -> list[Choice]:

@@ -10,7 +10,7 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ManifestError
-from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_bias import FusedBias, bias_behind
 from onnx_adapt.graph.index import (
     GraphView,
     ModelIndex,
@@ -32,6 +32,7 @@ from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
 from onnx_adapt.graph.modules import ModuleIndex, index_modules
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.site import Site, rank_of, refusal
+from onnx_adapt.graph.unfusing import can_write_out
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest, slot_of
@@ -244,7 +245,12 @@ def _site(
     refused = refusal(view, site, known, features)
     if text(node.domain) == BLOCKED and node.op_type != "ReorderOutput":
         refused = "its channels are in blocks, for ONNX Runtime's NCHWc kernels alone"
-    return replace(site, refused=refused, before_bias=str(behind) if behind else None)
+    return replace(site, refused=refused, before_bias=hidden(behind))
+
+
+def hidden(behind: FusedBias | None) -> str | None:
+    """Why a layer has no output with its bias, if the node that adds it must stay."""
+    return None if behind is None or can_write_out(behind) else str(behind)
 
 
 def _checked(given: Features, width: int | None, told: int | None) -> Features:

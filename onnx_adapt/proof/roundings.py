@@ -23,8 +23,9 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.runner import Values, as_arrays
+from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.bounds import ARITHMETIC
-from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
+from onnx_adapt.slot.manifest import Slot
 
 _MOVED = 1 << 28
 """The most bytes of weights that are perturbed, beginning with the smallest tensors."""

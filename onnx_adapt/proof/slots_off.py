@@ -16,7 +16,8 @@ from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.roundings import beyond, is_finite_where, kept_apart, perturbed
 from onnx_adapt.proof.runner import Runner, Values
-from onnx_adapt.slot.manifest import ReplaceableWeight, Slot
+from onnx_adapt.slot.base_changes import ReplaceableWeight
+from onnx_adapt.slot.manifest import Slot
 
 _SHAKES = 3
 _RANDOM_OPS = {
@@ -82,14 +83,38 @@ class OffProof:
         apart = f"unoptimised {plain}; optimised {full}"
         return Check("off", passed, f"{self._kind()}: {same if plain == full else apart}")
 
+    def check_written_out(self, base: Model) -> Check:
+        """Compare the base as it was with one whose fused nodes are written out.
+
+        Args:
+            base: The base with its fused nodes; this proof is of the one without them.
+        """
+        self.tell("running the base with its fused nodes")
+        fused = OffProof(base, (), (), self.feeds, {}, self.seed, self.tell, self.providers)
+        names = list(self.expected[True][0])
+        for optimised in self.expected:
+            runner = Runner(base, self.providers, optimised=optimised)
+            fused.expected[optimised] = [runner.run(feeds, names) for feeds in self.feeds]
+            del runner
+        passed, details = True, []
+        for optimised, got in self.expected.items():
+            words = in_words(fused.expected[optimised], got)
+            if distance(fused.expected[optimised], got) > 0:
+                allowed, why = fused._explain(got, optimised, exact=False)
+                passed, words = passed and allowed, words + why
+            details.append(f"{'optimised' if optimised else 'unoptimised'} {words}")
+        return Check("fused", passed, "; ".join(details))
+
     def spread(self) -> float:
         """How far the base's own outputs are apart, relative to their largest value."""
         return beyond([self.expected[False], self.expected[True]], self.expected[True]).allowed
 
-    def _explain(self, got: Sequence[Values], optimised: bool) -> tuple[bool, str]:
+    def _explain(
+        self, got: Sequence[Values], optimised: bool, *, exact: bool = True
+    ) -> tuple[bool, str]:
         """Whether rounding explains outputs that differ from the base's, and how."""
         wavers = False, "; the base itself gives different outputs each time"
-        if not optimised and self._is_exact():
+        if exact and not optimised and self._is_exact():
             return wavers if self._base_wavers() else (False, ", where not one bit may differ")
         self.tell("running the base with the slots' tensors kept apart")
         known = [self.expected[optimised], self.expected[not optimised]]

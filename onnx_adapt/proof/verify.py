@@ -13,7 +13,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
 from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
-from onnx_adapt.edit.remove import remove
+from onnx_adapt.edit.remove import remove, written_out_base
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
 from onnx_adapt.model.file import Model, open_model
@@ -158,7 +158,8 @@ class _Proof:
             UnprovableError: If the base does not run here, or nothing would be proven.
         """
         self._run_base()
-        found = [self._off(reached=weights)]
+        found = [self._written_out()] if self.manifest.unfused else []
+        found.append(self._off(reached=weights))
         if not self.runs:
             return found
         if self.manifest.widened:
@@ -218,6 +219,19 @@ class _Proof:
         left = unreached_slots(self.adapted, self.slots, self.feeds, self.providers)
         unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
         return replace(check, warnings=unseen)
+
+    def _written_out(self) -> Check:
+        """The base computes the same with its fused nodes written out.
+
+        The slots are proven against the base that is written out from here on.
+        """
+        fused = self.base
+        self.base = written_out_base(self.adapted)
+        for optimised in self.expected:
+            runner = Runner(self.base, self.providers, optimised=optimised)
+            self.expected[optimised] = [runner.run(feeds) for feeds in self.feeds]
+            del runner
+        return self._off_proof().check_written_out(fused)
 
     def _rows(self) -> Check:
         """Each row of a batch gets the adapter that is meant for it."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
+from onnx_adapt.slot.base_changes import ReplaceableWeight, Unfused, Widened
 from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
 from onnx_adapt.slot.record import (
@@ -38,6 +39,7 @@ does not know.
 """
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
+UNFUSED_KEY = "pkg.onnx_adapt.unfused"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
 
 
@@ -140,44 +142,6 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceableWeight:
-    """A weight of the base that adapters may replace: a trained head, a bias.
-
-    Attributes:
-        name: Its name in the model, and of the input that feeds it.
-        original: The base's name for it.
-        copied: Whether it is a copy, and the original is still there.
-        swappable: Whether it can be fed at inference time.
-        trained: Whether the value in the model is an adapter's, not the base's.
-        extra: Keys of its record that this version does not know, with JSON texts.
-    """
-
-    name: str
-    original: str = absent(SameAs("name"))
-    copied: bool = absent(False)
-    swappable: bool = absent(True)
-    trained: bool = absent(False)
-    extra: Extra = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Widened:
-    """A scale, zero point or bias of the base that was widened for the values of an adapter.
-
-    Attributes:
-        quantizer: Output of the QuantizeLinear whose range was widened.
-        name: The constant that its nodes read now.
-        original: The base's, which is still in the model.
-        extra: Keys of its record that this version does not know, with JSON texts.
-    """
-
-    quantizer: str
-    name: str
-    original: str
-    extra: Extra = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """Every slot of a model and what is needed to get the base back.
 
@@ -191,6 +155,7 @@ class Manifest:
         inputs: Weights that the base, in an IR before 4, had to list as inputs: place and
             declaration in hexadecimal. From IR 4 on that would make them replaceable.
         widened: Constants of calibrated ranges that were widened.
+        unfused: Fused nodes that were written out.
         extra: Keys of the record that this version does not know, with JSON texts.
         base_extra: The same for the object `base` of the record.
     """
@@ -203,6 +168,7 @@ class Manifest:
     weights: tuple[ReplaceableWeight, ...] = ()
     inputs: tuple[tuple[int, str], ...] = ()
     widened: tuple[Widened, ...] = ()
+    unfused: tuple[Unfused, ...] = ()
     extra: Extra = ()
     base_extra: Extra = ()
 
@@ -218,7 +184,7 @@ class _Base:
     extra: Extra = ()
 
 
-_KEYS = ("format", "base", "slots", "weights", "widened")
+_KEYS = ("format", "base", "slots", "weights", "widened", "unfused")
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -273,6 +239,7 @@ def _read(data: dict[str, Any]) -> Manifest:
         ),
         inputs=tuple(_read_input(i, text) for i, text in inputs),
         widened=tuple(read_object(Widened, item) for item in data.get("widened", ())),
+        unfused=tuple(read_object(Unfused, item) for item in data.get("unfused", ())),
         extra=read_extra(data, _KEYS),
         base_extra=known.extra,
     )
@@ -341,5 +308,7 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
         data["weights"] = [write_object(each) for each in manifest.weights]
     if manifest.widened:
         data["widened"] = [write_object(each) for each in manifest.widened]
+    if manifest.unfused:
+        data["unfused"] = [write_object(each) for each in manifest.unfused]
     text = to_text(data | write_extra(manifest.extra))
     proto.metadata_props.add(key=KEY, value=text)

@@ -121,7 +121,7 @@ def test_the_format_of_the_weights_is_chosen(suffix: str, work: Path, capsys: Ca
     args = ("insert", work / "model.onnx", "--adapter", work / "fr", "-o", work / "a.onnx")
     found = _document(capsys, *args, "--format", suffix)
     keys = {"output", "adapter", "size", "data", "weights_in", "verified", "slots"}
-    assert found.keys() == keys | {"warnings", "widened"}
+    assert found.keys() == keys | {"warnings", "widened", "unfused"}
     assert found["adapter"] == str(work / f"a.fr.{suffix}")
     assert found["output"] == str(work / "a.onnx")
     assert {slot["name"] for slot in found["slots"]} == {"fc1", "fc2"}

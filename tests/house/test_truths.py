@@ -14,7 +14,7 @@ import pytest
 from slot_models import run
 
 import onnx_adapt as oa
-from onnx_adapt.errors import AdapterError, AdaptError, SiteRefusedError
+from onnx_adapt.errors import AdapterError, AdaptError
 
 TRUTHS = Path(__file__).parent.parent / "truths"
 
@@ -108,11 +108,12 @@ def test_no_rows_give_no_rows(name: str, batched: bool) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_bottleneck_does_not_go_before_a_bias_without_a_word(name: str) -> None:
-    base, _ = case(name)
-    with pytest.raises(SiteRefusedError, match="bias") as refused:
-        oa.insert(base, after=FUSED[name])
-    assert refused.value.hint
+def test_a_bottleneck_goes_behind_a_bias_that_was_fused(name: str) -> None:
+    base, numbers = case(name)
+    adapted = oa.insert(base, after=FUSED[name])
+    assert_near(answer(base, adapted, numbers), numbers["adapted"], numbers)
+    oa.verify(base, adapted, inputs={"x": numbers["x"]}).raise_for_mismatch()
+    assert oa.remove(adapted).proto == base.proto
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

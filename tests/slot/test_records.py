@@ -12,12 +12,11 @@ from slot_formula import PLAIN
 import onnx_adapt as oa
 from onnx_adapt.adapter.record import write_record
 from onnx_adapt.errors import ManifestError
+from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
 from onnx_adapt.slot.manifest import (
     KEY,
     Manifest,
-    ReplaceableWeight,
     Slot,
-    Widened,
     manifest_from_text,
     read_manifest,
     write_manifest,

@@ -70,9 +70,13 @@ def block_output(survey: Survey, call: LayerCall, module: str) -> str:
     for view, tensor in module_output(survey.modules, module):
         if view is call.view and module in survey.modules.paths:
             return survey.after_slots(view.scope.path, tensor)
-    tensor = call.output
-    while len(readers := call.view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
-        tensor = readers[0].output[0]
+    return moved_output(call.view, call.output)
+
+
+def moved_output(view: GraphView, tensor: str) -> str:
+    """Follow a tensor through Reshapes and the like, as long as nothing else reads it."""
+    while len(readers := view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
+        tensor = str(readers[0].output[0])
     return tensor
 
 

@@ -20,7 +20,7 @@ from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model.tensors import tensor_of
-from onnx_adapt.slot.manifest import ReplaceableWeight
+from onnx_adapt.slot.base_changes import ReplaceableWeight
 
 _log = logging.getLogger(__name__)
 
