@@ -14,6 +14,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
@@ -91,6 +92,8 @@ def load_checkpoint(
     identity = fingerprint(model)
     survey, finder = _look(model, base_weights, edits)
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
+    for module in dict.fromkeys(names[edit.module] for edit in edits):
+        refuse_folded(survey, finder, module)
     manifest = read_manifest(model.proto)
     fused = fused_nodes(survey, finder, names, edits)
     if fused:

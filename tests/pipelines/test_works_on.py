@@ -28,6 +28,7 @@ REASONS = {
     "fused-bias": "has no output of its own",
     "fused-activation": "the activation behind it",
     "fused-residual": "the residual connection after",
+    "folded-calls": "may be missing in the graph",
     "integers": "computed in integers",
     "other-names": "no module of the checkpoint is in the graph",
 }
