@@ -23,6 +23,7 @@ from onnx_adapt.checkpoints.modules.names import (
     refuse_unmapped,
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
+from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
@@ -91,6 +92,7 @@ def load_checkpoint(
     edits = read_edits(folder)
     identity = fingerprint(model)
     survey, finder = _look(model, base_weights, edits)
+    refuse_inner_experts(survey, [edit.module for edit in edits])
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
     for module in dict.fromkeys(names[edit.module] for edit in edits):
         refuse_folded(survey, finder, module)

@@ -9,7 +9,7 @@ its shape tells it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 
@@ -71,6 +71,42 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
         )
         for view, node in calls
     ]
+
+
+_EXPERTS = {
+    "MoE": "which computes its experts with kernels of its own",
+    "QMoE": "whose experts are stored as 4-bit or 8-bit integers",
+}
+"""Mixtures of experts of ONNX Runtime, and why their weights take no adapter."""
+
+
+def refuse_inner_experts(survey: Survey, modules: Iterable[str]) -> None:
+    """Refuse experts that are inside ONNX Runtime's MoE or QMoE.
+
+    Args:
+        survey: The survey of the model.
+        modules: The modules of a checkpoint.
+
+    Raises:
+        CheckpointError: If a module is one of those experts.
+    """
+    nodes = [
+        (scope or "", node)
+        for path, view in survey.index.views.items()
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True)
+        if node.op_type in _EXPERTS and node.domain == "com.microsoft"
+    ]
+    for module in modules if nodes else ():
+        layer, inside, _ = f"{module}.".partition(".experts.")
+        layer = layer.rpartition(".")[0]
+        for scope, node in nodes if inside else ():
+            if not scope or not layer or f"{scope}.".startswith(f"{layer}."):
+                raise CheckpointError(
+                    f"module {module!r} is inside node {text(node.name)!r} ({node.op_type}), "
+                    f"{_EXPERTS[node.op_type]}",
+                    hint="adapt the model as PyTorch's exporter writes it, or train the "
+                    "adapter without the experts",
+                )
 
 
 def _inside(survey: Survey, module: str) -> Iterator[tuple[GraphView, onnx.NodeProto]]:
