@@ -24,7 +24,7 @@ METHODS = ("lora", "lora_all", "dora", "ia3", "bottleneck")
 YES, CALIBRATED, UNTRAINED = "yes", "calibrated", "n/a"
 REASONS = {
     "several-files": "the graph has none of it",
-    "fused-attention": "in the graph",
+    "quantised-attention": "(QAttention): its weight is stored as 8-bit integers",
     "fused-bias": "has no output of its own",
     "fused-activation": "the activation behind it",
     "fused-residual": "the residual connection after",
