@@ -33,7 +33,7 @@ _NAME = re.compile(r"weight_(?P<which>ih|hh)_l(?P<layer>\d+)(?P<reverse>_reverse
 
 
 def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[InnerWeight]:
-    """Find a weight of a recurrent layer; empty if the module has no such node.
+    """Find a weight of a recurrent layer; empty if the parameter is of no such layer.
 
     Args:
         survey: The survey of the model.
@@ -41,12 +41,21 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
         parameter: PyTorch's name, such as `weight_ih_l0_reverse`.
 
     Raises:
-        CheckpointError: If the module has not as many layers, or only one direction.
+        CheckpointError: If the module has no node of such a layer, not as many layers, or
+            only one direction.
     """
     match = _NAME.fullmatch(parameter)
     nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in RECURRENT]
-    if match is None or not nodes:
+    if match is None:
         return []
+    if not nodes:
+        kinds = sorted({node.op_type for _, node in _inside(survey, module)})
+        raise CheckpointError(
+            f"module {module!r} of the graph has no LSTM, GRU or RNN node, of which "
+            f"{parameter!r} could be a weight; it has {', '.join(kinds)}",
+            hint="an exporter that unrolls the layer needs --base-weights, which finds its "
+            "weights by value; insert before the model is quantised",
+        )
     position = 1 if match["which"] == "ih" else 2
     layers: dict[tuple[object, ...], list[tuple[GraphView, onnx.NodeProto]]] = {}
     for view, node in nodes:

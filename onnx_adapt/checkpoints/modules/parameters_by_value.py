@@ -58,10 +58,11 @@ def find_parameter(
     for weight, array in _candidates(model, survey, name, stack.shape):
         for matrix, turned in wanted.get(digest(array), ()):
             in_out = _in_out(weight, stack.shape[1:], sizes, turned=turned, known=known)
-            label = name if matrix is None else f"{name}.{matrix}"
+            label = name if matrix is None or len(stack) == 1 else f"{name}.{matrix}"
+            shared = weight.group is not None  # with the other direction
             found.setdefault(matrix, []).append(
                 InnerWeight(
-                    label.removesuffix("_reverse"),
+                    label.removesuffix("_reverse") if shared else label,
                     weight.view,
                     weight.node,
                     weight.position,
