@@ -378,6 +378,63 @@ def test_a_file_that_does_not_tell_its_parameters_is_refused(
         oa.load_checkpoint(folder, oa.open_model(case.base))
 
 
+def test_a_parameter_that_kept_its_name_is_adapted_as_it_is_stored(tmp_path: Path) -> None:
+    """`x @ self.mix`, with a square `mix`: B is for its rows and A for its columns."""
+    mix = np.random.default_rng(5).standard_normal((4, 4)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "block.mix"], ["y"], "/block/MatMul")
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(mix, "block.mix")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    base = oa.Model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((2, 4)), rng.standard_normal((4, 2))
+    named = {"lora_A": a.astype("f4"), "lora_B": b.astype("f4")}
+    tensors = {f"base_model.model.block.{k}.weight": v for k, v in named.items()}
+    folder = peft_folder(tmp_path / "a", tensors, target_parameters=["block.mix"])
+    safetensors.numpy.save_file({"block.mix": mix}, tmp_path / "base.safetensors")
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    for weights in (None, tmp_path / "base.safetensors"):
+        found = oa.load_checkpoint(folder, base, base_weights=weights)
+        adapted = oa.insert_checkpoint(base, found)
+        oa.save_model(adapted, tmp_path / "m.onnx", overwrite=True)
+        got = run(tmp_path / "m.onnx", {"x": x, **found.adapter.feeds()})["y"]
+        np.testing.assert_allclose(got, x @ (mix + 2 * b @ a), rtol=1e-4, atol=1e-4)
+
+
+def test_two_layers_of_equal_weights_that_are_stored_once_have_a_slot_each(
+    tmp_path: Path,
+) -> None:
+    base = fused()
+    first = base.proto.graph.node[0]
+    second = onnx.NodeProto()
+    second.CopyFrom(first)
+    second.name, second.input[0] = "Attention_1", OUTPUT
+    second.output[0] = OUTPUT.replace("layer.0", "layer.1")
+    base.proto.graph.node.insert(1, second)
+    base.proto.graph.node[2].input[0] = second.output[0]
+    tensors = lora_tensors("layer.0.attn.query", "layer.1.attn.value")
+    found = oa.load_checkpoint(peft_folder(tmp_path / "a", tensors), base)
+    assert [slot.tensor for slot in found.slots] == ["w", "w"]
+    adapted = oa.insert_checkpoint(base, found)
+    assert damages(adapted) == []
+    apart = base.copy()
+    apart.proto.graph.node[1].input[1] = "w1"
+    values = [W.copy(), W.copy()]
+    values[0][:, :H] += delta(tensors, "layer.0.attn.query")
+    values[1][:, 2 * H :] += delta(tensors, "layer.1.attn.value")
+    apart.proto.graph.initializer.append(numpy_helper.from_array(values[1], "w1"))
+    wanted = outputs(with_values(apart, w=values[0]), tmp_path)
+    got = outputs(adapted, tmp_path, found.adapter.feeds())
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert oa.verify(base, adapted, inputs={"x": X}).passed
+    assert oa.remove(adapted).proto == base.proto
+
+
 def test_square_experts_of_an_old_peft_are_refused(tmp_path: Path) -> None:
     case = CASES["peft_olmoe_square"]
     tensors = safetensors.numpy.load_file(case.adapter / "adapter_model.safetensors")

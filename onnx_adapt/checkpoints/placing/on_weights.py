@@ -18,7 +18,11 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank, ParameterLowRank, Scaling
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
-from onnx_adapt.checkpoints.modules.parameters import recurrent_weights, stacked_weights
+from onnx_adapt.checkpoints.modules.parameters import (
+    matrix_weights,
+    recurrent_weights,
+    stacked_weights,
+)
 from onnx_adapt.checkpoints.modules.parameters_by_value import Found, find_parameter
 from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
@@ -100,7 +104,8 @@ def _parameter_weights(placement: Placement, edit: ParameterLowRank) -> Found:
     path, known = f"{module}.{edit.parameter}", edit.sums_over_input
     value = placement.finder.parameter(path)
     if value is not None:
-        if value.ndim not in (2, 3) or sorted(value.shape[-2:]) != sorted((computes, reads)):
+        many = value.shape[:-2] == ((groups,) if groups > 1 or value.ndim == 3 else ())
+        if not many or sorted(value.shape[-2:]) != sorted((computes, reads)):
             raise CheckpointError(
                 f"parameter {path!r} of the base is {list(value.shape)}; the adapter is for "
                 f"{groups} x {computes} x {reads}",
@@ -108,8 +113,10 @@ def _parameter_weights(placement: Placement, edit: ParameterLowRank) -> Found:
             )
         sizes = (computes, reads)
         return find_parameter(placement.model, survey, path, value, sizes, known=known)
-    if groups == 1 and (inner := recurrent_weights(survey, module, edit.parameter)):
-        return {0: inner}
+    if groups == 1:
+        name = edit.parameter
+        inner = recurrent_weights(survey, module, name)
+        return {0: inner or matrix_weights(survey, module, name, (computes, reads))}
     shape = (groups, computes, reads)
     return {None: stacked_weights(survey, module, edit.parameter, shape, known=known)}
 

@@ -70,7 +70,8 @@ class Placement:
         slots: The slots so far.
         weights: Their weights, by slot and part.
         beside: The slots on layers that compute several modules, by what they read and write.
-        on_weights: The slots on weights inside operators, by graph and name of the weight.
+        on_weights: The slots on weights inside operators, by graph, name and readers of the
+            weight.
     """
 
     model: Model
@@ -81,7 +82,7 @@ class Placement:
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
-    on_weights: dict[tuple[str, str], str] = field(default_factory=dict)
+    on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module of the checkpoint inside operators; empty if it has calls.
@@ -202,7 +203,8 @@ class Placement:
             apart: Whether the other modules in the weight have matrices of a stack to
                 themselves, so that one bottleneck does for all.
         """
-        key = (target.graph, target.tensor)
+        # Readers tell apart modules of equal weights, which an optimiser stored once.
+        key = (target.graph, target.tensor, target.readers)
         if key in self.on_weights:
             join = joined_apart if apart else joined_beside
             known = self.on_weights[key]
