@@ -35,6 +35,28 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class ParameterLowRank:
+    """LoRA on a parameter that its module uses without a layer: stacked experts, an LSTM.
+
+    Attributes:
+        module: Path of the module.
+        parameter: The parameter's name in the module, such as `gate_up_proj`.
+        down: `(groups, r, in)`: A for each matrix of the parameter.
+        up: `(groups, out, r)`: B for each.
+        scale: alpha / r or what replaces it.
+        sums_over_input: Whether `in` is known to be the axis that the module sums over; it may
+            be the other one else.
+    """
+
+    module: str
+    parameter: str
+    down: Array
+    up: Array
+    scale: float
+    sums_over_input: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scaling:
     """IA3 on one module: its input or its output is multiplied by a vector.
 
@@ -102,4 +124,4 @@ class Coupling:
     activation: str
 
 
-Edit = LowRank | Scaling | Replacement | Bottleneck | Coupling
+Edit = LowRank | ParameterLowRank | Scaling | Replacement | Bottleneck | Coupling

@@ -42,6 +42,7 @@ def damages(model: Model) -> list[str]:
     found += lost_parts(model.proto, manifest.unfused)
     found += foreign_readers(model.proto, manifest.slots)
     found += _changed_nodes(model.proto, manifest.slots)
+    found += _unread_weights(model.proto, manifest.slots)
     found += _shared_symbols(model.proto, manifest.slots)
     found += _changed_inputs(model.proto, manifest.slots)
     found += _stale_types(model.proto, manifest.slots)
@@ -72,7 +73,7 @@ def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
     marks = {slot_of(node) for scope in scopes for node in scope.graph.node}
     marked = [slot for slot in slots if slot.name in marks]
     inside = {slot.weight(part): slot.name for slot in marked for part in slot.parts}
-    inside |= {slot.inner: slot.name for slot in marked}
+    inside |= {slot.inner: slot.name for slot in marked if not slot.on_weight}
     last, named = {slot.output for slot in marked}, {slot.name for slot in marked}
     for scope in scopes:
         for node in scope.graph.node:
@@ -155,6 +156,18 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
             yield f"slot {slot.name!r} has other operators than were inserted: {there}"
 
 
+def _unread_weights(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
+    """Find slots on weights whose changed weight no node reads."""
+    nodes = [node for scope in walk.scopes(proto.graph) for node in scope.graph.node]
+    read = {name for node in nodes for name in node.input}
+    for slot in slots:
+        if slot.on_weight and slot.output not in read:
+            yield (
+                f"slot {slot.name!r} has no effect: nothing reads {slot.output!r}, what it "
+                f"makes of the weight {slot.tensor!r}"
+            )
+
+
 def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
     """Find slots that share a symbolic dimension, by which ONNX Runtime plans its memory."""
     owner: dict[str, str] = {}
@@ -185,7 +198,7 @@ def _stale_types(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]
                 continue
             dim = dims[1 if slot.axis == 1 else len(dims) - 1]
             # Halves are of a coupling; means and variances are 1 wide.
-            known = {slot.width, slot.source_width, slot.width // 2, 1}
+            known = {slot.width, slot.source_width, slot.width // 2, 1, *slot.weight_shape}
             if label.endswith("down"):
                 known = set()  # its size is the bottleneck, whatever it is
             if dim.HasField("dim_value") and dim.dim_value not in known:

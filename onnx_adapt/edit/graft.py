@@ -2,7 +2,8 @@
 
 A slot goes in by a rename: the producer's output gets a new name and the slot's output
 the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
-recorded types and the order of nodes all stay right.
+recorded types and the order of nodes all stay right. A slot on a weight makes a new tensor
+instead, which the weight's readers read (`weight_readers.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from onnx_adapt.dtypes import ELEM_TYPES, Array
 from onnx_adapt.edit.damage import foreign_readers
 from onnx_adapt.edit.plan import norm_nodes
+from onnx_adapt.edit.weight_readers import redirect_readers, restore_readers
 from onnx_adapt.edit.weights import add_weights, check_model_weights, drop_named
 from onnx_adapt.errors import ManifestError, SlotError
 from onnx_adapt.graph.index import UNKNOWN, GraphView, ModelIndex, default_opset
@@ -38,6 +40,7 @@ from onnx_adapt.slot.manifest import (
 
 _log = logging.getLogger(__name__)
 
+_FRONT = -1  # the position of what stands before all nodes of a graph
 _OLDEST_IR = 4  # the first in which an initializer need not be an input, and may be one
 
 
@@ -74,6 +77,7 @@ def insert_slots(
         check_slot(slot, opset)
     for twice in _given_twice(index):
         _log.warning("initializer %r is there more than once; the last one counts", twice)
+    slots = redirect_readers(index, slots, known.slots)
     placed = _insert_nodes(index, slots, known.slots, opset)
     _record_targets(index, slots)
     if model.proto.ir_version < _OLDEST_IR:
@@ -167,7 +171,7 @@ def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
     typed = typed_tensors(proto)
     graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
     for slot in slots:
-        if slot.inner not in typed.get(slot.graph, ()):
+        if not slot.on_weight and slot.inner not in typed.get(slot.graph, ()):
             view = index.views[slot.graph]
             _record(view, graphs[slot.graph], slot, slot.inner, None)
 
@@ -202,7 +206,14 @@ def _insert_nodes(
             continue
         maker: dict[str, onnx.NodeProto] = {}
         added: dict[int, list[onnx.NodeProto]] = {}
+        placed: dict[str, int] = {}  # what new slots on weights make
         for slot in here:
+            if slot.on_weight:
+                position = placed.get(slot.inner, view.producers.get(slot.inner, _FRONT))
+                placed[slot.output] = position
+                outputs[path, slot.output] = slot
+                added.setdefault(position, []).extend(slot_nodes(slot, opset))
+                continue
             position = view.producers[slot.tensor]
             producer = maker.get(slot.tensor, view.nodes[position])
             rename_output(producer, slot.tensor, slot.inner)
@@ -219,7 +230,7 @@ def _insert_nodes(
             outputs[path, slot.tensor] = slot
             added.setdefault(position, []).extend(nodes)
         merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
-        _set_nodes(view.scope.graph, merged)
+        _set_nodes(view.scope.graph, [*added.get(_FRONT, ()), *merged])
     order = {slot.name: i for i, slot in enumerate((*known, *slots))}
     return tuple(sorted(outputs.values(), key=lambda slot: order[slot.name]))
 
@@ -252,7 +263,7 @@ def remove_nodes(
         raise SlotError(
             foreign[0], hint="another tool put it there; start from the base model"
         )
-    current = {slot.name: slot for slot in slots}
+    current = {slot.name: slot for slot in restore_readers(proto, slots, doomed)}
     for scope in reversed(list(walk.scopes(proto.graph))):
         recorded = scope.graph.value_info
         for i in reversed(range(len(recorded))):
@@ -271,6 +282,8 @@ def remove_nodes(
         makers = {name: node for node in nodes for name in node.output}
         for name in here:
             gone = current.pop(name)
+            if gone.on_weight:
+                continue
             if gone.inner not in makers:
                 raise _damaged(gone)
             rename_output(makers[gone.inner], gone.inner, gone.output)

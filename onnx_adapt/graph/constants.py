@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
+from onnx_adapt.slot.manifest import slot_of
+from onnx_adapt.slot.names import changed_weight, node_name
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -64,10 +67,15 @@ _KEEPERS = {"Identity", "Cast", "Transpose", "Reshape", "DequantizeLinear", "Mul
 def derived(node: onnx.NodeProto, find: Callable[[str], Weight | None]) -> Weight | None:
     """What a node makes of constants, if it is one that weights are kept behind.
 
+    What a slot on a weight makes counts as the base's weight.
+
     Args:
         node: The node.
         find: Gives the constant that can be read by a name, or None.
     """
+    if slot := slot_of(node):  # `Add(weight, product)`, or `Add(scaled, product)`
+        own = {changed_weight(slot), node_name(slot, "scaled")}
+        return None if own.isdisjoint(node.output) else find(node.input[0])
     if node.op_type not in _KEEPERS or not node.input:
         return None
     weight, *others = (find(name) for name in node.input)

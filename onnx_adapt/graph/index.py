@@ -17,7 +17,6 @@ from onnx_adapt.graph.liveness import inputs_read
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.walk import Scope
-from onnx_adapt.slot.manifest import slot_of
 
 Shape = tuple[int | str | None, ...]
 
@@ -264,7 +263,7 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
         view.inferred[name] = _merged(view.inferred.get(name, UNKNOWN), known)
         view.weights[name] = stored(value)
     for node in view.nodes:
-        made = None if slot_of(node) else derived(node, view.weight)
+        made = derived(node, view.weight)
         if made is not None and len(made.dims) > MOST_AXES:
             continue  # a shape for each node that keeps it could fill the memory
         if made is not None:

@@ -235,6 +235,8 @@ class Probe:
     ) -> dict[str, Array]:
         """Random weights whose effect has the size of the target itself."""
         source, target = self._typical[slot.name][number]
+        if slot.on_weight:  # it multiplies `down` by `up`, and no source by `down`
+            source = fan_in(slot, "down") ** -0.5
         rows = self._rows[slot.name][number]
         drawn: dict[str, tuple[tuple[int, ...], Draw]] = {
             part: (part_shape(slot, part, size), PARTS[part].draw) for part in slot.parts

@@ -39,7 +39,8 @@ def kept_apart(
     Zero is added to each of these tensors. It is an input, so that ONNX Runtime does not
     know its value. Nodes on one side of a tensor are then fused as on one side of a slot: an
     8-bit weight becomes a MatMulNBits, for instance, if its input is not quantised just
-    before. Weights that adapters may replace are made inputs, as in the adapted model.
+    before. Weights that adapters may replace, or that slots are on, are made inputs: in the
+    adapted model they are no constants either.
     """
     result = base.copy()
     graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
@@ -52,10 +53,11 @@ def kept_apart(
             _add_zero(graphs[graph], tensor, _zero(dtype))
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     inputs = {value.name for value in result.proto.graph.input}
-    for weight in weights:
-        original = stored.get(weight.original)
-        if weight.swappable and original is not None and original.name not in inputs:
-            _declare_input(result.proto, original)
+    opened = [weight.original for weight in weights if weight.swappable]
+    opened += [slot.tensor for slot in slots if slot.on_weight]
+    for name in dict.fromkeys(opened):
+        if name in stored and name not in inputs:
+            _declare_input(result.proto, stored[name])
     return result
 
 

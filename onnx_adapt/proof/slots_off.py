@@ -40,7 +40,7 @@ class OffProof:
 
     Two kinds of models round differently even without optimisation. float16 and bfloat16
     nodes run between casts, some of which ONNX Runtime removes. A weight that became an
-    input is no longer a constant, so other kernels read it.
+    input, or that a slot is on, is no longer a constant, so other kernels read it.
 
     Attributes:
         base: The base, with its functions inlined if the adapted model's are.
@@ -159,6 +159,7 @@ class OffProof:
     def _is_exact(self) -> bool:
         """Whether ONNX Runtime computes each node the same way without optimisation."""
         opened = any(weight.swappable for weight in self.weights)
+        opened = opened or any(slot.on_weight for slot in self.slots)
         return not (opened or self._halves())
 
     def _halves(self) -> set[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.names import inner_name
+from onnx_adapt.slot.names import changed_weight, inner_name
+from onnx_adapt.slot.weights import matrices
 
 
 class Target(Protocol):
@@ -74,6 +75,64 @@ class Form:
     swappable: bool = True
     bottleneck: int = 0
     batched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """A weight that operators read, as the place of a slot.
+
+    Attributes:
+        graph: Path of the graph that stores or makes the weight.
+        tensor: Name of the weight.
+        shape: Its shape: `(rows, columns)`, `(groups, rows, columns)` or `(columns,)`.
+        dtype: Its element type.
+        node: Name of the node that reads it.
+        readers: Addresses of the first outputs of all nodes that are to read the changed
+            weight.
+        module: PyTorch module path, or ''.
+    """
+
+    graph: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    node: str
+    readers: tuple[str, ...]
+    module: str = ""
+
+
+def new_weight_slot(name: str, target: WeightTarget, parts: tuple[str, ...]) -> Slot:
+    """Describe a slot on a weight.
+
+    Args:
+        name: The slot's name; it must be unique in the model.
+        target: The weight.
+        parts: Names of its own weights, in the order of the formula.
+    """
+    groups, rows, columns = matrices(target.shape)
+    return Slot(
+        name=name,
+        graph=target.graph,
+        node=target.node,
+        tensor=target.tensor,
+        inner=target.tensor,
+        output=changed_weight(name),
+        source=target.tensor,
+        width=groups * columns,
+        source_width=groups * rows,
+        dtype=target.dtype,
+        axis=-1,
+        rank=0,
+        activation="identity",
+        parts=parts,
+        norm="",
+        norm_after="",
+        module=target.module,
+        swappable=True,
+        bottleneck=0,
+        weight_shape=target.shape,
+        readers=target.readers,
+    )
 
 
 def new_slot(name: str, target: Target, form: Form, *, width: int | None = None) -> Slot:

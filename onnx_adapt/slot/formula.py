@@ -15,6 +15,8 @@ A batched slot can give each row of a batch another adapter: `mask`, one number 
 row and unit, multiplies what the activation gives, and what else differs from row to row
 (`up_bias`, `scale`) has an input of its own. It works on `(rows, positions, width)`, and
 reshapes to that tensors of another rank.
+
+A slot on a weight inside an operator has a formula of its own, in `weight_update.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from onnx_adapt.slot.coupling import emit_coupling
 from onnx_adapt.slot.manifest import SLOT_KEY, Slot
 from onnx_adapt.slot.names import slot_prefix
 from onnx_adapt.slot.parts import PARTS, coupling_parts
+from onnx_adapt.slot.weight_update import check_weight_slot, emit_weight_update
 
 EPSILON = float(np.float32(1e-5))
 """Epsilon of a slot's own LayerNorms: torch.nn.LayerNorm's, as an attribute holds it."""
@@ -49,6 +52,8 @@ def check_slot(slot: Slot, opset: int) -> None:
         )
     if unknown := parts - set(PARTS):
         raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
+    if slot.on_weight:
+        check_weight_slot(slot)
     _check_batched(slot)
     coupling = coupling_parts()
     if parts & set(coupling):
@@ -124,6 +129,9 @@ def slot_nodes(
     emit = Emitter(slot_prefix(slot.name), opset, slot.dtype)
     if "f_down" in slot.parts:
         emit_coupling(emit, slot)
+        return _marked(emit, slot)
+    if slot.on_weight:
+        emit_weight_update(emit, slot)
         return _marked(emit, slot)
     w = _emit_weights(emit, slot)
     out = _emit_rows(emit, slot, slot.inner, [slot.width])

@@ -86,6 +86,8 @@ class Slot:
         modules: The PyTorch modules that it adapts, where the site computes several side by
             side, in the order of their columns; else empty.
         columns: Where the columns of these modules start, and at last where they end.
+        weight_shape: The shape of the weight that the slot is on; else empty.
+        readers: The nodes that read that weight, as addresses of their first outputs.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -113,11 +115,18 @@ class Slot:
     batched: bool = False
     modules: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
+    weight_shape: tuple[int, ...] = ()
+    readers: tuple[str, ...] = ()
     extra: Extra = ()
 
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
         return weight_name(self.name, part)
+
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes a weight that nodes read, not what a node makes."""
+        return bool(self.weight_shape)
 
     @property
     def symbol(self) -> str:
@@ -274,7 +283,7 @@ _MOST_AXES = 64
 
 def _read_slot(item: dict[str, Any]) -> Slot:
     slot = read_object(Slot, item)
-    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window)
+    sizes = (slot.width, slot.source_width, slot.bottleneck, *slot.window, *slot.weight_shape)
     known = slot.dtype in DTYPES and slot.activation in ACTIVATIONS
     form = slot.axis in (-1, 1) and 0 <= slot.rank <= _MOST_AXES
     form = form and len(slot.window) in (0, 5 * (slot.rank - 2))

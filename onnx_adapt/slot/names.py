@@ -40,6 +40,16 @@ def inner_name(slot: str) -> str:
     return node_name(slot, "target")
 
 
+def changed_weight(slot: str) -> str:
+    """The name of what a slot on a weight makes of it.
+
+    Example:
+        >>> changed_weight("encoder.0")
+        'adapter.encoder.0/weight'
+    """
+    return node_name(slot, "weight")
+
+
 def split_weight(name: str) -> tuple[str, str] | None:
     """The slot and part of a weight's name; None if it is no name of a slot's weight.
 

@@ -19,6 +19,7 @@ from onnx_adapt.slot.bounds import ARITHMETIC, Bounded, exact, seen
 from onnx_adapt.slot.formula import EPSILON
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.weights import matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ def _bounded(
     y = seen(target, kind)
     if "f_down" in w:
         return _coupling(slot, y, w)
+    if slot.on_weight:
+        return _weight_update(slot, y, w)
     x = w["table"].each(lambda rows: rows[source]) if "table" in w else seen(source, kind)
     added = None if plus is None else seen(plus, kind)
     if slot.window:
@@ -197,6 +200,30 @@ def _term(slot: Slot, read: Bounded, w: Mapping[str, Bounded]) -> Bounded:
         openness = ACTIVATIONS["sigmoid"][1](read.project(w["gate"], w.get("gate_bias")))
         term = term * openness.mean(1)
     return _after(w)(term) if slot.norm_after == "term" else term
+
+
+def _weight_update(slot: Slot, y: Bounded, w: Mapping[str, Bounded]) -> Bounded:
+    """Compute `scale * weight + gain * (down @ up)` for each matrix of the weight."""
+    groups, rows, columns = matrices(slot.weight_shape)
+    shape = y.value.shape
+    y = y.each(lambda v: v.reshape(groups, rows, columns))
+
+    def one(number: int) -> Bounded:
+        own = slice(number * columns, (number + 1) * columns)
+        mine = {part: w[part].each(lambda v: v[..., own]) for part in w if part != "down"}
+        out = y.each(lambda v: v[number])
+        out = out * mine["scale"] if "scale" in w else out
+        if "up" not in w:
+            return out
+        down = w["down"].each(lambda v: v[number * rows : (number + 1) * rows])
+        term = down.project(mine["up"])
+        term = term * mine["gain"] if "gain" in w else term
+        return term.join(out, len(w["up"].value))
+
+    changed = [one(number) for number in range(groups)]
+    value = np.stack([matrix.value for matrix in changed]).reshape(shape)
+    bound = np.stack([matrix.bound for matrix in changed]).reshape(shape)
+    return Bounded(value, bound, y.arithmetic)
 
 
 def _coupling(slot: Slot, y: Bounded, w: Mapping[str, Bounded]) -> Bounded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,15 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import SlotError
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, Draw, Size, part_of
+
+
+def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Read the shape of a weight as matrices: how many, and the rows and columns of one.
+
+    A vector is one matrix of one row.
+    """
+    *groups, rows, columns = (1, 1, *shape)
+    return math.prod(groups), rows, columns
 
 
 def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:
@@ -135,4 +144,5 @@ def fan_in(slot: Slot, part: str) -> int:
     """Count the terms in each output of a projection; a table adds none up and has 1."""
     row = part_of(part)
     looked_up = row.projects and row.draw is not Draw.FAN_IN
-    return 1 if looked_up else math.prod(part_shape(slot, part, 1))
+    size = math.prod(part_shape(slot, part, 1)) // matrices(slot.weight_shape)[0]
+    return 1 if looked_up else size

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 
 from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight, InnerWeights
 from onnx_adapt.checkpoints.modules.packed import PackedLayer
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
@@ -31,14 +32,23 @@ class ByName:
     Attributes:
         survey: The survey of the model.
         packed: The layers that modules are computed in together with others.
+        inner: The weights of modules inside operators.
     """
 
     survey: Survey
     packed: Mapping[str, list[PackedLayer]]
+    inner: InnerWeights
 
     def known(self) -> list[str]:
         """The paths of all modules that the graph has nodes of."""
-        return [*self.survey.modules.paths, *self.packed]
+        return [*self.survey.modules.paths, *self.packed, *self.inner.paths]
+
+    def inner_weights(self, module: str) -> Sequence[InnerWeight]:
+        """The weights of a module inside operators, one for each node that computes it."""
+        return self.inner.of(module)
+
+    def parameter(self, _name: str) -> None:
+        """None: names and shapes tell what a parameter is in the graph."""
 
     def stored(self) -> list[str]:
         """The modules whose weights have kept their names."""

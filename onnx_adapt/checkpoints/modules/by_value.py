@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.inner_weights import (
+    InnerWeight,
+    InnerWeights,
+    attention_digests,
+)
 from onnx_adapt.checkpoints.modules.norms_by_value import digest, norms_by_value
 from onnx_adapt.checkpoints.modules.weights import read_matrix
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
@@ -36,6 +41,7 @@ class ByValue:
         norms: The calls of each normalisation.
         alike: The modules that share their values with others, and which those are.
         free: The shapes of the layers that belong to no module of the file.
+        inner: The weights of modules inside operators.
     """
 
     label: str
@@ -44,6 +50,7 @@ class ByValue:
     norms: Mapping[str, list[BaseNorm]]
     alike: Mapping[str, list[str]]
     free: frozenset[tuple[int, ...]]
+    inner: InnerWeights
 
     def known(self) -> list[str]:
         """The modules of the file, and those whose output is a LayerNorm."""
@@ -60,6 +67,32 @@ class ByValue:
         if called:
             refuse_uncalled(module, self.weights)
         return self.found.get(module, [])
+
+    def inner_weights(self, module: str) -> Sequence[InnerWeight]:
+        """The weights of a module inside operators, one for each node that computes it."""
+        return self.inner.of(module)
+
+    def parameter(self, name: str) -> Array | None:
+        """The base's value of a parameter, by its path in the file.
+
+        Raises:
+            CheckpointError: If the file has none, or another that is equal.
+        """
+        value = self.weights.get(name)
+        if value is None:
+            raise CheckpointError(
+                f"{self.label} has no parameter {name!r}",
+                hint="give the weights of the whole base that was exported",
+            )
+        for other, array in self.weights.items():
+            same = other != name and array.shape == value.shape
+            if same and np.array_equal(array, value):
+                raise CheckpointError(
+                    f"parameter {name!r} cannot be told from {other!r} in the graph: their "
+                    "values are equal",
+                    hint="insert the adapter into the model as exported, with its names",
+                )
+        return value
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph.
@@ -155,7 +188,8 @@ def find_by_value(
             for part in (call, *(replace(call, span=span) for span in column_spans(call))):
                 by_value.setdefault(digest(read_matrix(model, part)), []).append(part)
     found, alike, claimed = _calls(by_value, kinds, weights)
-    if not claimed:
+    inner = _inner_weights(attention_digests(model, survey), weights)
+    if not claimed and not inner.found:
         raise CheckpointError(
             f"none of the weights in {label} is in the graph",
             hint="give the weights of the very base that was exported, before any training "
@@ -169,7 +203,27 @@ def find_by_value(
         if id(call.node) not in claimed
         if (weight := find_weight(call.view, call.weight)) is not None
     )
-    return ByValue(label, weights, found, norms, {**alike, **unclear}, free)
+    return ByValue(label, weights, found, norms, {**alike, **unclear}, free, inner)
+
+
+def _inner_weights(
+    by_value: Mapping[bytes, list[InnerWeight]], weights: Mapping[str, Array]
+) -> InnerWeights:
+    """Find the modules whose weights are inside operators; equal ones are not told apart."""
+    matrices = {
+        key.removesuffix(".weight"): array
+        for key, array in weights.items()
+        if key.endswith(".weight") and array.ndim == 2
+    }
+    found = {
+        module: inner
+        for module, array in matrices.items()
+        for turned in (array, array.T)
+        for kind in DTYPES.values()
+        if (inner := by_value.get(digest(turned.astype(kind))))
+    }
+    twins = Counter(id(weight) for inner in found.values() for weight in inner)
+    return InnerWeights({m: i for m, i in found.items() if twins[id(i[0])] == 1})
 
 
 def _current(key: str) -> str:

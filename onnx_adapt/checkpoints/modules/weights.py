@@ -16,6 +16,7 @@ from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.graph.operators import OPERATORS, WeightLayout
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.manifest import slot_of
 
 
 def read_weight(model: Model, view: GraphView, name: str) -> Array:
@@ -31,6 +32,8 @@ def read_weight(model: Model, view: GraphView, name: str) -> Array:
     if made is None:
         raise CheckpointError(f"weight {name!r} is not constant")
     home, node = made
+    if slot_of(node):  # on the weight: the base's own comes first, scaled or not
+        return read_weight(model, home, node.input[0])
     inputs = [read_weight(model, home, item) for item in node.input if item]
     value = inputs[0]
     if node.op_type == "Transpose":
@@ -85,7 +88,8 @@ def _unscaled(model: Model, call: LayerCall) -> Array:
     weight = find_weight(call.view, call.weight)
     value = read_weight(model, call.view, call.weight)
     # Exporters keep the axes in front of a matrix that is one of a stack of one.
-    if operator.axis == -1 and not operator.embeds and value.ndim > 2:
+    alone = math.prod(value.shape[:-2]) == 1
+    if operator.axis == -1 and not operator.embeds and value.ndim > 2 and alone:
         value = value.reshape(value.shape[-2:])
     if weight is None or weight.elem_type in FLOATS:
         return value

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import Bottleneck, Coupling, Edit, LowRank, Scaling
+from onnx_adapt.checkpoints.edits import (
+    Bottleneck,
+    Coupling,
+    Edit,
+    LowRank,
+    ParameterLowRank,
+    Scaling,
+)
 from onnx_adapt.checkpoints.modules.calls import (
     block_output,
     norm_behind,
     residual_add,
 )
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
+from onnx_adapt.checkpoints.placing.on_weights import (
+    place_low_rank_on_weights,
+    place_parameter,
+    place_scaling_on_weights,
+)
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
@@ -23,7 +35,15 @@ def place(placement: Placement, edit: Edit) -> None:
     Raises:
         CheckpointError: If the graph has no place for it.
     """
-    if isinstance(edit, LowRank):
+    if isinstance(edit, ParameterLowRank):
+        place_parameter(placement, edit)
+        return
+    inner = placement.inner_weights(edit.module)
+    if isinstance(edit, LowRank) and inner:
+        place_low_rank_on_weights(placement, edit, inner)
+    elif isinstance(edit, Scaling) and inner:
+        place_scaling_on_weights(placement, edit, inner)
+    elif isinstance(edit, LowRank):
         for call in placement.calls(edit.module):
             place_low_rank(placement, edit, call)
     elif isinstance(edit, Scaling):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
+from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
+from onnx_adapt.checkpoints.placing.joining import joined_apart, joined_beside
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
@@ -18,7 +20,7 @@ from onnx_adapt.graph.names import free_name
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.form import Form, new_slot
+from onnx_adapt.slot.form import Form, WeightTarget, new_slot, new_weight_slot
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, in_order
 from onnx_adapt.slot.weights import bottleneck_of, part_shape
@@ -35,6 +37,12 @@ class ModuleFinder(Protocol):
 
     def calls(self, module: str, *, called: bool = True) -> list[LayerCall]:
         """The calls of a module; if not `called`, layers that only read its weights count."""
+
+    def inner_weights(self, module: str) -> Sequence[InnerWeight]:
+        """The weights of a module inside operators, one for each node that computes it."""
+
+    def parameter(self, name: str) -> Array | None:
+        """The base's value of a parameter, where values tell what it is in the graph."""
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
@@ -62,6 +70,7 @@ class Placement:
         slots: The slots so far.
         weights: Their weights, by slot and part.
         beside: The slots on layers that compute several modules, by what they read and write.
+        on_weights: The slots on weights inside operators, by graph and name of the weight.
     """
 
     model: Model
@@ -72,6 +81,15 @@ class Placement:
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
+    on_weights: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def inner_weights(self, module: str) -> Sequence[InnerWeight]:
+        """The weights of a module of the checkpoint inside operators; empty if it has calls.
+
+        Raises:
+            CheckpointError: If it is inside an operator that takes no adapter.
+        """
+        return self.finder.inner_weights(self.names[module])
 
     def calls(self, module: str) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
@@ -156,37 +174,59 @@ class Placement:
             form: What the slot computes; its parts are those of the weights.
         """
         key = (target.address, form.source)
-        first = self.beside.get(key)
-        if first is None:
-            self.add(target, packing.layer, parts, form)
-            slot = self.slots[-1]
-            self.beside[key] = slot.name
-            self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)
+        if key in self.beside:
+            name = self.beside[key]
+            self._set_weights(name, joined_beside(self.weights[name], parts))
             return
-        at = next(i for i, slot in enumerate(self.slots) if slot.name == first)
-        joined = _joined(self.weights[first], parts)
-        self.slots[at] = replace(self.slots[at], parts=in_order(joined))
-        dtype = DTYPES[target.dtype]
-        self.weights[first] = {
-            part: np.ascontiguousarray(joined[part], dtype) for part in in_order(joined)
-        }
-        _check_weights(self.slots[at], joined, self.weights[first])
+        self.add(target, packing.layer, parts, form)
+        slot = self.slots[-1]
+        self.beside[key] = slot.name
+        self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)
 
+    def add_on_weight(
+        self,
+        target: WeightTarget,
+        name: str,
+        parts: Mapping[str, Array],
+        packing: Packing | None,
+        *,
+        apart: bool,
+    ) -> None:
+        """Add the weights of one module for a slot on a weight; modules share one slot.
 
-def _joined(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:
-    """Join the weights of two modules that a layer computes side by side."""
-    joined: dict[str, Array] = {**one, **other}
-    for part in one.keys() & other.keys():
-        match part:
-            case "down":
-                joined[part] = np.concatenate([one[part], other[part]], axis=1)
-            case "up":
-                joined[part] = np.concatenate([one[part], other[part]], axis=0)
-            case "up_bias":  # zero in the columns of other modules
-                joined[part] = one[part] + other[part]
-            case "scale":  # and one there
-                joined[part] = one[part] * other[part]
-    return joined
+        Args:
+            target: The weight.
+            name: What to call the slot; a number is added if another has the name.
+            parts: The weights by part, for the whole weight.
+            packing: The modules whose columns the weight has, or None.
+            apart: Whether the other modules in the weight have matrices of a stack to
+                themselves, so that one bottleneck does for all.
+        """
+        key = (target.graph, target.tensor)
+        if key in self.on_weights:
+            join = joined_apart if apart else joined_beside
+            known = self.on_weights[key]
+            self._set_weights(known, join(self.weights[known], parts))
+            return
+        unique = free_name(name, self.taken)
+        self.taken.add(unique)
+        slot = new_weight_slot(unique, target, in_order(parts))
+        if packing is not None:
+            slot = replace(slot, modules=packing.modules, columns=packing.columns)
+        self.on_weights[key] = unique
+        self.slots.append(slot)
+        self._set_weights(unique, parts)
+
+    def _set_weights(self, name: str, parts: Mapping[str, Array]) -> None:
+        """Give a slot weights in place of those that it has, and the parts of these."""
+        at = next(i for i, slot in enumerate(self.slots) if slot.name == name)
+        slot = self.slots[at] = replace(self.slots[at], parts=in_order(parts))
+        dtype = DTYPES[slot.dtype]
+        with np.errstate(over="ignore"):
+            self.weights[name] = {
+                part: np.ascontiguousarray(parts[part], dtype) for part in slot.parts
+            }
+        _check_weights(slot, parts, self.weights[name])
 
 
 def _check_weights(

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
 from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
+from onnx_adapt.checkpoints.readers.peft_parameters import parameter_edit, split_parameters
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -48,7 +49,6 @@ _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
     "trainable_token_indices": "single rows of the embedding were trained",
-    "target_parameters": "parameters instead of modules were adapted",
     "use_qalora": "the input is pooled before the adapter",
     "use_bdlora": "the matrices are block-diagonal",
     "arrow_config": "adapters are routed at run time",
@@ -76,10 +76,14 @@ def peft_edits(folder: Folder) -> list[Edit]:
         )
     _refuse_settings(config)
     modules, replaced = _sort_tensors(folder, kind)
+    modules, parameters = split_parameters(modules, config)
     edits: list[Edit] = []
     for module, parts in modules.items():
         with name_damage(folder, module):
             edits += method.edits(module, parts, config)
+    for module, named in parameters.items():
+        with name_damage(folder, module):
+            edits += (_parameter_edit(module, name, parts, config) for name, parts in named)
     return [*edits, *replaced]
 
 
@@ -179,19 +183,33 @@ def _lora(module: str, parts: dict[str, Array], config: Mapping[str, Any]) -> It
     )
 
 
+def _parameter_edit(
+    module: str, name: str, parts: dict[str, Array], config: Mapping[str, Any]
+) -> Edit:
+    path = f"{module}.{name}"
+    rank = int(number(_by_pattern(path, config, "rank_pattern", config.get("r", 8)), "r"))
+    scale = _scale(path, rank, config)
+    version = str(config.get("peft_version") or "")
+    return parameter_edit(module, name, parts, rank, scale, version)
+
+
+def _by_pattern(path: str, config: Mapping[str, Any], setting: str, default: Any) -> Any:
+    """Return the value of the first pattern of a setting that a path matches."""
+    patterns = config.get(setting) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{setting} {patterns!r} is no setting")
+    for pattern, value in patterns.items():
+        if _is_match(rf"(.*\.)?({pattern})", pattern, path, setting):
+            return value
+    return default
+
+
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """Compute alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
+    alpha = _by_pattern(module, config, "alpha_pattern", config.get("lora_alpha", 8))
     rooted = config.get("use_rslora", False)
-    if not isinstance(patterns, dict) or not isinstance(rooted, bool | None):
-        raise CheckpointError(
-            f"alpha_pattern {patterns!r} or use_rslora {rooted!r} is no setting"
-        )
-    for pattern, value in patterns.items():
-        if _is_match(rf"(.*\.)?({pattern})", pattern, module, "alpha_pattern"):
-            alpha = value
-            break
+    if not isinstance(rooted, bool | None):
+        raise CheckpointError(f"use_rslora {rooted!r} is no setting")
     if not config.get("rank_pattern") and config.get("r", rank) != rank:
         raise CheckpointError(
             f"module {module!r} has rank {rank}; the configuration says r={config['r']}"
