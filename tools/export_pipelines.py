@@ -62,6 +62,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "bert/qdq_a16w8": "by_onnxruntime.qdq16",
         "bert/qoperator": "by_onnxruntime.qoperator",
         "bert/qattention": "by_onnxruntime.qattention",
+        "deberta/tjs_bnb4": "by_transformers_js.bnb4",
         "gpt2/optimum": "by_optimum.plain",
         "gpt2/optimum_o2": "by_optimum.o2",
         "gpt2/tjs_q8": "by_transformers_js.q8",
@@ -84,7 +85,6 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "mobius": {
         "llama/mobius": "by_mobius.default",
         "llama/mobius_cpu": "by_mobius.cpu",
-        "llama/mobius_dml": "by_mobius.dml",
         "qwen3/mobius_cpu": "by_mobius.cpu",
         "t5/mobius": "by_mobius.default",
     },

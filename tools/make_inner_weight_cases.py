@@ -1,18 +1,23 @@
 """Write cases of PEFT whose modules are inside operators to ``tests/cases/``.
 
 Fused attention, recurrent layers and stacked experts. What the files are is told in
-``case_making.py``; the environment is that of ``make_peft_cases.py``. From the root of the
-repository::
+``case_making.py``; beside each base is ``parameters.npz``, its own values of what is inside
+operators. The environment is that of ``make_peft_cases.py``; that of ``bert_optimised`` has
+transformers 4.57.3, peft 0.18.0, optimum-onnx 0.1.0 and onnxruntime 1.32.0 instead, whose
+exports can be fused. From the root of the repository::
 
     PYTHONHASHSEED=0 /tmp/peft/bin/python tools/make_inner_weight_cases.py
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import make_peft_cases as peft_cases
+import numpy as np
+import onnx
 import torch
 import transformers
 from case_making import (
@@ -21,17 +26,16 @@ from case_making import (
     TOKEN_LOGITS,
     Base,
     arguments,
-    export_torchscript,
+    export_optimum,
+    make,
     write_base,
 )
 from export_fixtures import (
     BATCH_AXES,
     TEXT_AXES,
     VOCABULARY,
-    Positional,
     bert_inputs,
     build_bert,
-    build_gpt2,
     text_inputs,
 )
 from make_peft_cases import Case, ia3, lora, make_case, selected
@@ -167,29 +171,27 @@ def build_olmoe() -> nn.Module:
 
 
 def export_optimised(model: nn.Module, base: Base, path: Path) -> None:
-    """Export with TorchScript and fuse as optimum's O2 and onnxruntime.transformers do."""
+    """Export with optimum and fuse as its O2 and onnxruntime.transformers do."""
     from onnxruntime.transformers import optimizer
 
-    export_torchscript(model, base, path)
-    kind = "gpt2" if "gpt2" in type(model).__name__.lower() else "bert"
-    kind = "gpt2" if isinstance(model, Positional) else kind
-    fused = optimizer.optimize_model(str(path), kind, num_heads=4, hidden_size=32, opt_level=1)
+    export_optimum(model, base, path)
+    fused = optimizer.optimize_model(str(path), "bert", num_heads=4, hidden_size=32)
     fused.save_model_to_file(str(path))
+    require_attention(path)
 
 
-def export_extended(model: nn.Module, base: Base, path: Path) -> None:
-    """Export with TorchScript and let ONNX Runtime fuse, as an offline optimisation."""
-    import onnxruntime
+def require_attention(path: Path) -> None:
+    """Check that the projections of attention are inside a node.
 
-    export_torchscript(model, base, path)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(path.with_suffix(".fused"))
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    path.with_suffix(".fused").replace(path)
+    Raises:
+        RuntimeError: If they were not fused; newer exports have other patterns.
+    """
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    if "Attention" not in kinds:
+        raise RuntimeError(f"{path} has no Attention: {sorted(kinds)}")
 
 
-EXPORTERS |= {"optimised": export_optimised, "extended": export_extended}
+EXPORTERS |= {"optimised": export_optimised}
 
 BERT = (bert_inputs, TEXT_AXES, LOGITS)
 
@@ -198,10 +200,6 @@ EXPERTS = {"loop": "torchscript", "bmm": "dynamo", "einsum": "torchscript"}
 
 BASES = {
     "bert_optimised": Base(build_bert, *BERT, "optimised"),
-    "bert_extended": Base(build_bert, *BERT, "extended"),
-    "gpt2_optimised": Base(
-        build_gpt2, text_inputs, TEXT_AXES, TOKEN_LOGITS, "optimised", Positional
-    ),
     "recurrent_torchscript": Base(Recurrent, series_inputs, SERIES, LOGITS, "torchscript"),
     "recurrent_dynamo": Base(Recurrent, five_steps, BATCH_AXES, LOGITS),
     "mixtral_dynamo": Base(build_mixtral, text_inputs, TEXT_AXES, TOKEN_LOGITS),
@@ -242,15 +240,6 @@ CASES = {
     "bert_optimised_ia3": Case(
         "bert_optimised", ia3("key", "value"), "IA3 inside Attention, with its bias"
     ),
-    "bert_extended_lora": Case(
-        "bert_extended", lora("query", "value"), "Attention of ONNX Runtime's own fusions"
-    ),
-    "gpt2_optimised_lora": Case(
-        "gpt2_optimised",
-        lora("c_attn", "c_proj", fan_in_fan_out=True),
-        "c_attn, which is all of an Attention's weight",
-        std=0.15,
-    ),
     **{
         f"{kind}_{name}": Case(f"recurrent_{exporter}", on_parameters(*targets), said, std=std)
         for kind, exporter in (("recurrent", "dynamo"), ("recurrent_ts", "torchscript"))
@@ -289,11 +278,21 @@ CASES = {
     "experts_loop": Case(
         "experts_loop",
         on_parameters("experts.up_proj", "experts.down_proj"),
-        "experts whose stack the exporter cut into pieces; --base-weights tells which is which",
+        "a stack of experts that the exporter cut into pieces; --base-weights tells which",
         reason="'experts.up_proj' [3, 12, 20] was not found",
         std=0.4,
     ),
 }
+
+
+def write_parameters(name: str, base: Base, cases: Path) -> None:
+    """Write the base's own values of what is inside operators, as ``parameters.npz``."""
+    named = make(base).state_dict().items()
+    inner = re.compile(
+        r"weight_[ih]h_l\d|_proj$|attention\.self\.\w+\.weight$|c_attn\.weight$"
+    )
+    values = {key: value.numpy() for key, value in named if inner.search(key)}
+    np.savez_compressed(cases / "bases" / name / "parameters.npz", **values)
 
 
 def main() -> None:
@@ -303,6 +302,7 @@ def main() -> None:
     for name, base in BASES.items():
         if chosen.only in name and not chosen.keep_bases:
             write_base(name, base, chosen.folder)
+            write_parameters(name, base, chosen.folder)
     for name, case in selected("peft", CASES, chosen.only).items():
         make_case(name, case, chosen.folder)
 

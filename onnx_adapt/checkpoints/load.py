@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
 from onnx_adapt.checkpoints.modules.model_parts import parts_shown
 from onnx_adapt.checkpoints.modules.names import (
@@ -22,6 +23,7 @@ from onnx_adapt.checkpoints.modules.names import (
     refuse_unmapped,
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
+from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
@@ -90,7 +92,10 @@ def load_checkpoint(
     edits = read_edits(folder)
     identity = fingerprint(model)
     survey, finder = _look(model, base_weights, edits)
+    refuse_inner_experts(survey, [edit.module for edit in edits])
     edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
+    for module in dict.fromkeys(names[edit.module] for edit in edits):
+        refuse_folded(survey, finder, module)
     manifest = read_manifest(model.proto)
     fused = fused_nodes(survey, finder, names, edits)
     if fused:
@@ -124,7 +129,7 @@ def load_checkpoint(
 
 
 def _look(
-    model: Model, base_weights: str | os.PathLike[str] | None, edits: Iterable[Edit]
+    model: Model, base_weights: str | os.PathLike[str] | None, edits: Sequence[Edit]
 ) -> tuple[Survey, ByName | ByValue]:
     """Survey a model, and decide how its modules are found."""
     survey = survey_model(model)

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
-from onnx_adapt.cli.inserted import show_inserted
+from onnx_adapt.cli.inserted import show_inserted, tell_update_cost
 from onnx_adapt.cli.outputs import file_label, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.formats import format_names, suffix_of
@@ -157,6 +157,7 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.model.destination import resolve_destination
+    from onnx_adapt.report.costs import update_cost
 
     _refuse_conflicts(ctx)
     base = oa.open_model(model)
@@ -179,6 +180,7 @@ def command(
         used = trained if calibrate or not swappable else None
         given = base, adapted, inputs or calibrate or None, used, provider
         proof = None if no_verify else _prove(*given, stage)
+        cost = update_cost(*given[:2], trained, given[2], provider) if proof else None
         weights = _weights_beside(path, checkpoint, file_format) if swappable else []
         saved = oa.save_model(
             adapted,
@@ -192,6 +194,7 @@ def command(
     files = [file for file, _ in weights]
     calibrated = bool(calibrate)
     show_inserted(base, adapted, saved, proof, files, calibrated=calibrated, as_json=as_json)
+    tell_update_cost(cost)
     if thin:
         tell_thin(base, saved)
     say_next("verify", model, path, *(word for item in inputs for word in ("--inputs", item)))

@@ -14,6 +14,7 @@ from onnx_adapt.words import count
 if TYPE_CHECKING:
     from onnx_adapt import Model, Report, Slot
     from onnx_adapt.model.file import Saved
+    from onnx_adapt.report.costs import UpdateCost
     from onnx_adapt.slot.base_changes import Unfused
 
 _MOST_WARNINGS = 3
@@ -87,6 +88,26 @@ def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
             f"wrote out {count(len(unfused), 'fused node')} of {base.label} ({ops}), which "
             "held what the slots need; `onnx-adapt remove` puts them back"
         )
+
+
+_MUCH = 0.05
+"""What slots on weights may cost, as a part of the base's arithmetic, before it is said."""
+
+
+def tell_update_cost(cost: UpdateCost | None) -> None:
+    """Print what slots on weights compute in each run, where it is much."""
+    from onnx_adapt.report.numbers import by_unit
+
+    if cost is None or cost.share <= _MUCH:
+        return
+    shapes = ", ".join(
+        f"{name} {list(getattr(value, 'shape', ()))}" for name, value in cost.feeds.items()
+    )
+    say(
+        f"note: {count(cost.slots, 'slot')} on weights: {by_unit(cost.flops)} operations in "
+        f"each run, whatever its inputs, {cost.share:.0%} of the base's with {shapes}"
+    )
+    say("hint: with --baked ONNX Runtime computes them once, when it loads the model")
 
 
 def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated: bool) -> None:

@@ -30,7 +30,11 @@ def slot_row(slot: Slot) -> tuple[object, ...]:
     size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
     size += " (batched)" if slot.batched else ""
     parts = " ".join(slot.parts)
-    what = slot.width, slot.axis, slot.dtype, size, slot.activation, parts
+    width: object = slot.width
+    axis: object = slot.axis
+    if slot.on_weight:
+        width, axis = "x".join(map(str, slot.weight_shape)), "weight"
+    what = width, axis, slot.dtype, size, slot.activation, parts
     return (slot.name, slot.tensor, *what)
 
 

@@ -112,15 +112,15 @@ def _is_bare(view: GraphView, tensor: str) -> bool:
         if made is None:
             return False
         view, node = made
-        if slot_of(node):  # a slot on the product
-            tensor = inner_name(slot_of(node))
-            continue
         if is_layer(view, node):
             operator = OPERATORS[node.op_type]
             return operator.bias_add and not operator.has_bias(node)
-        if node.op_type not in _RESCALING or not node.input:
+        if slot := slot_of(node):
+            tensor = inner_name(slot)  # what the slot made of it is as bare
+        elif node.op_type not in _RESCALING or not node.input:
             return False
-        tensor = _rescaled(view, node)
+        else:
+            tensor = _rescaled(view, node)
     return False
 
 

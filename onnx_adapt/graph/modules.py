@@ -59,12 +59,17 @@ def module_of(node: onnx.NodeProto) -> str | None:
 
 
 def module_of_tensor(name: str) -> str | None:
-    """The path of the module that a tensor's name tells, or None.
+    """The path of the module that computes a tensor, from a name as TorchScript gives it.
 
-    TorchScript's exporter names tensors after the nodes that make them, and an optimiser keeps
-    the names of tensors where it replaces nodes.
+    Such a name is `/encoder/layer.0/attention/MatMul_output_0`.
+
+    Returns:
+        The dotted path, or None for other names, such as those of parameters.
     """
-    return _from_node_name(name) if name.startswith("/") else None
+    return _from_node_name(name) if _COMPUTED.match(name) else None
+
+
+_COMPUTED = re.compile(r"/.*_output_\d+$")
 
 
 def _from_name_scopes(value: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,9 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.probe import neutral_model
-from onnx_adapt.proof.runner import Runner
+from onnx_adapt.proof.runner import ProviderArgument, Runner, proof_providers
 from onnx_adapt.report.trace import trace
 from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, is_empty
 
@@ -102,6 +103,67 @@ class Costs:
 
 Weights = Mapping[str, Mapping[str, Array]]
 """Weights by slot and part."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCost:
+    """What the slots on weights of a model compute in one run, whatever its inputs.
+
+    Attributes:
+        slots: How many they are.
+        flops: Their floating-point operations.
+        base_flops: Those of the base, for the inputs that were counted.
+        feeds: These inputs.
+    """
+
+    slots: int
+    flops: int
+    base_flops: int
+    feeds: Feeds
+
+    @property
+    def share(self) -> float:
+        """The operations of the slots as a part of those of the base."""
+        return self.flops / max(self.base_flops, 1)
+
+
+def update_cost(
+    base: Model,
+    adapted: Model,
+    adapter: Adapter | None,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    provider: ProviderArgument = None,
+) -> UpdateCost | None:
+    """Count what the slots on weights compute in one run; None if there are none.
+
+    They change whole weights before the first token is seen, so for short inputs they may
+    cost more than the base. The weights of baked slots are constants, of which ONNX Runtime
+    computes the changed weight when it loads the model.
+
+    Args:
+        base: The base.
+        adapted: The model with slots.
+        adapter: The adapter whose bottlenecks count.
+        inputs: Inputs of the base, as for `verify`; made up if not given.
+        provider: Where the model runs.
+
+    Raises:
+        AdaptError: If the model does not run with these inputs.
+    """
+    slots = [s for s in required_manifest(adapted).slots if s.on_weight and s.swappable]
+    if not slots:
+        return None
+    providers = proof_providers(provider)
+    feeds = inputs_for(base, inputs, 0, providers)[0]
+    weights = weights_on(adapted, adapter, 1, 0)
+    ran = trace(adapted, {**feeds, **weights_fed(adapted, weights, adapter)}, providers)
+    names = {slot.name for slot in slots}
+    return UpdateCost(
+        len(slots),
+        sum(item.flops for item in ran if item.slot in names),
+        sum(item.flops for item in ran if not item.slot),
+        feeds,
+    )
 
 
 def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int) -> Weights:

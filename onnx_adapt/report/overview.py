@@ -258,7 +258,7 @@ def _slot_views(
     """The slots with their measurements, by depth."""
     results = {result.name: result for result in report.slots}
     cost_of = {cost.name: cost for cost in costs.slots} if costs else {}
-    depths = _slot_depths(after)
+    depths = _slot_depths(after, slots)
     views = [
         SlotView(
             slot,
@@ -289,15 +289,19 @@ def _in_order(index: ModelIndex, view: GraphView | None = None) -> list[tuple[Gr
     return found
 
 
-def _slot_depths(index: ModelIndex) -> dict[str, int]:
-    """How many nodes of the base run before each slot, by slot."""
+def _slot_depths(index: ModelIndex, slots: Sequence[Slot]) -> dict[str, int]:
+    """How many nodes of the base run before each slot, or what reads its weight, by slot."""
     depth, found = 0, dict[str, int]()
+    changed = {slot.output: slot.name for slot in slots if slot.on_weight}
     for view, number in _in_order(index):
-        owner = slot_of(view.nodes[number])
-        if owner:
+        node = view.nodes[number]
+        owner = slot_of(node)
+        if owner not in changed.values():
             found.setdefault(owner, depth)
-        else:
-            depth += 1
+        for name in node.input if not owner else ():
+            if name in changed:
+                found.setdefault(changed[name], depth)
+        depth += not owner
     return found
 
 

@@ -67,7 +67,9 @@ class Surroundings:
 
 def surroundings_before(view: GraphView | None, slot: Slot) -> Surroundings | None:
     """The base's graph around a slot's site, or None if the base has no such tensor."""
-    if view is None or slot.tensor not in view.producers:
+    if view is None:
+        return None
+    if slot.tensor not in (view.consumers if slot.on_weight else view.producers):
         return None
     return _around(view, slot, _site(view, slot.tensor), slot.tensor)
 

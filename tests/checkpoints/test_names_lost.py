@@ -107,7 +107,20 @@ TIED = "peft_gpt2_lora_embedding"  # has one table for two modules: see below
 def test_a_nameless_base_gives_what_pytorch_gives(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base = onnx.load(case.base)
-    path, found = _adapted(base, case.adapter, _state_dict(base), tmp_path)
+    weights = _state_dict(base) | case.parameters()
+    path, found = _adapted(base, case.adapter, weights, tmp_path)
+    assert _distance(case, path, found) < case.tolerance
+
+
+def test_a_stack_of_experts_that_was_cut_into_pieces_is_found_by_values(
+    tmp_path: Path,
+) -> None:
+    case = CASES["peft_experts_loop"]
+    base = onnx.load(case.base)
+    weights = _state_dict(base) | case.parameters()
+    path, found = _adapted(base, case.adapter, weights, tmp_path)
+    assert _distance(case, path, found) < case.tolerance
+    assert len(found.slots) == 6
     assert _distance(case, path, found) < case.tolerance
 
 

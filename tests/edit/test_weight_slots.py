@@ -1,11 +1,14 @@
 """Slots on weights inside operators: what holds for every slot holds for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from slot_models import CHECKS, run, session
 from weight_slots import changed, checkpoint, model, random, slot_on, trained
@@ -317,3 +320,89 @@ def test_float16_weights_verify() -> None:
     session(adapted.proto)
     report = oa.verify(base, adapted, inputs=feeds_of(base))
     assert [(c.name, c.detail) for c in report.checks if not c.passed] == []
+
+
+# Random walks ------------------------------------------------------------------------------
+
+WALK = settings(max_examples=40, deadline=None, database=None)
+STEPS = ("w1", "w2", "w1 scaled", "w2 scaled", "after a", "remove", "fill")
+
+
+def two_products() -> oa.Model:
+    """`relu(x @ w1) @ w2`."""
+    nodes = [
+        helper.make_node("Einsum", ["x", "w1"], ["a"], "one", equation="nk,km->nm"),
+        helper.make_node("Relu", ["a"], ["h"], "relu"),
+        helper.make_node("Einsum", ["h", "w2"], ["y"], "two", equation="nk,km->nm"),
+    ]
+    stored = {"w1": random(4, 5, dtype="float64"), "w2": random(5, 3, seed=1, dtype="float64")}
+    return model(nodes, {"x": ["n", 4]}, ["y"], stored, dtype="float64")
+
+
+def computed(
+    x: Array, slots: list[tuple[str, oa.Slot]], own: dict[str, dict[str, Array]]
+) -> Array:
+    """What the model computes with its slots on, in numpy."""
+    weights = {
+        "w1": random(4, 5, dtype="float64"),
+        "w2": random(5, 3, seed=1, dtype="float64"),
+    }
+    for place, slot in slots:
+        if place in weights:
+            weights[place] = changed(slot, weights[place], own[slot.name])
+    a = x @ weights["w1"]
+    for place, slot in slots:
+        if place == "a":
+            parts = own[slot.name]
+            a = a + np.maximum(a @ parts["down"], 0) @ parts["up"]
+    return np.maximum(a, 0) @ weights["w2"]
+
+
+@WALK
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 99)), min_size=1, max_size=7))
+def test_a_random_walk_of_edits_computes_what_numpy_does(walk: list[tuple[str, int]]) -> None:
+    base = two_products()
+    current, slots = base, list[tuple[str, oa.Slot]]()
+    own: dict[str, dict[str, Array]] = {}
+    for number, (step, seed) in enumerate(walk):
+        if step == "remove" and slots:
+            place, slot = slots.pop(seed % len(slots))
+            current = oa.remove(current, slots=slot.name)
+        elif step == "after a":
+            current = oa.insert(current, after="a", axis=-1)
+            slot = oa.list_slots(current)[-1]
+            shapes = {"down": (5, 2), "up": (2, 5)}
+            own[slot.name] = {
+                p: random(*s, seed=seed, dtype="float64") for p, s in shapes.items()
+            }
+            slots.append(("a", slot))
+        elif step[:2] in ("w1", "w2"):
+            place = step[:2]
+            parts = ("down", "up", "scale") if "scaled" in step else ("down", "up")
+            tensor = next(
+                n.input[1] for n in current.proto.graph.node if n.name == _READER[place]
+            )
+            slot = replace(
+                slot_on(current, tensor, name=f"s{number}", parts=parts), tensor=place
+            )
+            own[slot.name] = trained(slot, 2, seed)
+            made = checkpoint(current, [slot], {slot.name: own[slot.name]})
+            current = oa.insert_checkpoint(current, made)
+            slots.append((place, slot))
+        elif step == "fill" and slots:
+            adapter = oa.make_adapter(current, "a", {s.name: own[s.name] for _, s in slots})
+            np.testing.assert_allclose(
+                run(oa.fill(current, adapter), {"x": WALKED})[0], computed(WALKED, slots, own)
+            )
+        assert not slots or damages(current) == []
+        fed = {f"adapter.{s.name}.{p}": v for _, s in slots for p, v in own[s.name].items()}
+        got = run(current, {"x": WALKED, **fed})[0]
+        np.testing.assert_allclose(got, computed(WALKED, slots, own), 1e-9, 1e-9)
+    if slots:
+        assert oa.verify(base, current, inputs={"x": WALKED}).passed
+        current = oa.remove(current)
+    assert current.proto.SerializeToString() == base.proto.SerializeToString()
+
+
+_READER = {"w1": "one", "w2": "two"}
+WALKED = random(3, 4, seed=7, dtype="float64")

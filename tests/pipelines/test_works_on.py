@@ -25,9 +25,7 @@ YES, CALIBRATED, UNTRAINED = "yes", "calibrated", "n/a"
 REASONS = {
     "several-files": "the graph has none of it",
     "fused-attention": "in the graph",
-    "fused-bias": "has no output of its own",
-    "fused-activation": "the activation behind it",
-    "fused-residual": "the residual connection after",
+    "folded-calls": "may be missing in the graph",
     "integers": "computed in integers",
     "other-names": "no module of the checkpoint is in the graph",
 }

@@ -59,6 +59,26 @@ def build_bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def build_deberta() -> nn.Module:
+    """Return a DeBERTa classifier, which calls two projections twice."""
+    config = transformers.DebertaV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=INNER,
+        max_position_embeddings=16,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        num_labels=3,
+    )
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
 def build_gpt2() -> nn.Module:
     """Return a GPT-2 language model."""
     config = transformers.GPT2Config(
@@ -201,6 +221,13 @@ ARCHITECTURES = {
         bert_inputs,
         ("query", "value"),
         (("key", "value", "output.dense"), ("output.dense",)),
+        "text-classification",
+    ),
+    "deberta": Architecture(
+        build_deberta,
+        text_inputs,
+        ("query_proj", "value_proj"),
+        (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
         "text-classification",
     ),
     "gpt2": Architecture(

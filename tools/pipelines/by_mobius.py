@@ -35,4 +35,3 @@ def built(provider: str, dtype: str = "f32") -> Callable[[str, Path], None]:
 
 default = built("default")
 cpu = built("cpu")
-dml = built("dml")

@@ -47,6 +47,9 @@ class ByName:
         """The weights of a module inside operators, one for each node that computes it."""
         return self.inner.of(module)
 
+    def parameter(self, _name: str) -> None:
+        """None: names and shapes tell what a parameter is in the graph."""
+
     def stored(self) -> list[str]:
         """The modules whose weights have kept their names."""
         return _named_parameters(self.survey)

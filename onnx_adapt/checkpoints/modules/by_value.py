@@ -72,6 +72,28 @@ class ByValue:
         """The weights of a module inside operators, one for each node that computes it."""
         return self.inner.of(module)
 
+    def parameter(self, name: str) -> Array | None:
+        """The base's value of a parameter, by its path in the file.
+
+        Raises:
+            CheckpointError: If the file has none, or another that is equal.
+        """
+        value = self.weights.get(name)
+        if value is None:
+            raise CheckpointError(
+                f"{self.label} has no parameter {name!r}",
+                hint="give the weights of the whole base that was exported",
+            )
+        for other, array in self.weights.items():
+            same = other != name and array.shape == value.shape
+            if same and np.array_equal(array, value):
+                raise CheckpointError(
+                    f"parameter {name!r} cannot be told from {other!r} in the graph: their "
+                    "values are equal",
+                    hint="insert the adapter into the model as exported, with its names",
+                )
+        return value
+
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph.
 

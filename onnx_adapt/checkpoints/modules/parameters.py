@@ -9,7 +9,7 @@ its shape tells it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 
@@ -20,7 +20,7 @@ from onnx_adapt.graph.contractions import summed_axis
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.sites import Survey
 
-_RECURRENT = {
+RECURRENT = {
     # PyTorch's gates of an LSTM are input, forget, cell, output; ONNX's i, o, f, c.
     "LSTM": (0, 3, 1, 2),
     # Of a GRU PyTorch has reset, update, new; ONNX z (update), r, h.
@@ -44,7 +44,7 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
         CheckpointError: If the module has not as many layers, or only one direction.
     """
     match = _NAME.fullmatch(parameter)
-    nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in _RECURRENT]
+    nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in RECURRENT]
     if match is None or not nodes:
         return []
     position = 1 if match["which"] == "ih" else 2
@@ -67,10 +67,46 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
             position,
             in_out=False,
             group=int(reverse),
-            order=_RECURRENT[node.op_type],
+            order=RECURRENT[node.op_type],
         )
         for view, node in calls
     ]
+
+
+_EXPERTS = {
+    "MoE": "which computes its experts with kernels of its own",
+    "QMoE": "whose experts are stored as 4-bit or 8-bit integers",
+}
+"""Mixtures of experts of ONNX Runtime, and why their weights take no adapter."""
+
+
+def refuse_inner_experts(survey: Survey, modules: Iterable[str]) -> None:
+    """Refuse experts that are inside ONNX Runtime's MoE or QMoE.
+
+    Args:
+        survey: The survey of the model.
+        modules: The modules of a checkpoint.
+
+    Raises:
+        CheckpointError: If a module is one of those experts.
+    """
+    nodes = [
+        (scope or "", node)
+        for path, view in survey.index.views.items()
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True)
+        if node.op_type in _EXPERTS and node.domain == "com.microsoft"
+    ]
+    for module in modules if nodes else ():
+        layer, inside, _ = f"{module}.".partition(".experts.")
+        layer = layer.rpartition(".")[0]
+        for scope, node in nodes if inside else ():
+            if not scope or not layer or f"{scope}.".startswith(f"{layer}."):
+                raise CheckpointError(
+                    f"module {module!r} is inside node {text(node.name)!r} ({node.op_type}), "
+                    f"{_EXPERTS[node.op_type]}",
+                    hint="adapt the model as PyTorch's exporter writes it, or train the "
+                    "adapter without the experts",
+                )
 
 
 def _inside(survey: Survey, module: str) -> Iterator[tuple[GraphView, onnx.NodeProto]]:

@@ -88,7 +88,8 @@ def _unscaled(model: Model, call: LayerCall) -> Array:
     weight = find_weight(call.view, call.weight)
     value = read_weight(model, call.view, call.weight)
     # Exporters keep the axes in front of a matrix that is one of a stack of one.
-    if operator.axis == -1 and not operator.embeds and value.ndim > 2:
+    alone = math.prod(value.shape[:-2]) == 1
+    if operator.axis == -1 and not operator.embeds and value.ndim > 2 and alone:
         value = value.reshape(value.shape[-2:])
     if weight is None or weight.elem_type in FLOATS:
         return value

@@ -19,6 +19,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import LowRank, ParameterLowRank, Scaling
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
 from onnx_adapt.checkpoints.modules.parameters import recurrent_weights, stacked_weights
+from onnx_adapt.checkpoints.modules.parameters_by_value import Found, find_parameter
 from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import FLOATS, Array
@@ -82,16 +83,41 @@ def place_parameter(placement: Placement, edit: ParameterLowRank) -> None:
     Raises:
         CheckpointError: If the graph has no such parameter, or one of another shape.
     """
-    module, survey = placement.names[edit.module], placement.survey
-    groups, computes, _ = edit.up.shape
-    if groups == 1 and (inner := recurrent_weights(survey, module, edit.parameter)):
+    for matrix, inner in _parameter_weights(placement, edit).items():
+        if matrix is None:
+            _place_stack(placement, edit, inner)
+            continue
         path = f"{edit.module}.{edit.parameter}"
-        single = LowRank(path, edit.down[0], edit.up[0], edit.scale)
+        single = LowRank(path, edit.down[matrix], edit.up[matrix], edit.scale)
         place_low_rank_on_weights(placement, single, inner)
-        return
-    shape = (groups, computes, edit.down.shape[2])
-    known = edit.sums_over_input
-    inner = stacked_weights(survey, module, edit.parameter, shape, known=known)
+
+
+def _parameter_weights(placement: Placement, edit: ParameterLowRank) -> Found:
+    """Find the nodes that read each matrix of a parameter; under None those that read all."""
+    module, survey = placement.names[edit.module], placement.survey
+    groups, computes = edit.up.shape[0], edit.up.shape[1]
+    reads = edit.down.shape[2]
+    path, known = f"{module}.{edit.parameter}", edit.sums_over_input
+    value = placement.finder.parameter(path)
+    if value is not None:
+        if value.ndim not in (2, 3) or sorted(value.shape[-2:]) != sorted((computes, reads)):
+            raise CheckpointError(
+                f"parameter {path!r} of the base is {list(value.shape)}; the adapter is for "
+                f"{groups} x {computes} x {reads}",
+                hint="is it an adapter for another size of this model?",
+            )
+        sizes = (computes, reads)
+        return find_parameter(placement.model, survey, path, value, sizes, known=known)
+    if groups == 1 and (inner := recurrent_weights(survey, module, edit.parameter)):
+        return {0: inner}
+    shape = (groups, computes, reads)
+    return {None: stacked_weights(survey, module, edit.parameter, shape, known=known)}
+
+
+def _place_stack(
+    placement: Placement, edit: ParameterLowRank, inner: Sequence[InnerWeight]
+) -> None:
+    """Make the slots on a stack that nodes read as one tensor."""
     for target, weight in _targets(placement, edit.module, inner, bias=False):
         downs, ups = (edit.up, edit.down)
         if weight.in_out:

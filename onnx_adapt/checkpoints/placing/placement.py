@@ -42,6 +42,9 @@ class ModuleFinder(Protocol):
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module inside operators, one for each node that computes it."""
 
+    def parameter(self, name: str) -> Array | None:
+        """The base's value of a parameter, where values tell what it is in the graph."""
+
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
 
