@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.placing.joining import joined_apart, joined_beside
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
@@ -113,9 +114,10 @@ class Placement:
         """
         site = self.survey.site(call.view, call.output)
         behind = bias_behind(self.survey.index, call.view, call.output, call.sizes[1])
-        if behind is None and not call.activation:
+        inside = inside_layer(call.node)
+        if behind is None and not inside:
             return site
-        why = behind or f"the activation {call.activation} is inside node {call.label!r}"
+        why = behind or f"{inside} is inside node {call.label!r}"
         raise CheckpointError(
             f"module {module!r} has no output of its own in the graph, which this adapter "
             f"changes: {why}",
