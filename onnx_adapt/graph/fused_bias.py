@@ -18,6 +18,7 @@ from onnx_adapt.graph.layers import find_weight, is_layer
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import slot_of
+from onnx_adapt.slot.names import inner_name
 
 _FUSED = {
     **dict.fromkeys(("BiasGelu", "FastGelu", "BiasAdd", "BiasSplitGelu"), (1, 1)),
@@ -114,9 +115,12 @@ def _is_bare(view: GraphView, tensor: str) -> bool:
         if is_layer(view, node):
             operator = OPERATORS[node.op_type]
             return operator.bias_add and not operator.has_bias(node)
-        if node.op_type not in _RESCALING or slot_of(node) or not node.input:
+        if slot := slot_of(node):
+            tensor = inner_name(slot)  # what the slot made of it is as bare
+        elif node.op_type not in _RESCALING or not node.input:
             return False
-        tensor = _rescaled(view, node)
+        else:
+            tensor = _rescaled(view, node)
     return False
 
 

@@ -22,6 +22,8 @@ from onnx_adapt.graph.fused_bias import FusedBias
 from onnx_adapt.graph.index import GraphView, ModelIndex, default_opset, text
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.manifest import slot_of
+from onnx_adapt.slot.names import inner_name
 
 _MICROSOFT = "com.microsoft"
 _OURS = "pkg.onnx_adapt."
@@ -89,6 +91,8 @@ class Draft:
         """Add the Add of a layer's bias, as a node of the layer's module."""
         made = self.add("Add", [tensor, bias], part)
         found = self.view.producer(tensor)
+        while found is not None and (slot := slot_of(found[1])):
+            found = self.view.producer(inner_name(slot))
         if found is not None:
             layer, add = found[1], self.nodes[-1]
             around = text(layer.name).rpartition("/")[0]
