@@ -86,22 +86,26 @@ class Placement:
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
-        """The weights of a module of the checkpoint inside operators; empty if it has calls.
+        """The weights of a module of the checkpoint inside operators; empty if it has none.
 
         Raises:
             CheckpointError: If it is inside an operator that takes no adapter.
         """
         return self.finder.inner_weights(self.names[module])
 
-    def calls(self, module: str) -> list[LayerCall]:
+    def calls(self, module: str, *, needed: bool = True) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
+
+        Args:
+            module: The module.
+            needed: Whether there must be one; none if all are inside operators.
 
         Raises:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
         found = self.finder.calls(path)
-        if not found:
+        if needed and not found:
             raise self.finder.missing(path)
         return found
 
