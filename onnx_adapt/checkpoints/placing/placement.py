@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.placing.joining import joined_apart, joined_beside
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
@@ -70,7 +71,8 @@ class Placement:
         slots: The slots so far.
         weights: Their weights, by slot and part.
         beside: The slots on layers that compute several modules, by what they read and write.
-        on_weights: The slots on weights inside operators, by graph and name of the weight.
+        on_weights: The slots on weights inside operators, by graph, name and readers of the
+            weight.
     """
 
     model: Model
@@ -81,7 +83,7 @@ class Placement:
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
-    on_weights: dict[tuple[str, str], str] = field(default_factory=dict)
+    on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module of the checkpoint inside operators; empty if it has none.
@@ -116,9 +118,10 @@ class Placement:
         """
         site = self.survey.site(call.view, call.output)
         behind = bias_behind(self.survey.index, call.view, call.output, call.sizes[1])
-        if behind is None and not call.activation:
+        inside = inside_layer(call.node)
+        if behind is None and not inside:
             return site
-        why = behind or f"the activation {call.activation} is inside node {call.label!r}"
+        why = behind or f"{inside} is inside node {call.label!r}"
         raise CheckpointError(
             f"module {module!r} has no output of its own in the graph, which this adapter "
             f"changes: {why}",
@@ -206,7 +209,8 @@ class Placement:
             apart: Whether the other modules in the weight have matrices of a stack to
                 themselves, so that one bottleneck does for all.
         """
-        key = (target.graph, target.tensor)
+        # Readers tell apart modules of equal weights, which an optimiser stored once.
+        key = (target.graph, target.tensor, target.readers)
         if key in self.on_weights:
             join = joined_apart if apart else joined_beside
             known = self.on_weights[key]
