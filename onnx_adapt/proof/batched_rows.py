@@ -72,8 +72,8 @@ def check_rows(
         return Check(
             "rows",
             False,
-            f"rows are {wrong.far:.1e} away: the model quantises what it computes with one range "
-            "for all rows of a batch, so the adapter of one row changes how others are rounded",
+            f"rows are {wrong.far:.1e} away: the model quantises with one range for all rows "
+            "of a batch, so the adapter of one row changes how others are rounded",
         )
     if wrong is not None:
         return Check("rows", False, proof.blamed(f"rows are {wrong.far:.1e} away"))
