@@ -17,7 +17,7 @@ The pipelines need environments that exclude each other. From the root of the re
     /tmp/optimum/bin/pip install peft==0.18.0 adapters==1.3.0 onnx==1.23.2
     /tmp/optimum/bin/pip install onnxruntime==1.32.0 onnxslim==0.1.98
     /tmp/optimum/bin/pip install onnxconverter-common==1.16.0
-    /tmp/optimum/bin/python tools/export_pipelines.py answers optimum
+    PYTHONHASHSEED=0 /tmp/optimum/bin/python tools/export_pipelines.py answers optimum
 
     python -m venv /tmp/genai
     /tmp/genai/bin/pip install torch==2.13.0 transformers==5.24.0 onnx==1.23.2
@@ -50,7 +50,6 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "bert/optimum_o1": "by_optimum.o1",
         "bert/optimum_o2": "by_optimum.o2",
         "bert/optimum_o3": "by_optimum.o3",
-        "bert/optimum_slim": "by_optimum.slim",
         "bert/optimum_fp16": "by_optimum.float16",
         "bert/ort_extended": "by_onnxruntime.extended",
         "bert/ort_all": "by_onnxruntime.everything",
@@ -62,6 +61,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
         "bert/qdq_a16w8": "by_onnxruntime.qdq16",
         "bert/qoperator": "by_onnxruntime.qoperator",
         "bert/qattention": "by_onnxruntime.qattention",
+        "albert/optimum_o2": "by_optimum.o2",
         "deberta/tjs_bnb4": "by_transformers_js.bnb4",
         "gpt2/optimum": "by_optimum.plain",
         "gpt2/optimum_o2": "by_optimum.o2",

@@ -32,10 +32,10 @@ from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, read_stat
 from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.sites import Survey, survey_model
-from onnx_adapt.graph.unfusing import FusedPlace
 from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
@@ -99,7 +99,8 @@ def load_checkpoint(
     manifest = read_manifest(model.proto)
     fused = fused_nodes(survey, finder, names, edits)
     if fused:
-        model, _ = unfuse(model, fused)
+        known = (manifest.slots, manifest.unfused) if manifest else ((), ())
+        model, _ = unfuse(model, fused, *known)
         survey, finder = _look(model, base_weights, edits)
     taken = reserved_names(survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()

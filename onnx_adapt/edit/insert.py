@@ -118,8 +118,8 @@ def _insert(
     if known.inlined:
         names = [_inlined_name(survey, name) for name in names]
     if places := fused_places(survey, names):
-        result, unfused = unfuse(result, places, known.slots)
-        known = replace(known, unfused=(*known.unfused, *unfused))
+        result, unfused = unfuse(result, places, known.slots, known.unfused)
+        known = replace(known, unfused=unfused)
         survey = survey_model(result)
     resolution = resolve(survey, names, axis=recipe.axis)
     for site in resolution.skipped:

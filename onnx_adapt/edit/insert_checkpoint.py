@@ -53,8 +53,8 @@ def insert_checkpoint(
         raise SlotError(
             "the checkpoint was loaded for another model", hint="load it for this one"
         )
-    result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots)
-    known = replace(known, unfused=(*known.unfused, *unfused))
+    result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots, known.unfused)
+    known = replace(known, unfused=unfused)
     adapter = checkpoint.adapter
     plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)

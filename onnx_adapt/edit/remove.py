@@ -9,7 +9,7 @@ from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
-from onnx_adapt.edit.unfuse import undo_unfusing
+from onnx_adapt.edit.unfuse import names_now, still_needed, undo_unfusing
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.externalise import internalise
@@ -49,7 +49,11 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     kept = remove_nodes(result.proto, manifest.slots, doomed)
     drop_weights(result.proto, [by_name[name] for name in doomed])
     if kept:
-        write_manifest(result.proto, replace(manifest, slots=kept))
+        apart = still_needed(result.proto, manifest.unfused, kept)
+        together = [item for item in manifest.unfused if item not in apart]
+        remaining = replace(manifest, slots=kept, unfused=apart)
+        undo_unfusing(result.proto, together, names_now(remaining))
+        write_manifest(result.proto, remaining)
         return result
     undo_unfusing(result.proto, manifest.unfused)
     undo_replaceable(result.proto, manifest.weights)

@@ -20,7 +20,7 @@ from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import slot_of
 from onnx_adapt.slot.names import inner_name
 
-_FUSED = {
+BIAS_INPUTS = {
     **dict.fromkeys(("BiasGelu", "FastGelu", "BiasAdd", "BiasSplitGelu"), (1, 1)),
     **dict.fromkeys(("BiasDropout", "BiasSoftmax"), (1, 1)),
     "SkipLayerNormalization": (4, 2),
@@ -84,7 +84,7 @@ def bias_behind(
         if len(readers) != 1 or tensor in view.outputs:
             return None
         node = readers[0]
-        position, sides = _FUSED.get(node.op_type, (0, 0))
+        position, sides = BIAS_INPUTS.get(node.op_type, (0, 0))
         if tensor in node.input[:sides] and position < len(node.input):
             side = list(node.input).index(tensor)
             name = str(node.input[position])
@@ -140,7 +140,10 @@ def _is_scale(view: GraphView, name: str) -> bool:
 def _adds(index: ModelIndex, view: GraphView, name: str, side: int, width: int) -> bool:
     """Whether a bias changes what it is added to; an optimiser writes zeros for none."""
     weight = find_weight(view, name) if name else None
-    if weight is None or math.prod(weight.dims) < width:
+    if weight is None:  # computed, or an input of the model
+        shape = view.type_of(name).shape if name else None
+        return shape is not None and len(shape) == 1 and shape[0] in (width, 3 * width)
+    if math.prod(weight.dims) < width:
         return False
     if weight.tensor is not view.constant(name):
         return True

@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import onnx
-
 from onnx_adapt.errors import (
     AmbiguousSiteError,
     SiteNotFoundError,
@@ -26,12 +24,14 @@ from onnx_adapt.graph.choice import (
     require_usable,
 )
 from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_draft import FusedPlace
+from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.module_calls import module_calls
 from onnx_adapt.graph.modules import match_path
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey, hidden, survey_model
-from onnx_adapt.graph.unfusing import FusedPlace, can_write_out, is_known
+from onnx_adapt.graph.unfusing import can_write_out, is_known
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import slot_of
 from onnx_adapt.words import nearest
@@ -115,7 +115,7 @@ def _fused_place(survey: Survey, choice: Choice) -> Iterator[FusedPlace]:
     behind = bias_behind(survey.index, view, site.tensor, site.width)
     if behind is not None and can_write_out(behind):
         yield FusedPlace(site.graph, str(behind.node.output[0]), site.tensor)
-    elif site.before_bias and _is_active(node) and is_known(node):
+    elif site.before_bias and inside_layer(node) and is_known(node):
         yield FusedPlace(site.graph, str(node.output[0]), "")
 
 
@@ -233,7 +233,7 @@ def _module_choices(survey: Survey, path: str) -> list[Choice]:
             site = survey.site(view, survey.after_slots(view.scope.path, tensor))
             _refuse_normed(survey, view, site, path)
             if _swallows(survey, view, site, path):
-                why = "the activation behind it is inside its own node"
+                why = f"{inside_layer(view.nodes[site.node_index])} is inside its own node"
                 site = replace(site, before_bias=why)
             elif not site.layer:  # such as the product of integers, rescaled
                 behind = bias_behind(survey.index, view, site.tensor, site.width)
@@ -257,17 +257,14 @@ def _refuse_normed(survey: Survey, view: GraphView, site: Site, path: str) -> No
 
 
 def _swallows(survey: Survey, view: GraphView, site: Site, path: str) -> bool:
-    """Whether a module's own node holds the activation behind it, as FusedGemm does."""
-    return _is_active(view.nodes[site.node_index]) and _is_layer_of(survey, site, path)
+    """Whether a module's own node holds what is behind it, as FusedGemm does."""
+    inside = inside_layer(view.nodes[site.node_index])
+    return bool(inside) and _is_layer_of(survey, site, path)
 
 
 def _is_layer_of(survey: Survey, site: Site, path: str) -> bool:
     layers = survey.layers_of.get((site.graph, site.node_index), ())
     return any(layer.module == path and layer.tensor == site.tensor for layer in layers)
-
-
-def _is_active(node: onnx.NodeProto) -> bool:
-    return any(item.name == "activation" and item.s for item in node.attribute)
 
 
 def _glob(survey: Survey, pattern: str) -> list[Choice]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx
 
+from onnx_adapt.graph.fused_draft import Draft, FusedPlace
 from onnx_adapt.graph.index import GraphView, index_model
 from onnx_adapt.graph.inference import typed_tensors
-from onnx_adapt.graph.unfusing import Draft, FusedPlace, write_out
+from onnx_adapt.graph.unfusing import write_out
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.base_changes import Unfused
@@ -16,23 +18,30 @@ from onnx_adapt.slot.manifest import UNFUSED_KEY, Slot
 
 
 def unfuse(
-    model: Model, places: Sequence[FusedPlace], slots: Sequence[Slot] = ()
+    model: Model,
+    places: Sequence[FusedPlace],
+    slots: Sequence[Slot] = (),
+    known: Sequence[Unfused] = (),
 ) -> tuple[Model, tuple[Unfused, ...]]:
     """Write out fused nodes of a model.
+
+    A node that stands for another one already, such as the SkipLayerNormalization whose bias
+    was taken out, is written out as a part of that.
 
     Args:
         model: The model; it is left as it was.
         places: The nodes. Of two places at one node the one that needs more counts.
         slots: The slots that the model has already.
+        known: The records that it has already.
 
     Returns:
-        The model, and the records that undo it.
+        The model, and all records, which undo it.
 
     Raises:
         SiteRefusedError: If a node cannot be written out.
     """
     if not places:
-        return model, ()
+        return model, tuple(known)
     result = model.copy()
     index = index_model(result)
     graphs = {scope.path: scope.graph for scope in walk.scopes(result.proto.graph)}
@@ -42,27 +51,42 @@ def unfuse(
         if key not in wanted or place.residual:
             wanted[key] = place
     outer = {(slot.graph, slot.inner): slot.output for slot in slots}
-    records = []
+    records = {record.label: record for record in known}
     for (path, output), place in wanted.items():
-        draft = write_out(index, index.views[path], place)
-        label = f"{path}:{output}"
-        for node in draft.nodes:
-            node.metadata_props.add(key=UNFUSED_KEY, value=label)
-        graph = graphs[path]
-        at = next(i for i, node in enumerate(graph.node) if output in node.output)
-        original = onnx.NodeProto.FromString(graph.node[at].SerializeToString())
+        nodes = graphs[path].node
+        at = next(i for i, node in enumerate(nodes) if output in node.output)
+        original = onnx.NodeProto.FromString(nodes[at].SerializeToString())
         for i, name in enumerate(original.output):
             while (path, name) in outer:  # its name once the slots on it are removed
                 name = original.output[i] = outer[path, name]
-        del graph.node[at]
+        draft = write_out(index, index.views[path], place, original.output[0])
+        label = unfused_label(nodes[at]) or f"{path}:{original.output[0]}"
+        for node in draft.nodes:
+            _mark(node, label)
+        del nodes[at]
         for i, node in enumerate(draft.nodes):
-            graph.node.insert(at + i, node)
+            nodes.insert(at + i, node)
         result.proto.graph.initializer.extend(draft.constants)
-        names = tuple(tensor.name for tensor in draft.constants)
-        record = original.SerializeToString().hex()
-        _record_types(result, index.views[path], graph, draft, label)
-        records.append(Unfused(label, draft.fused.op_type, record, names))
-    return result, tuple(records)
+        _record_types(result, index.views[path], graphs[path], draft, label)
+        records[label] = _record(records.get(label), label, original, draft)
+    return result, tuple(records.values())
+
+
+def _mark(node: onnx.NodeProto, label: str) -> None:
+    if not unfused_label(node):
+        node.metadata_props.add(key=UNFUSED_KEY, value=label)
+
+
+def _record(
+    before: Unfused | None, label: str, original: onnx.NodeProto, draft: Draft
+) -> Unfused:
+    names = tuple(tensor.name for tensor in draft.constants)
+    place = draft.place
+    if before is not None:
+        constants = (*before.constants, *names)
+        return replace(before, constants=constants, residual=place.residual)
+    node = original.SerializeToString().hex()
+    return Unfused(label, draft.fused.op_type, node, names, place.tensor, place.residual)
 
 
 def _record_types(

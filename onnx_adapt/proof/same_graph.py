@@ -6,7 +6,8 @@ import onnx
 
 from onnx_adapt.edit.damage import foreign_readers
 from onnx_adapt.edit.insert import inline_model
-from onnx_adapt.edit.remove import remove
+from onnx_adapt.edit.remove import remove, written_out_base
+from onnx_adapt.edit.unfuse import changed_parts
 from onnx_adapt.graph.index import read_type
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
@@ -50,6 +51,10 @@ def check_graph(base: Model, adapted: Model, manifest: Manifest) -> Check:
         base = inline_model(base)
     if foreign := foreign_readers(adapted.proto, manifest.slots):
         return Check("graph", False, foreign[0])
+    if manifest.unfused:
+        plain = written_out_base(adapted)
+        if changed := list(changed_parts(plain, base, manifest.unfused)):
+            return Check("graph", False, changed[0])
     same = fingerprint(remove(adapted)) == fingerprint(base)
     what = "the base" if same else "another model"
     return Check("graph", same, f"without its slots it is {what}")

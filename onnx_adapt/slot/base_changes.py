@@ -55,6 +55,8 @@ class Unfused:
         op: Its operator.
         node: The node itself, in hexadecimal.
         constants: The initializers that were added for it.
+        tensor: The layer's product that it reads; '' if the layer is inside it.
+        residual: Whether the sum with a residual connection was taken out as well.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -62,4 +64,6 @@ class Unfused:
     op: str
     node: str
     constants: tuple[str, ...] = ()
+    tensor: str = ""
+    residual: bool = False
     extra: Extra = ()

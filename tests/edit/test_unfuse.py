@@ -192,8 +192,9 @@ def test_half_precision_is_written_out_in_half_precision() -> None:
 
 
 def test_a_mean_that_something_reads_keeps_a_residual_sum_inside() -> None:
+    from onnx_adapt.graph.fused_draft import FusedPlace
     from onnx_adapt.graph.index import index_model
-    from onnx_adapt.graph.unfusing import FusedPlace, write_out
+    from onnx_adapt.graph.unfusing import write_out
 
     base = _linear(
         "y, mean = com.microsoft.SkipLayerNormalization(h, s, g, g, b) q = Relu(mean)"

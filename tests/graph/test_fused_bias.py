@@ -19,7 +19,9 @@ from onnx_adapt.graph.resolve import select_sites
 WRITTEN_OUT = """
 Gelu       | y = com.microsoft.BiasGelu(h, b)                                        | h
 fast Gelu  | y = com.microsoft.FastGelu(h, b)                                        | h
+split      | y = com.microsoft.BiasSplitGelu(h, b)                                   | h
 add        | y = com.microsoft.BiasAdd(h, b, s)                                      | h
+dropout    | y = com.microsoft.BiasDropout(h, b, s)                                  | h
 norm       | y = com.microsoft.SkipLayerNormalization(h, s, g, g, b)                 | h
 skip       | y = com.microsoft.SkipLayerNormalization(s, h, g, g, b)                 | h
 simple     | y = com.microsoft.SkipSimplifiedLayerNormalization(h, s, g, b)          | h
@@ -27,7 +29,7 @@ query      | y = com.microsoft.MultiHeadAttention<num_heads=2>(h, s, s, qkv)    
 value      | y = com.microsoft.MultiHeadAttention<num_heads=2>(s, s, h, qkv)         | h
 """
 KEPT = """
-split      | y = com.microsoft.BiasSplitGelu(h, b)                                   | h
+softmax    | y = com.microsoft.BiasSoftmax<axis = 2, is_inner_broadcast = 1>(h, b)   | h
 reshaped   | r = Reshape(h, to) y = com.microsoft.BiasGelu(r, b)                     | h
 cast       | r = Cast<to = 1>(h) y = com.microsoft.BiasGelu(r, b)                     | h
 """
@@ -134,10 +136,11 @@ def test_a_glob_leaves_out_the_layers_before_their_bias(
 ) -> None:
     made = model(
         """g (float[n,4] x) => (float[n,8] y) {
-        h = MatMul(x, w)  k = com.microsoft.BiasSplitGelu(h, b)  y = MatMul(k, v) }""",
+        h = MatMul(x, w)  k = com.microsoft.BiasSoftmax<axis = 1, is_inner_broadcast = 1>(h, b)
+        y = MatMul(k, v) }""",
         "w 4 8",
         "b 8",
-        "v 4 8",
+        "v 8 8",
     )
     _named(made, h="a.fc", y="b.fc")
     with caplog.at_level(logging.WARNING):
@@ -147,7 +150,7 @@ def test_a_glob_leaves_out_the_layers_before_their_bias(
 
 
 def test_the_table_of_sites_says_why() -> None:
-    made = _fused("y = com.microsoft.BiasSplitGelu(h, b)")
+    made = _fused("y = com.microsoft.BiasSoftmax<axis = 2, is_inner_broadcast = 1>(h, b)")
     (row,) = [site.as_dict() for site in select_sites(made) if site.tensor == "h"]
     assert "before its bias 'b'" in str(row["refused"])
     assert every(made)["y"].reason is None

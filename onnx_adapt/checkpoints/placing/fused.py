@@ -8,9 +8,11 @@ from onnx_adapt.checkpoints.edits import Bottleneck, Edit, LowRank, Scaling
 from onnx_adapt.checkpoints.modules.calls import moved_output
 from onnx_adapt.checkpoints.placing.placement import ModuleFinder
 from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_draft import FusedPlace
+from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.sites import Survey
-from onnx_adapt.graph.unfusing import FusedPlace, can_write_out, is_known
+from onnx_adapt.graph.unfusing import can_write_out, is_known
 
 _SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
@@ -44,7 +46,9 @@ def _places(
     path = call.view.scope.path
     if isinstance(edit, Scaling) and edit.on_input:
         return
-    if call.activation and is_known(call.node):
+    adds = isinstance(edit, LowRank) and edit.magnitude is None
+    inside = inside_layer(call.node)
+    if (call.activation or (inside and not adds)) and is_known(call.node):
         yield FusedPlace(path, call.raw, "")
     if isinstance(edit, LowRank) and not (edit.magnitude is not None and edit.scales_bias):
         return
@@ -53,7 +57,7 @@ def _places(
     if behind is not None and can_write_out(behind):
         sums = around and behind.node.op_type in _SUMS
         yield FusedPlace(path, str(behind.node.output[0]), call.output, sums)
-    elif around and not call.activation:
+    elif around and not inside:
         tensor = moved_output(call.view, call.output)
         for node in call.view.readers(tensor):
             if node.op_type in _SUMS and tensor in node.input[:2]:

@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.placing.joining import joined_apart, joined_beside
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
+from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
@@ -85,22 +86,26 @@ class Placement:
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
-        """The weights of a module of the checkpoint inside operators; empty if it has calls.
+        """The weights of a module of the checkpoint inside operators; empty if it has none.
 
         Raises:
             CheckpointError: If it is inside an operator that takes no adapter.
         """
         return self.finder.inner_weights(self.names[module])
 
-    def calls(self, module: str) -> list[LayerCall]:
+    def calls(self, module: str, *, needed: bool = True) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
+
+        Args:
+            module: The module.
+            needed: Whether there must be one; none if all are inside operators.
 
         Raises:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
         found = self.finder.calls(path)
-        if not found:
+        if needed and not found:
             raise self.finder.missing(path)
         return found
 
@@ -113,9 +118,10 @@ class Placement:
         """
         site = self.survey.site(call.view, call.output)
         behind = bias_behind(self.survey.index, call.view, call.output, call.sizes[1])
-        if behind is None and not call.activation:
+        inside = inside_layer(call.node)
+        if behind is None and not inside:
             return site
-        why = behind or f"the activation {call.activation} is inside node {call.label!r}"
+        why = behind or f"{inside} is inside node {call.label!r}"
         raise CheckpointError(
             f"module {module!r} has no output of its own in the graph, which this adapter "
             f"changes: {why}",
