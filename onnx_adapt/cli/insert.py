@@ -164,14 +164,8 @@ def command(
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
         checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
-        if checkpoint:
-            adapted = oa.insert_checkpoint(
-                base, checkpoint, baked=not swappable, batched=batched
-            )
-        else:
-            adapted = oa.insert(
-                base, after=after, baked=not swappable, batched=batched, **slot
-            )
+        form = {"baked": not swappable, "batched": batched}
+        adapted = _with_slots(base, checkpoint, after, {**form, **slot})
     if calibrate and trained is not None:
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate, provider=provider)
@@ -250,6 +244,18 @@ def _read_adapter(
         return None, oa.load_adapter(adapter)
     checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=weights)
     return checkpoint, checkpoint.adapter
+
+
+def _with_slots(
+    base: Model, checkpoint: Checkpoint | None, after: Sequence[str], options: dict[str, Any]
+) -> Model:
+    """The model with the slots of a checkpoint, or with slots at the places that are named."""
+    import onnx_adapt as oa
+
+    if checkpoint is None:
+        return oa.insert(base, after=after, **options)
+    form = {name: options[name] for name in ("baked", "batched")}
+    return oa.insert_checkpoint(base, checkpoint, **form)
 
 
 def _prove(

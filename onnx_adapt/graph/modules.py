@@ -134,6 +134,12 @@ class ModuleIndex:
         """Every module path seen, with all its ancestors, in order of appearance."""
         return self.members.keys()
 
+    def called(self, path: str) -> str:
+        """The module that is called, if a path as TorchScript counts calls is a later one."""
+        first = _CALL.sub("", path)
+        later = path not in self.paths or path in self.numbered.get(first, ())
+        return first if later and first in self.paths else path
+
     def add(self, path: str, graph: str, node: int) -> None:
         """Note that a node is inside a module, and so inside the modules around it."""
         for around in _ancestry(path) if path else ():

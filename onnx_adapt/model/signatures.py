@@ -59,7 +59,8 @@ _WEIGHTS_OF_TRAINING = _signatures(
     ),
     (
         "the weights of a PEFT or AdapterHub adapter",
-        rb'.{7}\x00\{.*?"[^"]*\.(lora_[ABE]|ia3_l|adapters)(\.[^"]*)?(?<!\.down|..\.up)"\s*:',
+        rb'.{7}\x00\{(?!"__metadata__":\{"onnx_adapt")'
+        rb'.*?"[^"]*\.(lora_[ABE]|ia3_l|adapters)(\.[^"]*)?(?<!\.down|..\.up)"\s*:',
         _TRAINED,
         _CONVERT,
     ),

@@ -400,3 +400,9 @@ def test_a_missing_file_or_a_folder_is_an_error(suffix: str, tmp_path: Path) -> 
     for name in (f"missing.{suffix}", f"folder.{suffix}"):
         with pytest.raises(AdapterError, match=name):
             oa.load_adapter(tmp_path / name)
+
+
+def test_a_slot_may_be_called_as_peft_calls_its_weights(tmp_path: Path) -> None:
+    adapter = oa.Adapter("a", {}, {"x.lora_A": np.ones(2, np.float32)})
+    found = oa.load_adapter(oa.save_adapter(adapter, tmp_path / "a.safetensors"))
+    np.testing.assert_array_equal(found.replaced["x.lora_A"], 1)

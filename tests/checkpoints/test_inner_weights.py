@@ -16,6 +16,7 @@ import onnx_adapt as oa
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import CheckpointError, SlotError
 from onnx_adapt.report.costs import update_cost
+from onnx_adapt.report.overview import overview
 
 Array = np.ndarray
 H = 8
@@ -185,6 +186,79 @@ def test_a_second_checkpoint_goes_onto_the_weight_that_the_first_changes(
     assert oa.remove(adapted).proto == base.proto
 
 
+def test_both_branches_of_an_if_read_one_changed_weight(tmp_path: Path) -> None:
+    def branch(name: str, after: str) -> onnx.GraphProto:
+        out = f"/layer.0/attn/Reshape_{name}_output_0"
+        nodes = [
+            helper.make_node(
+                "Attention", ["x", "w", "b"], [out], name, domain="com.microsoft", num_heads=2
+            ),
+            helper.make_node(after, [out], [f"{name}_y"], f"/layer.0/{name}/out"),
+        ]
+        kind = helper.make_tensor_value_info(
+            f"{name}_y", onnx.TensorProto.FLOAT, ["n", "s", H]
+        )
+        return helper.make_graph(nodes, name, [], [kind])
+
+    base = fused()
+    graph = base.proto.graph
+    del graph.node[:]
+    graph.input.append(helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
+    bodies = {"then_branch": branch("one", "Relu"), "else_branch": branch("two", "Neg")}
+    graph.node.append(helper.make_node("If", ["c"], ["y"], "choice", **bodies))
+    tensors = lora_tensors("layer.0.attn.value")
+    found = oa.load_checkpoint(peft_folder(tmp_path / "a", tensors), base)
+    assert [(slot.graph, len(slot.readers)) for slot in found.slots] == [("main", 2)]
+    adapted = oa.insert_checkpoint(base, found)
+    assert damages(adapted) == []
+    value = W.copy()
+    value[:, 2 * H :] += delta(tensors, "layer.0.attn.value")
+    changed = with_values(base, w=value)
+    for taken in (True, False):
+        feeds = {"c": np.array(taken)}
+        wanted = outputs(changed, tmp_path, feeds)
+        got = outputs(adapted, tmp_path, {**feeds, **found.adapter.feeds()})
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+        np.testing.assert_allclose(
+            outputs(adapted, tmp_path, feeds), outputs(base, tmp_path, feeds), atol=1e-5
+        )
+    both = [{"x": X, "c": np.array(taken)} for taken in (True, False)]
+    assert oa.verify(base, adapted, inputs=both).passed
+    assert oa.remove(adapted).proto == base.proto
+
+
+def test_a_thin_model_borrows_the_weight_that_its_slot_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES["peft_mixtral_one_stack"]
+    base = tmp_path / "base.onnx"
+    base.write_bytes(case.base.read_bytes())
+    out = tmp_path / "thin.onnx"
+    args = ("insert", str(base), "--adapter", str(case.adapter), "-o", str(out), "--thin")
+    status, _, err = cli(capsys, *args)
+    assert status == 0, err
+    adapter = oa.load_adapter(next(tmp_path.glob("thin.*.safetensors")))
+    assert case.distance(run(out, {**case.inputs(), **adapter.feeds()})) < case.tolerance
+
+
+def test_the_report_shows_the_nodes_that_read_the_weight() -> None:
+    case = CASES["peft_bert_optimised_lora"]
+    base = oa.open_model(case.base)
+    checkpoint = oa.load_checkpoint(case.adapter, base)
+    found = overview(base, oa.insert_checkpoint(base, checkpoint), adapter=checkpoint.adapter)
+    views = [view for view in found.slots if view.slot.on_weight]
+    assert len(views) == 2
+    for view in views:
+        assert view.before is not None
+        assert view.moved is not None
+        for around in (view.before, view.after):
+            assert "Attention" in [box.label for box in around.boxes]
+    # They are listed where their Attention runs, between the layers around it.
+    names = [view.slot.name for view in found.slots]
+    assert names.index("bert.encoder.layer.0.attention.self.qkv") == 0
+    assert names.index("bert.encoder.layer.1.attention.self.qkv") == 3
+
+
 def test_an_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
     tensors = lora_tensors("layer.0.attn.query", out=H + 1)
     with pytest.raises(CheckpointError, match="inside node 'Attention_0'"):
@@ -302,6 +376,63 @@ def test_a_file_that_does_not_tell_its_parameters_is_refused(
     folder = peft_folder(tmp_path / "a", tensors, **config)
     with pytest.raises(CheckpointError, match=message):
         oa.load_checkpoint(folder, oa.open_model(case.base))
+
+
+def test_a_parameter_that_kept_its_name_is_adapted_as_it_is_stored(tmp_path: Path) -> None:
+    """`x @ self.mix`, with a square `mix`: B is for its rows and A for its columns."""
+    mix = np.random.default_rng(5).standard_normal((4, 4)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "block.mix"], ["y"], "/block/MatMul")
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(mix, "block.mix")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    base = oa.Model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((2, 4)), rng.standard_normal((4, 2))
+    named = {"lora_A": a.astype("f4"), "lora_B": b.astype("f4")}
+    tensors = {f"base_model.model.block.{k}.weight": v for k, v in named.items()}
+    folder = peft_folder(tmp_path / "a", tensors, target_parameters=["block.mix"])
+    safetensors.numpy.save_file({"block.mix": mix}, tmp_path / "base.safetensors")
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+    for weights in (None, tmp_path / "base.safetensors"):
+        found = oa.load_checkpoint(folder, base, base_weights=weights)
+        adapted = oa.insert_checkpoint(base, found)
+        oa.save_model(adapted, tmp_path / "m.onnx", overwrite=True)
+        got = run(tmp_path / "m.onnx", {"x": x, **found.adapter.feeds()})["y"]
+        np.testing.assert_allclose(got, x @ (mix + 2 * b @ a), rtol=1e-4, atol=1e-4)
+
+
+def test_two_layers_of_equal_weights_that_are_stored_once_have_a_slot_each(
+    tmp_path: Path,
+) -> None:
+    base = fused()
+    first = base.proto.graph.node[0]
+    second = onnx.NodeProto()
+    second.CopyFrom(first)
+    second.name, second.input[0] = "Attention_1", OUTPUT
+    second.output[0] = OUTPUT.replace("layer.0", "layer.1")
+    base.proto.graph.node.insert(1, second)
+    base.proto.graph.node[2].input[0] = second.output[0]
+    tensors = lora_tensors("layer.0.attn.query", "layer.1.attn.value")
+    found = oa.load_checkpoint(peft_folder(tmp_path / "a", tensors), base)
+    assert [slot.tensor for slot in found.slots] == ["w", "w"]
+    adapted = oa.insert_checkpoint(base, found)
+    assert damages(adapted) == []
+    apart = base.copy()
+    apart.proto.graph.node[1].input[1] = "w1"
+    values = [W.copy(), W.copy()]
+    values[0][:, :H] += delta(tensors, "layer.0.attn.query")
+    values[1][:, 2 * H :] += delta(tensors, "layer.1.attn.value")
+    apart.proto.graph.initializer.append(numpy_helper.from_array(values[1], "w1"))
+    wanted = outputs(with_values(apart, w=values[0]), tmp_path)
+    got = outputs(adapted, tmp_path, found.adapter.feeds())
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert oa.verify(base, adapted, inputs={"x": X}).passed
+    assert oa.remove(adapted).proto == base.proto
 
 
 def test_square_experts_of_an_old_peft_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from genai_models import (
     written,
 )
 from safetensors.numpy import load_file, save_file
-from trained_cases import CASES
 
 import onnx_adapt as oa
 from onnx_adapt.errors import CheckpointError
@@ -203,9 +202,3 @@ def test_an_adapter_with_the_sizes_of_the_wrong_packed_projection_is_refused(
     base = oa.open_model(FOLDER / "tinyllama" / "model.onnx")
     with pytest.raises(CheckpointError, match=r"k_proj.*do not fit"):
         oa.load_checkpoint(folder, base)
-
-
-def test_an_adapter_that_needs_the_norms_the_builder_fused_is_refused() -> None:
-    base = oa.open_model(FOLDER / "tinyllama" / "model.onnx")
-    with pytest.raises(CheckpointError, match="residual connection after"):
-        oa.load_checkpoint(CASES["ah_llama_seq_bn"].adapter, base)

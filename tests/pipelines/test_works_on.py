@@ -24,7 +24,7 @@ METHODS = ("lora", "lora_all", "dora", "ia3", "bottleneck")
 YES, CALIBRATED, UNTRAINED = "yes", "calibrated", "n/a"
 REASONS = {
     "several-files": "the graph has none of it",
-    "fused-attention": "in the graph",
+    "quantised-attention": "its weight is stored as 8-bit integers",
     "folded-calls": "may be missing in the graph",
     "integers": "computed in integers",
     "other-names": "no module of the checkpoint is in the graph",

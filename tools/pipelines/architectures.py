@@ -59,6 +59,21 @@ def build_bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def build_albert() -> nn.Module:
+    """Return an ALBERT classifier, which runs one layer twice."""
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=16,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=INNER,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return transformers.AlbertForSequenceClassification(config)
+
+
 def build_deberta() -> nn.Module:
     """Return a DeBERTa classifier, which calls two projections twice."""
     config = transformers.DebertaV2Config(
@@ -221,6 +236,13 @@ ARCHITECTURES = {
         bert_inputs,
         ("query", "value"),
         (("key", "value", "output.dense"), ("output.dense",)),
+        "text-classification",
+    ),
+    "albert": Architecture(
+        build_albert,
+        bert_inputs,
+        ("query", "value"),
+        (("key", "value", "ffn_output"), ("ffn_output",)),
         "text-classification",
     ),
     "deberta": Architecture(

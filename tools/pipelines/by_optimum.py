@@ -12,7 +12,7 @@ from optimum.exporters.onnx import main_export
 from pipelines.architectures import ARCHITECTURES, FRAMES, make
 
 
-def export(name: str, folder: Path, level: str | None = None, *, slim: bool = False) -> None:
+def export(name: str, folder: Path, level: str | None = None) -> None:
     """Run `optimum-cli export onnx` on an architecture, and keep the models only."""
     saved, written = folder / "saved", folder / "written"
     make(name).save_pretrained(saved)
@@ -21,7 +21,6 @@ def export(name: str, folder: Path, level: str | None = None, *, slim: bool = Fa
         output=written,
         task=ARCHITECTURES[name].task,
         optimize=level,
-        slim=slim,
         do_validation=False,
         library_name="transformers",
         nb_max_frames=FRAMES,
@@ -50,11 +49,6 @@ def o2(name: str, folder: Path) -> None:
 def o3(name: str, folder: Path) -> None:
     """Export with the fusions of O2, and Gelu approximated by FastGelu."""
     export(name, folder, "O3")
-
-
-def slim(name: str, folder: Path) -> None:
-    """Export, then simplify with onnxslim."""
-    export(name, folder, slim=True)
 
 
 def float16(name: str, folder: Path) -> None:

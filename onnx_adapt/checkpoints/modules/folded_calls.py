@@ -43,8 +43,8 @@ def refuse_folded(survey: Survey, finder: ByName | ByValue, module: str) -> None
             constant has the module's width.
     """
     around = module.rpartition(".")[0]
-    widths = {call.sizes[1] for call in finder.calls(module)}
     for node, constant in _folded(survey, around):
+        widths = {call.sizes[1] for call in finder.calls(module)}
         if any(width and prod(constant.dims) % width == 0 for width in widths):
             label = text(node.name) or text(node.output[0])
             raise CheckpointError(

@@ -159,8 +159,13 @@ def _attentions(survey: Survey) -> Iterator[tuple[GraphView, onnx.NodeProto]]:
 
 
 def _around(survey: Survey, view: GraphView, node: onnx.NodeProto) -> str | None:
-    """The module that the projections inside an Attention are in."""
-    return module_of_tensor(survey.after_slots(view.scope.path, text(node.output[0])))
+    """The module that the projections inside an Attention are in.
+
+    ALBERT runs one layer many times. The tensors of a later run are in `attention_1`, which is
+    no module of its own.
+    """
+    around = module_of_tensor(survey.after_slots(view.scope.path, text(node.output[0])))
+    return None if around is None else survey.modules.called(around)
 
 
 def _refusal(path: str, node: onnx.NodeProto) -> CheckpointError:

@@ -33,7 +33,7 @@ _NAME = re.compile(r"weight_(?P<which>ih|hh)_l(?P<layer>\d+)(?P<reverse>_reverse
 
 
 def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[InnerWeight]:
-    """Find a weight of a recurrent layer; empty if the module has no such node.
+    """Find a weight of a recurrent layer; empty if the parameter is of no such layer.
 
     Args:
         survey: The survey of the model.
@@ -41,12 +41,21 @@ def recurrent_weights(survey: Survey, module: str, parameter: str) -> list[Inner
         parameter: PyTorch's name, such as `weight_ih_l0_reverse`.
 
     Raises:
-        CheckpointError: If the module has not as many layers, or only one direction.
+        CheckpointError: If the module has no node of such a layer, not as many layers, or
+            only one direction.
     """
     match = _NAME.fullmatch(parameter)
     nodes = [(v, n) for v, n in _inside(survey, module) if n.op_type in RECURRENT]
-    if match is None or not nodes:
+    if match is None:
         return []
+    if not nodes:
+        kinds = sorted({node.op_type for _, node in _inside(survey, module)})
+        raise CheckpointError(
+            f"module {module!r} of the graph has no LSTM, GRU or RNN node, of which "
+            f"{parameter!r} could be a weight; it has {', '.join(kinds)}",
+            hint="an exporter that unrolls the layer needs --base-weights, which finds its "
+            "weights by value; insert before the model is quantised",
+        )
     position = 1 if match["which"] == "ih" else 2
     layers: dict[tuple[object, ...], list[tuple[GraphView, onnx.NodeProto]]] = {}
     for view, node in nodes:
@@ -145,7 +154,7 @@ def stacked_weights(
     """
     groups, computes, reads = shape
     wanted = {(groups, computes, reads), (groups, reads, computes)}
-    stacks = _stacks(survey, module)
+    stacks = _constants(survey, module, axes=3)
     alike = {name: weights for name, weights in stacks.items() if _dims(weights[0]) in wanted}
     own = [name for name in alike if _leaf(alike[name][0]) == parameter]
     rest = [name for name in alike if not _is_named(module, alike[name][0])]
@@ -167,8 +176,35 @@ def stacked_weights(
     return [InnerWeight(name, w.view, w.node, w.position, in_out=in_out) for w in weights]
 
 
-def _stacks(survey: Survey, module: str) -> dict[str, list[InnerWeight]]:
-    """The constant floats of three axes that the nodes of a module read, with their readers.
+def matrix_weights(
+    survey: Survey, module: str, parameter: str, shape: tuple[int, int]
+) -> list[InnerWeight]:
+    """Find a matrix that the nodes of a module read, and that kept its name.
+
+    Its shape alone would not tell it from the weights of Linears.
+
+    Args:
+        survey: The survey of the model.
+        module: The module's path in the graph.
+        parameter: Its name in the module.
+        shape: What the adapter makes and reads, which are the axes of PyTorch's parameter.
+
+    Raises:
+        CheckpointError: If there is none, or several.
+    """
+    constants = _constants(survey, module, axes=2)
+    own = {name: w for name, w in constants.items() if _leaf(w[0]) == parameter}
+    found = [name for name in own if sorted(_dims(own[name][0])) == sorted(shape)]
+    if len(found) != 1:
+        raise _not_one(module, parameter, shape, own, found)
+    weights = own[found[0]]
+    in_out = _dims(weights[0]) != shape
+    name = f"{module}.{parameter}"
+    return [InnerWeight(name, w.view, w.node, w.position, in_out=in_out) for w in weights]
+
+
+def _constants(survey: Survey, module: str, *, axes: int) -> dict[str, list[InnerWeight]]:
+    """The constant floats of so many axes that the nodes of a module read, with their readers.
 
     Of a constant that is read through Cast or Transpose the first float counts.
     """
@@ -177,7 +213,7 @@ def _stacks(survey: Survey, module: str) -> dict[str, list[InnerWeight]]:
     for view, node in _inside(survey, module):
         for position, name in enumerate(node.input):
             weight = view.weight(name) if name else None
-            if weight is None or len(weight.dims) != 3 or weight.elem_type not in FLOATS:
+            if weight is None or len(weight.dims) != axes or weight.elem_type not in FLOATS:
                 continue
             found.setdefault(name, []).append(InnerWeight(module, view, node, position))
             made.update(node.output)
@@ -217,8 +253,8 @@ def _not_one(
             hint="export the base so that it keeps the names of parameters",
         )
     return CheckpointError(
-        f"parameter '{module}.{parameter}' {list(shape)} was not found: the stacks of "
-        f"matrices that the nodes of the module read are {listed or 'none'}",
-        hint="an exporter that unrolls a loop over experts cuts their stack into pieces; "
-        "export the experts as one product (experts_implementation='batched_mm')",
+        f"parameter '{module}.{parameter}' {list(shape)} was not found; the nodes of the "
+        f"module read {listed or 'no tensor that it could be'}",
+        hint="an exporter that unrolls a loop over experts cuts their stack into pieces, and "
+        "constants lose their names: --base-weights finds them by value",
     )

@@ -57,11 +57,15 @@ def find_parameter(
     found: Found = {}
     for weight, array in _candidates(model, survey, name, stack.shape):
         for matrix, turned in wanted.get(digest(array), ()):
-            in_out = _in_out(weight, stack.shape[1:], sizes, turned=turned, known=known)
-            label = name if matrix is None else f"{name}.{matrix}"
+            # PEFT's `(out, in)` of a parameter that is no stack are its own two axes.
+            in_out = turned
+            if value.ndim == 3:
+                in_out = _in_out(weight, stack.shape[1:], sizes, turned=turned, known=known)
+            label = name if matrix is None or len(stack) == 1 else f"{name}.{matrix}"
+            shared = weight.group is not None  # with the other direction
             found.setdefault(matrix, []).append(
                 InnerWeight(
-                    label.removesuffix("_reverse"),
+                    label.removesuffix("_reverse") if shared else label,
                     weight.view,
                     weight.node,
                     weight.position,
@@ -155,8 +159,6 @@ def _in_out(
     known: bool,
 ) -> bool:
     """Whether the graph's matrix is `(in, out)`, as the adapter has these."""
-    if weight.order or weight.node.op_type in RECURRENT:
-        return False
     if sizes[0] != sizes[1]:
         return (matrix == sizes) == turned
     axis = summed_axis(weight.view, weight.tensor) if known else None

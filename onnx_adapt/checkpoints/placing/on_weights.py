@@ -18,13 +18,17 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank, ParameterLowRank, Scaling
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
-from onnx_adapt.checkpoints.modules.parameters import recurrent_weights, stacked_weights
+from onnx_adapt.checkpoints.modules.parameters import (
+    matrix_weights,
+    recurrent_weights,
+    stacked_weights,
+)
 from onnx_adapt.checkpoints.modules.parameters_by_value import Found, find_parameter
 from onnx_adapt.checkpoints.modules.weights import read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.dtypes import FLOATS, Array
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.graph.index import text
+from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.slot.form import WeightTarget
 from onnx_adapt.slot.manifest import read_manifest
 from onnx_adapt.slot.weights import matrices
@@ -100,7 +104,8 @@ def _parameter_weights(placement: Placement, edit: ParameterLowRank) -> Found:
     path, known = f"{module}.{edit.parameter}", edit.sums_over_input
     value = placement.finder.parameter(path)
     if value is not None:
-        if value.ndim not in (2, 3) or sorted(value.shape[-2:]) != sorted((computes, reads)):
+        many = value.shape[:-2] == ((groups,) if groups > 1 or value.ndim == 3 else ())
+        if not many or sorted(value.shape[-2:]) != sorted((computes, reads)):
             raise CheckpointError(
                 f"parameter {path!r} of the base is {list(value.shape)}; the adapter is for "
                 f"{groups} x {computes} x {reads}",
@@ -108,8 +113,10 @@ def _parameter_weights(placement: Placement, edit: ParameterLowRank) -> Found:
             )
         sizes = (computes, reads)
         return find_parameter(placement.model, survey, path, value, sizes, known=known)
-    if groups == 1 and (inner := recurrent_weights(survey, module, edit.parameter)):
-        return {0: inner}
+    if groups == 1:
+        name = edit.parameter
+        inner = recurrent_weights(survey, module, name)
+        return {0: inner or matrix_weights(survey, module, name, (computes, reads))}
     shape = (groups, computes, reads)
     return {None: stacked_weights(survey, module, edit.parameter, shape, known=known)}
 
@@ -144,25 +151,37 @@ def _targets(
                 found.setdefault(str(name), []).append(weight)
     for name, readers in found.items():
         first = readers[0]
-        home, known = first.view.home(name), first.view.weight(name)
-        if home is None or known is None or known.elem_type not in FLOATS:
+        home, known = first.view.home(name), _type_of(first.view, name)
+        if home is None or known is None:
             raise CheckpointError(
-                f"module {module!r}: {name!r}, which node {first.label!r} reads, is computed "
-                "or no float; an adapter cannot be added to it",
+                f"module {module!r}: {name!r}, which node {first.label!r} reads, is no float "
+                "or has no fixed shape; an adapter cannot be added to it",
                 hint="insert the adapter into the float model as it was exported",
             )
         yield (
             WeightTarget(
                 graph=home.scope.path,
                 tensor=originals.get(name, name),
-                shape=known.dims,
-                dtype=FLOATS[known.elem_type],
+                shape=known[1],
+                dtype=FLOATS[known[0]],
                 node=text(first.node.name),
                 readers=tuple(f"{w.view.scope.path}:{w.node.output[0]}" for w in readers),
                 module=first.name,
             ),
             first,
         )
+
+
+def _type_of(view: GraphView, name: str) -> tuple[int, tuple[int, ...]] | None:
+    """The element type and shape of a weight, which may be put together by nodes; or None."""
+    weight = view.weight(name)
+    known = view.type_of(name)
+    shape = (
+        weight.dims if weight else tuple(d for d in known.shape or () if isinstance(d, int))
+    )
+    elem_type = weight.elem_type if weight else known.elem_type
+    whole = weight is not None or (known.shape is not None and len(shape) == len(known.shape))
+    return (elem_type, shape) if whole and elem_type in FLOATS else None
 
 
 def _low_rank_parts(

@@ -39,15 +39,15 @@ def place(placement: Placement, edit: Edit) -> None:
         place_parameter(placement, edit)
         return
     inner = placement.inner_weights(edit.module)
-    if isinstance(edit, LowRank) and inner:
-        place_low_rank_on_weights(placement, edit, inner)
-    elif isinstance(edit, Scaling) and inner:
-        place_scaling_on_weights(placement, edit, inner)
-    elif isinstance(edit, LowRank):
-        for call in placement.calls(edit.module):
+    if isinstance(edit, LowRank):
+        if inner:
+            place_low_rank_on_weights(placement, edit, inner)
+        for call in placement.calls(edit.module, needed=not inner):
             place_low_rank(placement, edit, call)
     elif isinstance(edit, Scaling):
-        for call in placement.calls(edit.module):
+        if inner:
+            place_scaling_on_weights(placement, edit, inner)
+        for call in placement.calls(edit.module, needed=not inner):
             _place_scaling(placement, edit, call)
     elif isinstance(edit, Bottleneck):
         for call in placement.calls(edit.module):

@@ -71,7 +71,8 @@ class Placement:
         slots: The slots so far.
         weights: Their weights, by slot and part.
         beside: The slots on layers that compute several modules, by what they read and write.
-        on_weights: The slots on weights inside operators, by graph and name of the weight.
+        on_weights: The slots on weights inside operators, by graph, name and readers of the
+            weight.
     """
 
     model: Model
@@ -82,25 +83,29 @@ class Placement:
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
-    on_weights: dict[tuple[str, str], str] = field(default_factory=dict)
+    on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
-        """The weights of a module of the checkpoint inside operators; empty if it has calls.
+        """The weights of a module of the checkpoint inside operators; empty if it has none.
 
         Raises:
             CheckpointError: If it is inside an operator that takes no adapter.
         """
         return self.finder.inner_weights(self.names[module])
 
-    def calls(self, module: str) -> list[LayerCall]:
+    def calls(self, module: str, *, needed: bool = True) -> list[LayerCall]:
         """The calls of a module of the checkpoint.
+
+        Args:
+            module: The module.
+            needed: Whether there must be one; none if all are inside operators.
 
         Raises:
             CheckpointError: If nothing in the graph computes it.
         """
         path = self.names[module]
         found = self.finder.calls(path)
-        if not found:
+        if needed and not found:
             raise self.finder.missing(path)
         return found
 
@@ -204,7 +209,8 @@ class Placement:
             apart: Whether the other modules in the weight have matrices of a stack to
                 themselves, so that one bottleneck does for all.
         """
-        key = (target.graph, target.tensor)
+        # Readers tell apart modules of equal weights, which an optimiser stored once.
+        key = (target.graph, target.tensor, target.readers)
         if key in self.on_weights:
             join = joined_apart if apart else joined_beside
             known = self.on_weights[key]

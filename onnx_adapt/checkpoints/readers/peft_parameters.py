@@ -158,7 +158,7 @@ def parameter_edit(
         a.reshape(groups, rank, -1),
         np.moveaxis(b.reshape(b.shape[0], rank, groups), 2, 0),
         scale,
-        sums_over_input=groups == 1 or known,
+        sums_over_input=known,
     )
 
 
