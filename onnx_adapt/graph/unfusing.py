@@ -19,10 +19,10 @@ from onnx import helper, numpy_helper
 from onnx_adapt.graph.fused_bias import BIAS_INPUTS, FusedBias
 from onnx_adapt.graph.fused_draft import Draft, FusedPlace
 from onnx_adapt.graph.fused_layers import write_fused_conv, write_fused_gemm
+from onnx_adapt.graph.fused_norms import write_skip_norm
 from onnx_adapt.graph.index import GraphView, ModelIndex, default_opset
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.model.tensors import read_tensor
-from onnx_adapt.slot.names import split_node
 
 _MICROSOFT = "com.microsoft"
 
@@ -116,38 +116,6 @@ def _skip_group_norm(draft: Draft) -> None:
     draft.keep(without=4, input_0=biased)
 
 
-def _skip_norm(draft: Draft) -> None:
-    """A normalisation of `input + skip`, and of a Linear's bias with them."""
-    centred = draft.fused.op_type == "SkipLayerNormalization"
-    bias = 4 if centred else 3
-    side = list(draft.fused.input[:2]).index(draft.place.tensor)
-    first, second = draft.input(0), draft.input(1)
-    if draft.input(bias):
-        biased = draft.add_bias(draft.place.tensor, draft.input(bias))
-        first, second = (biased, second) if side == 0 else (first, biased)
-    if not draft.place.residual:
-        draft.keep(without=bias, input_0=first, input_1=second)
-        return
-    outputs = [*map(str, draft.fused.output), "", "", ""][:4]
-    if any(draft.view.readers(name) for name in outputs[1:3] if name):
-        raise draft.refuse("something reads its mean or its deviation")
-    if split_node(outputs[3]):
-        raise draft.refuse("a slot is on its sum already, and would read nothing")
-    total = draft.add("Add", [first, second], "sum", output=outputs[3])
-    if centred:
-        inputs, op = [total, *draft.fused.input[2:4]], "LayerNormalization"
-    else:
-        newest = default_opset(draft.index.model.proto) >= _FIRST_WITH_RMS
-        inputs = [total, draft.input(2)]
-        op = "RMSNormalization" if newest else "SimplifiedLayerNormalization"
-    epsilon = next((item.f for item in draft.attributes("epsilon")), 1e-12)
-    given = [helper.make_attribute("axis", -1), helper.make_attribute("epsilon", epsilon)]
-    draft.add(op, inputs, "norm", output=outputs[0], attributes=given)
-
-
-_FIRST_WITH_RMS = 23
-
-
 def _heads(draft: Draft) -> None:
     """Attention with one bias for queries, keys and values, one after the other."""
     position = BIAS_INPUTS[draft.fused.op_type][0]
@@ -181,8 +149,8 @@ _ROWS: dict[str, Callable[[Draft], None]] = {
     "BiasGelu": _bias_gelu,
     "FastGelu": _fast_gelu,
     "BiasAdd": _bias_add,
-    "SkipLayerNormalization": _skip_norm,
-    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "SkipLayerNormalization": write_skip_norm,
+    "SkipSimplifiedLayerNormalization": write_skip_norm,
     "BiasDropout": _bias_dropout,
     "BiasSplitGelu": _split_gelu,
     "SkipGroupNorm": _skip_group_norm,

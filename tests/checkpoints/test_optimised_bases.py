@@ -5,15 +5,22 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnxruntime.transformers import optimizer
 from trained_cases import CASES, Case, run
 
 import onnx_adapt as oa
 from onnx_adapt.errors import CheckpointError
 
 BASIC, EXTENDED, ALL = "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"
+TRANSFORMERS = "onnxruntime.transformers"
+"""The fusions of transformers that run offline, in Python; optimum calls them O2."""
 
 
 def _optimised(case: Case, path: Path, level: str) -> Path:
+    if level == TRANSFORMERS:
+        found = optimizer.optimize_model(str(case.base), "bert", opt_level=0)
+        found.save_model_to_file(str(path))
+        return path
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
@@ -42,6 +49,11 @@ def _optimised(case: Case, path: Path, level: str) -> Path:
         ("ah_roberta_seq_bn", ALL),
         ("ah_vit_double_seq_bn", EXTENDED),
         ("peft_convnet_lora_ts", EXTENDED),  # the ReLU is in a FusedConv
+        ("ah_bert_par_bn", TRANSFORMERS),
+        ("ah_bert_ia3", TRANSFORMERS),
+        ("ah_bert_dora_output", TRANSFORMERS),  # scales its Linears' biases as well
+        ("ah_bert_opset14_seq_bn", TRANSFORMERS),  # no LayerNormalization in its opset
+        ("ah_llama_par_bn", TRANSFORMERS),
         ("peft_convnet_lora", BASIC),
         ("peft_llama_lora_ts", ALL),
     ],
@@ -60,6 +72,7 @@ def test_an_edit_of_layers_that_are_whole_gives_what_pytorch_gives(
     off, plain = (run(tmp_path / f"{n}.onnx", case.inputs()) for n in ("adapted", "base"))
     for output, value in plain.items():
         np.testing.assert_allclose(off[output], value, rtol=0, atol=case.tolerance)
+    oa.verify(base, adapted).raise_for_mismatch()
     oa.save_model(oa.remove(adapted), tmp_path / "removed.onnx")
     assert (tmp_path / "removed.onnx").read_bytes() == file.read_bytes()
 

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import pytest
 from sites_models import model
 from slot_models import run
 
 import onnx_adapt as oa
+from onnx_adapt.graph.fused_draft import FusedPlace
+from onnx_adapt.graph.written_out import unfuse
 
 RNG = np.random.default_rng(7)
 W, V, B, S = (RNG.standard_normal(shape) for shape in ((4, 8), (8, 8), 8, (2, 3, 8)))
@@ -194,3 +197,29 @@ def test_a_slot_before_the_sum_in_a_convolution_computes_what_is_computed_by_han
     truth = function(adapted(made_by_conv).transpose(0, 2, 1) + feeds["z"])
     np.testing.assert_allclose(y, truth, rtol=1e-4, atol=1e-4)
     assert oa.remove(inserted).proto == made.proto
+
+
+@pytest.mark.parametrize("opset", [14, 17, 18, 23])
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+@pytest.mark.parametrize("op", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_a_residual_sum_is_taken_out_in_every_opset(op: str, dtype: str, opset: int) -> None:
+    """In half precision a square of more than 255 is infinite; what normalises has none."""
+    weights = "g, g, b" if op == "SkipLayerNormalization" else "g, b"
+    base = with_values(
+        model(
+            f"""g ({dtype}[n,3,4] x, {dtype}[n,3,8] s) => ({dtype}[n,3,8] y)
+            {{ h = MatMul(x, w)  y = com.microsoft.{op}<epsilon = 0.1>(h, s, {weights}) }}""",
+            *(f"{name} {dtype}" for name in ("w 4 8", "b 8", "g 8")),
+            opset=opset,
+        )
+    )
+    written, (record,) = unfuse(base, [FusedPlace("main", "y", "h", residual=True)])
+    assert record.residual
+    kind = np.float32 if dtype == "float" else np.float16
+    feeds = {"x": (300 * X).astype(kind), "s": S.astype(kind)}
+    (y,) = run(written, feeds)
+    total = feeds["x"].astype(np.float64) @ W + B + feeds["s"]
+    truth = layer_norm(total, 0.1) if "Simplified" not in op else rms_norm(total, 0.1)
+    tolerance = 1e-4 if dtype == "float" else 2e-2
+    np.testing.assert_allclose(y, truth, rtol=tolerance, atol=tolerance)
+    onnx.checker.check_model(written.proto)
