@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
-from onnx_adapt.checkpoints.modules.by_name import ByName
-from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
+from onnx_adapt.checkpoints.mapping import Graph, Trained, find_graph, map_edits, read_trained
 from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
-from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
-from onnx_adapt.checkpoints.modules.model_parts import parts_shown
-from onnx_adapt.checkpoints.modules.names import (
-    map_modules,
-    refuse_other_part,
-    refuse_unmapped,
-)
-from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
+from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
-from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, read_state_dict
-from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
+from onnx_adapt.checkpoints.readers.folder import Folder, name_damage
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
-from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +55,8 @@ def load_checkpoint(
     *,
     name: str = "",
     base_weights: str | os.PathLike[str] | None = None,
+    part: str = "",
+    module_map: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
 
@@ -77,9 +65,14 @@ def load_checkpoint(
         model: The base, exported without the adapter.
         name: The adapter's name; by default AdapterHub's, or the folder's.
         base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
+        part: Only the checkpoint's modules under this path are wanted, such as
+            `"model.encoder"`, and the graph is that part of the model.
+        module_map: Beginnings of the checkpoint's module paths and what to call them
+            instead, such as `{"model.text": "language"}`; in whole words, before `part`.
 
     Raises:
-        CheckpointError: If the method is not supported, or modules are not in the graph.
+        CheckpointError: If the method is not supported, modules are not in the graph, or
+            `part` or `module_map` fits no module.
 
     Example:
         >>> import onnx_adapt as oa
@@ -88,27 +81,53 @@ def load_checkpoint(
         >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
         4
     """
-    folder = read_folder(Path(path))
-    edits = read_edits(folder)
-    identity = fingerprint(model)
-    survey, finder = _look(model, base_weights, edits)
-    refuse_inner_experts(survey, [edit.module for edit in edits])
-    edits, names = _map(folder, edits, finder, parts_shown(model.proto, survey.modules.paths))
+    trained = read_trained(path, Selection(part, module_map or {}))
+    graph = find_graph(model, base_weights, trained.edits)
+    edits, names = map_edits(trained, graph)
+    return place_edits(trained, graph, edits, names, name=name)
+
+
+def place_edits(
+    trained: Trained,
+    graph: Graph,
+    edits: Sequence[Edit],
+    names: Mapping[str, str],
+    *,
+    name: str = "",
+    full_names: bool = False,
+) -> Checkpoint:
+    """Place edits in a graph, as slots with weights.
+
+    Args:
+        trained: The checkpoint.
+        graph: The graph.
+        edits: What to place; only modules in `names`.
+        names: The graph's path for each module.
+        name: The adapter's name; by default the checkpoint's.
+        full_names: Call slots after the checkpoint's paths, not the graph's.
+
+    Raises:
+        CheckpointError: If the graph has no place for one.
+    """
+    manifest = read_manifest(graph.model.proto)
+    identity = manifest.fingerprint if manifest else fingerprint(graph.model)
+    refuse_inner_experts(graph.survey, [edit.module for edit in edits])
     for module in dict.fromkeys(names[edit.module] for edit in edits):
-        refuse_folded(survey, finder, module)
-    manifest = read_manifest(model.proto)
-    fused = fused_nodes(survey, finder, names, edits)
+        refuse_folded(graph.survey, graph.finder, module)
+    fused = fused_nodes(graph.survey, graph.finder, names, edits)
     if fused:
         known = (manifest.slots, manifest.unfused) if manifest else ((), ())
-        model, _ = unfuse(model, fused, *known)
-        survey, finder = _look(model, base_weights, edits)
-    taken = reserved_names(survey.index)
+        written, _ = unfuse(graph.model, fused, *known)
+        graph = find_graph(written, graph.base_weights, trained.edits)
+    taken = reserved_names(graph.survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
-    placement = Placement(model, survey, finder, names, taken)
+    placement = Placement(
+        graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
+    )
     replaced: dict[str, Array] = {}
     plans: list[ReplacementPlan] = []
     for edit in edits:
-        with name_damage(folder, edit.module):
+        with name_damage(trained.folder, edit.module):
             if isinstance(edit, Replacement):
                 edit = as_low_rank(placement, edit) or edit
             if isinstance(edit, Replacement):
@@ -116,9 +135,8 @@ def load_checkpoint(
                 _refuse_replaced(plans[-1], manifest)
             else:
                 place(placement, edit)
-    identity = manifest.fingerprint if manifest else identity
     adapter = Adapter(
-        name or str(folder.config.get("name") or "") or folder.path.resolve().name,
+        adapter_name(trained.folder, name),
         placement.weights,
         replaced,
         {slot.name: slot.activation for slot in placement.slots},
@@ -128,16 +146,9 @@ def load_checkpoint(
     return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
 
 
-def _look(
-    model: Model, base_weights: str | os.PathLike[str] | None, edits: Sequence[Edit]
-) -> tuple[Survey, ByName | ByValue]:
-    """Survey a model, and decide how its modules are found."""
-    survey = survey_model(model)
-    if base_weights is None:
-        inner = attention_weights(survey, [edit.module for edit in edits])
-        return survey, ByName(survey, packed_layers(survey), inner)
-    file = Path(base_weights)
-    return survey, find_by_value(model, survey, read_state_dict(file), file.name)
+def adapter_name(folder: Folder, name: str) -> str:
+    """The name of an adapter: as given, AdapterHub's, or the folder's."""
+    return name or str(folder.config.get("name") or "") or folder.path.resolve().name
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:
@@ -167,51 +178,3 @@ def _replace(
             f"{plan.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
             "and the checkpoint has two values for it"
         )
-
-
-def _map(
-    folder: Folder, edits: list[Edit], finder: ByName | ByValue, shown: Collection[str]
-) -> tuple[list[Edit], Mapping[str, str]]:
-    """Map the modules of all edits; a head that the graph does not have is left out."""
-    known = finder.known()
-    parts = {edit.module: unpacked(edit.module, known) for edit in edits}
-    wanted = list(dict.fromkeys(part for edit in edits for part in parts[edit.module]))
-    head = {key.rpartition(".")[0] for key in folder.head}
-    kind = str(folder.config.get("model_type", ""))
-    names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
-    if not set(wanted) <= names.keys() and (stored := finder.stored()):
-        known = [*known, *stored]
-        names = map_modules(wanted, known, optional=head, kind=kind, shown=shown)
-    left_out = sorted(head - set(names))
-    if isinstance(finder, ByValue):
-        left_out = sorted(head) if finder.lacks_head(folder.head, names) else []
-    if left_out and any(module in names for module in wanted if module not in head):
-        _log.warning(
-            "left out the head saved beside the adapter: the graph has no %s",
-            ", ".join(left_out),
-        )
-        edits = [edit for edit in edits if edit.module not in left_out]
-        wanted = [module for module in wanted if module not in left_out]
-    label = finder.label if isinstance(finder, ByValue) else ""
-    refuse_other_part(wanted, names, known, kind=kind, shown=shown, file=label)
-    refuse_unmapped(wanted, names, known, label)
-    if not edits:
-        raise CheckpointError(f"{folder.path} asks for nothing")
-    return [piece for edit in edits for piece in _apart(edit, parts, names, finder)], names
-
-
-def _apart(
-    edit: Edit,
-    parts: Mapping[str, tuple[str, ...]],
-    names: Mapping[str, str],
-    finder: ByName | ByValue,
-) -> Iterator[Edit]:
-    """Cut an edit into those of the modules that the graph has in place of a packed one."""
-    if parts[edit.module] == (edit.module,):
-        yield edit
-        return
-    calls = {module: finder.calls(names[module]) for module in parts[edit.module]}
-    for module, found in calls.items():
-        if not found:
-            raise finder.missing(names[module])
-    yield from unpack(edit, {module: found[0].sizes[1] for module, found in calls.items()})

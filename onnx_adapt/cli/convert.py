@@ -31,6 +31,8 @@ from onnx_adapt.words import count
 )
 @options.adapter_name
 @options.base_weights
+@options.part
+@options.module_map
 @options.allow_partial
 @options.as_json
 def command(
@@ -39,6 +41,8 @@ def command(
     output: str,
     name: str,
     base_weights: str | None,
+    part: str,
+    module_map: dict[str, str],
     allow_partial: bool,
     as_json: bool,
 ) -> None:
@@ -61,6 +65,8 @@ def command(
             opened,
             name=name,
             base_weights=base_weights,
+            part=part,
+            module_map=module_map,
             allow_partial=allow_partial,
         )
     path = oa.save_adapter(adapter, output)

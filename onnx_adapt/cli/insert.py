@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ONLY_WITH_AFTER = (
     *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
 )
-_ONLY_WITH_CHECKPOINT = ("name", "base_weights", "file_format")
+_ONLY_WITH_CHECKPOINT = ("name", "base_weights", "part", "module_map", "file_format")
 _NOT_WITH_BATCHED = ("swappable", "bottleneck")
 """The options that have no effect without another one, or with it."""
 
@@ -58,6 +58,8 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 )
 @options.adapter_name
 @options.base_weights
+@options.part
+@options.module_map
 @click.option(
     "--format",
     "file_format",
@@ -126,6 +128,8 @@ def command(
     calibrate: tuple[str, ...],
     name: str,
     base_weights: str | None,
+    part: str,
+    module_map: dict[str, str],
     file_format: str,
     output: str | None,
     swappable: bool,
@@ -163,7 +167,13 @@ def command(
     base = oa.open_model(model)
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
-        checkpoint, trained = _read_adapter(base, adapter, after, name, base_weights)
+        reading = {
+            "name": name,
+            "base_weights": base_weights,
+            "part": part,
+            "module_map": module_map,
+        }
+        checkpoint, trained = _read_adapter(base, adapter, after, reading)
         form = {"baked": not swappable, "batched": batched}
         adapted = _with_slots(base, checkpoint, after, {**form, **slot})
     if calibrate and trained is not None:
@@ -233,7 +243,7 @@ def _refuse_idle(ctx: click.Context, given: str, names: Sequence[str]) -> None:
 
 
 def _read_adapter(
-    base: Model, adapter: str | None, after: Sequence[str], name: str, weights: str | None
+    base: Model, adapter: str | None, after: Sequence[str], reading: dict[str, Any]
 ) -> tuple[Checkpoint | None, Adapter | None]:
     """The checkpoint to insert, if no place is given, and the adapter that is meant."""
     import onnx_adapt as oa
@@ -242,7 +252,7 @@ def _read_adapter(
         return None, None
     if after:
         return None, oa.load_adapter(adapter)
-    checkpoint = oa.load_checkpoint(adapter, base, name=name, base_weights=weights)
+    checkpoint = oa.load_checkpoint(adapter, base, **reading)
     return checkpoint, checkpoint.adapter
 
 

@@ -56,4 +56,36 @@ base_weights = click.option(
     help="The base's own checkpoint, for a graph that has lost its module names.",
 )
 
+part = click.option(
+    "--part",
+    default="",
+    metavar="PATH",
+    help="Take only the checkpoint's modules under PATH, such as model.encoder; the graph is "
+    "that part of the model.",
+)
+
+
+def _module_map(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> dict[str, str]:
+    """The beginnings of module paths, and what replaces each."""
+    found: dict[str, str] = {}
+    for item in value:
+        old, equals, new = (word.strip(" .") for word in item.partition("="))
+        if not equals or old in found or old == new:
+            raise click.BadParameter(f"{item!r}: give OLD=NEW, each OLD once")
+        found[old] = new
+    return found
+
+
+module_map = click.option(
+    "--map",
+    "module_map",
+    multiple=True,
+    metavar="OLD=NEW",
+    callback=_module_map,
+    help="Rename the modules of the checkpoint whose paths begin with OLD, before --part. "
+    "Repeatable.",
+)
+
 adapter_name = click.option("--name", default="", help="The name to give the adapter.")

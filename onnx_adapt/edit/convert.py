@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,8 @@ def convert(
     *,
     name: str = "",
     base_weights: str | os.PathLike[str] | None = None,
+    part: str = "",
+    module_map: Mapping[str, str] | None = None,
     allow_partial: bool = False,
 ) -> Adapter:
     """Read a checkpoint as an adapter for a model that has slots for it.
@@ -35,6 +37,9 @@ def convert(
         model: The model with slots.
         name: The adapter's name; by default AdapterHub's, or the folder's.
         base_weights: The base's weights, for a graph that lost its names.
+        part: Only the checkpoint's modules under this path are wanted, and the graph is that
+            part of the model.
+        module_map: Beginnings of the checkpoint's module paths, and what to call them.
         allow_partial: Leave slots off that the checkpoint has nothing for.
 
     Raises:
@@ -52,7 +57,9 @@ def convert(
     """
     manifest = required_manifest(model)
     base = remove(model)
-    checkpoint = load_checkpoint(path, base, name=name, base_weights=base_weights)
+    checkpoint = load_checkpoint(
+        path, base, name=name, base_weights=base_weights, part=part, module_map=module_map
+    )
     free = list(manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
     activations = {}

@@ -31,7 +31,14 @@ FLOORS = (
 )
 """From the ground up; a module imports only from floors below its own."""
 
-CHECKPOINT_FLOORS = (("edits",), ("readers",), ("modules",), ("placing",), ("load",))
+CHECKPOINT_FLOORS = (
+    ("edits",),
+    ("readers",),
+    ("modules",),
+    ("placing",),
+    ("mapping",),
+    ("load",),
+)
 """The floors inside `checkpoints/`, from the ground up."""
 
 EVERYWHERE = {"numpy", "onnx", "google", "ml_dtypes", "_typeshed"}

@@ -89,6 +89,17 @@ def parts_of(path: str, kind: str = "") -> dict[str, str]:
     return found
 
 
+def part_of_path(module: str) -> str:
+    """The beginning of a module's path that names its part of the model."""
+    words = module.split(".")
+    named = {*parts_of(module).values()}
+    for i, word in enumerate(words):
+        if word in named:
+            return ".".join(words[: i + 1])
+    numbers = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[0]] if numbers and numbers[0] else words[:1])
+
+
 _INPUTS = {
     "input_ids": ("language",),
     "inputs_embeds": ("language",),
@@ -190,12 +201,17 @@ def other_part(
         if file
         else "give --base-weights model.safetensors of the whole model, which tells by value"
     )
-    others = ", without the keys of other parts" if len(found) < wanted else ""
+    part = removed.removesuffix(".")
+    folder = (
+        "; if the model is in several files, give their folder: `onnx-adapt insert FOLDER "
+        "--adapter DIR -o OUT`"
+        if len(found) < wanted
+        else ""
+    )
     return CheckpointError(
         f"the checkpoint is of {' and '.join(map(repr, parts))}, a part of a model; {known} "
         f"does not name the part it is: {module!r} would be {path!r} there, which may be "
         "another part with layers of the same names",
-        hint=f"{weights}; or export the part inside its model, so that its paths begin with "
-        f"{removed!r}; or, if {known} is that part, take {removed!r} out of the keys of a "
-        f"copy of the checkpoint{others}",
+        hint=f"if {known} is that part: --part {part}; if not, {weights}, or export the part "
+        f"inside its model, so that its paths begin with {removed!r}{folder}",
     )

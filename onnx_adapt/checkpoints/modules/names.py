@@ -6,8 +6,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_adapt.checkpoints.modules.model_parts import lost_parts, other_part, parts_of
+from onnx_adapt.checkpoints.modules.model_parts import (
+    lost_parts,
+    other_part,
+    part_of_path,
+    parts_of,
+)
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.words import nearest
 
 # transformers 5 renamed the modules of ViT and its kin: 4 -> 5.
 _RENAMED = (
@@ -110,9 +116,31 @@ def map_modules(
             raise CheckpointError(
                 f"module {module!r} of the checkpoint can be {best.get(module)!r} or "
                 f"{rival.get(module)!r} in the graph",
-                hint="export the model that the adapter was trained on, without the other",
+                hint=f"say which: --map {map_words(module, best.get(module, ''))} or "
+                f"--map {map_words(module, rival.get(module, ''))}",
             )
     return best
+
+
+def map_words(module: str, path: str) -> str:
+    """What `--map` takes to give a module of a checkpoint its path in a graph.
+
+    Example:
+        >>> map_words("model.text.layers.0.q", "language.layers.0.q")
+        'model.text=language'
+        >>> map_words("fc1", "a.fc1")
+        '=a'
+    """
+    return "=".join(beginnings(module, path))
+
+
+def beginnings(module: str, path: str) -> tuple[str, str]:
+    """What two paths begin with before the words that they both end with."""
+    theirs, ours = module.split("."), path.split(".")
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs.pop()
+        ours.pop()
+    return ".".join(theirs), ".".join(ours)
 
 
 def _mappings(
@@ -287,8 +315,8 @@ def refuse_unmapped(
         raise CheckpointError(
             f"no module of the checkpoint is in the graph; the checkpoint has {theirs}, ...; "
             f"the graph has {ours}, ...",
-            hint="is it an adapter for this base? if the graph lost its names, give the "
-            "base's weights with --base-weights model.safetensors",
+            hint=f"is it an adapter for this base? {_renaming(left, paths)}; if the graph "
+            "lost its names, give the base's weights with --base-weights model.safetensors",
         )
     common = set.intersection(*({*parts_of(module).values()} for module in left))
     if other := common.difference(*(parts_of(module).values() for module in found)):
@@ -296,11 +324,24 @@ def refuse_unmapped(
         raise CheckpointError(
             f"{len(left)} of {len(wanted)} modules of the checkpoint are of {word!r}, and "
             f"the graph has none of it: {theirs}, ...; the graph has {ours}, ...",
-            hint=f"for this graph alone, leave the keys with {word!r} out of a copy of the "
-            "checkpoint; or export the whole model",
+            hint=f"for this graph alone: --part {part_of_path(next(iter(found)))}; if the "
+            "model is in several files, give their folder: `onnx-adapt insert FOLDER "
+            "--adapter DIR -o OUT`",
         )
     raise CheckpointError(
         f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "
         f"{theirs}{', ...' if len(left) > _SHOWN else ''}; the graph has {ours}, ...",
-        hint="the base has fewer layers, is of another architecture, or was optimised",
+        hint="the base has fewer layers, is of another architecture, or was optimised; "
+        f"{_renaming(left, paths)}; --part takes one part of the checkpoint alone",
     )
+
+
+def _renaming(left: Sequence[str], paths: Sequence[str]) -> str:
+    """How to rename modules that were not found, after a path that ends alike."""
+    words = "OLD=NEW"
+    for module in left:
+        ends = [path for path in paths if path.split(".")[-1] == module.split(".")[-1]]
+        if near := nearest(module, ends, 1):
+            words = map_words(module, near[0])
+            break
+    return f"if its modules have other names there, rename them: --map {words}"

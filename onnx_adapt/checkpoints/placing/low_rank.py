@@ -59,9 +59,9 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     source = placement.survey.after_slots(call.view.scope.path, call.source)
     form = Form(source=source, source_width=a.shape[1], window=window)
     if call.packing is None or edit.gate is not None:
-        placement.add(target, placement.names[edit.module], parts, form)
+        placement.add(target, placement.slot_name(edit.module), parts, form)
     else:
-        placement.add_beside(target, call.packing, parts, form)
+        placement.add_beside(edit.module, target, call.packing, parts, form)
 
 
 def _rescale(

@@ -57,7 +57,7 @@ def place(placement: Placement, edit: Edit) -> None:
 
 
 def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None:
-    name = placement.names[edit.module]
+    name = placement.slot_name(edit.module)
     parts = {"scale": edit.vector.astype(np.float64)}
     size = call.sizes[not edit.on_input]
     if edit.vector.size != size:
@@ -72,7 +72,7 @@ def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None
         if call.packing is None:
             placement.add(target, name, parts)
         else:
-            placement.add_beside(target, call.packing, parts, Form())
+            placement.add_beside(edit.module, target, call.packing, parts)
         return
     tensor = placement.survey.after_slots(call.view.scope.path, call.source)
     readers = call.view.readers(tensor)
@@ -90,7 +90,7 @@ def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None
 
 
 def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -> None:
-    module = placement.names[edit.module]
+    module, name = placement.names[edit.module], placement.slot_name(edit.module)
     view = call.view
     placement.with_bias(edit.module, call)
     output = block_output(placement.survey, call, module)
@@ -109,7 +109,7 @@ def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -
             norm = norm_behind(placement.survey, view, total)
     placement.add(
         placement.survey.site(view, placement.survey.after_slots(view.scope.path, target)),
-        module if edit.place == "output" else f"{module}.{edit.place}",
+        name if edit.place == "output" else f"{name}.{edit.place}",
         edit.parts,
         Form(
             activation=edit.activation,
@@ -129,4 +129,9 @@ def _place_coupling(placement: Placement, edit: Coupling) -> None:
         raise CheckpointError(f"the output of {module!r} was not found in the graph")
     view, tensor = outputs[0]
     site = placement.survey.site(view, placement.survey.after_slots(view.scope.path, tensor))
-    placement.add(site, f"{module}.coupling", edit.parts, Form(activation=edit.activation))
+    placement.add(
+        site,
+        f"{placement.slot_name(edit.module)}.coupling",
+        edit.parts,
+        Form(activation=edit.activation),
+    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
+from onnx_adapt.checkpoints.modules.names import beginnings
 from onnx_adapt.checkpoints.placing.joining import joined_apart, joined_beside
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import CheckpointError
@@ -73,6 +74,7 @@ class Placement:
         beside: The slots on layers that compute several modules, by what they read and write.
         on_weights: The slots on weights inside operators, by graph, name and readers of the
             weight.
+        full_names: Whether slots are called after the checkpoint's paths, not the graph's.
     """
 
     model: Model
@@ -84,6 +86,7 @@ class Placement:
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
+    full_names: bool = False
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module of the checkpoint inside operators; empty if it has none.
@@ -108,6 +111,25 @@ class Placement:
         if needed and not found:
             raise self.finder.missing(path)
         return found
+
+    def slot_name(self, module: str, path: str = "") -> str:
+        """What to call a slot on a module of the checkpoint.
+
+        Args:
+            module: The module's path in the checkpoint.
+            path: The path in the graph of what is adapted, if it is not the module's: a layer
+                that computes it with others. For example the layer `layers.0.attn.qkv_proj`
+                is `model.layers.0.attn.qkv_proj` beside `model.layers.0.attn.q_proj`.
+        """
+        ours = self.names[module]
+        path = path or ours
+        if not self.full_names:
+            return path
+        theirs, added = beginnings(module, ours)
+        inside = path.removeprefix(f"{added}." if added else "")
+        return (
+            ".".join(filter(None, (theirs, inside))) if inside != path or not added else path
+        )
 
     def with_bias(self, module: str, call: LayerCall) -> Site:
         """The site of a module's output with its bias.
@@ -165,7 +187,12 @@ class Placement:
         self.weights[unique] = weights
 
     def add_beside(
-        self, target: Site, packing: Packing, parts: Mapping[str, Array], form: Form
+        self,
+        module: str,
+        target: Site,
+        packing: Packing,
+        parts: Mapping[str, Array],
+        form: Form = _PLAIN,
     ) -> None:
         """Add the weights of one of the modules that a layer computes side by side.
 
@@ -175,6 +202,7 @@ class Placement:
         is a slot of rank 12 on `qkv_proj`.
 
         Args:
+            module: The module's path in the checkpoint.
             target: The place, on the columns of all modules.
             packing: The modules that the layer computes.
             parts: The weights by part, on all columns: `up` is zero outside the module's.
@@ -185,7 +213,7 @@ class Placement:
             name = self.beside[key]
             self._set_weights(name, joined_beside(self.weights[name], parts))
             return
-        self.add(target, packing.layer, parts, form)
+        self.add(target, self.slot_name(module, packing.layer), parts, form)
         slot = self.slots[-1]
         self.beside[key] = slot.name
         self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)

@@ -55,7 +55,7 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     direct = stored is not None and stored.name == first.tensor
     elem_type = _elem_type(first)
     dtype = DTYPES[FLOATS[elem_type]]
-    name = f"base.{path}"
+    name = f"base.{placement.slot_name(edit.module)}.{edit.parameter}"
     if direct and stored is not None:
         default = onnx.TensorProto()
         default.CopyFrom(stored)
