@@ -17,7 +17,7 @@ The pipelines need environments that exclude each other. From the root of the re
     /tmp/optimum/bin/pip install peft==0.18.0 adapters==1.3.0 onnx==1.23.2
     /tmp/optimum/bin/pip install onnxruntime==1.32.0 onnxslim==0.1.98
     /tmp/optimum/bin/pip install onnxconverter-common==1.16.0
-    /tmp/optimum/bin/python tools/export_pipelines.py answers optimum
+    PYTHONHASHSEED=0 /tmp/optimum/bin/python tools/export_pipelines.py answers optimum
 
     python -m venv /tmp/genai
     /tmp/genai/bin/pip install torch==2.13.0 transformers==5.24.0 onnx==1.23.2

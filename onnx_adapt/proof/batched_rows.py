@@ -13,6 +13,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import RunError
 from onnx_adapt.graph.index import read_type
+from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
@@ -67,6 +68,13 @@ def check_rows(
         return Check("rows", False, "no batch of several rows can be made of these inputs")
     measured = [item for item in found if item]
     wrong = next((apart for _, apart in measured if not apart.within), None)
+    if wrong is not None and _shares_ranges(model):
+        return Check(
+            "rows",
+            False,
+            f"rows are {wrong.far:.1e} away: the model quantises with one range for all rows "
+            "of a batch, so the adapter of one row changes how others are rounded",
+        )
     if wrong is not None:
         return Check("rows", False, proof.blamed(f"rows are {wrong.far:.1e} away"))
     warning = "random adapters move the outputs too little to tell rows apart"
@@ -75,6 +83,12 @@ def check_rows(
     how = f"at worst {worst:.1e} away from" if worst else "as in"
     detail = f"{_ADAPTERS} adapters in one run, {how} one at a time"
     return Check("rows", True, detail, () if clear else (warning,))
+
+
+def _shares_ranges(model: Model) -> bool:
+    """Whether the range of a quantised tensor depends on all rows of a batch."""
+    nodes = (node for scope in walk.scopes(model.proto.graph) for node in scope.graph.node)
+    return any(node.op_type.startswith("DynamicQuantize") for node in nodes)
 
 
 class _RowProof:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,6 +35,8 @@ from onnx_adapt.slot.weights import (
     row_shape,
 )
 
+_LARGE = 1 << 22
+"""A weight of more numbers is read in a run of its own: a mixture of experts has gigabytes."""
 _SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
 """How strong the random weights are; a quantised model may round a small change away."""
@@ -108,6 +111,8 @@ class Probe:
         providers: Providers,
     ) -> None:
         self._slots = slots
+        large = [slot for slot in slots if math.prod(slot.weight_shape) > _LARGE]
+        self._portions = [[s for s in slots if s not in large], *([slot] for slot in large)]
         self._outputs = list(outputs)
         self._rng = np.random.default_rng(seed)
         self._own = read_weights(model, slots)
@@ -149,17 +154,11 @@ class Probe:
         """Run with random weights of several bottlenecks and compare with the oracle."""
         found = {slot.name: Measurement() for slot in self._slots}
         for item in feeds:
-            quiet = self._runner.run(item)
-            self._still.append({name: quiet[name] for name in self._outputs})
-            for slot in self._slots:
-                taps = self._taps[slot.name]
-                source, target = quiet[taps.source.values], quiet[taps.target.values]
-                self._typical.setdefault(slot.name, []).append(
-                    (_typical(source), _typical(target))
-                )
-                sizes = {len(value) for value in taps.target.read(quiet) if value.ndim}
-                rows = sizes.pop() if len(sizes) == 1 else 1
-                self._rows.setdefault(slot.name, []).append(rows)
+            for portion, quiet in self._runs(item):
+                still = {name: quiet[name] for name in self._outputs if name in quiet}
+                self._still += [still] if portion is self._portions[0] else []
+                for slot in portion:
+                    self._note(slot, quiet)
         for shift in range(len(_SIZES)):
             for number, item in enumerate(feeds):
                 weights = {
@@ -171,6 +170,26 @@ class Probe:
             for item in feeds:
                 self._compare(item, self._own, found)
         return found
+
+    def _note(self, slot: Slot, quiet: Values) -> None:
+        """Note the typical sizes of what a slot reads, and how many rows it has."""
+        taps = self._taps[slot.name]
+        source, target = quiet[taps.source.values], quiet[taps.target.values]
+        self._typical.setdefault(slot.name, []).append((_typical(source), _typical(target)))
+        sizes = {len(value) for value in taps.target.read(quiet) if value.ndim}
+        rows = sizes.pop() if len(sizes) == 1 else 1
+        self._rows.setdefault(slot.name, []).append(rows)
+
+    def _runs(self, fed: Feeds) -> Iterator[tuple[list[Slot], Values]]:
+        """Run once for each portion of the slots, to hold few large weights at a time.
+
+        The model's own outputs come with the first portion.
+        """
+        outputs = self._outputs
+        for portion in self._portions:
+            taps = (name for slot in portion for name in self._taps[slot.name].names)
+            yield portion, self._runner.run(fed, list(dict.fromkeys([*outputs, *taps])))
+            outputs = []
 
     def _size(self, slot: Slot, turn: int) -> int:
         return slot.bottleneck or _SIZES[turn % len(_SIZES)]
@@ -210,9 +229,9 @@ class Probe:
         fed = dict(item)
         for slot in self._slots:
             fed.update(_as_feeds(slot, weights[slot.name]))
-        got = self._runner.run(fed)
-        for slot in self._slots:
-            self._judge(slot, got, weights[slot.name], found[slot.name])
+        for portion, got in self._runs(fed):
+            for slot in portion:
+                self._judge(slot, got, weights[slot.name], found[slot.name])
 
     def _judge(
         self, slot: Slot, got: Values, weights: Mapping[str, Array], seen: Measurement

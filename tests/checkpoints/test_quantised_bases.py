@@ -126,3 +126,17 @@ def _write_floats(source: Path, target: Path) -> None:
         del node.attribute[:], node.input[1:]
         node.input.append(name)
     onnx.save(proto, target)
+
+
+def test_rows_of_a_batch_that_share_a_range_are_told_to_have_no_adapters_of_their_own(
+    tmp_path: Path,
+) -> None:
+    case = CASES["peft_bert_lora_default_ts"]
+    _dynamic(case.base, tmp_path / "base.onnx")
+    base = oa.open_model(tmp_path / "base.onnx")
+    checkpoint = oa.load_checkpoint(case.adapter, base)
+    batched = oa.insert_checkpoint(base, checkpoint, batched=True)
+    report = oa.verify(base, batched, inputs=case.inputs())
+    (rows,) = (check for check in report.checks if check.name == "rows")
+    assert not rows.passed
+    assert "one range for all rows" in rows.detail
