@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from onnx_adapt.report.costs import UpdateCost
     from onnx_adapt.slot.base_changes import Unfused
 
+_MOST_NODES = 4
+"""How many fused nodes that were written out are named; --json has all."""
+
 _MOST_WARNINGS = 3
 """How many warnings about ranges are printed; they are the same for each slot."""
 
@@ -82,10 +85,14 @@ def show_inserted(
 
 def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
     """Print which fused nodes of the base were written out."""
-    ops = ", ".join(dict.fromkeys(item.op for item in unfused))
-    if unfused:
+    from onnx_adapt.edit.unfuse import unfused_nodes
+
+    before = {item.label for item in unfused_nodes(base)}
+    new = [f"{item.op} at {item.label!r}" for item in unfused if item.label not in before]
+    listed = ", ".join(new[:_MOST_NODES]) + (", ..." if len(new) > _MOST_NODES else "")
+    if new:
         say(
-            f"wrote out {count(len(unfused), 'fused node')} of {base.label} ({ops}), which "
+            f"wrote out {count(len(new), 'fused node')} of {base.label} ({listed}), which "
             "held what the slots need; `onnx-adapt remove` puts them back"
         )
 

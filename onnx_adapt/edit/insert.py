@@ -14,6 +14,8 @@ import onnx.inliner
 from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.edit.plan import Recipe, plan_slot
 from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
+from onnx_adapt.graph.choice import Choice
+from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.resolve import fused_places, resolve
@@ -128,6 +130,7 @@ def _insert(
     slots: list[Slot] = []
     for choice in resolution.choices:
         _tell_axis(survey, choice.site)
+        _tell_bias(survey, choice)
         name = free_name(choice.name, taken)
         taken.add(name)
         slots.append(plan_slot(survey, choice, name, recipe))
@@ -139,6 +142,15 @@ def _insert(
         for slot in slots
     }
     return insert_slots(result, survey.index, known, slots, weights)
+
+
+def _tell_bias(survey: Survey, choice: Choice) -> None:
+    """Say so if a tensor that the user names is a layer's product before its bias."""
+    site = choice.site
+    view = survey.index.views[site.graph]
+    behind = bias_behind(survey.index, view, site.tensor, site.width)
+    if choice.literal and behind is not None:
+        _log.warning("%s: the slot is on the product; %s", site.address, behind)
 
 
 def _tell_axis(survey: Survey, site: Site) -> None:

@@ -231,7 +231,7 @@ def test_insert_and_slots_say_what_was_written_out(
     made = str(tmp_path / "a.onnx")
     code, _, err = cli(capsys, "insert", str(tmp_path / "m.onnx"), "--after", "fc", "-o", made)
     assert code == 0
-    assert "wrote out 1 fused node of m.onnx (BiasGelu)" in err
+    assert "wrote out 1 fused node of m.onnx (BiasGelu at 'main:y')" in err
     code, out, _ = cli(capsys, "slots", made, "--json")
     assert '"op": "BiasGelu"' in out
     code, _, err = cli(capsys, "verify", str(tmp_path / "m.onnx"), made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from onnx import numpy_helper
@@ -72,6 +74,19 @@ def test_a_module_with_a_slot_on_its_product_gets_the_next_behind_the_bias() -> 
     assert add.name.startswith("/one/")
     oa.verify(base, adapted).raise_for_mismatch()
     assert oa.remove(adapted).proto == base.proto
+
+
+def test_a_tensor_that_is_named_is_adapted_before_the_bias_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = model(TWO, *WEIGHTS)
+    with caplog.at_level(logging.WARNING):
+        adapted = oa.insert(base, after="main:h")
+    assert not unfused_nodes(adapted)
+    assert "main:h: the slot is on the product; it is before its bias 'b'" in caplog.text
+    caplog.clear()
+    oa.insert(base, after=["one", "main:y"])
+    assert not caplog.text
 
 
 def test_a_node_in_a_body_is_written_out_there() -> None:
