@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.fill import bake, extract, fill
     from onnx_adapt.edit.insert import insert, list_slots
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
+    from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
     from onnx_adapt.edit.remove import remove
     from onnx_adapt.errors import AdaptError
     from onnx_adapt.graph.site import Site
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # Where each public name lives: `import onnx_adapt` itself imports nothing heavy.
 _HOMES = {
     "AdaptError": "errors",
+    "AdaptedFolder": "edit.insert_folder",
     "Adapter": "adapter.data",
     "AdapterSession": "session.adapter_session",
     "Checkpoint": "checkpoints.load",
@@ -54,6 +56,7 @@ _HOMES = {
     "find_sites": "graph.sites",
     "insert": "edit.insert",
     "insert_checkpoint": "edit.insert_checkpoint",
+    "insert_folder": "edit.insert_folder",
     "list_slots": "edit.insert",
     "load_adapter": "adapter.files",
     "load_checkpoint": "checkpoints.load",
@@ -67,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "AdaptError",
+    "AdaptedFolder",
     "Adapter",
     "AdapterSession",
     "Checkpoint",
@@ -84,6 +88,7 @@ __all__ = [
     "find_sites",
     "insert",
     "insert_checkpoint",
+    "insert_folder",
     "list_slots",
     "load_adapter",
     "load_checkpoint",

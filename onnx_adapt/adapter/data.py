@@ -26,6 +26,8 @@ class Adapter:
             trained heads and biases.
         activations: Slot -> the activation that it was trained with, where known.
         fingerprint: The fingerprint of the base model, whole or abbreviated; '' if unknown.
+        other_bases: Fingerprints of further models that it is for: other files of the same
+            model, each of which has some of its slots.
         extra: Slot -> keys of its record that this version does not know; those of the
             adapter's own record under ''.
 
@@ -42,6 +44,7 @@ class Adapter:
     replaced: Mapping[str, Array] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    other_bases: tuple[str, ...] = ()
     extra: Mapping[str, Extra] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +60,32 @@ def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> l
     return manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
 
 
+def for_file(manifest: Manifest, adapter: Adapter) -> Adapter:
+    """What one of several files of a model takes of an adapter that is for all of them.
+
+    It is the adapter itself if it is for one model. A file in another precision takes the
+    weights rounded to its own.
+    """
+    bases = (adapter.fingerprint, *adapter.other_bases)
+    if not adapter.other_bases or not any(same_base(b, manifest.fingerprint) for b in bases):
+        return adapter
+    slots = {slot.name: slot for slot in manifest.slots}
+    weights = {
+        name: {p: np.ascontiguousarray(v, DTYPES[slots[name].dtype]) for p, v in parts.items()}
+        for name, parts in adapter.weights.items()
+        if name in slots
+    }
+    known = {weight.name for weight in manifest.weights}
+    return replace(
+        adapter,
+        weights=weights,
+        replaced={k: v for k, v in adapter.replaced.items() if k in known},
+        activations={k: v for k, v in adapter.activations.items() if k in slots},
+        fingerprint=manifest.fingerprint,
+        other_bases=(),
+    )
+
+
 def manifest_misfits(
     manifest: Manifest,
     replaceable: Replaceable,
@@ -67,6 +94,7 @@ def manifest_misfits(
     allow_partial: bool = False,
 ) -> list[str]:
     """List why an adapter cannot be used with a model, from the model's record alone."""
+    adapter = for_file(manifest, adapter)
     found: list[str] = []
     if adapter.fingerprint and not same_base(adapter.fingerprint, manifest.fingerprint):
         found.append(

@@ -32,6 +32,7 @@ def write_record(adapter: Adapter) -> str:
         "name": adapter.name,
         "fingerprint": adapter.fingerprint,
         "slots": slots,
+        **({"other_bases": list(adapter.other_bases)} if adapter.other_bases else {}),
         **write_extra(adapter.extra.get("", ())),
     }
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
@@ -57,6 +58,7 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
         slots = {str(s): sorted(map(str, item["parts"])) for s, item in data["slots"].items()}
         activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
         name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
+        others = tuple(map(_text, data.get("other_bases", ())))
         extra = _read_extra(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
@@ -74,12 +76,12 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             f"the tensors in {path.name} are not those its record names",
             hint="the file is damaged or was edited; write it again",
         )
-    return replace(adapter, extra=extra)
+    return replace(adapter, other_bases=others, extra=extra)
 
 
 def _read_extra(data: dict[str, Any]) -> dict[str, Extra]:
     """Return the unknown keys by slot, and those of the record itself under ''."""
-    known = ("format", "name", "fingerprint", "slots")
+    known = ("format", "name", "fingerprint", "other_bases", "slots")
     extra = {"": read_extra(data, known)}
     extra |= {s: read_extra(i, ("parts", "activation")) for s, i in data["slots"].items()}
     return {slot: keys for slot, keys in extra.items() if keys}

@@ -135,6 +135,15 @@ def map_edits(trained: Trained, graph: Graph) -> tuple[list[Edit], Mapping[str, 
     return list(apart(edits, parts, names, finder)), names
 
 
+def names_in(trained: Trained, graph: Graph, wanted: Sequence[str]) -> dict[str, str]:
+    """The graph's path for each of some modules that it has; it may lack any of them."""
+    known = graph.finder.known()
+    names = _mapped(trained, graph, wanted, known, wanted)
+    if len(names) < len(wanted) and (stored := graph.finder.stored()):
+        names = _mapped(trained, graph, wanted, [*known, *stored], wanted)
+    return names
+
+
 def _mapped(
     trained: Trained,
     graph: Graph,

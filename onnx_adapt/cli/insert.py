@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
+from onnx_adapt.cli.insert_folder import insert_into_folder
 from onnx_adapt.cli.inserted import show_inserted, tell_update_cost
 from onnx_adapt.cli.outputs import file_label, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
@@ -152,6 +153,11 @@ def command(
       onnx-adapt insert model.onnx --adapter trained/ --baked --thin
       onnx-adapt insert model.onnx --adapter trained/ --batched
       onnx-adapt insert qdq.onnx --adapter trained/ --calibrate inputs.npz
+      onnx-adapt insert whisper/ --adapter trained/ -o whisper-adapted/
+
+    MODEL can be a folder with a model in several files, such as an encoder and decoders:
+    with --adapter, each file gets the slots for its modules, OUTPUT is a folder, and one
+    adapter file is for all of them.
 
     With --adapter, the slots that a trained checkpoint needs are inserted. Its weights are
     written beside the output as OUTPUT.NAME.safetensors, or into it with --baked. A --thin
@@ -163,6 +169,9 @@ def command(
     from onnx_adapt.model.destination import resolve_destination
     from onnx_adapt.report.costs import update_cost
 
+    if Path(model).is_dir():
+        insert_into_folder(ctx)
+        return
     _refuse_conflicts(ctx)
     base = oa.open_model(model)
     path = output_path(model, output, "adapted")

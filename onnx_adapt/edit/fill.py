@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import require_fit, required_manifest, warn_unchecked
+from onnx_adapt.adapter.fitting import (
+    for_file,
+    require_fit,
+    required_manifest,
+    warn_unchecked,
+)
 from onnx_adapt.edit.base_weights import fill_base_weights
 from onnx_adapt.edit.weights import (
     bake_weights,
@@ -44,6 +49,7 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
     check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
     require_fit(model, adapter, allow_partial=allow_partial)
+    adapter = for_file(required_manifest(model), adapter)
     warn_unchecked(required_manifest(model), adapter, set())
     return fill_base_weights(fill_weights(model, adapter.weights), adapter.replaced)
 

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import manifest_misfits, refuse_misfits, warn_unchecked
+from onnx_adapt.adapter.fitting import (
+    for_file,
+    manifest_misfits,
+    refuse_misfits,
+    warn_unchecked,
+)
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.session.batches import BatchAxis, find_batch
 from onnx_adapt.session.binding import AdapterBinding
@@ -88,7 +93,9 @@ class AdapterSession:
         self.batch_axes = find_batch(self._model.inputs, self._model.outputs, batch_axis)
         self._base_values = base_values(model)
         self._told: set[str] = set()
-        self._cache = AdapterCache(self._check, self._base_values, max_adapters, max_bytes)
+        self._cache = AdapterCache(
+            self._own, self._check, self._base_values, max_adapters, max_bytes
+        )
         for name, source in dict(adapters or {}).items():
             self.load(name, source)
 
@@ -259,6 +266,10 @@ class AdapterSession:
             f"{adapter!r} is no adapter",
             hint="give None, a name, an Adapter, or a blend {name: weight}",
         )
+
+    def _own(self, adapter: Adapter) -> Adapter:
+        """What this model takes of an adapter that is for several files."""
+        return for_file(self._model.slots()[0], adapter)
 
     def _check(
         self, adapter: Adapter, allow_partial: bool, blended: bool = False

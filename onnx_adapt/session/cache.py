@@ -54,6 +54,7 @@ class AdapterCache:
     replaced meanwhile is freed when its last run ends.
 
     Args:
+        own: Gives the part of an adapter that the model takes.
         check: Takes an adapter, whether it may be partial and whether it is a blend. It
             raises if the adapter does not fit the model, and returns the weights that keep
             slots off for which a partial adapter has none.
@@ -64,6 +65,7 @@ class AdapterCache:
 
     def __init__(
         self,
+        own: Callable[[Adapter], Adapter],
         check: Callable[[Adapter, bool, bool], Mapping[str, Any]],
         base_values: Callable[[], Mapping[str, Array]],
         max_adapters: int | None,
@@ -74,6 +76,7 @@ class AdapterCache:
                 raise AdapterError(
                     f"{label} is {limit!r}", hint="give a number from 1, or None"
                 )
+        self._own = own
         self._check = check
         self._base_values = base_values
         self._max_adapters = max_adapters
@@ -101,7 +104,10 @@ class AdapterCache:
         self, source: Source, *, allow_partial: bool, blended: bool = False
     ) -> OrtAdapter:
         adapter, fresh = ort_adapter.read(source)
-        fresh.rest = self._check(adapter, allow_partial, blended)
+        own = self._own(adapter)
+        if own is not adapter:
+            fresh = ort_adapter.in_memory(own, fresh)
+        fresh.rest = self._check(own, allow_partial, blended)
         return fresh
 
     def _refuse_too_large(self, name: str, fresh: OrtAdapter) -> None:

@@ -179,6 +179,11 @@ def _loaded(
     return OrtAdapter(path, stamp, size, frozenset(feeds), options, time.time(), lora, kept)
 
 
+def in_memory(adapter: Adapter, read_before: OrtAdapter) -> OrtAdapter:
+    """The part of an adapter that one file of a model takes, with the file it came from."""
+    return _loaded(adapter, read_before.path, read_before.stamp)
+
+
 def stamp_of(path: Path) -> Stamp:
     """The version of a file; zeros if there is none."""
     try:

@@ -119,6 +119,12 @@ _CLASS_WORDS = {
 _CROSS_ATTENTION = frozenset(["encoder_attn", "EncDecAttention", "crossattention"])
 """What transformers calls the attention that only a decoder behind an encoder has."""
 
+
+def is_cross_attention(module: str) -> bool:
+    """Whether a module is of the attention that a decoder pays to what an encoder gave."""
+    return not _CROSS_ATTENTION.isdisjoint(module.split("."))
+
+
 _AXES = ({"encoder", "decoder"}, {"vision", "language", "audio"})
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 
@@ -134,7 +140,7 @@ def parts_shown(proto: onnx.ModelProto, modules: Iterable[str]) -> frozenset[str
         modules: The paths of its modules.
     """
     found = set(_from_class(proto))
-    if any(not _CROSS_ATTENTION.isdisjoint(path.split(".")) for path in modules):
+    if any(map(is_cross_attention, modules)):
         found.add("decoder")
     for value in proto.graph.input:
         found.update(_INPUTS.get(text(value.name), ()))
