@@ -171,6 +171,7 @@ def test_a_node_without_a_kernel_here_keeps_all_but_its_bias(node: str, position
     packed values  | y = M.MultiHeadAttention<num_heads = 2>(h, , , qkv)           | packed
     computed  | a = Abs(qkv) y = M.MultiHeadAttention<num_heads = 2>(h, s, s, a) | no constant
     flattened | y = M.BiasSoftmax<axis = 2>(h, b)                                  | its bias
+    of others | k = MatMul(x, v) y = M.SkipLayerNormalization(h, k, g, g, b) | nothing tells
     moved     | r = Reshape(h, to) y = M.BiasGelu(r, b)                            | its bias
     """,
 )
