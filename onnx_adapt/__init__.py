@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onnx_adapt.proof.result import Report
     from onnx_adapt.proof.verify import verify
     from onnx_adapt.session.adapter_session import AdapterSession
+    from onnx_adapt.session.mixing import pack_rows
     from onnx_adapt.slot.build import build_adapter
     from onnx_adapt.slot.manifest import Slot
 
@@ -62,6 +63,7 @@ _HOMES = {
     "load_checkpoint": "checkpoints.load",
     "make_adapter": "adapter.own_weights",
     "open_model": "model.file",
+    "pack_rows": "session.mixing",
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
     "save_model": "model.file",
@@ -94,6 +96,7 @@ __all__ = [
     "load_checkpoint",
     "make_adapter",
     "open_model",
+    "pack_rows",
     "remove",
     "save_adapter",
     "save_model",

@@ -15,7 +15,7 @@ from onnx_adapt.dtypes import DTYPES, FLOATS
 from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.slot.parts import part_of
-from onnx_adapt.slot.weights import bottleneck_axis, part_shape
+from onnx_adapt.slot.weights import bottleneck_axis, bottleneck_of, part_shape, row_shape
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
@@ -110,6 +110,8 @@ def manifest_misfits(
             found += _slot_misfits(slot, adapter)
         elif not allow_partial:
             found.append(f"it has no weights for slot {name!r}")
+    if len(rows := rows_of(manifest, adapter)) > 1:
+        found.append(f"it has values for different numbers of rows: {sorted(rows)}")
     found += _replaced_misfits(replaceable, adapter, allow_partial=allow_partial)
     found += [f"{key!r} holds NaN or infinity" for key in _odd(adapter)]
     return found
@@ -159,11 +161,13 @@ def _odd(adapter: Adapter) -> Iterator[str]:
 
 def _slot_misfits(slot: Slot, adapter: Adapter) -> Iterator[str]:
     weights = adapter.weights[slot.name]
-    missing = [part for part in slot.parts if part not in weights]
-    extra = [part for part in weights if part not in slot.parts]
+    by_row = [part for part in slot.row_parts if part in weights]
+    known = (*slot.parts, *(slot.row_parts if by_row else ()))
+    missing = [part for part in known if part not in weights]
+    extra = [part for part in weights if part not in known]
     if missing or extra:
         yield (
-            f"slot {slot.name!r} has the parts {', '.join(slot.parts)}; the adapter has "
+            f"slot {slot.name!r} has the parts {', '.join(known)}; the adapter has "
             f"{', '.join(sorted(weights))}"
         )
         return
@@ -189,6 +193,23 @@ def _slot_misfits(slot: Slot, adapter: Adapter) -> Iterator[str]:
             yield f"{slot.weight(part)!r} is {value.dtype}, the slot {slot.dtype}"
     if len(set(sizes.values())) > 1:
         yield f"the weights for slot {slot.name!r} have different bottlenecks: {sizes}"
+    for name in by_row:
+        value, size = weights[name], bottleneck_of(slot, {p: weights[p] for p in slot.parts})
+        expected = row_shape(slot, name, len(value) if value.ndim else 1, size)
+        if value.shape != expected:
+            yield f"{slot.weight(name)!r} has shape {list(value.shape)}, not {list(expected)}"
+        if value.dtype != DTYPES[slot.dtype]:
+            yield f"{slot.weight(name)!r} is {value.dtype}, the slot {slot.dtype}"
+
+
+def rows_of(manifest: Manifest, adapter: Adapter) -> set[int]:
+    """For how many rows an adapter of `pack_rows` has values; empty for any other adapter."""
+    return {
+        len(value)
+        for slot in manifest.slots
+        for name in slot.row_parts
+        if (value := adapter.weights.get(slot.name, {}).get(name)) is not None and value.ndim
+    }
 
 
 def _replaced_misfits(

@@ -34,6 +34,8 @@ BIAS_INPUTS = {
 _MOVING = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast"}
 _RESCALING = {*_MOVING, "Mul", "DequantizeLinear"}
 _MOST = 16
+_SUMMANDS = 2
+"""How many inputs a node adds up together with the bias; those of an attention have parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class FusedBias:
         node: The node that adds it.
         position: Which of the node's inputs it is.
         moved: Whether a Reshape or the like is between the product and the node.
+        unsure: Whether it may be the bias of another layer, whose product the node adds too.
     """
 
     tensor: str
@@ -53,13 +56,15 @@ class FusedBias:
     node: onnx.NodeProto
     position: int
     moved: bool = False
+    unsure: bool = False
 
     def __str__(self) -> str:
         """Why an adapter after the product is not one after the layer."""
         label = text(self.node.name) or text(self.node.output[0])
-        return (
-            f"it is before its bias {self.bias!r}, which {label!r} ({self.node.op_type}) adds"
-        )
+        adds = f"bias {self.bias!r}, which {label!r} ({self.node.op_type}) adds"
+        if self.unsure:
+            return f"nothing tells whether the {adds}, is its own or of the other layer there"
+        return f"it is before its {adds}"
 
 
 def bias_behind(
@@ -90,7 +95,9 @@ def bias_behind(
             name = str(node.input[position])
             if not _adds(index, view, name, side, width):
                 return None
-            return FusedBias(tensor, name, node, position, tensor != product)
+            other = node.input[1 - side] if sides == _SUMMANDS else ""
+            unsure = bool(other) and _is_bare(view, other)
+            return FusedBias(tensor, name, node, position, tensor != product, unsure)
         if node.op_type not in _MOVING or not node.output:
             return None
         tensor = node.output[0]

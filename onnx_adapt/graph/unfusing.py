@@ -51,7 +51,7 @@ def write_out(index: ModelIndex, view: GraphView, place: FusedPlace, stem: str =
 
 def can_write_out(behind: FusedBias) -> bool:
     """Whether the node that adds a layer's bias can be written out, right behind the layer."""
-    return is_known(behind.node) and not behind.moved
+    return is_known(behind.node) and not behind.moved and not behind.unsure
 
 
 def is_known(node: onnx.NodeProto) -> bool:

@@ -19,8 +19,8 @@ class Check:
     """One of the checks of a verification.
 
     Attributes:
-        name: `interface`, `graph`, `off`, `ranges`, `rows`, `on`, `effect`, `saturation` or
-            `checker`.
+        name: `interface`, `graph`, `fused`, `off`, `ranges`, `rows`, `on`, `effect`,
+            `saturation` or `checker`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.

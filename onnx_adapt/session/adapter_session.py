@@ -14,6 +14,7 @@ from onnx_adapt.adapter.fitting import (
     for_file,
     manifest_misfits,
     refuse_misfits,
+    rows_of,
     warn_unchecked,
 )
 from onnx_adapt.errors import AdapterError
@@ -278,6 +279,11 @@ class AdapterSession:
         manifest, replaceable = self._model.slots()
         found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
         refuse_misfits(found, adapter, self._model.label)
+        if rows_of(manifest, adapter):
+            raise AdapterError(
+                f"adapter {adapter.name!r} is packed for the rows of one batch",
+                hint="load the adapters that it was made of, and give a list: adapter=[...]",
+            )
         if not blended:  # the adapters of a blend were warned of when they were loaded
             warn_unchecked(manifest, adapter, self._told)
         rest = {

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_adapt.adapter.blending import blend_part, blend_slot
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.fitting import require_fit, required_manifest, rows_of, warn_unchecked
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
+
+if TYPE_CHECKING:
+    from onnx_adapt.model.file import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +137,83 @@ def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
                 masks[key] = np.repeat(shares, item.sizes, 1).reshape(shape).astype(dtype)
             feeds[slot.weight(name)] = masks[key]
     return feeds
+
+
+def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
+    """Pack one adapter for each row of a batch into a single adapter.
+
+    Its file holds the adapters side by side and the mask of the rows, so a runtime that
+    feeds one file at a time serves every row with its own: onnxruntime-genai, by
+    `og.Adapters`. `AdapterSession` takes a list of adapters instead.
+
+    Args:
+        model: A model whose slots were inserted batched.
+        adapters: The adapter of each row, None for the base. The batch must have exactly
+            these rows. The same adapter in several rows is stored once.
+
+    Raises:
+        AdapterError: If an adapter does not fit, is packed already, replaces weights of the
+            base, or cannot share a run; or if there is no row, or a slot is not batched.
+        SlotError: If the model has no slots.
+
+    Warns:
+        UncheckedWarning: If an adapter does not tell its base or its activations.
+
+    Example:
+        >>> import numpy as np, onnx_adapt as oa
+        >>> base = oa.open_model("models/dnsmos-p808.onnx")
+        >>> place = "mos_estimator_small_1/dense_4/MatMul_add"
+        >>> model = oa.insert(base, after=place, batched=True)
+        >>> (slot,) = oa.list_slots(model)
+        >>> ones = {"down": np.ones((64, 4)), "up": np.ones((4, 64))}
+        >>> fr = oa.make_adapter(model, "fr", {slot.name: ones})
+        >>> rows = oa.pack_rows(model, [fr, None, fr])
+        >>> rows.weights[slot.name]["mask"].shape
+        (3, 1, 4)
+    """
+    manifest = required_manifest(model)
+    _refuse_unbatched(model, manifest.slots, len(adapters))
+    used = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
+    told: set[str] = set()
+    for adapter in used:
+        require_fit(model, adapter)
+        if rows_of(manifest, adapter):
+            raise AdapterError(
+                f"adapter {adapter.name!r} is packed for rows already",
+                hint="pack the adapters that it was made of",
+            )
+        warn_unchecked(manifest, adapter, told)
+    packed = pack(manifest.slots, used or [_off(manifest.slots)])
+    shares = np.zeros((len(adapters), max(len(used), 1)))
+    for column, adapter in enumerate(used):
+        shares[[other is adapter for other in adapters], column] = 1
+    rows = row_feeds(packed, shares)
+    weights = {
+        item.slot.name: {
+            **packed.adapter.weights[item.slot.name],
+            **{name: rows[item.slot.weight(name)] for name in item.slot.row_parts},
+        }
+        for item in packed.slots
+    }
+    return Adapter(
+        " | ".join(adapter.name if adapter else "-" for adapter in adapters),
+        weights,
+        activations={slot.name: slot.activation for slot in manifest.slots},
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def _off(slots: Sequence[Slot]) -> Adapter:
+    """An adapter of one unit of zeros in every slot."""
+    return Adapter("-", {slot.name: neutral_weights(slot, 1) for slot in slots})
+
+
+def _refuse_unbatched(model: Model, slots: Sequence[Slot], rows: int) -> None:
+    """Refuse what has no rows: slots that share their weights, and an empty list."""
+    if single := [slot.name for slot in slots if not slot.batched]:
+        raise AdapterError(
+            f"slot {single[0]!r} of {model.label} is not batched: all rows share its weights",
+            hint="insert with --batched to give each row an adapter of its own",
+        )
+    if not rows:
+        raise AdapterError("there are no rows to pack", hint="give one adapter for each row")

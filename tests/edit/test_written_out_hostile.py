@@ -171,6 +171,7 @@ def test_a_node_without_a_kernel_here_keeps_all_but_its_bias(node: str, position
     packed values  | y = M.MultiHeadAttention<num_heads = 2>(h, , , qkv)           | packed
     computed  | a = Abs(qkv) y = M.MultiHeadAttention<num_heads = 2>(h, s, s, a) | no constant
     flattened | y = M.BiasSoftmax<axis = 2>(h, b)                                  | its bias
+    of others | k = MatMul(x, v) y = M.SkipLayerNormalization(h, k, g, g, b) | nothing tells
     moved     | r = Reshape(h, to) y = M.BiasGelu(r, b)                            | its bias
     """,
 )
@@ -205,6 +206,19 @@ def test_an_attention_with_a_changed_part_is_no_proof_of_the_base() -> None:
     failed = [check for check in oa.verify(base, adapted).checks if not check.passed]
     assert [check.name for check in failed] == ["graph"]
     assert "MultiHeadAttention" in failed[0].detail
+
+
+def test_another_function_than_the_fused_one_is_more_than_rounding() -> None:
+    base = model(TWO, *WEIGHTS)
+    adapted = oa.insert(base, after="one")
+    assert "fused" in {check.name for check in oa.verify(base, adapted).checks}
+    for node in adapted.proto.graph.node:
+        if node.op_type == "Gelu":
+            node.op_type = "FastGelu"  # an approximation of it
+    checks = oa.verify(base, adapted).checks
+    failed = {check.name: check.detail for check in checks if not check.passed}
+    assert failed.keys() == {"graph", "fused"}
+    assert "outside of the base's own roundings" in failed["fused"]
 
 
 def test_parts_that_another_tool_took_or_moved_are_damage() -> None:

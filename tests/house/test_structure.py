@@ -350,7 +350,8 @@ PUBLIC = [
         "load_adapter",
         "load_checkpoint",
     ),
-    *("make_adapter", "open_model", "remove", "save_adapter", "save_model", "verify"),
+    *("make_adapter", "open_model", "pack_rows", "remove", "save_adapter", "save_model"),
+    "verify",
 ]
 
 
