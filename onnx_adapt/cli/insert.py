@@ -24,6 +24,7 @@ _ONLY_WITH_AFTER = (
     *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
 )
 _ONLY_WITH_CHECKPOINT = ("name", "base_weights", "part", "module_map", "file_format")
+_READING = ("name", "base_weights", "part", "module_map")
 _NOT_WITH_BATCHED = ("swappable", "bottleneck")
 """The options that have no effect without another one, or with it."""
 
@@ -127,10 +128,6 @@ def command(
     after: tuple[str, ...],
     adapter: str | None,
     calibrate: tuple[str, ...],
-    name: str,
-    base_weights: str | None,
-    part: str,
-    module_map: dict[str, str],
     file_format: str,
     output: str | None,
     swappable: bool,
@@ -176,12 +173,7 @@ def command(
     base = oa.open_model(model)
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
-        reading = {
-            "name": name,
-            "base_weights": base_weights,
-            "part": part,
-            "module_map": module_map,
-        }
+        reading = {key: ctx.params[key] for key in _READING}
         checkpoint, trained = _read_adapter(base, adapter, after, reading)
         form = {"baked": not swappable, "batched": batched}
         adapted = _with_slots(base, checkpoint, after, {**form, **slot})
@@ -272,7 +264,8 @@ def _with_slots(
     import onnx_adapt as oa
 
     if checkpoint is None:
-        return oa.insert(base, after=after, **options)
+        given = {key: value for key, value in options.items() if key not in _READING}
+        return oa.insert(base, after=after, **given)
     form = {name: options[name] for name in ("baked", "batched")}
     return oa.insert_checkpoint(base, checkpoint, **form)
 

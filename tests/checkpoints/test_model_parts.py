@@ -5,6 +5,7 @@ The answers in tests/parts are PyTorch's; `tools/make_part_cases.py` made them.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,13 +56,15 @@ def _refused(graph: str, folder: Path, weights: Path | None = None) -> Checkpoin
     return caught.value
 
 
-def _assert_right(graph: str, part: str, folder: Path, weights: Path | None = None) -> None:
+def _assert_right(
+    graph: str, trained_part: str, folder: Path, weights: Path | None = None, **chosen: Any
+) -> None:
     base = oa.open_model(PARTS / f"{graph}.onnx")
-    trained = oa.load_checkpoint(folder, base, base_weights=weights)
+    trained = oa.load_checkpoint(folder, base, base_weights=weights, **chosen)
     with np.load(PARTS / f"{graph}.npz") as stored:
         arrays = dict(stored)
     feeds = {k.removeprefix("input."): v for k, v in arrays.items() if k.startswith("input.")}
-    expected = arrays[f"adapter.{part}"]
+    expected = arrays[f"adapter.{trained_part}"]
     assert np.abs(expected - arrays["base"]).max() > 0.1
     with oa.AdapterSession(oa.insert_checkpoint(base, trained)) as session:
         found = session.run(feeds, adapter=trained.adapter)["y"]
@@ -104,12 +107,42 @@ def _renamed(source: Path, folder: Path, prefix: str, replacement: str) -> Path:
         ("llava.vision", "vision", "model.vision_tower."),
     ],
 )
-def test_the_prefix_that_the_hint_names_can_be_taken_out_of_the_keys(
+def test_the_part_that_the_hint_names_is_taken(
     graph: str, part: str, prefix: str, tmp_path: Path
 ) -> None:
-    source = _folder(graph, part)
-    assert f"take '{prefix}' out" in _refused(graph, source).hint
+    source, named = _folder(graph, part), prefix.removesuffix(".")
+    assert f"--part {named};" in _refused(graph, source).hint
+    _assert_right(graph, part, source, part=named)
+    _assert_right(graph, part, source, module_map={named: ""})
     _assert_right(graph, part, _renamed(source, tmp_path / "cut", prefix, ""))
+
+
+@pytest.mark.parametrize("graph", ["whisper.encoder", "whisper.encoder_dynamo"])
+def test_a_part_of_a_checkpoint_of_both_is_right(graph: str, tmp_path: Path) -> None:
+    _assert_right(graph, "encoder", _of_both(tmp_path / "both"), part="model.encoder")
+
+
+def test_a_part_does_not_go_into_a_graph_that_names_another(tmp_path: Path) -> None:
+    model = oa.open_model(PARTS / "whisper.decoder.onnx")
+    with pytest.raises(CheckpointError, match="no module of the checkpoint is in the graph"):
+        oa.load_checkpoint(_of_both(tmp_path / "both"), model, part="model.encoder")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message", "hint"),
+    [
+        ({"part": "model.encode"}, "under 'model.encode'", "model.decoder, model.encoder"),
+        ({"module_map": {"model.encode": "x"}}, "begins with 'model.encode'", "model.encoder"),
+        ({"module_map": {"model.encoder": "model.decoder"}}, "one name", "--part"),
+    ],
+)
+def test_a_part_or_a_map_that_fits_no_module_is_refused_with_those_there_are(
+    chosen: dict, message: str, hint: str, tmp_path: Path
+) -> None:
+    model = oa.open_model(PARTS / "whisper.encoder.onnx")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        oa.load_checkpoint(_of_both(tmp_path / "both"), model, **chosen)
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -150,9 +183,8 @@ def test_an_adapter_of_both_parts_is_refused_with_the_part_that_is_missing(
     both = _of_both(tmp_path / "both")
     error = _refused("whisper.encoder_dynamo", both)
     assert "modules of the checkpoint are of 'decoder'" in error.message
-    assert "leave the keys with 'decoder' out" in error.hint
-    cut = _renamed(both, tmp_path / "cut", "model.encoder.", "model.encoder.")
-    _assert_right("whisper.encoder_dynamo", "encoder", cut)
+    assert "--part model.encoder;" in error.hint
+    _assert_right("whisper.encoder_dynamo", "encoder", both, part="model.encoder")
 
 
 def test_an_adapter_of_both_parts_is_refused_with_both_if_the_graph_names_none(

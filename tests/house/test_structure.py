@@ -340,12 +340,14 @@ def test_every_error_says_what_to_do_about_it() -> None:
 
 
 PUBLIC = [
-    *("AdaptError", "Adapter", "AdapterSession", "Checkpoint", "Model", "Report", "Site"),
+    *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
+    *("Report", "Site"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract", "fill"),
     *(
         "find_sites",
         "insert",
         "insert_checkpoint",
+        "insert_folder",
         "list_slots",
         "load_adapter",
         "load_checkpoint",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 
@@ -127,6 +127,15 @@ def is_cross_attention(module: str) -> bool:
 
 _AXES = ({"encoder", "decoder"}, {"vision", "language", "audio"})
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
+
+
+def contradicts(part: str, shown: Collection[str]) -> bool:
+    """Whether a graph shows itself to be another part than a path names."""
+    named = parts_of(part).keys()
+    return any(
+        (named & axis) and axis.intersection(shown) and not (named & axis).intersection(shown)
+        for axis in _AXES
+    )
 
 
 def parts_shown(proto: onnx.ModelProto, modules: Iterable[str]) -> frozenset[str]:

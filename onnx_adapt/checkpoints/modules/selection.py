@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from onnx_adapt.checkpoints.edits import Edit
-from onnx_adapt.checkpoints.modules.model_parts import part_of_path, parts_of
+from onnx_adapt.checkpoints.modules.model_parts import contradicts, part_of_path, parts_of
 from onnx_adapt.checkpoints.modules.names import map_modules
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -145,6 +145,8 @@ def map_part(
         kind: The architecture of the model that was trained, if it is known.
         shown: The parts of a model that the graph shows itself to be.
     """
+    if contradicts(part, shown):
+        return {}
     own = {word for module in wanted for word in parts_of(module, kind)}
     there = [path for path in known if own.issuperset(parts_of(path.rpartition(".")[0]))]
     short = {m: m.removeprefix(part).removeprefix(".") for m in wanted if m != part}
