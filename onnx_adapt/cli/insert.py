@@ -173,8 +173,7 @@ def command(
     base = oa.open_model(model)
     path = output_path(model, output, "adapted")
     with patience(f"reading {adapter or model}"):
-        reading = {key: ctx.params[key] for key in _READING}
-        checkpoint, trained = _read_adapter(base, adapter, after, reading)
+        checkpoint, trained = _read_adapter(base, adapter, after, ctx.params)
         form = {"baked": not swappable, "batched": batched}
         adapted = _with_slots(base, checkpoint, after, {**form, **slot})
     if calibrate and trained is not None:
@@ -244,7 +243,7 @@ def _refuse_idle(ctx: click.Context, given: str, names: Sequence[str]) -> None:
 
 
 def _read_adapter(
-    base: Model, adapter: str | None, after: Sequence[str], reading: dict[str, Any]
+    base: Model, adapter: str | None, after: Sequence[str], params: dict[str, Any]
 ) -> tuple[Checkpoint | None, Adapter | None]:
     """The checkpoint to insert, if no place is given, and the adapter that is meant."""
     import onnx_adapt as oa
@@ -253,6 +252,7 @@ def _read_adapter(
         return None, None
     if after:
         return None, oa.load_adapter(adapter)
+    reading = {key: params[key] for key in _READING}
     checkpoint = oa.load_checkpoint(adapter, base, **reading)
     return checkpoint, checkpoint.adapter
 
