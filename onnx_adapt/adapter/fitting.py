@@ -14,6 +14,7 @@ from onnx_adapt.dtypes import DTYPES, FLOATS
 from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.slot.parts import part_of
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_axis, part_shape
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def manifest_misfits(
             "it was made for another base model: its fingerprint is "
             f"{adapter.fingerprint[:19]}..., the model's {manifest.fingerprint[:19]}..."
         )
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = {slot.name: slot for slot in owners(manifest.slots)}
     found += [
         f"the model has no slot {name!r}" for name in adapter.weights if name not in slots
     ]
@@ -94,7 +95,7 @@ def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
         found.append("base not checked: the adapter has no fingerprint")
     silent = [
         slot.name
-        for slot in manifest.slots
+        for slot in owners(manifest.slots)
         if slot.name in adapter.weights and any(part_of(p).projects for p in slot.parts)
         if slot.name not in adapter.activations
     ]

@@ -24,6 +24,7 @@ from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacke
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import plan_replacement
+from onnx_adapt.checkpoints.placing.sharing import share_weights
 from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
 from onnx_adapt.dtypes import Array
@@ -34,6 +35,7 @@ from onnx_adapt.graph.sites import survey_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.places import owners
 
 _log = logging.getLogger(__name__)
 
@@ -101,12 +103,13 @@ def load_checkpoint(
                 _refuse_replaced(plans[-1], manifest)
             else:
                 place(placement, edit)
+    share_weights(placement)
     identity = manifest.fingerprint if manifest else fingerprint(model)
     adapter = Adapter(
         name or str(folder.config.get("name") or "") or folder.path.resolve().name,
         placement.weights,
         replaced,
-        {slot.name: slot.activation for slot in placement.slots},
+        {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
     )
     return Checkpoint(adapter, tuple(placement.slots), tuple(plans), identity)

@@ -22,6 +22,7 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
 
 
@@ -73,7 +74,7 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
                 hint="run the rows of each adapter by themselves",
             )
     packed, weights = [], {}
-    for slot in slots:
+    for slot in owners(slots):
         given = [adapter.weights.get(slot.name) for adapter in adapters]
         there = [parts for parts in given if parts is not None]
         if there:

@@ -61,6 +61,7 @@ class Placement:
         taken: Names that slots already have.
         slots: The slots so far.
         weights: Their weights, by slot and part.
+        wanted: The name that each slot was to have, before it was made unique.
         beside: The slots on layers that compute several modules, by what they read and write.
     """
 
@@ -71,6 +72,7 @@ class Placement:
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
+    wanted: dict[str, str] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def calls(self, module: str) -> list[LayerCall]:
@@ -128,6 +130,7 @@ class Placement:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
+        self.wanted[unique] = name
         ordered = in_order(parts)
         slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
