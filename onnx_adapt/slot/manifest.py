@@ -16,6 +16,7 @@ from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.base_changes import ReplaceableWeight, Unfused, Widened
 from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
+from onnx_adapt.slot.places import check_names
 from onnx_adapt.slot.record import (
     Extra,
     SameAs,
@@ -53,7 +54,7 @@ def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Nodes inserted at one site, with weights of their own.
+    """Nodes inserted at one site, with weights of their own unless it `shares` them.
 
     A field that is `absent(value)` is left out of the record where it has that value.
 
@@ -88,6 +89,7 @@ class Slot:
         columns: Where the columns of these modules start, and at last where they end.
         weight_shape: The shape of the weight that the slot is on; else empty.
         readers: The nodes that read that weight, as addresses of their first outputs.
+        shares: The slot whose weights it uses, as a further place of that; '' for its own.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -117,11 +119,17 @@ class Slot:
     columns: tuple[int, ...] = ()
     weight_shape: tuple[int, ...] = ()
     readers: tuple[str, ...] = ()
+    shares: str = ""
     extra: Extra = ()
+
+    @property
+    def owner(self) -> str:
+        """The name of the slot that owns its weights: its own, or that of the first place."""
+        return self.shares or self.name
 
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
-        return weight_name(self.name, part)
+        return weight_name(self.owner, part)
 
     @property
     def on_weight(self) -> bool:
@@ -130,8 +138,8 @@ class Slot:
 
     @property
     def symbol(self) -> str:
-        """The symbolic dimension of the bottleneck: each slot has its own."""
-        return f"r_{self.name}"
+        """The symbolic dimension of the bottleneck: each set of weights has its own."""
+        return f"r_{self.owner}"
 
     @property
     def row_forms(self) -> dict[str, RowForm]:
@@ -221,8 +229,7 @@ def manifest_from_text(text: str) -> Manifest:
             f"the record of slots in the model is damaged ({error!r})",
             hint="another tool rewrote it; insert into the base model again",
         ) from error
-    if len({slot.name for slot in manifest.slots}) != len(manifest.slots):
-        raise ManifestError("two slots of the model have one name")
+    check_names(manifest.slots)
     return manifest
 
 
@@ -299,13 +306,8 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             del proto.metadata_props[index]
     if manifest is None:
         return
-    base = _Base(
-        manifest.fingerprint,
-        manifest.ir_version,
-        manifest.canonical,
-        manifest.inlined,
-        manifest.base_extra,
-    )
+    rest = manifest.canonical, manifest.inlined, manifest.base_extra
+    base = _Base(manifest.fingerprint, manifest.ir_version, *rest)
     data: dict[str, Any] = {
         "format": FORMAT,
         "base": write_object(base),
