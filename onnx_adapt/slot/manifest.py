@@ -7,6 +7,7 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.base_changes import ReplaceableWeight, Unfused, Widened
 from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
-from onnx_adapt.slot.places import check_names
 from onnx_adapt.slot.record import (
     Extra,
     SameAs,
@@ -127,6 +127,15 @@ class Slot:
         """The name of the slot that owns its weights: its own, or that of the first place."""
         return self.shares or self.name
 
+    @property
+    def needs(self) -> tuple[object, ...]:
+        """What decides the shapes and the meaning of its weights."""
+        sizes = (self.width, self.source_width, self.bottleneck, self.window)
+        behind = self.rank if self.axis == 1 else 0
+        kind = (self.dtype, self.axis, behind, self.activation, self.norm_after)
+        parts = (self.parts, self.modules, self.columns, self.weight_shape)
+        return (*sizes, *kind, *parts, self.swappable, self.batched)
+
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
         return weight_name(self.owner, part)
@@ -229,8 +238,22 @@ def manifest_from_text(text: str) -> Manifest:
             f"the record of slots in the model is damaged ({error!r})",
             hint="another tool rewrote it; insert into the base model again",
         ) from error
-    check_names(manifest.slots)
+    _check_names(manifest.slots)
     return manifest
+
+
+def _check_names(slots: Sequence[Slot]) -> None:
+    by_name = {slot.name: slot for slot in slots}
+    if len(by_name) != len(slots):
+        raise ManifestError("two slots of the model have one name")
+    for slot in slots:
+        owner = by_name.get(slot.owner)
+        if owner is None or owner.shares or owner.needs != slot.needs:
+            raise ManifestError(
+                f"the record of slots in the model is damaged: slot {slot.name!r} cannot use "
+                f"the weights of {slot.owner!r}",
+                hint="another tool rewrote it; insert into the base model again",
+            )
 
 
 def _read(data: dict[str, Any]) -> Manifest:

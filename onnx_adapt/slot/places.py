@@ -16,11 +16,10 @@ is about nodes goes over all slots: inserting, removing, proving.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.names import inner_name
 
 if TYPE_CHECKING:
@@ -55,32 +54,4 @@ def further_place(slot: Slot, owner: Slot, taken: Collection[str]) -> Slot:
 
 def can_share(one: Slot, other: Slot) -> bool:
     """Whether weights of one slot have the shapes and the meaning that another needs."""
-    return _form(one) == _form(other)
-
-
-def _form(slot: Slot) -> tuple[object, ...]:
-    """What slots with the same weights have in common."""
-    sizes = (slot.width, slot.source_width, slot.bottleneck, slot.window)
-    behind = slot.rank if slot.axis == 1 else 0
-    kind = (slot.dtype, slot.axis, behind, slot.activation, slot.norm_after)
-    columns = (slot.modules, slot.columns)
-    return (*sizes, *kind, *columns, slot.parts, slot.swappable, slot.batched)
-
-
-def check_names(slots: Sequence[Slot]) -> None:
-    """Refuse slots of one record that have one name, or share weights that do not fit.
-
-    Raises:
-        ManifestError: If there are any.
-    """
-    by_name = {slot.name: slot for slot in slots}
-    if len(by_name) != len(slots):
-        raise ManifestError("two slots of the model have one name")
-    for slot in slots:
-        owner = by_name.get(slot.owner)
-        if owner is None or owner.shares or not can_share(owner, slot):
-            raise ManifestError(
-                f"the record of slots in the model is damaged: slot {slot.name!r} cannot use "
-                f"the weights of {slot.owner!r}",
-                hint="another tool rewrote it; insert into the base model again",
-            )
+    return one.needs == other.needs
