@@ -12,7 +12,6 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.mapping import Graph, Trained, find_graph, map_edits, read_trained
 from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
-from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
@@ -113,7 +112,6 @@ def place_edits(
     """
     manifest = read_manifest(graph.model.proto)
     identity = manifest.fingerprint if manifest else fingerprint(graph.model)
-    refuse_inner_experts(graph.survey, [edit.module for edit in edits])
     for module in dict.fromkeys(names[edit.module] for edit in edits):
         refuse_folded(graph.survey, graph.finder, module)
     fused = fused_nodes(graph.survey, graph.finder, names, edits)

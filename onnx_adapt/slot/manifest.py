@@ -40,8 +40,9 @@ does not know.
 """
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
-UNFUSED_KEY = "pkg.onnx_adapt.unfused"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
+UNFUSED_KEY = "pkg.onnx_adapt.unfused"
+"""The same: the fused node that it stands for a part of."""
 
 
 def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
