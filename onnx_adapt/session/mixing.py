@@ -24,6 +24,7 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
                 hint="run the rows of each adapter by themselves",
             )
     packed, weights = [], {}
-    for slot in slots:
+    for slot in owners(slots):
         given = [adapter.weights.get(slot.name) for adapter in adapters]
         there = [parts for parts in given if parts is not None]
         if there:
@@ -172,7 +173,8 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
         (3, 1, 4)
     """
     manifest = required_manifest(model)
-    _refuse_unbatched(model, manifest.slots, len(adapters))
+    slots = owners(manifest.slots)
+    _refuse_unbatched(model, slots, len(adapters))
     used = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
     told: set[str] = set()
     for adapter in used:
@@ -183,7 +185,7 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
                 hint="pack the adapters that it was made of",
             )
         warn_unchecked(manifest, adapter, told)
-    packed = pack(manifest.slots, used or [_off(manifest.slots)])
+    packed = pack(slots, used or [_off(slots)])
     shares = np.zeros((len(adapters), max(len(used), 1)))
     for column, adapter in enumerate(used):
         shares[[other is adapter for other in adapters], column] = 1
@@ -198,7 +200,7 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
     return Adapter(
         " | ".join(adapter.name if adapter else "-" for adapter in adapters),
         weights,
-        activations={slot.name: slot.activation for slot in manifest.slots},
+        activations={slot.name: slot.activation for slot in slots},
         fingerprint=manifest.fingerprint,
     )
 
