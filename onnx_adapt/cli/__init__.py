@@ -17,7 +17,18 @@ from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("report", "convert", "fill", "extract", "run", "build", "pack", "serve", "completion"),
+    *(
+        "report",
+        "convert",
+        "fill",
+        "extract",
+        "run",
+        "build",
+        "pack",
+        "export",
+        "serve",
+        "completion",
+    ),
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"
