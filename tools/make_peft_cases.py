@@ -20,6 +20,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from case_making import (
     LOGITS,
     SEQUENCE,
@@ -38,6 +39,7 @@ from case_making import (
 from export_fixtures import (
     BATCH_AXES,
     TEXT_AXES,
+    VOCABULARY,
     Positional,
     Repeated,
     bert_inputs,
@@ -120,6 +122,21 @@ def headless(model: nn.Module) -> nn.Module:
     return model.bert
 
 
+def build_albert() -> nn.Module:
+    """Return an ALBERT classifier, which runs one layer three times."""
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return transformers.AlbertForSequenceClassification(config)
+
+
 def build_undilated() -> nn.Module:
     """Return a ``ConvNet`` that ONNX Runtime can run when TorchScript exported it."""
     return ConvNet(dilation=1)
@@ -136,6 +153,8 @@ BASES = {
     "bert_wrapped": Base(
         build_bert, text_inputs, TEXT_AXES, LOGITS, "torchscript", Positional
     ),
+    "albert_dynamo": Base(build_albert, *BERT),
+    "albert_torchscript": Base(build_albert, *BERT, "torchscript"),
     "bert_headless": Base(Embedded, bert_inputs, TEXT_AXES, SEQUENCE, "dynamo", headless),
     "bert_float16": Base(build_bert, *BERT, dtype=torch.float16, tolerance=2e-2),
     "gpt2_dynamo": Base(build_gpt2, *TEXT),
@@ -201,6 +220,16 @@ LLAMA_QV = ("q_proj", "v_proj")
 GPT2_ALL = ("c_attn", "c_proj", "c_fc")
 
 SUPPORTED = {
+    "albert_lora": Case(
+        "albert_dynamo",
+        lora("query", "value", "ffn", "ffn_output"),
+        "LoRA of the layer that ALBERT runs three times",
+    ),
+    "albert_dora_ts": Case(
+        "albert_torchscript",
+        lora("query", "ffn_output", use_dora=True),
+        "DoRA of the layer that ALBERT runs three times, TorchScript",
+    ),
     "bert_lora_patterns": Case(
         "bert_dynamo",
         lora(

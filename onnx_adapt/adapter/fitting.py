@@ -15,6 +15,7 @@ from onnx_adapt.dtypes import DTYPES, FLOATS
 from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.slot.parts import part_of
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_axis, bottleneck_of, part_shape, row_shape
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def for_file(manifest: Manifest, adapter: Adapter) -> Adapter:
     bases = (adapter.fingerprint, *adapter.other_bases)
     if not adapter.other_bases or not any(same_base(b, manifest.fingerprint) for b in bases):
         return adapter
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = {slot.name: slot for slot in owners(manifest.slots)}
     weights = {
         name: {p: np.ascontiguousarray(v, DTYPES[slots[name].dtype]) for p, v in parts.items()}
         for name, parts in adapter.weights.items()
@@ -101,7 +102,7 @@ def manifest_misfits(
             "it was made for another base model: its fingerprint is "
             f"{adapter.fingerprint[:19]}..., the model's {manifest.fingerprint[:19]}..."
         )
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = {slot.name: slot for slot in owners(manifest.slots)}
     found += [
         f"the model has no slot {name!r}" for name in adapter.weights if name not in slots
     ]
@@ -124,7 +125,7 @@ def unchecked(manifest: Manifest, adapter: Adapter) -> list[str]:
         found.append("base not checked: the adapter has no fingerprint")
     silent = [
         slot.name
-        for slot in manifest.slots
+        for slot in owners(manifest.slots)
         if slot.name in adapter.weights and any(part_of(p).projects for p in slot.parts)
         if slot.name not in adapter.activations
     ]

@@ -15,6 +15,7 @@ from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_axis, neutral_weights, part_shape
 from onnx_adapt.words import nearest
 
@@ -57,7 +58,7 @@ def make_adapter(
     """
     opened = model if isinstance(model, Model) else open_model(model)
     manifest = required_manifest(opened)
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = {slot.name: slot for slot in owners(manifest.slots)}
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(
             f"adapter {name!r} has no weights", hint=f"give some of {_some(slots)}"

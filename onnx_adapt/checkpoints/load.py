@@ -12,12 +12,12 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit, Replacement
 from onnx_adapt.checkpoints.mapping import Graph, Trained, find_graph, map_edits, read_trained
 from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
-from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
+from onnx_adapt.checkpoints.placing.sharing import share_weights
 from onnx_adapt.checkpoints.readers.folder import Folder, name_damage
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -28,6 +28,7 @@ from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.places import owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,6 @@ def place_edits(
     """
     manifest = read_manifest(graph.model.proto)
     identity = manifest.fingerprint if manifest else fingerprint(graph.model)
-    refuse_inner_experts(graph.survey, [edit.module for edit in edits])
     for module in dict.fromkeys(names[edit.module] for edit in edits):
         refuse_folded(graph.survey, graph.finder, module)
     fused = fused_nodes(graph.survey, graph.finder, names, edits)
@@ -135,11 +135,12 @@ def place_edits(
                 _refuse_replaced(plans[-1], manifest)
             else:
                 place(placement, edit)
+    share_weights(placement)
     adapter = Adapter(
         adapter_name(trained.folder, name),
         placement.weights,
         replaced,
-        {slot.name: slot.activation for slot in placement.slots},
+        {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
     )
     slots = tuple(placement.slots)

@@ -19,6 +19,7 @@ from onnx_adapt.checkpoints.modules.names import (
     refuse_unmapped,
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
+from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection, map_part
 from onnx_adapt.checkpoints.readers.folder import Folder, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
@@ -93,8 +94,12 @@ def find_graph(
         model: The model.
         base_weights: The file of the base's weights, for a graph that lost its names.
         edits: The edits of a checkpoint, whose modules may be inside operators.
+
+    Raises:
+        CheckpointError: If a module is among the experts inside one node.
     """
     survey = survey_model(model)
+    refuse_inner_experts(survey, [edit.module for edit in edits])
     shown = parts_shown(model.proto, survey.modules.paths)
     if base_weights is None:
         inner = attention_weights(survey, [edit.module for edit in edits])

@@ -162,6 +162,7 @@ def _saturation(
         Notes about it, by the adapter's file.
     """
     import onnx_adapt as oa
+    from onnx_adapt.edit.insert import all_places
     from onnx_adapt.errors import UnprovableError
     from onnx_adapt.graph.index import index_model
     from onnx_adapt.graph.quantizers import quantizers_behind
@@ -172,7 +173,7 @@ def _saturation(
 
     providers = proof_providers(provider)
     opened = oa.open_model(model)
-    slots = oa.list_slots(opened)
+    slots = all_places(opened)
     if not adapters or not quantizers_behind(index_model(opened), slots):
         idle = "nothing was run: that takes an adapter, and a slot whose value is quantised "
         return {model: [f"{idle}with a calibrated range"]} if inputs or provider else {}

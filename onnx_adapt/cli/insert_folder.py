@@ -149,8 +149,11 @@ def _show(
 ) -> None:
     """Print what was inserted, proven and written."""
     import onnx_adapt as oa
+    from onnx_adapt.edit.insert import all_places
 
-    slots = {file.path: oa.list_slots(file.adapted) for file in made.files if file.adapted}
+    adapted = {file.path: file.adapted for file in made.files if file.adapted is not None}
+    slots = {path: oa.list_slots(model) for path, model in adapted.items()}
+    everywhere = {path: all_places(model) for path, model in adapted.items()}
     if as_json:
         print_json(
             {
@@ -160,7 +163,10 @@ def _show(
                     {
                         "file": str(file.path),
                         "verified": file.path in proofs,
-                        "slots": [slot_dict(slot) for slot in slots.get(file.path, ())],
+                        "slots": [
+                            slot_dict(slot, everywhere[file.path])
+                            for slot in slots.get(file.path, ())
+                        ],
                     }
                     for file in made.files
                 ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnx_adapt.cli.outputs import print_json, print_table, say, tell_saved
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ _MOST_WARNINGS = 3
 """How many warnings about ranges are printed; they are the same for each slot."""
 
 
-def _new_slots(base: Model, adapted: Model) -> list[Slot]:
-    """The slots that the base does not have."""
-    import onnx_adapt as oa
+def _new_places(base: Model, adapted: Model) -> list[Slot]:
+    """The slots that the base does not have, each once for each of its places."""
+    from onnx_adapt.edit.insert import all_places
 
-    before = {slot.name for slot in oa.list_slots(base)}
-    return [slot for slot in oa.list_slots(adapted) if slot.name not in before]
+    before = {slot.name for slot in all_places(base)}
+    return [slot for slot in all_places(adapted) if slot.name not in before]
 
 
 def show_inserted(
@@ -47,8 +48,8 @@ def show_inserted(
     from onnx_adapt.edit.unfuse import unfused_nodes
     from onnx_adapt.proof.saturation import range_warnings
 
-    slots = _new_slots(base, adapted)
-    warnings = [] if calibrated else range_warnings(adapted, slots)
+    new = _new_places(base, adapted)
+    warnings = [] if calibrated else range_warnings(adapted, new)
     widened = widened_ranges(adapted)
     unfused = unfused_nodes(adapted)
     if as_json:
@@ -63,11 +64,11 @@ def show_inserted(
                 "warnings": warnings,
                 "widened": widened,
                 "unfused": [asdict(item) for item in unfused],
-                "slots": [slot_dict(slot) for slot in slots],
+                "slots": [slot_dict(slot, new) for slot in owners(new)],
             }
         )
     else:
-        print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
+        print_table(SLOT_COLUMNS, [slot_row(slot, new) for slot in owners(new)])
     if proof is not None:
         detail = next(check.detail for check in proof.checks if check.name == "off")
         say(f"verified against {base.label}: {detail}")

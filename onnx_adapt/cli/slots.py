@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
+from onnx_adapt.slot.places import places
 
 if TYPE_CHECKING:
     from onnx_adapt import Slot
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 SLOT_COLUMNS = (
     "slot",
     "tensor",
+    "places",
     "width",
     "axis",
     "dtype",
@@ -25,8 +28,12 @@ SLOT_COLUMNS = (
 )
 
 
-def slot_row(slot: Slot) -> tuple[object, ...]:
-    """One slot as a row of a table."""
+_PLACE = ("name", "graph", "node", "tensor", "inner", "output", "source", "module")
+"""What `--json` tells of each place of a slot."""
+
+
+def slot_row(slot: Slot, slots: Iterable[Slot]) -> tuple[object, ...]:
+    """One slot as a row of a table, with the number of its places among all slots."""
     size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
     size += " (batched)" if slot.batched else ""
     parts = " ".join(slot.parts)
@@ -35,14 +42,17 @@ def slot_row(slot: Slot) -> tuple[object, ...]:
     if slot.on_weight:
         width, axis = "x".join(map(str, slot.weight_shape)), "weight"
     what = width, axis, slot.dtype, size, slot.activation, parts
-    return (slot.name, slot.tensor, *what)
+    return (slot.name, slot.tensor, len(places(slots, slot.name)), *what)
 
 
-def slot_dict(slot: Slot) -> dict[str, object]:
-    """One slot for `--json`, with the input names of its weights."""
+def slot_dict(slot: Slot, slots: Iterable[Slot]) -> dict[str, object]:
+    """One slot for `--json`, with the input names of its weights and all its places."""
     names = {part: slot.weight(part) for part in slot.parts}
     rows = {part: slot.weight(part) for part in slot.row_parts}
-    return {**asdict(slot), "weights": names, "rows": rows}
+    where = [
+        {key: getattr(place, key) for key in _PLACE} for place in places(slots, slot.name)
+    ]
+    return {**asdict(slot), "weights": names, "rows": rows, "places": where}
 
 
 @click.command("slots", short_help="List the slots of a model.")
@@ -51,21 +61,27 @@ def slot_dict(slot: Slot) -> dict[str, object]:
 def command(model: str, as_json: bool) -> None:
     """List the slots of MODEL, as recorded in its manifest.
 
+    A slot after a module that runs several times has one set of weights and several places;
+    --json has each of them.
+
     \b
       onnx-adapt slots model.adapted.onnx --json
     """
     import onnx_adapt as oa
+    from onnx_adapt.edit.insert import all_places
     from onnx_adapt.edit.unfuse import unfused_nodes
     from onnx_adapt.edit.weights import check_weights
 
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)
-    check_weights(opened.proto, slots)
+    everywhere = all_places(opened)
+    check_weights(opened.proto, everywhere)
     if as_json:
         unfused = [asdict(item) for item in unfused_nodes(opened)]
-        print_json({"slots": [slot_dict(slot) for slot in slots], "unfused": unfused})
+        shown = [slot_dict(slot, everywhere) for slot in slots]
+        print_json({"slots": shown, "unfused": unfused})
     elif slots:
-        print_table(SLOT_COLUMNS, [slot_row(slot) for slot in slots])
+        print_table(SLOT_COLUMNS, [slot_row(slot, everywhere) for slot in slots])
     if not slots:
         say(f"{opened.label} has no slots; `onnx-adapt insert` adds some")
         say_next("sites", model)

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
-from onnx_adapt.checkpoints.load import load_checkpoint
+from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
@@ -60,26 +60,25 @@ def convert(
     checkpoint = load_checkpoint(
         path, base, name=name, base_weights=base_weights, part=part, module_map=module_map
     )
-    free = list(manifest.slots)
+    found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
     activations = {}
-    for wanted in checkpoint.slots:
-        slot = _counterpart(wanted, free)
-        if slot is None:
-            raise CheckpointError(
-                f"{model.label} has no slot like {wanted.name!r} at {wanted.tensor!r} with "
-                f"the parts {', '.join(wanted.parts)}",
-                hint="insert --adapter makes a model with the slots this checkpoint needs",
-            )
-        free.remove(slot)
-        given = checkpoint.adapter.weights[wanted.name]
+    for wanted, slot in found:
+        given = checkpoint.adapter.weights[wanted.owner]
         absent = neutral_weights(slot, bottleneck_of(wanted, given))
         dtype = DTYPES[slot.dtype]
-        weights[slot.name] = {
+        converted = {
             part: np.ascontiguousarray(given.get(part, absent[part]), dtype)
             for part in slot.parts
         }
-        activations[slot.name] = wanted.activation
+        first = weights.setdefault(slot.owner, converted)
+        if any(not np.array_equal(first[part], value) for part, value in converted.items()):
+            raise CheckpointError(
+                f"slot {slot.owner!r} of {model.label} has one set of weights for several "
+                f"places, and the checkpoint has others for {slot.tensor!r}",
+                hint=_HINT,
+            )
+        activations[slot.owner] = wanted.activation
     adapter = replace(
         checkpoint.adapter,
         weights=weights,
@@ -90,10 +89,48 @@ def convert(
     return adapter
 
 
-def _counterpart(wanted: Slot, slots: Sequence[Slot]) -> Slot | None:
-    """Find the slot that computes what is wanted; it may have more parts, but not fewer."""
+_HINT = "insert --adapter makes a model with the slots this checkpoint needs"
+
+
+def _counterparts(
+    label: str, checkpoint: Checkpoint, slots: Sequence[Slot]
+) -> list[tuple[Slot, Slot]]:
+    """Find the slot of a model for each that a checkpoint wants, place by place.
+
+    Raises:
+        CheckpointError: If one is missing, or would act at a place where none is wanted.
+    """
+    free = list(slots)
+    found: list[tuple[Slot, Slot]] = []
+    chosen: dict[str, str] = {}
+    for wanted in checkpoint.slots:
+        slot = _counterpart(wanted, free, chosen.get(wanted.owner, wanted.owner))
+        if slot is None:
+            raise CheckpointError(
+                f"{label} has no slot like {wanted.name!r} at {wanted.tensor!r} with "
+                f"the parts {', '.join(wanted.parts)}",
+                hint=_HINT,
+            )
+        free.remove(slot)
+        found.append((wanted, slot))
+        chosen.setdefault(wanted.owner, slot.owner)
+    used = {slot.owner for _, slot in found}
+    if idle := [slot for slot in free if slot.owner in used]:
+        raise CheckpointError(
+            f"slot {idle[0].owner!r} of {label} has one set of weights for several places, "
+            f"and the checkpoint changes nothing at {idle[0].tensor!r}",
+            hint=_HINT,
+        )
+    return found
+
+
+def _counterpart(wanted: Slot, slots: Sequence[Slot], owner: str) -> Slot | None:
+    """Find the slot that computes what is wanted; it may have more parts, but not fewer.
+
+    One with the weights of `owner` comes first.
+    """
     alike = [slot for slot in slots if _same_form(wanted, slot)]
-    alike.sort(key=lambda slot: slot.name != wanted.name)
+    alike.sort(key=lambda slot: (slot.owner != owner, slot.name != wanted.name))
     return alike[0] if alike else None
 
 

@@ -18,6 +18,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.slot.formula import check_slot, slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.slot.names import slot_prefix, split_node
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_axis
 
 
@@ -72,7 +73,7 @@ def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
     scopes = list(walk.scopes(proto.graph))
     marks = {slot_of(node) for scope in scopes for node in scope.graph.node}
     marked = [slot for slot in slots if slot.name in marks]
-    inside = {slot.weight(part): slot.name for slot in marked for part in slot.parts}
+    inside = {slot.weight(part): slot.owner for slot in marked for part in slot.parts}
     inside |= {slot.inner: slot.name for slot in marked if not slot.on_weight}
     last, named = {slot.output for slot in marked}, {slot.name for slot in marked}
     for scope in scopes:
@@ -112,7 +113,7 @@ def _lost_record(model: Model) -> list[str]:
 def _changed_inputs(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
     """Find inputs of slots that are not declared as they were inserted."""
     declared = {value.name: value.type.tensor_type for value in proto.graph.input}
-    for slot in slots:
+    for slot in owners(slots):
         for part in slot.parts:
             found = declared.get(slot.weight(part))
             if found is None:
@@ -172,7 +173,7 @@ def _shared_symbols(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[s
     """Find slots that share a symbolic dimension, by which ONNX Runtime plans its memory."""
     owner: dict[str, str] = {}
     declared = {value.name: value for value in proto.graph.input}
-    for slot in slots:
+    for slot in owners(slots):
         for name in slot.inputs:
             value = declared.get(name)
             for dim in value.type.tensor_type.shape.dim if value else ():

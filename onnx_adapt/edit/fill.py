@@ -19,6 +19,7 @@ from onnx_adapt.edit.weights import (
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import is_empty
 
 
@@ -99,7 +100,7 @@ def extract(model: Model, *, name: str = "") -> Adapter:
         label,
         read_weights(model, manifest.slots),
         {w.name: read_tensor(model, stored[w.name]) for w in manifest.weights},
-        {slot.name: slot.activation for slot in manifest.slots},
+        {slot.name: slot.activation for slot in owners(manifest.slots)},
         manifest.fingerprint,
     )
 
@@ -117,7 +118,8 @@ def _refuse_batched(model: Model) -> None:
 def _refuse_empty(model: Model) -> None:
     manifest = required_manifest(model)
     stored = read_weights(model, manifest.slots)
-    empty = [slot.name for slot in manifest.slots if is_empty(slot, stored[slot.name])]
+    slots = owners(manifest.slots)
+    empty = [slot.name for slot in slots if is_empty(slot, stored[slot.name])]
     if empty:
         raise AdapterError(
             f"slot {empty[0]!r} of {model.label} is empty",

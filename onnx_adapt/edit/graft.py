@@ -37,6 +37,7 @@ from onnx_adapt.slot.manifest import (
     slot_of,
     write_manifest,
 )
+from onnx_adapt.slot.places import owners
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def insert_slots(
     if model.proto.ir_version < _OLDEST_IR:
         known = replace(known, inputs=_drop_weight_inputs(model.proto, known.weights))
         model.proto.ir_version = _OLDEST_IR
-    for slot in slots:
+    for slot in owners(slots):
         add_weights(model.proto, slot, weights[slot.name])
     write_manifest(model.proto, replace(known, slots=placed))
     return model

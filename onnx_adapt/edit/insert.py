@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import in_order
+from onnx_adapt.slot.places import can_share, further_place, owners
 from onnx_adapt.slot.weights import fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
@@ -59,7 +60,8 @@ def insert(
 
     Args:
         model: The model; it is left as it was.
-        after: Addresses, node names, tensors, module paths or globs.
+        after: Addresses, node names, tensors, module paths or globs. A module that runs
+            several times gets one slot, with one set of weights, after each of its calls.
         activation: One of `onnx_adapt.slot.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.parts.PARTS`.
@@ -129,17 +131,14 @@ def _insert(
     taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:
-        _tell_axis(survey, choice.site)
         _tell_bias(survey, choice)
-        name = free_name(choice.name, taken)
-        taken.add(name)
-        slots.append(plan_slot(survey, choice, name, recipe))
+        slots += _plan_places(survey, choice, recipe, taken)
     rng = np.random.default_rng(recipe.seed)
     weights = {
         slot.name: fresh_weights(slot, slot.bottleneck, rng)
         if slot.bottleneck
         else neutral_weights(slot)
-        for slot in slots
+        for slot in owners(slots)
     }
     return insert_slots(result, survey.index, known, slots, weights)
 
@@ -151,6 +150,29 @@ def _tell_bias(survey: Survey, choice: Choice) -> None:
     behind = bias_behind(survey.index, view, site.tensor, site.width)
     if choice.literal and behind is not None:
         _log.warning("%s: the slot is on the product; %s", site.address, behind)
+
+
+def _plan_places(
+    survey: Survey, choice: Choice, recipe: Recipe, taken: set[str]
+) -> Iterator[Slot]:
+    """Plan the slot of a choice at each of its places, with names that are not taken yet."""
+    name = free_name(choice.name, taken)
+    owner: Slot | None = None
+    for site in (choice.site, *choice.further):
+        _tell_axis(survey, site)
+        slot = plan_slot(survey, replace(choice, site=site), name, recipe)
+        if owner is None:
+            owner = slot
+        elif can_share(owner, slot):
+            slot = further_place(slot, owner, taken)
+        else:
+            raise SiteError(
+                f"one slot cannot be after all calls of module {choice.name!r}: it is "
+                f"{owner.width} wide at {owner.tensor!r} and {slot.width} at {slot.tensor!r}",
+                hint="name each call by its address, with one --after each",
+            )
+        taken.add(slot.name)
+        yield slot
 
 
 def _tell_axis(survey: Survey, site: Site) -> None:
@@ -203,6 +225,9 @@ def inline_model(model: Model) -> Model:
 def list_slots(model: Model) -> tuple[Slot, ...]:
     """List the slots of a model, in order of insertion.
 
+    A slot that sits at several places with one set of weights is listed once, as it is at its
+    first place.
+
     Raises:
         ManifestError: If the manifest is damaged or too new.
 
@@ -210,6 +235,15 @@ def list_slots(model: Model) -> tuple[Slot, ...]:
         >>> import onnx_adapt as oa
         >>> oa.list_slots(oa.open_model("models/dnsmos-p808.onnx"))
         ()
+    """
+    return owners(all_places(model))
+
+
+def all_places(model: Model) -> tuple[Slot, ...]:
+    """List the slots of a model, each once for each of its places.
+
+    Raises:
+        ManifestError: If the manifest is damaged or too new.
     """
     manifest = read_manifest(model.proto)
     return manifest.slots if manifest else ()

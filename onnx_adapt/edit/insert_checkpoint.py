@@ -15,6 +15,7 @@ from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 if TYPE_CHECKING:
@@ -59,14 +60,16 @@ def insert_checkpoint(
     plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)
     slots = [
-        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.name]))
+        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.owner]))
         if baked
         else s
         for s in checkpoint.slots
     ]
     if batched:
         slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
-    weights = {s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in slots}
+    weights = {
+        s.name: adapter.weights[s.name] if baked else neutral_weights(s) for s in owners(slots)
+    }
     make_replaceable(result.proto, plans)
     weights_of_base = (*known.weights, *(plan.weight for plan in plans))
     return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)

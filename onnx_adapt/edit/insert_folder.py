@@ -29,7 +29,11 @@ from onnx_adapt.checkpoints.mapping import (
     names_in,
     read_trained,
 )
-from onnx_adapt.checkpoints.modules.model_parts import is_cross_attention, part_of_path
+from onnx_adapt.checkpoints.modules.model_parts import (
+    family_of,
+    is_cross_attention,
+    part_of_path,
+)
 from onnx_adapt.checkpoints.modules.packed import unpacked
 from onnx_adapt.checkpoints.modules.selection import Selection, is_under
 from onnx_adapt.dtypes import Array
@@ -171,12 +175,17 @@ def _edits_for(
 def _part_of_file(path: Path, parts: Sequence[str]) -> str:
     """The part that a file's name tells, or ''.
 
-    `encoder_model.onnx` is the encoder, `text_encoder/model.onnx` the text encoder.
+    `encoder_model.onnx` is the encoder, `text_encoder/model.onnx` the text encoder, and
+    `vision_encoder.onnx` the vision tower, if there is but one part of this kind.
     """
     words = {*path.parent.parts, path.stem}
     words |= {word for text in list(words) for word in _beginnings_of(text)}
-    fitting = [part for part in parts if part.rpartition(".")[2] in words]
-    return max(fitting, key=len) if fitting else ""
+    names = {part: part.rpartition(".")[2] for part in parts}
+    fitting = [part for part in parts if names[part] in words]
+    families = {family_of(word) for word in words}
+    alike = [part for part in parts if family_of(names[part]) in families]
+    found = fitting or (alike if len(alike) == 1 else [])
+    return max(found, key=len, default="")
 
 
 def _beginnings_of(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from onnx_adapt.model.externalise import internalise
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import read_manifest, write_manifest
+from onnx_adapt.slot.places import owners
 
 
 def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
@@ -23,7 +24,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
 
     Args:
         model: The model; it is left as it was.
-        slots: Names of slots; by default all.
+        slots: Names of slots, each of which goes from all its places; by default all.
 
     Raises:
         SlotError: If the model has no such slots, or another tool damaged them.
@@ -39,14 +40,15 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
     if manifest is None:
         raise SlotError(f"{model.label} has no slots", hint="there is nothing to remove")
     slots = [slots] if isinstance(slots, str) else slots
-    by_name = {slot.name: slot for slot in manifest.slots}
+    by_name = {slot.name: slot for slot in owners(manifest.slots)}
     for name in slots or ():
         if name not in by_name:
             raise SlotError(f"no slot is called {name!r}", hint=f"slots: {', '.join(by_name)}")
     check_model_weights(model.proto, manifest)
     doomed = set(by_name if slots is None else slots)
+    everywhere = {slot.name for slot in manifest.slots if slot.owner in doomed}
     result = model.copy()
-    kept = remove_nodes(result.proto, manifest.slots, doomed)
+    kept = remove_nodes(result.proto, manifest.slots, everywhere)
     drop_weights(result.proto, [by_name[name] for name in doomed])
     if kept:
         apart = still_needed(result.proto, manifest.unfused, kept)

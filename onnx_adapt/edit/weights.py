@@ -24,6 +24,7 @@ from onnx_adapt.model.tensors import read_tensor, tensor_of
 from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
 from onnx_adapt.slot.formula import check_slot
 from onnx_adapt.slot.manifest import Manifest, Slot, slot_of, write_manifest
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_axis, neutral_rows, part_shape, row_rank
 
 Weights = Mapping[str, Array]
@@ -176,7 +177,7 @@ def read_weights(model: Model, slots: Iterable[Slot]) -> dict[str, dict[str, Arr
     stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
     return {
         slot.name: {part: read_tensor(model, stored[slot.weight(part)]) for part in slot.parts}
-        for slot in slots
+        for slot in owners(slots)
     }
 
 
@@ -191,7 +192,7 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
         SlotError: If a slot or part does not exist or a shape does not fit.
     """
     manifest = required_manifest(model)
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = {slot.name: slot for slot in owners(manifest.slots)}
     result = model.copy()
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     for name, weights in values.items():
@@ -230,13 +231,13 @@ def _with_swappable(model: Model, *, swappable: bool) -> Model:
     slots = []
     for slot in manifest.slots:
         sizes = [
-            stored[slot.name][part].shape[axis]
+            stored[slot.owner][part].shape[axis]
             for part in slot.parts
             if (axis := bottleneck_axis(slot, part)) is not None
         ]
         size = 0 if swappable or not sizes else sizes[0]
         slots.append(replace(slot, swappable=swappable, bottleneck=size))
-        if swappable:
+        if swappable and not slot.shares:
             result.proto.graph.input.extend(_declaration(slots[-1], p) for p in slot.parts)
             rows = (_row_declaration(slots[-1], part) for part in slot.row_parts)
             result.proto.graph.input.extend(rows)

@@ -27,11 +27,13 @@ class Choice:
         site: The site.
         name: What the slot is called, before it is made unique.
         literal: Whether the tensor itself was named, and no layer or module.
+        further: The sites after the module's other calls, where the same slot goes.
     """
 
     site: Site
     name: str
     literal: bool = False
+    further: tuple[Site, ...] = ()
 
     @property
     def refused(self) -> str | None:

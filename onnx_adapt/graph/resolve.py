@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_adapt.errors import (
-    AmbiguousSiteError,
     SiteNotFoundError,
     SiteRefusedError,
 )
 from onnx_adapt.graph.choice import (
     Choice,
     ambiguous,
-    listing,
     none_usable,
     require_usable,
 )
@@ -57,9 +55,10 @@ def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) ->
 
     A name is tried as a site's address, a node's name, a tensor's name, a PyTorch module
     path, and a glob over these: `*` stays within one part of a path, `**` does not. A
-    site named twice is chosen twice; a glob adds only what is not chosen yet, and takes
-    every call of a module that runs several times. An `axis` that the user names is the
-    feature axis of each site.
+    site named twice is chosen twice. A module that runs several times is one choice, with a
+    site for each of its calls. A glob adds only what is not chosen yet, and each call of such
+    a module is a choice of its own. An `axis` that the user names is the feature axis of each
+    site.
 
     Raises:
         SiteNotFoundError: If nothing has the name; the hint lists the nearest.
@@ -68,8 +67,10 @@ def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) ->
     """
 
     def laid(choice: Choice) -> Choice:
-        site = choice.site if axis is None else survey.on_axis(choice.site, axis)
-        return replace(choice, site=site)
+        if axis is None:
+            return choice
+        further = tuple(survey.on_axis(site, axis) for site in choice.further)
+        return replace(choice, site=survey.on_axis(choice.site, axis), further=further)
 
     choices: list[Choice] = []
     skipped: dict[str, Site] = {}
@@ -77,7 +78,9 @@ def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) ->
     for name in names:
         choice = _exact(survey, name)
         if choice is not None:
-            choices.append(require_usable(survey, laid(choice)))
+            choices.append(laid(choice))
+            for site in (choices[-1].site, *choices[-1].further):
+                require_usable(survey, replace(choices[-1], site=site))
         elif _GLOB.search(name):
             globs.append(name)
         else:
@@ -87,7 +90,7 @@ def resolve(survey: Survey, names: Sequence[str], *, axis: int | None = None) ->
         usable = [hit for hit in hits if hit.refused is None]
         if not usable:
             raise none_usable(survey, pattern, hits) if hits else _not_found(survey, pattern)
-        taken = {choice.site.address for choice in choices}
+        taken = {s.address for choice in choices for s in (choice.site, *choice.further)}
         choices += [hit for hit in usable if hit.site.address not in taken]
         skipped.update((h.site.address, h.site) for h in hits if h.refused)
     return Resolution(tuple(choices), tuple(skipped.values()))
@@ -128,6 +131,8 @@ def resolve_tensor(survey: Survey, name: str) -> Site:
     choice = _exact(survey, name)
     if choice is None:
         raise _not_found(survey, name)
+    if choice.further:
+        raise ambiguous(name, [choice.site, *choice.further])
     return choice.site
 
 
@@ -211,18 +216,12 @@ def _by_tensor(survey: Survey, name: str) -> list[Choice]:
 
 
 def _by_module(survey: Survey, name: str) -> list[Choice]:
-    found = []
-    for path in match_path(survey.modules.paths, name):
-        choices = _module_choices(survey, path)
-        graphs = [choice.site.graph for choice in choices]
-        if len(graphs) > len(set(graphs)):
-            sites = [choice.site for choice in choices]
-            raise AmbiguousSiteError(
-                f"module {path!r} runs {len(sites)} times: {listing(sites)}",
-                hint="name each call by its address, with one --after each",
-            )
-        found += choices
-    return found
+    paths = match_path(survey.modules.paths, name)
+    called = [calls for path in paths if (calls := _module_choices(survey, path))]
+    return [
+        replace(first, further=tuple(other.site for other in others))
+        for first, *others in called
+    ]
 
 
 def _module_choices(survey: Survey, path: str) -> list[Choice]:

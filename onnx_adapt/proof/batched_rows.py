@@ -25,6 +25,7 @@ from onnx_adapt.session.batches import BatchAxes, Shape, find_batch, take_rows
 from onnx_adapt.session.mixing import pack, row_feeds
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, Blend, Draw
+from onnx_adapt.slot.places import owners, places
 from onnx_adapt.slot.weights import fan_in, neutral_weights, part_shape
 
 _ADAPTERS = 3
@@ -146,16 +147,17 @@ class _RowProof:
     def blamed(self, message: str) -> str:
         """A message with the first slot that fails by itself."""
         names = [name for name, axis in self._axes.outputs.items() if axis is not None]
-        for slot in self._slots if self._last else ():
+        for slot in owners(self._slots) if self._last else ():
             assert self._last is not None
             try:
                 wanted, got = self._runs(*self._last, [slot], names)
             except RunError as error:
                 return f"slot {slot.name!r}: {error.message}"
             if not self._apart(wanted, got).within:
+                tensors = [repr(place.tensor) for place in places(self._slots, slot.name)]
                 return (
                     f"slot {slot.name!r} gives rows the wrong adapter; is the first axis of "
-                    f"{slot.tensor!r} the batch?"
+                    f"{' and of '.join(tensors)} the batch?"
                 )
         return message
 
@@ -168,8 +170,9 @@ class _RowProof:
         names: list[str],
     ) -> tuple[list[Values], Values]:
         """The outputs of rows that ran with all of their adapter, twice, and a mixed run's."""
+        own = owners(slots)
         adapters = [
-            Adapter(str(i), {s.name: _random(s, i + 1, strength, self._rng) for s in slots})
+            Adapter(str(i), {s.name: _random(s, i + 1, strength, self._rng) for s in own})
             for i in range(_ADAPTERS)
         ]
         number = np.arange(count) % _ADAPTERS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from onnx_adapt.slot.formula import EPSILON
 from onnx_adapt.slot.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.slot.oracle import Norm
 from onnx_adapt.slot.parts import PARTS, Draw
+from onnx_adapt.slot.places import owners, places
 from onnx_adapt.slot.weights import (
     bottleneck_axis,
     fan_in,
@@ -48,7 +49,7 @@ def neutral_model(model: Model) -> Model:
     slots = manifest.slots
     stored = read_weights(model, slots)
     changed: dict[str, Mapping[str, Array]] = {}
-    for slot in slots:
+    for slot in owners(slots):
         weights = stored[slot.name]
         if not _is_neutral(weights):
             size = slot.bottleneck or 0
@@ -119,7 +120,7 @@ class Probe:
         self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
         swappable = make_swappable(model)
         index = index_model(swappable)
-        neutral = {slot.name: neutral_weights(slot) for slot in slots}
+        neutral = {slot.name: neutral_weights(slot) for slot in owners(slots)}
         swappable = fill_weights(swappable, neutral)
         tapper = Tapper(swappable.proto)
         self._taps: dict[str, _SlotTaps] = {}
@@ -157,13 +158,13 @@ class Probe:
             for portion, quiet in self._runs(item):
                 still = {name: quiet[name] for name in self._outputs if name in quiet}
                 self._still += [still] if portion is self._portions[0] else []
-                for slot in portion:
+                for slot in owners(portion):
                     self._note(slot, quiet)
         for shift in range(len(_SIZES)):
             for number, item in enumerate(feeds):
                 weights = {
                     slot.name: self._random(slot, self._size(slot, i + shift), number)
-                    for i, slot in enumerate(self._slots)
+                    for i, slot in enumerate(owners(self._slots))
                 }
                 self._compare(item, weights, found)
         if any(not _is_neutral(weights) for weights in self._own.values()):
@@ -172,11 +173,13 @@ class Probe:
         return found
 
     def _note(self, slot: Slot, quiet: Values) -> None:
-        """Note the typical sizes of what a slot reads, and how many rows it has."""
-        taps = self._taps[slot.name]
-        source, target = quiet[taps.source.values], quiet[taps.target.values]
-        self._typical.setdefault(slot.name, []).append((_typical(source), _typical(target)))
-        sizes = {len(value) for value in taps.target.read(quiet) if value.ndim}
+        """Note the typical sizes of what a slot reads everywhere, and how many rows it has."""
+        everywhere = [self._taps[place.name] for place in places(self._slots, slot.name)]
+        source = _typical(quiet[taps.source.values] for taps in everywhere)
+        target = _typical(quiet[taps.target.values] for taps in everywhere)
+        self._typical.setdefault(slot.name, []).append((source, target))
+        read = [value for taps in everywhere for value in taps.target.read(quiet)]
+        sizes = {len(value) for value in read if value.ndim}
         rows = sizes.pop() if len(sizes) == 1 else 1
         self._rows.setdefault(slot.name, []).append(rows)
 
@@ -194,28 +197,35 @@ class Probe:
     def _size(self, slot: Slot, turn: int) -> int:
         return slot.bottleneck or _SIZES[turn % len(_SIZES)]
 
-    def effect(self, slot: Slot, feeds: Sequence[Feeds], seen: Measurement) -> float:
-        """How far the outputs move when one slot alone is on; 0 if nothing moves.
+    def effect(
+        self, slot: Slot, feeds: Sequence[Feeds], seen: Mapping[str, Measurement]
+    ) -> float:
+        """How far the outputs move when one slot alone is on, at all its places.
 
-        A slot that read values that are not finite is measured here once more. Random weights
-        of the slots before it may cause such values, by the root of a negative number or by
-        overflow. Alone, a slot reads what the base computes.
+        It is 0 if nothing moves. A slot that read values that are not finite is measured here
+        once more. Random weights of the slots before it may cause such values, by the root of
+        a negative number or by overflow. Alone, a slot reads what the base computes.
 
         Args:
-            slot: The slot.
+            slot: The slot, which owns its weights.
             feeds: The inputs, in the order of `measure`.
-            seen: What was measured at the slot so far.
+            seen: What was measured at each place so far.
         """
-        taps = self._taps[slot.name] if seen.deviation.unjudged else None
+        again = [
+            place
+            for place in places(self._slots, slot.name)
+            if seen[place.name].deviation.unjudged
+        ]
+        taps = {name for place in again for name in self._taps[place.name].names}
         moved = 0.0
         for strength in _STRENGTHS:
             for number, item in enumerate(feeds):
                 weights = self._random(slot, self._size(slot, 1), number, strength)
                 fed = {**item, **_as_feeds(slot, weights)}
-                got = self._runner.run(fed, [*self._outputs, *(taps.names if taps else ())])
+                got = self._runner.run(fed, [*self._outputs, *taps])
                 moved = max(moved, movement(self._still[number], got))
-                if taps:
-                    self._judge(slot, got, weights, seen)
+                for place in again:
+                    self._judge(place, got, weights, seen[place.name])
             if moved:
                 break
         return moved
@@ -227,11 +237,11 @@ class Probe:
         found: Mapping[str, Measurement],
     ) -> None:
         fed = dict(item)
-        for slot in self._slots:
+        for slot in owners(self._slots):
             fed.update(_as_feeds(slot, weights[slot.name]))
         for portion, got in self._runs(fed):
             for slot in portion:
-                self._judge(slot, got, weights[slot.name], found[slot.name])
+                self._judge(slot, got, weights[slot.owner], found[slot.name])
 
     def _judge(
         self, slot: Slot, got: Values, weights: Mapping[str, Array], seen: Measurement
@@ -292,8 +302,11 @@ def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
     return {slot.weight(part): value for part, value in weights.items()}
 
 
-def _typical(value: Array) -> float:
-    """The root mean square of a tensor; 1 if it is empty or all zero."""
-    wide = value.astype(np.float64)
-    wide = wide[np.isfinite(wide)]
-    return float(np.sqrt(np.mean(wide * wide))) or 1.0 if wide.size else 1.0
+def _typical(values: Iterable[Array]) -> float:
+    """The root mean square of some tensors; 1 if they are empty or all zero."""
+    total, count = 0.0, 0
+    for value in values:
+        wide = value.astype(np.float64)
+        wide = wide[np.isfinite(wide)]
+        total, count = total + float(np.sum(wide * wide)), count + wide.size
+    return float(np.sqrt(total / count)) or 1.0 if count else 1.0

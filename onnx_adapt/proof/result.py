@@ -34,18 +34,20 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SlotResult:
-    """What was measured at one slot.
+    """What was measured at one slot, at one of its places.
 
     Attributes:
-        name: The slot.
+        name: The slot; for a further place of a slot `name@2`, `name@3`, ...
         error: The difference from the float64 oracle, relative to the largest value, of the
             element that is nearest to its bound or furthest past it; None if the slot was
             not reached.
         tolerance: The bound of rounding errors of that element, relative to the same.
         bottlenecks: The bottlenecks that were tried.
-        effect: The largest change of a model output when this slot alone is on, relative to
-            the output's largest value; None if effects were not measured.
+        effect: The largest change of a model output when this slot alone is on, at all its
+            places, relative to the output's largest value; 0 for a place that was not reached;
+            None if effects were not measured.
         ratio: The error divided by its bound; more than 1 is more than rounding explains.
+        shares: For a further place, the slot that it is a place of; else ''.
     """
 
     name: str
@@ -54,6 +56,7 @@ class SlotResult:
     bottlenecks: tuple[int, ...]
     effect: float | None
     ratio: float | None = None
+    shares: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Report:
         base: Label of the base model.
         adapted: Label of the adapted model.
         checks: The checks, in order.
-        slots: One result per slot, where `on` and `effect` ran.
+        slots: One result per place of each slot, where `on` and `effect` ran.
         shapes: Shapes of the inputs used, one dict per set.
         runtime: Version of ONNX Runtime, or '' if it was not used.
         strict: Whether warnings count as failures.

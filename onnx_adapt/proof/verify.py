@@ -30,6 +30,7 @@ from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.proof.slots_off import OffProof
 from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.names import node_name
+from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
 Stage = Callable[[str], None]
@@ -262,31 +263,37 @@ class _Proof:
         try:
             probe = Probe(self.adapted, self.slots, outputs, self.seed, self.providers)
             measured = probe.measure(self.filled)
-            for number, slot in enumerate(self.slots, 1):
-                self.tell(f"turning on slot {number} of {len(self.slots)}")
-                effects[slot.name] = probe.effect(slot, self.filled, measured[slot.name])
+            own = owners(self.slots)
+            for number, slot in enumerate(own, 1):
+                self.tell(f"turning on slot {number} of {len(own)}")
+                effects[slot.name] = probe.effect(slot, self.filled, measured)
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)
             return Check("on", False, detail), Check("effect", False, "not measured"), ()
         results = tuple(
-            SlotResult(
-                slot.name,
-                seen.deviation.error if seen.deviation.judged else None,
-                seen.deviation.bound if seen.deviation.judged else None,
-                tuple(sorted(seen.bottlenecks)),
-                effects[slot.name],
-                seen.deviation.ratio if seen.deviation.judged else None,
-            )
-            for slot in self.slots
-            for seen in (measured[slot.name],)
+            _slot_result(slot, measured[slot.name], effects[slot.owner]) for slot in self.slots
         )
-        return _on_check(results, measured), _effect_check(results), results
+        return _on_check(results, measured), _effect_check(effects), results
 
     def _with_slot(self, message: str) -> str:
         """A message of ONNX Runtime with the slot whose node it names."""
         named = [s.name for s in self.slots if node_name(s.name, "") in message]
         return f"slot {named[0]!r}: {message}" if named else message
+
+
+def _slot_result(slot: Slot, seen: Measurement, effect: float) -> SlotResult:
+    """The result of one place, given the effect of its slot at all places."""
+    found = seen.deviation
+    return SlotResult(
+        slot.name,
+        found.error if found.judged else None,
+        found.bound if found.judged else None,
+        tuple(sorted(seen.bottlenecks)),
+        effect if found.judged or found.unjudged else 0.0,
+        found.ratio if found.judged else None,
+        slot.shares,
+    )
 
 
 def _on_check(results: Sequence[SlotResult], measured: Mapping[str, Measurement]) -> Check:
@@ -312,7 +319,7 @@ def _on_check(results: Sequence[SlotResult], measured: Mapping[str, Measurement]
         worst = max(proven, key=lambda r: r.ratio or 0.0)
         sizes = sorted({size for r in proven for size in r.bottlenecks})
         detail = (
-            f"{count(len(proven), 'slot')} within {worst.error:.1e} of the formula, "
+            f"{_counted(proven)} within {worst.error:.1e} of the formula, "
             f"{worst.ratio:.0%} of what rounding explains"
         )
         detail += f"; bottlenecks {', '.join(map(str, sizes))}" if sizes else ""
@@ -321,9 +328,16 @@ def _on_check(results: Sequence[SlotResult], measured: Mapping[str, Measurement]
     return Check("on", bool(proven) and not wrong, detail, tuple(warnings))
 
 
-def _effect_check(results: Sequence[SlotResult]) -> Check:
-    moving = [r for r in results if r.effect]
-    still = [r.name for r in results if not r.effect]
+def _counted(results: Sequence[SlotResult]) -> str:
+    """How many slots these are, and at how many places if that is more."""
+    slots = {result.shares or result.name for result in results}
+    where = f" at {len(results)} places" if len(results) > len(slots) else ""
+    return f"{count(len(slots), 'slot')}{where}"
+
+
+def _effect_check(effects: Mapping[str, float]) -> Check:
+    moving = [name for name, effect in effects.items() if effect]
+    still = [name for name, effect in effects.items() if not effect]
     warnings = tuple(f"slot {name!r} moves no output for these inputs" for name in still)
-    detail = f"{len(moving)} of {len(results)} slots move the outputs"
+    detail = f"{len(moving)} of {len(effects)} slots move the outputs"
     return Check("effect", bool(moving), detail, warnings)

@@ -23,6 +23,7 @@ from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import ProviderArgument, Runner, proof_providers
 from onnx_adapt.report.trace import trace
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, is_empty
 
 _ROUNDS, _BLOCK = 10, 5
@@ -37,12 +38,12 @@ _NO_PARAMETERS = {"INT32", "INT64", "BOOL", "STRING"}
 
 @dataclass(frozen=True, slots=True)
 class SlotCost:
-    """The cost of one slot.
+    """The cost of one slot, at one of its places.
 
     Attributes:
-        name: Name of the slot.
+        name: Name of the slot; for a further place `name@2`, `name@3`, ...
         bottleneck: Inner size of the weights that were counted; 0 if the slot has none.
-        parameters: How many numbers these weights hold.
+        parameters: How many numbers these weights hold; 0 for a further place.
         flops: Floating-point operations of the slot's nodes in one run.
     """
 
@@ -73,7 +74,7 @@ class Costs:
     """The cost of all slots of a model, beside that of its base.
 
     Attributes:
-        slots: One entry per slot.
+        slots: One entry per place of each slot.
         replaced: How many parameters of the base adapters replace.
         base_parameters: How many parameters the base has.
         base_flops: Floating-point operations of the base in one run.
@@ -172,7 +173,7 @@ def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int
     A slot gets the adapter's weights if there are any, else the weights stored in the model.
     If those are empty, it gets random weights of the given bottleneck.
     """
-    slots = required_manifest(model).slots
+    slots = owners(required_manifest(model).slots)
     stored = read_weights(model, slots)
     rng = np.random.default_rng(seed)
     return {
@@ -187,7 +188,7 @@ def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int
 
 def weights_fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
     """The weights that a model takes as inputs, by input name."""
-    slots = required_manifest(model).slots
+    slots = owners(required_manifest(model).slots)
     named = {s.weight(part): v for s in slots for part, v in weights[s.name].items()}
     named.update(adapter.replaced if adapter else {})
     inputs = {value.name for value in model.proto.graph.input}
@@ -225,8 +226,8 @@ def measure_costs(
         slots=tuple(
             SlotCost(
                 slot.name,
-                bottleneck_of(slot, weights[slot.name]),
-                sum(weights[slot.name][part].size for part in slot.parts),
+                bottleneck_of(slot, weights[slot.owner]),
+                0 if slot.shares else sum(w.size for w in weights[slot.owner].values()),
                 sum(item.flops for item in ran if item.slot == slot.name),
             )
             for slot in manifest.slots

@@ -37,6 +37,7 @@ from onnx_adapt.report.surroundings import (
     surroundings_before,
 )
 from onnx_adapt.slot.manifest import Slot, slot_of
+from onnx_adapt.slot.places import owners
 
 BOTTLENECK = 8
 """Bottleneck of the random weights that empty slots are measured with."""
@@ -214,7 +215,7 @@ def _movements(
     runner = Runner(neutral, providers, optimised=True)
     unmoved = [runner.run(item) for item in feeds]
     moved = {}
-    for slot in required_manifest(adapted).slots:
+    for slot in owners(required_manifest(adapted).slots):
         extra = {slot.weight(p): value for p, value in weights[slot.name].items()}
         if slot.swappable:
             moved[slot.name] = max(
@@ -264,7 +265,7 @@ def _slot_views(
             slot,
             depths.get(slot.name, 0),
             results.get(slot.name),
-            moved.get(slot.name),
+            moved.get(slot.owner),
             cost_of.get(slot.name),
             surroundings_before(before.views.get(slot.graph), slot),
             surroundings_after(after.views[slot.graph], slot),

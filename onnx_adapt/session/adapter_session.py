@@ -24,6 +24,7 @@ from onnx_adapt.session.cache import AdapterCache, Shares, Source
 from onnx_adapt.session.loaded_model import LoadedModel, base_values, native
 from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
 from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import neutral_weights
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ class AdapterSession:
             warn_unchecked(manifest, adapter, self._told)
         rest = {
             slot.weight(part): as_ort_value(array)
-            for slot in manifest.slots
+            for slot in owners(manifest.slots)
             if slot.name not in adapter.weights
             for part, array in neutral_weights(slot, slot.bottleneck).items()
         }

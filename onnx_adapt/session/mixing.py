@@ -30,6 +30,7 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
+from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
                 hint="run the rows of each adapter by themselves",
             )
     packed, weights = [], {}
-    for slot in slots:
+    for slot in owners(slots):
         given = [adapter.weights.get(slot.name) for adapter in adapters]
         there = [parts for parts in given if parts is not None]
         if there:
@@ -178,7 +179,8 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
         (3, 1, 4)
     """
     manifest = required_manifest(model)
-    _refuse_unbatched(model, manifest.slots, len(adapters))
+    slots = owners(manifest.slots)
+    _refuse_unbatched(model, slots, len(adapters))
     used = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
     told: set[str] = set()
     for adapter in used:
@@ -190,7 +192,7 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
             )
         warn_unchecked(manifest, adapter, told)
     own = [for_file(manifest, adapter) for adapter in used]
-    packed = pack(manifest.slots, own or [_off(manifest.slots)])
+    packed = pack(slots, own or [_off(slots)])
     shares = np.zeros((len(adapters), max(len(used), 1)))
     for column, adapter in enumerate(used):
         shares[[other is adapter for other in adapters], column] = 1
@@ -205,7 +207,7 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
     return Adapter(
         " | ".join(adapter.name if adapter else "-" for adapter in adapters),
         weights,
-        activations={slot.name: slot.activation for slot in manifest.slots},
+        activations={slot.name: slot.activation for slot in slots},
         fingerprint=manifest.fingerprint,
     )
 

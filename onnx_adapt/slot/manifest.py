@@ -7,6 +7,7 @@ metadata can read it, ONNX Runtime included.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,9 @@ does not know.
 """
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
-UNFUSED_KEY = "pkg.onnx_adapt.unfused"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
+UNFUSED_KEY = "pkg.onnx_adapt.unfused"
+"""The same: the fused node that it stands for a part of."""
 
 
 def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
@@ -53,7 +55,7 @@ def slot_of(node: onnx.NodeProto | onnx.ValueInfoProto) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Nodes inserted at one site, with weights of their own.
+    """Nodes inserted at one site, with weights of their own unless it `shares` them.
 
     A field that is `absent(value)` is left out of the record where it has that value.
 
@@ -88,6 +90,7 @@ class Slot:
         columns: Where the columns of these modules start, and at last where they end.
         weight_shape: The shape of the weight that the slot is on; else empty.
         readers: The nodes that read that weight, as addresses of their first outputs.
+        shares: The slot whose weights it uses, as a further place of that; '' for its own.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -117,11 +120,26 @@ class Slot:
     columns: tuple[int, ...] = ()
     weight_shape: tuple[int, ...] = ()
     readers: tuple[str, ...] = ()
+    shares: str = ""
     extra: Extra = ()
+
+    @property
+    def owner(self) -> str:
+        """The name of the slot that owns its weights: its own, or that of the first place."""
+        return self.shares or self.name
+
+    @property
+    def needs(self) -> tuple[object, ...]:
+        """What decides the shapes and the meaning of its weights."""
+        sizes = (self.width, self.source_width, self.bottleneck, self.window)
+        behind = self.rank if self.axis == 1 else 0
+        kind = (self.dtype, self.axis, behind, self.activation, self.norm_after)
+        parts = (self.parts, self.modules, self.columns, self.weight_shape)
+        return (*sizes, *kind, *parts, self.swappable, self.batched)
 
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
-        return weight_name(self.name, part)
+        return weight_name(self.owner, part)
 
     @property
     def on_weight(self) -> bool:
@@ -130,8 +148,8 @@ class Slot:
 
     @property
     def symbol(self) -> str:
-        """The symbolic dimension of the bottleneck: each slot has its own."""
-        return f"r_{self.name}"
+        """The symbolic dimension of the bottleneck: each set of weights has its own."""
+        return f"r_{self.owner}"
 
     @property
     def row_forms(self) -> dict[str, RowForm]:
@@ -221,9 +239,22 @@ def manifest_from_text(text: str) -> Manifest:
             f"the record of slots in the model is damaged ({error!r})",
             hint="another tool rewrote it; insert into the base model again",
         ) from error
-    if len({slot.name for slot in manifest.slots}) != len(manifest.slots):
-        raise ManifestError("two slots of the model have one name")
+    _check_names(manifest.slots)
     return manifest
+
+
+def _check_names(slots: Sequence[Slot]) -> None:
+    by_name = {slot.name: slot for slot in slots}
+    if len(by_name) != len(slots):
+        raise ManifestError("two slots of the model have one name")
+    for slot in slots:
+        owner = by_name.get(slot.owner)
+        if owner is None or owner.shares or owner.needs != slot.needs:
+            raise ManifestError(
+                f"the record of slots in the model is damaged: slot {slot.name!r} cannot use "
+                f"the weights of {slot.owner!r}",
+                hint="another tool rewrote it; insert into the base model again",
+            )
 
 
 def _read(data: dict[str, Any]) -> Manifest:
@@ -299,13 +330,8 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
             del proto.metadata_props[index]
     if manifest is None:
         return
-    base = _Base(
-        manifest.fingerprint,
-        manifest.ir_version,
-        manifest.canonical,
-        manifest.inlined,
-        manifest.base_extra,
-    )
+    rest = manifest.canonical, manifest.inlined, manifest.base_extra
+    base = _Base(manifest.fingerprint, manifest.ir_version, *rest)
     data: dict[str, Any] = {
         "format": FORMAT,
         "base": write_object(base),

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from adapter_models import lora, lora_on, peft_folder, two_layers
 from pipeline_runs import Fixture, Runner, arrays_of, part_of, run_model
+from safetensors.numpy import load_file, save_file
 from slot_models import cli, run
 
 import onnx_adapt as oa
@@ -235,3 +236,38 @@ def test_t5_in_pieces_gives_what_pytorch_gives(tmp_path: Path) -> None:
     answer = arrays_of(T5.home / "lora.npz")["logits"]
     for name, logits in run_model(T5, Runner(files)).items():
         np.testing.assert_allclose(logits, part_of(answer, name), rtol=1e-4, atol=1e-5)
+
+
+PARTS = Path(__file__).parents[1] / "parts"
+
+
+@pytest.mark.parametrize(
+    ("model", "files"),
+    [
+        ("llava", {"vision": "vision_encoder", "language": "decoder_model_merged"}),
+        ("llava", {"vision": "vision_tower", "language": "language_model"}),
+        ("clip", {"text": "text_encoder/model", "vision": "image_encoder/model"}),
+        ("whisper", {"encoder": "encoder_model", "decoder": "decoder_model"}),
+    ],
+)
+def test_pieces_of_a_model_take_the_modules_of_their_part(
+    model: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    trained, tensors = tmp_path / "fr", {}
+    for part, name in files.items():
+        place = tmp_path / "m" / f"{name}.onnx"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PARTS / f"{model}.{part}.onnx", place)
+        folder = PARTS / f"{model}.{part}.adapter"
+        tensors |= load_file(folder / "adapter_model.safetensors")
+        shutil.copytree(folder, trained, dirs_exist_ok=True)
+    save_file(tensors, trained / "adapter_model.safetensors")
+    made = oa.insert_folder(tmp_path / "m", trained)
+    for part, name in files.items():
+        (file,) = (file for file in made.files if file.path == Path(f"{name}.onnx"))
+        assert file.adapted is not None
+        stored = arrays_of(PARTS / f"{model}.{part}.npz")
+        feeds = {k.removeprefix("input."): v for k, v in stored.items() if k[:6] == "input."}
+        with oa.AdapterSession(file.adapted) as session:
+            found = session.run(feeds, adapter=made.adapter)["y"]
+        np.testing.assert_allclose(found, stored[f"adapter.{part}"], rtol=1e-4, atol=1e-4)

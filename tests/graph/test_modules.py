@@ -12,6 +12,7 @@ from sites_models import chosen, meant, model, over, scoped
 
 import onnx_adapt as oa
 from onnx_adapt import Model, Site
+from onnx_adapt.edit.insert import all_places
 from onnx_adapt.errors import AmbiguousSiteError, SiteNotFoundError, SiteRefusedError
 from onnx_adapt.graph.resolve import resolve, resolve_tensor
 from onnx_adapt.graph.sites import Survey, survey_model
@@ -146,12 +147,15 @@ def test_slots_change_neither_the_sites_nor_what_paths_mean(export: str) -> None
 # Modules that run twice
 
 
+def _places(made: Model, *names: str) -> list[list[str]]:
+    """The tensors of all places of each choice."""
+    choices = resolve(survey_model(made), names).choices
+    return [[site.tensor for site in (c.site, *c.further)] for c in choices]
+
+
 @pytest.mark.parametrize("export", ["repeated_dynamo", "repeated_torchscript"])
-def test_a_module_that_runs_twice_is_an_error_that_names_both_calls(export: str) -> None:
-    with pytest.raises(AmbiguousSiteError, match="runs 2 times") as caught:
-        chosen(opened(export), TWICE)
-    listed = caught.value.message.partition("times: ")[2].split(", ")
-    tensors = meant(opened(export), *listed)
+def test_a_module_that_runs_twice_is_one_choice_with_both_calls(export: str) -> None:
+    (tensors,) = _places(opened(export), TWICE)
     values = run(export, set(tensors))
     for i, tensor in enumerate(tensors):
         expected = recorded(export)[f"{TWICE}#{i}"]
@@ -162,11 +166,10 @@ def test_both_exporters_give_the_calls_of_a_module_the_same_slot_names() -> None
     names = []
     for exporter in ("dynamo", "torchscript"):
         base = opened(f"repeated_{exporter}")
-        with pytest.raises(AmbiguousSiteError) as caught:
-            chosen(base, TWICE)
-        calls = caught.value.message.partition("times: ")[2].split(", ")
-        names.append([slot.name for slot in oa.list_slots(oa.insert(base, after=calls))])
-    assert names[0] == names[1]
+        for after in (TWICE, [f"main:{tensor}" for tensor in _places(base, TWICE)[0]]):
+            adapted = oa.insert(base, after=after)
+            names.append([slot.name for slot in all_places(adapted)])
+    assert names[:2] == names[2:] == [["shared", "shared@2"], ["shared", "shared.2"]]
 
 
 # What both exporters write of a block, and of an activation, that run twice.
@@ -184,15 +187,14 @@ DYNAMO = dict.fromkeys("ac", "block.fc") | dict.fromkeys("bd", "block") | {"f": 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize("path", ["block.fc", "block", "act"])
-def test_no_call_of_a_module_that_runs_twice_is_preferred(exporter: str, path: str) -> None:
+def test_all_calls_of_a_module_that_runs_twice_are_found(exporter: str, path: str) -> None:
     made = model(TORCHSCRIPT, "w 4 4", "v 4 4")
     if exporter == "dynamo":
         for node in made.proto.graph.node:
             node.name = f"node_{node.output[0]}"
         made = scoped(made, DYNAMO | dict.fromkeys("ey", "act"))
-    with pytest.raises(AmbiguousSiteError, match=path) as caught:
-        chosen(made, path)
-    assert caught.value.message.count("main:") == 2
+    ends = {"block.fc": ["a", "c"], "block": ["b", "d"], "act": ["e", "y"]}
+    assert _places(made, path) == [ends[path]]
 
 
 def _copied(made: Model, name: str, readers: list[str], change: float = 0) -> Model:
@@ -209,9 +211,7 @@ def _copied(made: Model, name: str, readers: list[str], change: float = 0) -> Mo
 @pytest.mark.parametrize("path", ["block.fc", "block"])
 def test_calls_with_equal_copies_of_a_weight_are_calls_of_one_module(path: str) -> None:
     made = _copied(model(TORCHSCRIPT, "w 4 4", "v 4 4"), "w", ["/block/fc_1/MatMul"])
-    with pytest.raises(AmbiguousSiteError, match=path) as caught:
-        chosen(made, path)
-    assert caught.value.message.count("main:") == 2
+    assert len(_places(made, path)[0]) == 2
 
 
 def test_large_copies_on_disk_are_compared_to_their_end(tmp_path: Path) -> None:
@@ -221,8 +221,7 @@ def test_large_copies_on_disk_are_compared_to_their_end(tmp_path: Path) -> None:
     }"""
     made = _copied(model(text, "w 64 64"), "w", ["/fc_1/MatMul"])
     onnx.save(made.proto, tmp_path / "equal.onnx")
-    with pytest.raises(AmbiguousSiteError):
-        chosen(oa.open_model(tmp_path / "equal.onnx"), "fc")
+    assert _places(oa.open_model(tmp_path / "equal.onnx"), "fc") == [["a", "y"]]
     copy = made.proto.graph.initializer[1]
     copy.raw_data = copy.raw_data[:-1] + bytes([copy.raw_data[-1] ^ 1])
     onnx.save(made.proto, tmp_path / "other.onnx")
@@ -249,15 +248,12 @@ def test_two_weights_in_nameless_constants_are_not_one_module_run_twice() -> Non
     assert meant(model(text), "attention") == ["b"]
 
 
-def test_a_module_in_both_branches_is_an_error_that_names_both_places() -> None:
+def test_a_module_in_both_branches_is_one_choice_with_both_places() -> None:
     text = """g (float[B,4] x, bool c) => (float[B,4] y) {
       [i] y = If(c) <then_branch = t () => (float[B,4] p) {["/fc/MatMul"] p = MatMul(x, w)},
                      else_branch = e () => (float[B,4] q) {["/fc/MatMul"] q = MatMul(x, w)}>
     }"""
-    with pytest.raises(AmbiguousSiteError) as caught:
-        chosen(model(text, "w 4 4"), "fc")
-    assert "main/i.then_branch:p" in caught.value.message
-    assert "main/i.else_branch:q" in caught.value.message
+    assert _places(model(text, "w 4 4"), "fc") == [["p", "q"]]
 
 
 # Fusion

@@ -32,6 +32,19 @@ _SAME = {
 }
 """One part under the names that models and wrappers give it."""
 
+_FAMILY = {word: family for family, words in _SAME.items() for word in words}
+
+
+def family_of(word: str) -> str:
+    """The name of a part of a model, whatever models and wrappers call it.
+
+    Example:
+        >>> family_of("vision_tower"), family_of("vision_encoder"), family_of("decoder")
+        ('vision', 'vision', 'decoder')
+    """
+    return _FAMILY.get(word, word)
+
+
 _OTHERS = frozenset(
     [
         *("encoder", "decoder", "generator", "discriminator", "student", "teacher"),
@@ -59,8 +72,6 @@ _ENCODER_ONLY = frozenset(
     ]
 )
 """Architectures that are one encoder, so that the word names no part of them."""
-
-_FAMILY = {word: family for family, words in _SAME.items() for word in words}
 
 
 def parts_of(path: str, kind: str = "") -> dict[str, str]:

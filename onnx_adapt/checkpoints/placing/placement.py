@@ -71,6 +71,7 @@ class Placement:
         taken: Names that slots already have.
         slots: The slots so far.
         weights: Their weights, by slot and part.
+        wanted: The name that each slot was to have, before it was made unique.
         beside: The slots on layers that compute several modules, by what they read and write.
         on_weights: The slots on weights inside operators, by graph, name and readers of the
             weight.
@@ -84,6 +85,7 @@ class Placement:
     taken: set[str]
     slots: list[Slot] = field(default_factory=list)
     weights: dict[str, dict[str, Array]] = field(default_factory=dict)
+    wanted: dict[str, str] = field(default_factory=dict)
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
     full_names: bool = False
@@ -175,6 +177,7 @@ class Placement:
             )
         unique = free_name(name, self.taken)
         self.taken.add(unique)
+        self.wanted[unique] = name
         ordered = in_order(parts)
         slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
         dtype = DTYPES[target.dtype]
@@ -246,6 +249,7 @@ class Placement:
             return
         unique = free_name(name, self.taken)
         self.taken.add(unique)
+        self.wanted[unique] = name
         slot = new_weight_slot(unique, target, in_order(parts))
         if packing is not None:
             slot = replace(slot, modules=packing.modules, columns=packing.columns)
