@@ -7,6 +7,7 @@ need none of the pipelines::
     <architecture>/base.npz              what PyTorch computes from them: logits
     <architecture>/<method>/             a trained adapter, as its library saved it
     <architecture>/<method>.npz          what PyTorch computes with it
+    <architecture>/decoded.npz           what PyTorch generates greedily, with LoRA and without
     <architecture>/<pipeline>/           the model files that the pipeline wrote
 
 Weights are random and depend on names only, so every run and every library gives the same.

@@ -64,7 +64,7 @@ def insert_into_folder(ctx: click.Context) -> None:
                 proofs[file.path] = proof.raise_for_mismatch()
     label = file_label(made.adapter)
     weights = Path(f"{label}{suffix_of(given['file_format'])}") if given["swappable"] else None
-    _write(folder, out, made, weights, force=given["force"])
+    _write(folder, out, made, weights)
     _show(out, made, proofs, weights, as_json=given["as_json"])
 
 
@@ -94,19 +94,17 @@ def _destination(given: Mapping[str, Any]) -> Path:
             f"{out} is {folder} itself, or one is inside the other",
             hint="give another folder with -o",
         )
-    if out.exists() and not out.is_dir():
-        raise SaveError(f"{out} is a file", hint="give a folder with -o")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
+        raise SaveError(f"{out} is a file or a link", hint="give a folder with -o")
     if out.exists() and any(out.iterdir()) and not given["force"]:
         raise SaveError(
             f"the folder {out} is there already, with other files",
-            hint="give a new folder, or --force to put this one in its place",
+            hint="give a new folder, or --force to replace the files in it of the same names",
         )
     return out
 
 
-def _write(
-    folder: Path, out: Path, made: AdaptedFolder, weights: Path | None, *, force: bool
-) -> None:
+def _write(folder: Path, out: Path, made: AdaptedFolder, weights: Path | None) -> None:
     """Write all files of a folder: to a temporary one first, then moved into place."""
     import onnx_adapt as oa
     from onnx_adapt.model.external_data import references
@@ -134,9 +132,25 @@ def _write(
                 oa.save_model(file.adapted, fresh / file.path)
         if weights is not None:
             oa.save_adapter(made.adapter, fresh / weights)
+        former = Path(work) / "former"
         if out.exists():
-            shutil.rmtree(out) if force else out.rmdir()
-        os.replace(fresh, out)
+            os.replace(out, former)
+        try:
+            os.replace(fresh, out)
+        except OSError:
+            if former.exists():
+                os.replace(former, out)
+            raise
+        _keep_others(former, out)
+
+
+def _keep_others(former: Path, out: Path) -> None:
+    """Move the files of the folder that was replaced into the new one, but for namesakes."""
+    for path in sorted(former.rglob("*")):
+        there = out / path.relative_to(former)
+        if not path.is_dir() and not os.path.lexists(there):
+            there.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, there)
 
 
 def _show(

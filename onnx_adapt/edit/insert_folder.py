@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,21 +29,16 @@ from onnx_adapt.checkpoints.mapping import (
     names_in,
     read_trained,
 )
-from onnx_adapt.checkpoints.modules.model_parts import (
-    family_of,
-    is_cross_attention,
-    part_of_path,
-)
+from onnx_adapt.checkpoints.modules.model_parts import family_of, part_of_path, parts_of
 from onnx_adapt.checkpoints.modules.packed import unpacked
 from onnx_adapt.checkpoints.modules.selection import Selection, is_under
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
+from onnx_adapt.edit.one_model import refuse_half, refuse_missing, refuse_two_models
 from onnx_adapt.errors import CheckpointError, ModelFileError
 from onnx_adapt.model.file import Model, open_model
-from onnx_adapt.words import nearest
 
 _log = logging.getLogger(__name__)
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +112,16 @@ def insert_folder(
     models: dict[Path, Model] = {}
     graphs: dict[Path, Graph] = {}
     held: dict[Path, set[str]] = {}
-    for path in _model_files(Path(folder)):
-        short = path.relative_to(folder)
+    paths: dict[Path, Mapping[str, str]] = {}
+    files = {path.relative_to(folder): path for path in _model_files(Path(folder))}
+    named = _files_by_part(files, wanted)
+    for short, path in files.items():
         models[short] = open_model(path)
         graph = graphs[short] = find_graph(models[short], None, trained.edits)
-        edits, names = _edits_for(trained, graph, short)
+        edits, names = _edits_for(trained, graph, short, named)
         held[short] = {edit.module for edit in edits}
-        _refuse_half(short, wanted, held[short], graph)
+        paths[short] = names
+        refuse_half(short, wanted, held[short], graph)
         if edits:
             parts = {
                 edit.module: unpacked(edit.module, graph.finder.known()) for edit in edits
@@ -132,8 +130,9 @@ def insert_folder(
             found[short] = place_edits(
                 trained, graph, pieces, names, name=name, full_names=True
             )
-    _refuse_missing(wanted, held, graphs)
-    files = tuple(
+    refuse_missing(wanted, held, graphs)
+    refuse_two_models(graphs, paths)
+    adapted = tuple(
         AdaptedFile(
             short,
             model,
@@ -143,7 +142,7 @@ def insert_folder(
         )
         for short, model in models.items()
     )
-    return AdaptedFolder(files, _united(found))
+    return AdaptedFolder(adapted, _united(found))
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -157,9 +156,14 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _edits_for(
-    trained: Trained, graph: Graph, path: Path
+    trained: Trained, graph: Graph, path: Path, named: Mapping[str, Collection[Path]]
 ) -> tuple[list[Edit], Mapping[str, str]]:
-    """The edits that a file has the modules for, and the graph's path of each module."""
+    """The edits that a file has the modules for, and the graph's path of each module.
+
+    A module of a part that other files are named after is not this file's, unless the graph
+    names the part as well: `text_encoder.fc1` is in `text_encoder/model.onnx`, and is not the
+    `fc1` of `text_encoder_2/model.onnx`.
+    """
     known = graph.finder.known()
     parts = {edit.module: unpacked(edit.module, known) for edit in trained.edits}
     wanted = list(dict.fromkeys(one for edit in trained.edits for one in parts[edit.module]))
@@ -168,8 +172,22 @@ def _edits_for(
         part = _part_of_file(path, list(dict.fromkeys(map(part_of_path, wanted))))
         inside = [one for one in wanted if part and is_under(one, part)]
         names = names_in(replace(trained, part=part), graph, inside) if inside else {}
+    elsewhere = {part for part, files in named.items() if path not in files}
+    names = {
+        module: found
+        for module, found in names.items()
+        if (part := part_of_path(module)) not in elsewhere
+        or part.rpartition(".")[2] in found.split(".")
+    }
     edits = [edit for edit in trained.edits if all(n in names for n in parts[edit.module])]
     return edits, names
+
+
+def _files_by_part(files: Collection[Path], wanted: Sequence[str]) -> dict[str, list[Path]]:
+    """The parts of the model that files are named after, each with those files."""
+    parts = [part for part in dict.fromkeys(map(part_of_path, wanted)) if parts_of(part)]
+    claims = {part: [path for path in files if _part_of_file(path, [part])] for part in parts}
+    return {part: found for part, found in claims.items() if found}
 
 
 def _part_of_file(path: Path, parts: Sequence[str]) -> str:
@@ -189,56 +207,13 @@ def _part_of_file(path: Path, parts: Sequence[str]) -> str:
 
 
 def _beginnings_of(text: str) -> list[str]:
+    """The words that a name begins with; `text_encoder_2` is no `text_encoder`."""
     words = re.split(r"[_\-.]", text)
-    return ["_".join(words[:i]) for i in range(1, len(words) + 1)]
-
-
-def _refuse_half(path: Path, wanted: Sequence[str], held: set[str], graph: Graph) -> None:
-    """Refuse a file that has some layers of a part, and lacks others of the same part.
-
-    What a decoder reads from its cache may be missing, and what is in no layer, such as
-    embeddings, may be in a file of its own.
-    """
-    parts = {part_of_path(module) for module in held if _LAYER.search(module)}
-    lacking = [
-        module
-        for module in wanted
-        if module not in held and part_of_path(module) in parts and _LAYER.search(module)
-        if not is_cross_attention(module)
+    return [
+        "_".join(words[:i])
+        for i in range(1, len(words) + 1)
+        if i == len(words) or not words[i].isdigit()
     ]
-    if lacking:
-        near = nearest(lacking[0], graph.finder.known(), 1)
-        raise CheckpointError(
-            f"{path} has {len(held)} modules of the checkpoint and lacks "
-            f"{', '.join(lacking[:_SHOWN])} of the same part"
-            + (f"; the nearest there is {near[0]}" if near else ""),
-            hint="are its files of two models? give a folder with those of one",
-        )
-
-
-_LAYER = re.compile(r"(^|\.)\d+(\.|$)")
-
-
-def _refuse_missing(
-    wanted: Iterable[str], held: Mapping[Path, set[str]], graphs: Mapping[Path, Graph]
-) -> None:
-    """Refuse a checkpoint with modules that no file has."""
-    somewhere = {module for modules in held.values() for module in modules}
-    missing = [module for module in wanted if module not in somewhere]
-    if not missing:
-        return
-    nearby = [
-        f"{path}: {near[0]}"
-        for path, graph in graphs.items()
-        if (near := nearest(missing[0], graph.finder.known(), 1))
-    ]
-    raise CheckpointError(
-        f"{len(missing)} modules of the checkpoint are in no file: "
-        f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}; nearest to "
-        f"{missing[0]}: {'; '.join(nearby) or 'none'}",
-        hint="if the files call them otherwise, rename them: --map OLD=NEW; --part takes one "
-        "part of the checkpoint alone",
-    )
 
 
 def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
@@ -259,7 +234,13 @@ def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
                     hint="are its files of two models? give a folder with those of one",
                 )
             weights[slot] = max(weights[slot], parts, key=_precision)
-        replaced |= {k: v for k, v in adapter.replaced.items() if k not in replaced}
+        for key, value in adapter.replaced.items():
+            if not _same({key: replaced.setdefault(key, value)}, {key: value}):
+                raise CheckpointError(
+                    f"{key!r} of {path} is laid out otherwise than in another file",
+                    hint="insert into each file alone, with --part for the part that it is",
+                )
+            replaced[key] = max(replaced[key], value, key=lambda array: array.itemsize)
         activations |= adapter.activations
     bases = tuple(dict.fromkeys(adapter.fingerprint for adapter in others))
     return replace(

@@ -260,8 +260,9 @@ class AdapterSession:
         if isinstance(adapter, str):
             return ((self._cache.use(adapter), 1),)
         if isinstance(adapter, Adapter):
-            self._check(adapter, allow_partial=False)
-            return ((read(adapter)[1], 1),)
+            own = self._own(adapter)
+            self._check(own, allow_partial=False)
+            return ((read(own)[1], 1),)
         if isinstance(adapter, Mapping) and adapter:
             return self._cache.shares(adapter)
         raise AdapterError(

@@ -122,6 +122,47 @@ def test_a_folder_of_two_models_is_refused(tmp_path: Path, capsys: Capture) -> N
     assert "another size" in err
 
 
+def _retrained(dtype: type = np.float32) -> onnx.ModelProto:
+    """The same layers with other weights."""
+    proto = two_layers(dtype)
+    for tensor in proto.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        turned = np.ascontiguousarray(value[..., ::-1] + 1)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(turned, tensor.name))
+    return proto
+
+
+@pytest.mark.parametrize(
+    "names", [("bert_en", "bert_de"), ("model", "model_fp16"), ("unet", "text_encoder")]
+)
+def test_a_folder_of_two_models_of_the_same_sizes_is_refused(
+    names: tuple[str, str], tmp_path: Path, capsys: Capture
+) -> None:
+    models = {names[0]: two_layers(), names[1]: _retrained()}
+    trained = peft_folder(tmp_path / "fr", lora())
+    err = _refused(capsys, _folder(tmp_path / "m", **models), trained, tmp_path / "out")
+    assert "module 'fc" in err
+    assert all(f"{name}.onnx" in err for name in names)
+
+
+def test_a_part_that_one_file_is_named_after_goes_into_no_other(tmp_path: Path) -> None:
+    base = _folder(tmp_path / "m", text_encoder=two_layers(), text_encoder_2=_retrained())
+    tensors = lora(modules=["text_encoder_2.fc1", "text_encoder_2.fc2"])
+    made = oa.insert_folder(base, peft_folder(tmp_path / "fr", tensors))
+    assert [file.path.stem for file in made.files if file.adapted] == ["text_encoder_2"]
+
+
+def test_a_file_with_a_namesake_of_one_module_is_not_adapted(tmp_path: Path) -> None:
+    """`fc1` of another model is a short name, and may be met by accident."""
+    text = two_layers().SerializeToString().replace(b"fc2", b"ab2").replace(b"/fc1", b"/d/1")
+    other = onnx.ModelProto.FromString(text)
+    for node in other.graph.node:
+        node.name = node.name.replace("/d/1", "/decoder/fc1")
+    base = _folder(tmp_path / "m", unet=two_layers(), vae_decoder=other)
+    made = oa.insert_folder(base, peft_folder(tmp_path / "fr", lora()))
+    assert [file.path.stem for file in made.files if file.adapted] == ["unet"]
+
+
 def test_a_file_with_half_of_the_layers_is_refused(tmp_path: Path, capsys: Capture) -> None:
     def named(*names: str) -> onnx.ModelProto:
         proto = two_layers()
@@ -164,7 +205,8 @@ def test_a_destination_that_is_in_use_is_refused(
     assert sorted(tmp_path.rglob("*")) == before
     if out == "full":
         assert cli(capsys, *command, "--force")[0] == 0
-        assert not (tmp_path / "full" / "mine.txt").exists()
+        assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+        assert (tmp_path / "full" / "config.json").read_text() == "{}"
 
 
 def _refused(capsys: Capture, base: Path, trained: Path, out: Path) -> str:

@@ -14,6 +14,7 @@ from pipelines.architectures import ARCHITECTURES, Architecture, make
 from torch import nn
 
 RANK = 4
+STEPS = 8
 STD = 0.3
 
 
@@ -39,6 +40,22 @@ def compute(model: nn.Module, inputs: Arrays) -> np.ndarray:
     with torch.no_grad():
         given = {name: torch.from_numpy(array) for name, array in inputs.items()}
         return model(**given).logits.numpy()
+
+
+def decode(model: nn.Module, inputs: Arrays) -> Arrays:
+    """Return what greedy decoding gives in PyTorch, without a cache: tokens and their logits.
+
+    ``tokens`` is ``(rows, STEPS + 1)``, with the start token first; ``logits`` is
+    ``(rows, STEPS, vocabulary)``.
+    """
+    rows = len(inputs["decoder_input_ids"])
+    given = {name: array for name, array in inputs.items() if name != "decoder_input_ids"}
+    found = np.full((rows, 1), model.config.decoder_start_token_id, np.int64)
+    for _ in range(STEPS):
+        logits = compute(model, {**given, "decoder_input_ids": found})
+        chosen = logits[:, -1:].argmax(-1)
+        found = np.concatenate([found, chosen], axis=1)
+    return {"tokens": found, "logits": logits}
 
 
 def attach_peft(name: str, method: str, folder: Path) -> nn.Module:
@@ -96,7 +113,26 @@ def write_answers(name: str, folder: Path) -> None:
         if not SMALLEST_EFFECT < effect < np.inf:
             raise RuntimeError(f"{name}/{method}: the adapter's effect is {effect}")
         np.savez_compressed(folder / f"{method}.npz", logits=logits)
+        if method == "lora" and "decoder_input_ids" in inputs:
+            write_decoded(name, adapted, folder)
         print(f"{name}/{method}: effect {effect:.3f}", flush=True)
+
+
+def write_decoded(name: str, adapted: nn.Module, folder: Path) -> None:
+    """Write what the base and an adapted model of an encoder and a decoder generate.
+
+    Raises:
+        RuntimeError: If both generate the same.
+    """
+    inputs = ARCHITECTURES[name].inputs()
+    plain, trained = decode(make(name), inputs), decode(adapted, inputs)
+    if np.array_equal(plain["tokens"], trained["tokens"]):
+        raise RuntimeError(f"{name}: the adapter changes no token")
+    np.savez_compressed(
+        folder / "decoded.npz",
+        **{f"base.{key}": value for key, value in plain.items()},
+        **{f"lora.{key}": value for key, value in trained.items()},
+    )
 
 
 WITH_BOTTLENECK = ("bert", "gpt2", "llama", "bart")

@@ -154,7 +154,7 @@ def _mappings(
         yield [
             (change, found)
             for change, found in pairs
-            if found and (set(needed) <= found.keys() or not change.only_whole)
+            if found and (not change.only_whole or change.is_whole(names, found, needed))
         ]
 
 
@@ -222,6 +222,13 @@ class _Change:
         }
         return {module: name for module, name in full.items() if name in known}
 
+    def is_whole(
+        self, names: Mapping[str, str], found: Collection[str], needed: Collection[str]
+    ) -> bool:
+        """Whether all needed modules are found; if none is needed, all that begin alike."""
+        alike = {module for module, name in names.items() if name.startswith(self.removed)}
+        return (set(needed) or alike).issubset(found)
+
     def replaces_a_part(self, known: Collection[str]) -> bool:
         """Whether the prefixes name different parts of a model, and not just two wrappers.
 
@@ -259,19 +266,8 @@ def _changes(names: Sequence[str], known: Collection[str], kind: str) -> list[_C
 
 _ARCHITECTURES = frozenset(
     [
-        "albert",
-        "bart",
-        "bert",
-        "beit",
-        "clip",
-        "deberta",
-        "deit",
-        "distilbert",
-        "electra",
-        "gpt2",
-        "mpnet",
-        "roberta",
-        "vit",
+        *("albert", "bart", "bert", "beit", "clip", "deberta", "deit", "distilbert"),
+        *("electra", "gpt2", "mpnet", "roberta", "vit"),
     ]
 )
 """The names of base models inside models with a head (transformers' `base_model_prefix`)."""
@@ -340,8 +336,11 @@ def _renaming(left: Sequence[str], paths: Sequence[str]) -> str:
     """How to rename modules that were not found, after a path that ends alike."""
     words = "OLD=NEW"
     for module in left:
-        ends = [path for path in paths if path.split(".")[-1] == module.split(".")[-1]]
-        if near := nearest(module, ends, 1):
+        ending, parts = module.split(".")[-2:], parts_of(module).keys()
+        alike = [
+            p for p in paths if p.split(".")[-2:] == ending and parts_of(p).keys() == parts
+        ]
+        if near := nearest(module, alike, 1):
             words = map_words(module, near[0])
             break
     return f"if its modules have other names there, rename them: --map {words}"
