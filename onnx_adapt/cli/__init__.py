@@ -17,18 +17,8 @@ from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *(
-        "report",
-        "convert",
-        "fill",
-        "extract",
-        "run",
-        "build",
-        "pack",
-        "export",
-        "serve",
-        "completion",
-    ),
+    *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "export"),
+    *("serve", "completion"),
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"
@@ -62,7 +52,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"onnx_adapt.cli.{cmd_name}").command
+        module = import_module(f"onnx_adapt.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
         if _QUIET not in command.params:
             command.params.append(_QUIET)
         return command

@@ -71,8 +71,8 @@ def command(
         )
     for text in together[:3] if len(adapters) > 1 else ():
         say(f"note: feed only one at a time: {text}")
-    good = [file for file in files if not problems.get(file)]
-    _suggest(model, good if not problems[model] else [])
+    good = [file for file in files if not problems.get(file)] if not problems[model] else []
+    _suggest(model, {file: named[file] for file in good})
     if wrong:
         ctx.exit(1)
 
@@ -96,17 +96,26 @@ def _tell_notes(notes: Mapping[str, Sequence[str]]) -> None:
             say(f"note: {place}: {len(found) - 3} slots more; --json has all")
 
 
-def _suggest(model: str, fitting: Sequence[str]) -> None:
-    """Suggest what to do with an adapter that fits, or with a model none fits."""
+def _suggest(model: str, fitting: Mapping[str, Adapter]) -> None:
+    """Suggest what to do with an adapter that fits, or with a model none fits.
+
+    An adapter of `pack-rows` is for other runtimes; no command here runs it.
+    """
     import onnx_adapt as oa
+    from onnx_adapt.adapter.fitting import required_manifest, rows_of
 
     if not fitting:
         say_next("slots", model)
-    elif all(slot.swappable for slot in oa.list_slots(oa.open_model(model))):
-        again = "--adapter", fitting[0], "--compare", "base"
+        return
+    manifest = required_manifest(oa.open_model(model))
+    single = [file for file, adapter in fitting.items() if not rows_of(manifest, adapter)]
+    if not single:
+        say_next("slots", model)
+    elif all(slot.swappable for slot in manifest.slots):
+        again = "--adapter", single[0], "--compare", "base"
         say_next("run", model, "--inputs", "x.npz", *again)
     else:
-        say_next("fill", model, fitting[0])
+        say_next("fill", model, single[0])
 
 
 def _unchecked(model: str, adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:

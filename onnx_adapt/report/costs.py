@@ -160,7 +160,7 @@ def update_cost(
     ran = trace(adapted, {**feeds, **weights_fed(adapted, weights, adapter)}, providers)
     names = {slot.name for slot in slots}
     return UpdateCost(
-        len(slots),
+        len(owners(slots)),
         sum(item.flops for item in ran if item.slot in names),
         sum(item.flops for item in ran if not item.slot),
         feeds,

@@ -19,7 +19,13 @@ import numpy as np
 
 from onnx_adapt.adapter.blending import blend_part, blend_slot
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import require_fit, required_manifest, rows_of, warn_unchecked
+from onnx_adapt.adapter.fitting import (
+    for_file,
+    require_fit,
+    required_manifest,
+    rows_of,
+    warn_unchecked,
+)
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
@@ -185,7 +191,8 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
                 hint="pack the adapters that it was made of",
             )
         warn_unchecked(manifest, adapter, told)
-    packed = pack(slots, used or [_off(slots)])
+    own = [for_file(manifest, adapter) for adapter in used]
+    packed = pack(slots, own or [_off(slots)])
     shares = np.zeros((len(adapters), max(len(used), 1)))
     for column, adapter in enumerate(used):
         shares[[other is adapter for other in adapters], column] = 1

@@ -127,6 +127,9 @@ WALK = (
     ["extract", "bert.adapted.filled.onnx", "-o", "e.safetensors"],
     ["check", "bert.adapted.filled.onnx", "e.safetensors"],
     ["remove", "bert.adapted.onnx"],
+    ["insert", "base.onnx", "--after", NODE, "--batched", "-o", "rows.onnx"],
+    ["pack-rows", "rows.onnx", "-", "-", "-o", "rows.npz"],
+    ["check", "rows.onnx", "rows.npz"],
     ["build", "8"],
 )
 

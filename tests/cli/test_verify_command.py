@@ -112,7 +112,7 @@ def test_the_json_report_has_stable_keys(
     assert [set(check) for check in report["checks"]] == [
         {"name", "passed", "detail", "warnings"}
     ] * 6
-    numbers = {"name", "error", "tolerance", "bottlenecks", "effect", "ratio"}
+    numbers = {"name", "error", "tolerance", "bottlenecks", "effect", "ratio", "shares"}
     assert [set(slot) for slot in report["slots"]] == [numbers] * 2
     assert report["shapes"][0]["x"][1] == 4
     assert (report["base"], report["adapted"]) == ("base.onnx", "adapted.onnx")

@@ -16,9 +16,9 @@ from trained_cases import CASES
 import onnx_adapt as oa
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.edit.insert import all_places
-from onnx_adapt.errors import AdaptError, CheckpointError, ManifestError, SiteError, SlotError
+from onnx_adapt.errors import CheckpointError, ManifestError, SiteError, SlotError
 from onnx_adapt.slot.manifest import KEY, manifest_from_text
-from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.places import further_place, owners
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((4, 4)).astype("f")
@@ -371,16 +371,42 @@ def test_a_shared_checkpoint_fills_the_separate_slots_of_an_older_model(
     _close(got, np.tanh(X @ (W + ba)) @ (W + ba) @ V)
 
 
+def _forced_to_share(checkpoint: oa.Checkpoint) -> oa.Checkpoint:
+    """A checkpoint whose second slot uses the weights of its first."""
+    first, second = checkpoint.slots
+    weights = {first.name: checkpoint.adapter.weights[first.name]}
+    return replace(
+        checkpoint,
+        slots=(first, further_place(second, first, set())),
+        adapter=replace(checkpoint.adapter, weights=weights),
+    )
+
+
+def test_a_checkpoint_with_other_weights_for_each_place_of_a_slot_is_refused(
+    tmp_path: Path,
+) -> None:
+    base = _with_another_weight(_base(TWICE))
+    dora = oa.load_checkpoint(_lora(tmp_path / "dora", use_dora=True), base)
+    model = oa.insert_checkpoint(base, _forced_to_share(dora))
+    with pytest.raises(CheckpointError, match="has others for 'c'") as caught:
+        oa.convert(tmp_path / "dora", model)
+    assert "insert --adapter" in caught.value.hint
+
+
 def test_a_slot_at_more_places_than_a_checkpoint_changes_is_refused(tmp_path: Path) -> None:
     base = _base(TWICE)
-    model = oa.insert_checkpoint(base, oa.load_checkpoint(_lora(tmp_path / "a"), base))
-    manifest = json.loads(
-        next(entry.value for entry in model.proto.metadata_props if entry.key == KEY)
-    )
-    manifest["slots"][1]["tensor"] = "elsewhere"
-    for entry in model.proto.metadata_props:
-        if entry.key == KEY:
-            entry.value = json.dumps(manifest)
-    with pytest.raises(AdaptError) as caught:
-        oa.convert(tmp_path / "a", model)
-    assert caught.value.hint
+    for node in base.proto.graph.node:
+        node.name = node.name.replace("/fc_1/", "/other/")
+    rng = np.random.default_rng(1)
+    tensors = {
+        f"base_model.model.{module}.lora_{matrix}.weight": rng.standard_normal(shape)
+        for module in ("fc", "other")
+        for matrix, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    tensors = {key: value.astype("f") for key, value in tensors.items()}
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["fc", "other"]}
+    both = oa.load_checkpoint(peft_folder(tmp_path / "both", tensors, **options), base)
+    model = oa.insert_checkpoint(base, _forced_to_share(both))
+    with pytest.raises(CheckpointError, match="changes nothing at 'c'") as caught:
+        oa.convert(_lora(tmp_path / "one"), model, allow_partial=True)
+    assert "insert --adapter" in caught.value.hint

@@ -327,8 +327,8 @@ def test_the_table_of_insert_has_the_axis(axis: str, shown: str, tmp_path: Path)
     done = _insert(tmp_path / "base.onnx", "--after", "act", "--axis", axis)
     assert done.returncode == 0, done.stderr
     header, row = done.stdout.splitlines()
-    assert header.split()[:4] == ["slot", "tensor", "width", "axis"]
-    assert row.split()[3] == shown
+    assert header.split()[:5] == ["slot", "tensor", "places", "width", "axis"]
+    assert row.split()[2:5:2] == ["1", shown]
 
 
 def test_an_axis_that_is_no_number_is_a_usage_error(tmp_path: Path) -> None:
