@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onnx_adapt.dtypes import Array
@@ -124,4 +125,23 @@ class Coupling:
     activation: str
 
 
-Edit = LowRank | ParameterLowRank | Scaling | Replacement | Bottleneck | Coupling
+Weighed = tuple[Array, Array | None]
+"""The weight of a layer in PyTorch's layout, and its bias or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reweight:
+    """A weight that is computed from the base's own: `weight, bias = compute(weight, bias)`.
+
+    Attributes:
+        module: Path of the Linear, Conv1D, Conv2d or Embedding.
+        compute: From the base's weight `(out, in)`, or `(out, in, kh, kw)` for Conv2d, and
+            its bias `(out,)` or None, in float64, to the trained ones. It raises a
+            CheckpointError if they are of another size.
+    """
+
+    module: str
+    compute: Callable[[Array, Array | None], Weighed]
+
+
+Edit = LowRank | ParameterLowRank | Scaling | Replacement | Reweight | Bottleneck | Coupling

@@ -18,7 +18,7 @@ from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
 from onnx_adapt.checkpoints.placing.sharing import share_weights
-from onnx_adapt.checkpoints.readers.folder import Folder, name_damage
+from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_draft import FusedPlace
@@ -127,7 +127,7 @@ def place_edits(
     replaced: dict[str, Array] = {}
     plans: list[ReplacementPlan] = []
     for edit in edits:
-        with name_damage(trained.folder, edit.module):
+        with name_damage(trained.saved, edit.module):
             if isinstance(edit, Replacement):
                 edit = as_low_rank(placement, edit) or edit
             if isinstance(edit, Replacement):
@@ -137,7 +137,7 @@ def place_edits(
                 place(placement, edit)
     share_weights(placement)
     adapter = Adapter(
-        adapter_name(trained.folder, name),
+        adapter_name(trained.saved, name),
         placement.weights,
         replaced,
         {slot.name: slot.activation for slot in owners(placement.slots)},
@@ -147,9 +147,9 @@ def place_edits(
     return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
 
 
-def adapter_name(folder: Folder, name: str) -> str:
+def adapter_name(saved: Saved, name: str) -> str:
     """The name of an adapter: as given, AdapterHub's, or the folder's."""
-    return name or str(folder.config.get("name") or "") or folder.path.resolve().name
+    return name or str(saved.config.get("name") or "") or saved.path.resolve().name
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:

@@ -21,8 +21,8 @@ from onnx_adapt.checkpoints.modules.names import (
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection, map_part
-from onnx_adapt.checkpoints.readers.folder import Folder, read_state_dict
-from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
+from onnx_adapt.checkpoints.readers.saved import Saved, read_state_dict
+from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.sites import Survey, survey_model
@@ -36,13 +36,13 @@ class Trained:
     """A checkpoint as it was read, with the modules that are wanted of it.
 
     Attributes:
-        folder: The checkpoint's folder.
+        saved: The checkpoint, as it was saved.
         edits: What it asks for, by the modules' new names.
         part: The path that all of them are under, or ''.
         head: Weights of a head saved beside the adapter, by key.
     """
 
-    folder: Folder
+    saved: Saved
     edits: list[Edit]
     part: str
     head: Mapping[str, Array]
@@ -50,7 +50,7 @@ class Trained:
     @property
     def kind(self) -> str:
         """The architecture of the model that was trained, if it is known."""
-        return str(self.folder.config.get("model_type", ""))
+        return str(self.saved.config.get("model_type", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,16 @@ class Graph:
 
 
 def read_trained(path: str | os.PathLike[str], selection: Selection) -> Trained:
-    """Read a checkpoint folder, and choose and rename its modules.
+    """Read a checkpoint, and choose and rename its modules.
 
     Raises:
         CheckpointError: If it cannot be read, or the selection fits no module.
     """
-    folder = read_folder(Path(path))
-    edits = read_edits(folder)
+    saved = read_saved(Path(path))
+    edits = read_edits(saved)
     if not edits:
-        raise CheckpointError(f"{folder.path} asks for nothing")
-    return Trained(folder, selection.edits(edits), selection.part, selection.head(folder.head))
+        raise CheckpointError(f"{saved.path} asks for nothing")
+    return Trained(saved, selection.edits(edits), selection.part, selection.head(saved.head))
 
 
 def find_graph(

@@ -13,8 +13,11 @@ from slot_models import run
 
 import onnx_adapt as oa
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Scaling
-from onnx_adapt.checkpoints.readers import adapterhub, peft, table
-from onnx_adapt.checkpoints.readers.folder import Folder
+from onnx_adapt.checkpoints.readers import adapterhub, table
+from onnx_adapt.checkpoints.readers.files import Files
+from onnx_adapt.checkpoints.readers.peft_methods import table as peft_table
+from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.saved import Saved
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -47,16 +50,20 @@ def _hidden(model: oa.Model) -> Array:
 def test_a_library_is_one_row_and_one_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rank_one(folder: Folder) -> list[Edit]:
-        column, row = folder.tensors["column"], folder.tensors["row"]
-        return [LowRank(str(folder.config["rank_one"]), row, column, 1.0)]
+    def read(files: Files) -> Saved:
+        tensors = files.tensors(("rank_one.safetensors",), "give the folder")
+        return Saved(files.path, "rank_one", files.config(), tensors)
+
+    def rank_one(saved: Saved) -> list[Edit]:
+        column, row = saved.tensors["column"], saved.tensors["row"]
+        return [LowRank(str(saved.config["rank_one"]), row, column, 1.0)]
 
     row = table.Reader(
         label="RankOne",
-        recognises=lambda config: "rank_one" in config,
+        recognises=lambda files: "rank_one" in files.config(),
         mark="`rank_one`",
-        saver="dump",
-        weights=("rank_one.safetensors",),
+        gives="the folder that dump (RankOne) wrote",
+        read=read,
         edits=rank_one,
     )
     down, up = VECTOR[None], np.arange(4, dtype=np.float32)[:, None]
@@ -78,10 +85,9 @@ def test_a_library_is_one_row_and_one_function(
 def test_a_method_of_peft_is_one_row_and_one_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def doubled(
-        module: str, parts: dict[str, Array], config: Mapping[str, Any]
-    ) -> Iterator[Edit]:
-        yield Scaling(module, parts["half_l"] * config["times"], on_input=False)
+    def doubled(found: ModuleTensors) -> Iterator[Edit]:
+        vector = found.parts["half_l"] * found.config["times"]
+        yield Scaling(found.module, vector, on_input=False)
 
     config = {"peft_type": "HALVES", "times": 2}
     file = "adapter_model.safetensors"
@@ -91,7 +97,7 @@ def test_a_method_of_peft_is_one_row_and_one_function(
     base = saved_model(tmp_path / "model.onnx")
     with pytest.raises(CheckpointError, match="peft_type HALVES is not supported"):
         oa.load_checkpoint(folder, oa.open_model(base))
-    monkeypatch.setitem(peft.METHODS, "HALVES", peft.Method(("half_l",), doubled))
+    monkeypatch.setitem(peft_table.METHODS, "HALVES", peft_table.Method(("half_l",), doubled))
     wanted = X @ W1.T * VECTOR
     np.testing.assert_allclose(_hidden(_filled(folder, base)), wanted, rtol=1e-5, atol=1e-5)
 
@@ -115,6 +121,6 @@ def test_a_method_of_adapterhub_is_one_row_and_one_function(
     np.testing.assert_allclose(_hidden(_filled(folder, base)), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(peft._REFUSED_METHODS))
+@pytest.mark.parametrize("kind", sorted(peft_table.REFUSED_METHODS))
 def test_a_method_that_is_refused_is_not_read_as_well(kind: str) -> None:
-    assert kind not in peft.METHODS
+    assert kind not in peft_table.METHODS

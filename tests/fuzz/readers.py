@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 
 import onnx_adapt as oa
 from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
-from onnx_adapt.checkpoints.readers.table import read_edits, read_folder
+from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.cli.run import read_choice
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import AdaptError, ModelFileError
@@ -214,7 +214,7 @@ def config(data: bytes) -> None:
     if not place.exists():
         shutil.copytree(CASES / case / "adapter", place)
     (place / "adapter_config.json").write_bytes(data)
-    read_edits(read_folder(place))
+    read_edits(read_saved(place))
 
 
 def choice(data: bytes) -> None:

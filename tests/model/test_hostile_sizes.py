@@ -22,7 +22,7 @@ from onnx import helper
 from waiting import LONG
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.readers.peft import refuse_slow
+from onnx_adapt.checkpoints.readers.peft_settings import refuse_slow
 from onnx_adapt.errors import AdapterError, AdaptError, CheckpointError, ModelFileError
 from onnx_adapt.model import walk
 from onnx_adapt.proof.feeds import read_arrays
@@ -432,7 +432,7 @@ def test_inputs_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
 ENDLESS = """
 import sys, onnx_adapt as oa
 from pathlib import Path
-from onnx_adapt.checkpoints.readers.folder import read_state_dict
+from onnx_adapt.checkpoints.readers.saved import read_state_dict
 from onnx_adapt.proof.feeds import read_arrays
 from onnx_adapt.session.ort_adapter import read
 path = Path(sys.argv[1])

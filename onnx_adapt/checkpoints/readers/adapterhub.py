@@ -18,7 +18,7 @@ from onnx_adapt.checkpoints.edits import (
     Scaling,
 )
 from onnx_adapt.checkpoints.readers.adapterhub_places import bottleneck_place, sub_layer
-from onnx_adapt.checkpoints.readers.folder import Folder, name_damage, number
+from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -71,23 +71,23 @@ class Trained:
     """What a method's function may read beside the tensors of one place.
 
     Attributes:
-        folder: The checkpoint.
+        saved: The checkpoint.
         config: The method's settings, from `config` in adapter_config.json.
         shared: Tensors that all places have in common.
     """
 
-    folder: Folder
+    saved: Saved
     config: Mapping[str, Any]
     shared: Mapping[str, Array]
 
 
-def adapterhub_edits(folder: Folder) -> list[Edit]:
+def adapterhub_edits(saved: Saved) -> list[Edit]:
     """Read what an AdapterHub checkpoint asks for.
 
     Raises:
         CheckpointError: If the method or one of its settings is not supported.
     """
-    config = dict(folder.config.get("config") or {})
+    config = dict(saved.config.get("config") or {})
     architecture = config.get("architecture")
     if architecture not in (None, "lora"):
         reason = _REFUSED_ARCHITECTURES.get(str(architecture))
@@ -95,35 +95,35 @@ def adapterhub_edits(folder: Folder) -> list[Edit]:
             f"architecture {architecture!r} is not supported{f': {reason}' if reason else ''}",
             hint="bottleneck adapters, LoRA, IA3 and DoRA are",
         )
-    groups = _group(folder)
+    groups = _group(saved)
     shared = {
         key: value
         for (_, kind), parts in groups.items()
         if kind == _SHARED
         for key, value in parts.items()
     }
-    trained = Trained(folder, config, shared)
+    trained = Trained(saved, config, shared)
     edits: list[Edit] = []
     for (location, kind), parts in groups.items():
-        with name_damage(folder, location):
+        with name_damage(saved, location):
             if kind in METHODS:
                 edits.append(METHODS[kind](location, parts, trained))
     if not edits:
-        raise CheckpointError(f"{folder.path} has no adapter weights")
-    return edits + list(_head(folder))
+        raise CheckpointError(f"{saved.path} has no adapter weights")
+    return edits + list(_head(saved))
 
 
-def _group(folder: Folder) -> dict[tuple[str, str], dict[str, Array]]:
+def _group(saved: Saved) -> dict[tuple[str, str], dict[str, Array]]:
     """Sort tensors by where the adapter is and of what kind it is.
 
     `bert.encoder.layer.0.output.adapters.fr.adapter_up.weight` of the adapter `fr` is
     `adapter_up.weight` at `bert.encoder.layer.0.output`, of the kind `adapters`.
     """
-    name = re.escape(str(folder.config.get("name")))
+    name = re.escape(str(saved.config.get("name")))
     kinds = "|".join((*METHODS, _SHARED, *_REFUSED_KINDS))
     pattern = re.compile(rf"^(?:(.*?)\.)?({kinds})\.{name}\.(.+)$")
     groups: dict[tuple[str, str], dict[str, Array]] = {}
-    for key, value in folder.tensors.items():
+    for key, value in saved.tensors.items():
         current = ".".join(_LEGACY.get(part, part) for part in key.split("."))
         match = pattern.match(current)
         if match is None:
@@ -135,9 +135,9 @@ def _group(folder: Folder) -> dict[tuple[str, str], dict[str, Array]]:
     return groups
 
 
-def _activation(config: Mapping[str, Any], folder: Folder) -> str:
+def _activation(config: Mapping[str, Any], saved: Saved) -> str:
     name = str(config.get("non_linearity", "relu")).lower()
-    if "version" not in folder.config:
+    if "version" not in saved.config:
         name = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(name, name)
     if name not in ACTIVATIONS:
         raise CheckpointError(
@@ -183,9 +183,9 @@ _PHM = re.compile(r"^(.*)\.(W_left|W_right|W|phm_rule|b)$")
 
 
 def _bottleneck(location: str, parts: dict[str, Array], trained: Trained) -> Bottleneck:
-    config, folder = trained.config, trained.folder
+    config, saved = trained.config, trained.saved
     parts = _without_phm(location, parts, trained.shared)
-    module, post_ln = sub_layer(location, folder)
+    module, post_ln = sub_layer(location, saved)
     down = next(k for k, v in parts.items() if k.startswith("adapter_down") and v.ndim == 2)
     weights = {
         "down": parts[down].T,
@@ -215,11 +215,11 @@ def _bottleneck(location: str, parts: dict[str, Array], trained: Trained) -> Bot
     if "scale" in extra:
         extra["scale"] = np.zeros(weights["up"].shape[1])
     weights.update(extra)
-    return Bottleneck(module, place, reads, weights, _activation(config, folder), norm_after)
+    return Bottleneck(module, place, reads, weights, _activation(config, saved), norm_after)
 
 
 def _lora(module: str, parts: dict[str, Array], trained: Trained) -> Edit:
-    config, folder = trained.config, trained.folder
+    config, saved = trained.config, trained.saved
     if "vera_D" in parts or "vera_B" in parts:
         raise CheckpointError(
             f"{module!r}: VeRA is not supported: VeRA scales random matrices that all "
@@ -227,7 +227,7 @@ def _lora(module: str, parts: dict[str, Array], trained: Trained) -> Edit:
         )
     b = parts["lora_B"]
     rank, alpha = int(number(config.get("r", 1), "r")), number(config.get("alpha", 1), "alpha")
-    if _before_1_1(folder) and "lora_A" in parts:
+    if _before_1_1(saved) and "lora_A" in parts:
         alpha = float(rank)
     if config.get("composition_mode") == "scale":
         if config.get("use_gating"):
@@ -251,9 +251,9 @@ def _lora(module: str, parts: dict[str, Array], trained: Trained) -> Edit:
     )
 
 
-def _before_1_1(folder: Folder) -> bool:
+def _before_1_1(saved: Saved) -> bool:
     """Whether the library that trained the adapter ignored alpha."""
-    match = re.match(r"adapters\.(\d+)\.(\d+)", str(folder.config.get("version", "")))
+    match = re.match(r"adapters\.(\d+)\.(\d+)", str(saved.config.get("version", "")))
     return match is not None and (int(match[1]), int(match[2])) < (1, 1)
 
 
@@ -291,9 +291,9 @@ def _fused_matrix(b: Array, rows: int, config: Mapping[str, Any]) -> Array:
 
 
 def _coupling(location: str, parts: dict[str, Array], trained: Trained) -> Coupling:
-    config, folder = trained.config, trained.folder
-    kind = str(folder.config.get("model_type"))
-    described = f"{folder.config.get('model_class')} {folder.head_config.get('config')}"
+    config, saved = trained.config, trained.saved
+    kind = str(saved.config.get("model_type"))
+    described = f"{saved.config.get('model_class')} {saved.head_config.get('config')}"
     if kind not in _EMBEDDINGS or config.get("inv_adapter") != "nice":
         raise CheckpointError(
             f"an invertible adapter ({config.get('inv_adapter')}) on a {kind} is not supported"
@@ -307,12 +307,12 @@ def _coupling(location: str, parts: dict[str, Array], trained: Trained) -> Coupl
     weights = {part: parts[f"{key}.weight"].T for key, part in names.items()}
     weights |= {f"{part}_bias": parts[f"{key}.bias"] for key, part in names.items()}
     module = f"{location}.{_EMBEDDINGS[kind]}" if location else _EMBEDDINGS[kind]
-    return Coupling(module, weights, _activation(config, folder))
+    return Coupling(module, weights, _activation(config, saved))
 
 
-def _head(folder: Folder) -> Iterator[Replacement]:
+def _head(saved: Saved) -> Iterator[Replacement]:
     """Read the prediction head that was saved beside the adapter."""
-    for key, value in folder.head.items():
+    for key, value in saved.head.items():
         module, _, parameter = key.rpartition(".")
         if parameter in ("weight", "bias") and module:
             yield Replacement(module, parameter, value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.checkpoints.readers.folder import Folder
+from onnx_adapt.checkpoints.readers.saved import Saved
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -83,11 +83,11 @@ def bottleneck_place(
     )
 
 
-def sub_layer(location: str, folder: Folder) -> tuple[str, bool]:
+def sub_layer(location: str, saved: Saved) -> tuple[str, bool]:
     """Find the output Linear of a bottleneck's sub-layer, and whether a LayerNorm follows."""
-    kind = str(folder.config.get("model_type"))
+    kind = str(saved.config.get("model_type"))
     table = _POST_LN.get(kind) or _PRE_LN.get(kind)
-    if table is None or (folder.path / "adapter_interface.json").exists():
+    if table is None or (saved.path / "adapter_interface.json").exists():
         known = ", ".join(sorted({*_POST_LN, *_PRE_LN}))
         raise CheckpointError(
             f"bottleneck adapters of model type {kind!r} are not supported",

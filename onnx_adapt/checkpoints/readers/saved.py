@@ -1,11 +1,11 @@
-"""A checkpoint folder as its library saved it: configuration and tensors."""
+"""A checkpoint as its library saved it: configuration and tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from onnx_adapt.words import beside
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
-    """A checkpoint folder, read into memory.
+class Saved:
+    """A checkpoint as its library saved it, read into memory.
 
     Attributes:
-        path: The folder.
+        path: The folder or the file.
         library: Name of the library in `onnx_adapt.checkpoints.readers.table.READERS`.
-        config: Its adapter_config.json.
+        config: Its configuration: adapter_config.json, or what the library has instead.
         tensors: Its weights by key.
         head: Weights of a head saved beside the adapter, by key.
         head_config: The head's configuration.
@@ -35,8 +35,8 @@ class Folder:
     library: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Array]
-    head: Mapping[str, Array]
-    head_config: Mapping[str, Any]
+    head: Mapping[str, Array] = field(default_factory=dict)
+    head_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:
@@ -94,7 +94,7 @@ _DAMAGE = (
 
 
 @contextmanager
-def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
+def name_damage(saved: Saved, module: str = "") -> Iterator[None]:
     """Turn the errors of code that reads a damaged checkpoint into one that names the damage.
 
     Raises:
@@ -105,11 +105,11 @@ def name_damage(folder: Folder, module: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except _DAMAGE as error:
-        where = f"{folder.path}: {module!r}" if module else str(folder.path)
+        where = f"{saved.path}: {module!r}" if module else str(saved.path)
         if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
             raise CheckpointError(f"{where} has no {error.args[0]}") from error
-        near = [key for key in folder.tensors if module and module in key]
-        shown = ", ".join(f"{key} {list(folder.tensors[key].shape)}" for key in near[:4])
+        near = [key for key in saved.tensors if module and module in key]
+        shown = ", ".join(f"{key} {list(saved.tensors[key].shape)}" for key in near[:4])
         raise CheckpointError(
             f"{where} is incomplete, or a setting or tensor of it is of a wrong kind"
             + (f"; it has {shown}" if shown else "")
