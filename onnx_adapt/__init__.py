@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx_adapt.adapter.own_weights import make_adapter
     from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
     from onnx_adapt.edit.convert import convert
+    from onnx_adapt.edit.export import export
     from onnx_adapt.edit.fill import bake, extract, fill
     from onnx_adapt.edit.insert import insert, list_slots
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
@@ -52,6 +53,7 @@ _HOMES = {
     "build_adapter": "slot.build",
     "calibrate": "proof.calibration",
     "convert": "edit.convert",
+    "export": "edit.export",
     "extract": "edit.fill",
     "fill": "edit.fill",
     "find_sites": "graph.sites",
@@ -85,6 +87,7 @@ __all__ = [
     "build_adapter",
     "calibrate",
     "convert",
+    "export",
     "extract",
     "fill",
     "find_sites",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ import numpy as np
 from onnx_adapt.adapter.data import Adapter, same_base
 from onnx_adapt.dtypes import DTYPES, FLOATS
 from onnx_adapt.errors import AdapterError, SlotError, UncheckedWarning
+from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.slot.parts import part_of
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.required import default_tensors
 from onnx_adapt.slot.weights import bottleneck_axis, bottleneck_of, part_shape, row_shape
 
 if TYPE_CHECKING:
@@ -52,13 +54,17 @@ def misfits(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> l
         SlotError: If the model has no slots.
     """
     manifest = required_manifest(model)
-    known = {weight.name for weight in manifest.weights}
-    replaceable = {
-        tensor.name: (tuple(tensor.dims), FLOATS.get(tensor.data_type, ""))
-        for tensor in model.proto.graph.initializer
-        if tensor.name in known
-    }
+    replaceable = replaceable_of(model, manifest.weights)
     return manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
+
+
+def replaceable_of(model: Model, weights: Iterable[ReplaceableWeight]) -> Replaceable:
+    """Shape and element type of replaceable weights of a model."""
+    found = default_tensors(model.proto, weights)
+    return {
+        name: (tuple(tensor.dims), FLOATS.get(tensor.data_type, ""))
+        for name, tensor in found.items()
+    }
 
 
 def for_file(manifest: Manifest, adapter: Adapter) -> Adapter:

@@ -17,8 +17,8 @@ from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "serve"),
-    "completion",
+    *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "export"),
+    *("serve", "completion"),
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"

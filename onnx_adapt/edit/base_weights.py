@@ -10,6 +10,7 @@ from onnx import helper
 
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
+from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.weights import drop_named
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model import walk
@@ -63,6 +64,7 @@ def fill_base_weights(model: Model, values: Mapping[str, Array]) -> Model:
         model: A model with slots.
         values: Values by name; `require_fit` has checked that they fit.
     """
+    model = with_defaults(model)
     manifest = required_manifest(model)
     known = {weight.name: weight for weight in manifest.weights}
     result = model.copy()

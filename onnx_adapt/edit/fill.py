@@ -10,6 +10,7 @@ from onnx_adapt.adapter.fitting import (
     warn_unchecked,
 )
 from onnx_adapt.edit.base_weights import fill_base_weights
+from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.weights import (
     bake_weights,
     check_model_weights,
@@ -94,6 +95,8 @@ def extract(model: Model, *, name: str = "") -> Adapter:
     manifest = required_manifest(model)
     check_model_weights(model.proto, manifest)
     _refuse_empty(model)
+    model = with_defaults(model)
+    manifest = required_manifest(model)
     stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
     label = name or (model.path.stem if model.path else "adapter")
     return Adapter(

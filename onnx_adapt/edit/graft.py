@@ -38,6 +38,7 @@ from onnx_adapt.slot.manifest import (
     write_manifest,
 )
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.required import must_be_fed
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,11 @@ def manifest_of(model: Model, *, inlined: bool = False) -> Manifest:
     known = read_manifest(model.proto)
     if known is not None:
         check_model_weights(model.proto, known)
+        if must_be_fed(known):
+            raise SlotError(
+                f"{model.label} is exported: the weights of its slots must be fed",
+                hint="insert into the model that it was exported from",
+            )
         return known
     ir_version = model.proto.ir_version
     # A version of 0 that is written out comes back as none at all.

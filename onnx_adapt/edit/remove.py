@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_adapt.edit.base_weights import undo_replaceable
+from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
+from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.unfuse import names_now, still_needed, undo_unfusing
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
@@ -17,6 +19,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import read_manifest, write_manifest
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.required import must_be_fed
 
 
 def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
@@ -45,6 +48,9 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         if name not in by_name:
             raise SlotError(f"no slot is called {name!r}", hint=f"slots: {', '.join(by_name)}")
     check_model_weights(model.proto, manifest)
+    if must_be_fed(manifest):
+        result = remove(with_defaults(model), slots=slots)
+        return require_feeds(result) if list_slots(result) else result
     doomed = set(by_name if slots is None else slots)
     everywhere = {slot.name for slot in manifest.slots if slot.owner in doomed}
     result = model.copy()

@@ -6,7 +6,7 @@ too. This module is the only one that touches either, so the two stay in step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from onnx import helper
 
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
+from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import default_opset
 from onnx_adapt.model import walk
@@ -25,7 +26,13 @@ from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
 from onnx_adapt.slot.formula import check_slot
 from onnx_adapt.slot.manifest import Manifest, Slot, slot_of, write_manifest
 from onnx_adapt.slot.places import owners
-from onnx_adapt.slot.weights import bottleneck_axis, neutral_rows, part_shape, row_rank
+from onnx_adapt.slot.weights import (
+    bottleneck_axis,
+    neutral_rows,
+    neutral_weights,
+    part_shape,
+    row_rank,
+)
 
 Weights = Mapping[str, Array]
 """The weights of one slot, by part."""
@@ -91,7 +98,8 @@ def check_base_weights(proto: onnx.ModelProto, weights: Iterable[ReplaceableWeig
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input}
     for weight in weights:
-        if weight.name not in stored or (weight.swappable and weight.name not in inputs):
+        held = weight.default or weight.name
+        if held not in stored or (weight.swappable and weight.name not in inputs):
             raise SlotError(
                 f"weight {weight.name!r} is not replaceable any more: it was stripped from "
                 "the model",
@@ -127,6 +135,9 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
     for slot in slots:
         check_slot(slot, default_opset(proto))
         names = slot.inputs
+        if slot.required:
+            _check_required(slot, stored.keys(), inputs)
+            continue
         if lost := [name for name in names if name not in stored]:
             raise SlotError(
                 f"slot {slot.name!r} is damaged: weight {lost[0]!r} is gone from the model",
@@ -149,6 +160,21 @@ def check_weights(proto: onnx.ModelProto, slots: Iterable[Slot]) -> None:
             raise SlotError(f"the weights of slot {slot.name!r} have different bottlenecks")
 
 
+def _check_required(slot: Slot, stored: Collection[str], inputs: Collection[str]) -> None:
+    """Check the inputs of a slot that must be fed; they have no default."""
+    for name in slot.inputs:
+        if name not in inputs:
+            raise SlotError(
+                f"slot {slot.name!r} is not swappable any more: input {name!r} is gone",
+                hint="another tool fixed or folded it; export the model with slots again",
+            )
+        if name in stored:
+            raise SlotError(
+                f"slot {slot.name!r} is damaged: {name!r} must be fed, and has a default",
+                hint="another tool added it; export the model with slots again",
+            )
+
+
 def _check_shape(slot: Slot, part: str, dims: Iterable[int]) -> int:
     """Check one weight's shape and return its bottleneck, or -1 if it has none."""
     found = tuple(dims)
@@ -169,6 +195,8 @@ def _check_shape(slot: Slot, part: str, dims: Iterable[int]) -> int:
 def read_weights(model: Model, slots: Iterable[Slot]) -> dict[str, dict[str, Array]]:
     """Read the weights stored in a model, by slot and part.
 
+    A slot whose weights must be fed is as if it were empty.
+
     Raises:
         SlotError: If a weight is missing.
     """
@@ -176,7 +204,9 @@ def read_weights(model: Model, slots: Iterable[Slot]) -> dict[str, dict[str, Arr
     check_weights(model.proto, slots)
     stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
     return {
-        slot.name: {part: read_tensor(model, stored[slot.weight(part)]) for part in slot.parts}
+        slot.name: neutral_weights(slot, slot.bottleneck)
+        if slot.required
+        else {part: read_tensor(model, stored[slot.weight(part)]) for part in slot.parts}
         for slot in owners(slots)
     }
 
@@ -191,6 +221,7 @@ def fill_weights(model: Model, values: Mapping[str, Weights]) -> Model:
     Raises:
         SlotError: If a slot or part does not exist or a shape does not fit.
     """
+    model = with_defaults(model)
     manifest = required_manifest(model)
     slots = {slot.name: slot for slot in owners(manifest.slots)}
     result = model.copy()
@@ -224,6 +255,7 @@ def make_swappable(model: Model) -> Model:
 
 
 def _with_swappable(model: Model, *, swappable: bool) -> Model:
+    model = with_defaults(model)
     manifest = required_manifest(model)
     stored = read_weights(model, manifest.slots)
     result = model.copy()

@@ -31,6 +31,7 @@ from onnx_adapt.slot.places import owners, places
 from onnx_adapt.slot.weights import (
     bottleneck_axis,
     fan_in,
+    is_off,
     neutral_weights,
     part_shape,
     row_shape,
@@ -51,7 +52,7 @@ def neutral_model(model: Model) -> Model:
     changed: dict[str, Mapping[str, Array]] = {}
     for slot in owners(slots):
         weights = stored[slot.name]
-        if not _is_neutral(weights):
+        if not is_off(weights):
             size = slot.bottleneck or 0
             changed[slot.name] = neutral_weights(slot, size)
     result = fill_weights(model, changed) if changed else model
@@ -62,12 +63,6 @@ def neutral_model(model: Model) -> Model:
         rest = tuple(weight for weight in manifest.weights if not weight.trained)
         write_manifest(result.proto, replace(manifest, weights=rest))
     return result
-
-
-def _is_neutral(weights: Mapping[str, Array]) -> bool:
-    """Whether a slot with these weights gives its target."""
-    rows = ((PARTS[part], value) for part, value in weights.items())
-    return all(np.all(value == row.off) for row, value in rows if row.silences)
 
 
 @dataclass(slots=True)
@@ -167,7 +162,7 @@ class Probe:
                     for i, slot in enumerate(owners(self._slots))
                 }
                 self._compare(item, weights, found)
-        if any(not _is_neutral(weights) for weights in self._own.values()):
+        if any(not is_off(weights) for weights in self._own.values()):
             for item in feeds:
                 self._compare(item, self._own, found)
         return found

@@ -19,6 +19,7 @@ from onnx_adapt.ort import (
     run_session,
     start_session,
 )
+from onnx_adapt.slot.required import required_feeds
 
 _NO_PREPACKING = "session.disable_prepacking"
 
@@ -106,16 +107,18 @@ class Runner:
             hint="`onnx-adapt check` says whether its slots are whole; a base may need "
             "operators or providers that are not here",
         )
+        self._unfed = required_feeds(model)
         self.outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Values:
-        """Run the model once.
+        """Run the model once; slots that must be fed and are not are off.
 
         Raises:
             RunError: If ONNX Runtime refuses the inputs or fails.
         """
         names = list(self.outputs if outputs is None else outputs)
-        values = run_session(self._session, names, feeds, label=self._label)
+        fed = {**self._unfed, **feeds}
+        values = run_session(self._session, names, fed, label=self._label)
         return dict(zip(names, values, strict=True))
 
 

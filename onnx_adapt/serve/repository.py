@@ -20,8 +20,12 @@ import fsspec
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.files import read_adapter
-from onnx_adapt.adapter.fitting import manifest_misfits, refuse_misfits, required_manifest
-from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.adapter.fitting import (
+    manifest_misfits,
+    refuse_misfits,
+    replaceable_of,
+    required_manifest,
+)
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, SlotError
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
@@ -209,12 +213,7 @@ def checker(model: Model) -> Callable[[Adapter], None]:
             hint="insert without --baked to swap adapters",
         )
     swappable = replace(manifest, slots=slots, weights=weights)
-    names = {weight.name for weight in weights}
-    replaceable = {
-        tensor.name: (tuple(tensor.dims), FLOATS.get(tensor.data_type, ""))
-        for tensor in model.proto.graph.initializer
-        if tensor.name in names
-    }
+    replaceable = replaceable_of(model, weights)
 
     def check(adapter: Adapter) -> None:
         refuse_misfits(manifest_misfits(swappable, replaceable, adapter), adapter, model.label)

@@ -90,7 +90,10 @@ class AdapterSession:
         batch_axis: BatchAxis = None,
     ) -> None:
         self._model = LoadedModel(model, providers, session_options)
-        self.inputs = {item.name: item for item in self._model.session.get_inputs()}
+        given = {item.name: item for item in self._model.session.get_inputs()}
+        self.inputs = {
+            name: item for name, item in given.items() if name in self._model.inputs
+        }
         self.outputs = {item.name: item for item in self._model.session.get_outputs()}
         self.batch_axes = find_batch(self._model.inputs, self._model.outputs, batch_axis)
         self._base_values = base_values(model)
@@ -248,7 +251,9 @@ class AdapterSession:
                 "the binding is of another session", hint="use this session's io_binding()"
             )
         chosen = self._chosen(adapter)
-        binding.run(weights_to_feed(binding.inputs, chosen), chosen)
+        bound = binding.inputs
+        rest = {k: v for k, v in self._model.neutral.items() if k not in bound}
+        binding.run({**rest, **weights_to_feed(bound, chosen)}, chosen)
 
     def _chosen(self, adapter: Choice) -> OrtAdapter | None:
         return self._cache.blend(self._shares(adapter))

@@ -23,8 +23,9 @@ from onnx_adapt.ort import (
     start_session,
     without_slot_warnings,
 )
-from onnx_adapt.session.ort_adapter import stamp_of
+from onnx_adapt.session.ort_adapter import as_ort_value, stamp_of
 from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
+from onnx_adapt.slot.required import must_be_fed, neutral_feeds
 from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
@@ -41,9 +42,11 @@ class LoadedModel:
 
     Attributes:
         label: The name of the model in messages.
-        inputs: The declared shape of each input that must be fed.
+        inputs: The declared shape of each input that the caller must feed.
         outputs: The declared shape of each output.
         manifest: The record of its slots, or None.
+        neutral: OrtValues by input name that turn off the slots that must be fed; empty if
+            the model has defaults.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -57,10 +60,12 @@ class LoadedModel:
         options: Any,
     ) -> None:
         self.label, self._session = _start(model, providers, options)
-        self.inputs = {item.name: item.shape for item in self._session.get_inputs()}
+        given = self._session.get_inputs()
         self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
         record = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         self.manifest = manifest_from_text(record) if record else None
+        self.neutral = _neutral(self.manifest, model)
+        self.inputs = {i.name: i.shape for i in given if i.name not in self.neutral}
         self._slots: tuple[Manifest, Replaceable] | None = None
 
     @property
@@ -105,7 +110,8 @@ class LoadedModel:
         Raises:
             RunError: If it does not take the feeds.
         """
-        return run_session(self.session, names, feeds, label=self.label, run_options=options)
+        fed = {**self.neutral, **feeds} if self.neutral else feeds
+        return run_session(self.session, names, fed, label=self.label, run_options=options)
 
     def run_with_ort_values(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
         """Run the model once, OrtValues in and out.
@@ -113,7 +119,8 @@ class LoadedModel:
         Raises:
             RunError: If it does not take the feeds.
         """
-        return run_ort_values(self.session, names, feeds, label=self.label)
+        fed = {**self.neutral, **feeds}
+        return run_ort_values(self.session, names, fed, label=self.label)
 
     def slots(self) -> tuple[Manifest, Replaceable]:
         """The slots and weights that can be fed.
@@ -122,11 +129,10 @@ class LoadedModel:
             SlotError: If there are none, or another tool took their inputs away.
         """
         if self._slots is None:
-            declared = {
-                item.name: item for item in self.session.get_overridable_initializers()
-            }
-            required = self.inputs.keys()
-            self._slots = _swappable(self.manifest, declared, required, self.label)
+            replaceable = self.session.get_overridable_initializers()
+            required = [i for i in self.session.get_inputs() if i.name in self.neutral]
+            declared = {item.name: item for item in (*replaceable, *required)}
+            self._slots = _swappable(self.manifest, declared, self.inputs, self.label)
         return self._slots
 
 
@@ -204,7 +210,8 @@ def _weight_names(record: str | None) -> set[str]:
         return set()
     manifest = manifest_from_text(record)
     names = {name for slot in manifest.slots for name in slot.inputs}
-    return names | {name for w in manifest.weights for name in (w.name, w.original)}
+    kept = ((w.name, w.original, w.default) for w in manifest.weights)
+    return names | {name for each in kept for name in each}
 
 
 def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str, Array]]:
@@ -230,12 +237,25 @@ def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str,
         stored = {tensor.name: tensor for tensor in opened.proto.graph.initializer}
         return {
             weight.name: read_tensor(
-                opened, stored[weight.original if weight.copied else weight.name]
+                opened,
+                stored[weight.default or (weight.original if weight.copied else weight.name)],
             )
             for weight in (manifest.weights if manifest else ())
         }
 
     return read
+
+
+def _neutral(
+    manifest: Manifest | None, model: str | os.PathLike[str] | Model
+) -> dict[str, Any]:
+    """What to feed so that the slots that must be fed are off, as OrtValues."""
+    if manifest is None or not must_be_fed(manifest):
+        return {}
+    kept = {weight.name for weight in manifest.weights if weight.default}
+    base = base_values(model)() if kept else {}
+    feeds = {**neutral_feeds(manifest.slots), **{name: base[name] for name in kept}}
+    return {name: as_ort_value(value) for name, value in feeds.items()}
 
 
 def _swappable(

@@ -30,7 +30,7 @@ def run_one(
     if adapter is None:
         return model.run(names, feeds)
     refuse_overlap(feeds, adapter)
-    if adapter.options is None:
+    if adapter.options is None or model.neutral:  # ONNX Runtime's own checks see feeds only
         return model.run(names, {**feeds, **adapter.values})
     fed = {**feeds, **adapter.rest} if adapter.rest else feeds
     return model.run(names, fed, adapter.options)

@@ -17,6 +17,7 @@ class ReplaceableWeight:
         copied: Whether it is a copy, and the original is still there.
         swappable: Whether it can be fed at inference time.
         trained: Whether the value in the model is an adapter's, not the base's.
+        default: The initializer that keeps its value where it must be fed, or ''.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -25,6 +26,7 @@ class ReplaceableWeight:
     copied: bool = absent(False)
     swappable: bool = absent(True)
     trained: bool = absent(False)
+    default: str = ""
     extra: Extra = ()
 
 

@@ -91,6 +91,7 @@ class Slot:
         weight_shape: The shape of the weight that the slot is on; else empty.
         readers: The nodes that read that weight, as addresses of their first outputs.
         shares: The slot whose weights it uses, as a further place of that; '' for its own.
+        required: Whether its weights must be fed: the model has no default for them.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -121,6 +122,7 @@ class Slot:
     weight_shape: tuple[int, ...] = ()
     readers: tuple[str, ...] = ()
     shares: str = ""
+    required: bool = False
     extra: Extra = ()
 
     @property
@@ -339,11 +341,8 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
     }
     if manifest.inputs:
         data["base"]["inputs"] = manifest.inputs
-    if manifest.weights:
-        data["weights"] = [write_object(each) for each in manifest.weights]
-    if manifest.widened:
-        data["widened"] = [write_object(each) for each in manifest.widened]
-    if manifest.unfused:
-        data["unfused"] = [write_object(each) for each in manifest.unfused]
+    for key in ("weights", "widened", "unfused"):
+        if records := getattr(manifest, key):
+            data[key] = [write_object(each) for each in records]
     text = to_text(data | write_extra(manifest.extra))
     proto.metadata_props.add(key=KEY, value=text)

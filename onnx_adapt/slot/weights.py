@@ -125,6 +125,12 @@ def is_empty(slot: Slot, weights: Mapping[str, Array]) -> bool:
     return all(np.array_equal(value, neutral[part]) for part, value in weights.items())
 
 
+def is_off(weights: Mapping[str, Array]) -> bool:
+    """Whether a slot with these weights gives its target."""
+    rows = ((PARTS[part], value) for part, value in weights.items())
+    return all(np.all(value == row.off) for row, value in rows if row.silences)
+
+
 def fresh_weights(slot: Slot, bottleneck: int, rng: np.random.Generator) -> dict[str, Array]:
     """Weights to train from: `up` is zero, so the slot starts as the identity.
 

@@ -342,7 +342,8 @@ def test_every_error_says_what_to_do_about_it() -> None:
 PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
     *("Report", "Site"),
-    *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract", "fill"),
+    *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
+    *("export", "fill"),
     *(
         "find_sites",
         "insert",
