@@ -1,4 +1,4 @@
-"""Load a trained checkpoint of PEFT or AdapterHub for one graph."""
+"""Load a trained checkpoint for one graph."""
 
 from __future__ import annotations
 
@@ -59,12 +59,13 @@ def load_checkpoint(
     part: str = "",
     module_map: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
+    """Read a trained adapter, as its library saved it, and find its modules in a model.
 
     Args:
-        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        path: The folder that `save_pretrained` (PEFT) or `save_adapter` (AdapterHub) wrote,
+            or a file or folder of another library.
         model: The base, exported without the adapter.
-        name: The adapter's name; by default AdapterHub's, or the folder's.
+        name: The adapter's name; by default AdapterHub's, or that of the folder or file.
         base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
         part: Only the checkpoint's modules under this path are wanted, such as
             `"model.encoder"`, and the graph is that part of the model.
@@ -148,8 +149,10 @@ def place_edits(
 
 
 def adapter_name(saved: Saved, name: str) -> str:
-    """The name of an adapter: as given, AdapterHub's, or the folder's."""
-    return name or str(saved.config.get("name") or "") or saved.path.resolve().name
+    """The name of an adapter: as given, AdapterHub's, or the folder's or file's."""
+    path = saved.path.resolve()
+    own = path.name if path.is_dir() else path.stem
+    return name or str(saved.config.get("name") or "") or own
 
 
 def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:

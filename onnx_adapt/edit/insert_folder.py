@@ -87,8 +87,9 @@ def insert_folder(
 
     Args:
         folder: The folder with the `.onnx` files, in itself or in folders inside.
-        checkpoint: The folder that `save_pretrained` or `save_adapter` wrote.
-        name: The adapter's name; by default AdapterHub's, or the checkpoint's folder's.
+        checkpoint: The checkpoint, a folder or a file, as `load_checkpoint` takes it.
+        name: The adapter's name; by default AdapterHub's, or that of the checkpoint's
+            folder or file.
         part: Only the checkpoint's modules under this path are wanted.
         module_map: What the checkpoint's module paths begin with, and what instead.
         baked: Put the trained weights into the models as constants.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnx_adapt.checkpoints.readers.headers import Header, read_header
 from onnx_adapt.checkpoints.readers.saved import read_state_dict
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -27,11 +28,17 @@ class Files:
 
     path: Path
     names: frozenset[str]
+    _headers: dict[str, Header] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_folder(self) -> bool:
         """Whether the path is a folder."""
         return self.path.is_dir()
+
+    @property
+    def file(self) -> str:
+        """The name of the file, if the path is one; '' for a folder."""
+        return "" if self.is_folder else self.path.name
 
     def at(self, name: str) -> Path:
         """The path of one of the files."""
@@ -41,8 +48,18 @@ class Files:
         """The first of some files that is there."""
         return next((self.at(name) for name in names if name in self.names), None)
 
+    def header(self, name: str) -> Header:
+        """What one of the files says of its tensors; it is looked at once, and not read.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        if name not in self._headers:
+            self._headers[name] = read_header(self.at(name))
+        return self._headers[name]
+
     def config(self, name: str = CONFIG) -> Mapping[str, Any]:
-        """A JSON file of the folder; empty if it is not there.
+        """A JSON file of a folder; empty if it is not there.
 
         Raises:
             CheckpointError: If it cannot be read, or is no JSON object.

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from onnx_adapt.adapter.safetensors import read_tensors
+from onnx_adapt.checkpoints.readers.headers import (
+    is_safetensors,
+    is_zip,
+    no_weights,
+    unreadable,
+)
 from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
 from onnx_adapt.model.payloads import Source
-from onnx_adapt.model.signatures import HEAD, recognised
-from onnx_adapt.words import beside
+from onnx_adapt.model.signatures import HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Saved:
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:
-    """Read the tensors of a `.safetensors` or `.bin` file.
+    """Read the tensors of a file of safetensors or of `torch.save`; its content tells which.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -49,27 +54,16 @@ def read_state_dict(path: Path) -> dict[str, Array]:
         Source.of(path)  # of a device there is no end
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror or error}", hint=beside(path)
-        ) from error
+        raise unreadable(path, error) from error
+    start = data[:HEAD]
+    pickled = is_zip(start) or (path.suffix != ".safetensors" and not is_safetensors(start))
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(data, path)
-        return read_pickled_tensors(data, path)
-    except (AdapterError, CheckpointError) as error:
-        found = recognised(data[:HEAD], path.name)
-        if found and found[0] not in _WEIGHTS:
-            raise CheckpointError(f"{path} is {found[0]}", hint=found[1]) from error
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-_WEIGHTS = {
-    *("a PyTorch file", "a pickle of Python", "a zip archive", "a safetensors file"),
-    "the weights of a PEFT or AdapterHub adapter",
-}
-"""Kinds of files that hold weights, as `recognised` names them: their readers say more."""
+        return read_pickled_tensors(data, path) if pickled else read_tensors(data, path)
+    except CheckpointError as error:
+        raise no_weights(path, start, error) from error
+    except AdapterError as error:
+        damaged = CheckpointError(f"cannot read {path}: {error}")
+        raise no_weights(path, start, damaged) from error
 
 
 def number(value: Any, name: str) -> float:

@@ -10,8 +10,10 @@ from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.readers.files import CONFIG, Files, find_files
 from onnx_adapt.checkpoints.readers.peft import peft_edits
+from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.model.signatures import recognised
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,13 @@ class Reader:
     Attributes:
         label: What the library is called in messages.
         recognises: Whether files are this library's.
-        mark: What only this library writes there, in words.
+        mark: What only this library writes into adapter_config.json, in words; '' if files
+            of it are known by other things.
         gives: What the user gives, in words: the function that saves it, or the file.
         read: Reads the files.
         edits: What they ask for.
+        words: Words in the keys of its tensors, by which a file that lacks what it needs is
+            called after the library.
     """
 
     label: str
@@ -33,6 +38,7 @@ class Reader:
     gives: str
     read: Callable[[Files], Saved]
     edits: Callable[[Saved], list[Edit]]
+    words: tuple[str, ...] = ()
 
 
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -64,6 +70,7 @@ READERS: dict[str, Reader] = {
         gives="the folder that save_pretrained (PEFT) wrote",
         read=_read_peft,
         edits=peft_edits,
+        words=tuple(part for method in METHODS.values() for part in method.parts),
     ),
     "adapterhub": Reader(
         label="AdapterHub",
@@ -72,6 +79,7 @@ READERS: dict[str, Reader] = {
         gives="the folder that save_adapter (AdapterHub) wrote",
         read=_read_adapterhub,
         edits=adapterhub_edits,
+        words=("adapters", "loras", "invertible_adapters"),
     ),
 }
 """Every library whose checkpoints can be read; the first that recognises files reads them."""
@@ -94,31 +102,65 @@ def read_saved(path: Path) -> Saved:
         CheckpointError: If it is none, or its files are damaged.
     """
     files = find_files(path, _expected())
-    _require_config(files)
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
-        labels, marks = ([getattr(r, c) for r in READERS.values()] for c in ("label", "mark"))
-        raise CheckpointError(
-            f"{path / CONFIG} is of neither {' nor '.join(labels)}",
-            hint=f"it has neither {' nor '.join(marks)}",
-        )
+        raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
     return READERS[library].read(files)
 
 
-def _require_config(files: Files) -> None:
-    """Check that a path is a folder with a configuration in it."""
+def _unknown_folder(files: Files) -> CheckpointError:
+    """The error for a folder that is no library's: what is wrong, or what is inside."""
     path = files.path
-    if not files.is_folder:
-        hint = f"give its folder, {path.parent}" if (path.parent / CONFIG).is_file() else _BARE
-        raise CheckpointError(f"{path} is a file, no folder", hint=hint)
-    if CONFIG not in files.names:
-        inside = sorted(item.parent.name for item in path.glob(f"*/{CONFIG}"))
-        weights = {*_PEFT_WEIGHTS, *_ADAPTERHUB_WEIGHTS}
-        hint = f"one of its folders? {', '.join(inside)}" if inside else _expected()
-        raise CheckpointError(
-            f"{path} has no {CONFIG}", hint=_BARE if weights & files.names else hint
+    if CONFIG in files.names:
+        rows = [row for row in READERS.values() if row.mark]
+        labels, marks = ([getattr(row, name) for row in rows] for name in ("label", "mark"))
+        return CheckpointError(
+            f"{path / CONFIG} is of neither {' nor '.join(labels)}",
+            hint=f"it has neither {' nor '.join(marks)}",
         )
+    inside = sorted(item.parent.name for item in path.glob(f"*/{CONFIG}"))
+    hint = f"one of its folders? {', '.join(inside)}" if inside else _expected()
+    single = [name for name in sorted(files.names) if _is_read_alone(path / name)]
+    if single:
+        hint = f"give a file of it: {', '.join(str(path / name) for name in single[:_SHOWN])}"
+    weights = {*_PEFT_WEIGHTS, *_ADAPTERHUB_WEIGHTS}
+    return CheckpointError(
+        f"{path} has no {CONFIG}", hint=_BARE if weights & files.names else hint
+    )
 
+
+def _is_read_alone(path: Path) -> bool:
+    """Whether one file of a folder is a checkpoint by itself."""
+    try:
+        files = find_files(path, "")
+        return any(row.recognises(files) for row in READERS.values())
+    except CheckpointError:
+        return False
+
+
+def _unknown_file(files: Files) -> CheckpointError:
+    """The error for a file that is no library's: what it is, or what its tensors look like."""
+    path, header = files.path, files.header(files.file)
+    if not header.shapes:
+        found = recognised(header.start, path.name, adapter=True)
+        kind = f"{found[0]}, no trained adapter" if found else "no file of weights"
+        return CheckpointError(f"{path} is {kind}", hint=_expected())
+    words = {word for key in header.shapes for word in key.split(".")}
+    alike = [row.label for row in READERS.values() if words & set(row.words)]
+    keys = ", ".join(list(header.shapes)[:_SHOWN])
+    seen = f"{path} has the tensors {keys}, ..., "
+    if alike and (path.parent / CONFIG).is_file():
+        return CheckpointError(
+            f"{seen}which are {alike[0]}'s", hint=f"give its folder, {path.parent}"
+        )
+    if alike:
+        return CheckpointError(f"{seen}which are {alike[0]}'s, without settings", hint=_BARE)
+    return CheckpointError(
+        f"{seen}which are of no trained adapter that can be read", hint=_expected()
+    )
+
+
+_SHOWN = 3
 
 _BARE = (
     f"weights alone do not say rank, scale and method: put the {CONFIG} that was saved with "
