@@ -2,8 +2,9 @@
 
 What the files are is told in ``case_making.py``; the bases are those that
 ``make_peft_cases.py`` writes. Each adapter is made, saved and merged by its library itself,
-and PyTorch computes with the weights that it merged. ``edifice`` is an imitation, because
-Axon runs on the Erlang VM: its function here says what it follows. To make the environment
+and PyTorch computes with the weights that it merged. ``edifice`` and ``nemo`` are imitations,
+because Axon runs on the Erlang VM, and NeMo needs Apex and gigabytes of libraries: their
+functions here say what they follow. To make the environment
 and run the script, from the root of the repository::
 
     python -m venv /tmp/libraries
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+import transformers
 from case_making import (
     DEFAULT_FOLDER,
     CaseFacts,
@@ -212,24 +214,66 @@ def litgpt_adapter(model: nn.Module, folder: Path) -> State:
     return merged
 
 
+def convert_to_gguf(
+    model: nn.Module, adapted: peft.PeftModel, scratch: Path, kind: str
+) -> Path:
+    """Convert an adapter with llama.cpp; its numbers have the type ``kind``."""
+    adapted.save_pretrained(scratch / "peft")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(scratch / "base")
+    script, out = LLAMA_CPP / "convert_lora_to_gguf.py", scratch / "adapter.gguf"
+    command = [sys.executable, script, "--base", scratch / "base", "--outtype", kind]
+    subprocess.run([*command, "--outfile", out, scratch / "peft"], check=True)
+    return out
+
+
 def gguf_adapter(model: nn.Module, folder: Path, targets: list[str], quant: str) -> State:
     """LoRA by PEFT, converted by llama.cpp, and the weights that PEFT merges."""
     scratch = clean_folder(folder.parent / "scratch")
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
     adapted = peft.get_peft_model(model, config)
     train_all(adapted)
-    adapted.save_pretrained(scratch / "peft")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(scratch / "base")
-    script = LLAMA_CPP / "convert_lora_to_gguf.py"
-    out = folder / "adapter.gguf"
-    command = [sys.executable, script, "--base", scratch / "base", "--outtype", quant]
-    subprocess.run([*command, "--outfile", out, scratch / "peft"], check=True)
+    convert_to_gguf(model, adapted, scratch, quant).replace(folder / "adapter.gguf")
     wanted = ("model_type", "num_attention_heads", "num_key_value_heads")
     base = {name: getattr(model.config, name, None) for name in wanted}
     (folder / "config.json").write_text(json.dumps(base))
     subprocess.run(["rm", "-r", scratch], check=True)
     return adapted.merge_and_unload().state_dict()
+
+
+def keras_adapter(model: nn.Module, folder: Path) -> State:
+    """LoRA by KerasHub of queries, values and output projections, on its own Llama 3."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras_hub
+
+    theirs = keras_hub.models.Llama3Backbone(
+        vocabulary_size=model.config.vocab_size,
+        num_layers=LLAMA["layers"],
+        num_query_heads=LLAMA["heads"],
+        num_key_value_heads=LLAMA["groups"],
+        hidden_dim=LLAMA["hidden"],
+        intermediate_dim=LLAMA["mlp"],
+    )
+    parts = {"query": "q_proj", "value": "v_proj", "attention_output": "o_proj"}
+    theirs.enable_lora(RANK, list(parts))
+    layers = [layer for layer in theirs._flatten_layers(include_self=False) if layer.weights]
+    state, merged = model.state_dict(), {}
+    modules, seen = {}, dict.fromkeys(parts, 0)
+    for number in theirs._lora_enabled_layers:
+        layer = layers[number]
+        module = f"model.layers.{seen[layer.name]}.self_attn.{parts[layer.name]}"
+        seen[layer.name] += 1
+        modules[str(number)] = module
+        weight = state[f"{module}.weight"]
+        layer.lora_kernel_a.assign(noise(f"{module}.a", *layer.lora_kernel_a.shape))
+        layer.lora_kernel_b.assign(noise(f"{module}.b", *layer.lora_kernel_b.shape))
+        layer._kernel.assign(weight.T.reshape(tuple(layer._kernel.shape)))
+        merged[f"{module}.weight"] = layer.kernel.detach().reshape(weight.T.shape).T
+    theirs.save_lora_weights(str(folder / "tiny.lora.h5"))
+    (folder / "adapter_config.json").write_text(json.dumps({"modules": modules}))
+    return merged
 
 
 def loralib_adapter(model: nn.Module, folder: Path) -> State:
@@ -299,6 +343,133 @@ def edifice_adapter(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / "adapter.safetensors")
 
 
+def nemo_lora(model: nn.Module, folder: Path) -> None:
+    """An imitation of NeMo's LoRA of q, k, v and of the gated MLP, in a ``.nemo`` file.
+
+    It follows ``mcore_mixins.py`` and ``parallel_adapters.py`` of NeMo 1.23: the adapter's
+    output is added to the fused one, and cut as ``get_query_key_value_tensors`` cuts it.
+    """
+    heads, groups, width = LLAMA["heads"], LLAMA["groups"], LLAMA["hidden"]
+    size, tensors = width // heads, {}
+
+    def adapter(key: str, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        down = torch.from_numpy(noise(f"{key}.in", RANK, width))
+        up = torch.from_numpy(noise(f"{key}.out", rows, RANK))
+        tensors[f"{key}.linear_in.weight"] = down
+        tensors[f"{key}.linear_out.weight"] = up
+        return lambda x: x @ down.T @ up.T * (ALPHA / RANK)
+
+    for i, layer in enumerate(model.model.layers):
+        start = f"model.decoder.layers.{i}"
+        qkv = adapter(f"{start}.self_attention.adapter_layer.lora_kqv_adapter",
+                      (heads + 2 * groups) * size)  # fmt: skip
+        fc1 = adapter(f"{start}.mlp.adapter_layer.lora_hto4h_adapter", 2 * LLAMA["mlp"])
+        attention, mlp = layer.self_attn, layer.mlp
+        for place, module in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
+
+            def add(_m: Any, x: Any, y: Any, f: Any = qkv, p: int = place) -> torch.Tensor:
+                cuts = [heads // groups * size, size, size]
+                mixed = f(x[0]).view(*x[0].shape[:-1], groups, sum(cuts))
+                return y + torch.split(mixed, cuts, dim=-1)[p].reshape(y.shape)
+
+            module.register_forward_hook(add)
+        for place, module in enumerate((mlp.gate_proj, mlp.up_proj)):
+            module.register_forward_hook(
+                lambda _m, x, y, f=fc1, p=place: y + torch.chunk(f(x[0]), 2, dim=-1)[p]
+            )
+    tuning = {"lora_tuning": {"adapter_dim": RANK, "alpha": ALPHA}}
+    _save_nemo(tensors, tuning, folder)
+
+
+def nemo_bottlenecks(model: nn.Module, folder: Path, position: str) -> None:
+    """An imitation of NeMo's ``ParallelLinearAdapter`` behind attention and MLP."""
+    tensors: State = {}
+    for i, layer in enumerate(model.model.layers):
+        for number, module in ((1, layer.self_attn.o_proj), (2, layer.mlp.down_proj)):
+            key = f"model.decoder.layers.{i}.adapter_layer.adapter_{number}"
+            width = LLAMA["hidden"]
+            shapes = {"linear_in.weight": (8, width), "linear_out.weight": (width, 8)}
+            shapes |= {"layer_norm.weight": (width,), "layer_norm.bias": (width,)}
+            parts = {k: torch.from_numpy(noise(f"{key}{k}", *s)) for k, s in shapes.items()}
+            tensors |= {f"{key}.{name}": value for name, value in parts.items()}
+
+            def add(_m: Any, _x: Any, y: torch.Tensor, p: State = parts) -> torch.Tensor:
+                norm = p["layer_norm.weight"], p["layer_norm.bias"]
+
+                def normed(x: torch.Tensor) -> torch.Tensor:
+                    return nn.functional.layer_norm(x, x.shape[-1:], *norm, 1e-5)
+
+                x = normed(y) if position == "pre" else y
+                x = nn.functional.silu(x @ p["linear_in.weight"].T) @ p["linear_out.weight"].T
+                return y + (normed(x) if position == "post" else x)
+
+            module.register_forward_hook(add)
+    _save_nemo(tensors, {"adapter_tuning": {"norm_position": position}}, folder)
+
+
+def _save_nemo(tensors: State, peft_settings: dict[str, Any], folder: Path) -> None:
+    import io
+    import tarfile
+
+    import yaml
+
+    config = {"num_attention_heads": LLAMA["heads"], "num_query_groups": LLAMA["groups"]}
+    config |= {"hidden_size": LLAMA["hidden"], "kv_channels": None, "bias": False}
+    config |= {"activation": "fast-swiglu", "peft": peft_settings}
+    weights = io.BytesIO()
+    torch.save(tensors, weights)
+    with tarfile.open(folder / "adapter.nemo", "w:gz") as archive:
+        for name, data in (
+            ("./model_config.yaml", yaml.dump(config).encode()),
+            ("./model_weights.ckpt", weights.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def gguf_orders(folder: Path) -> None:
+    """Write in which order llama.cpp's converter puts rows of q and k, by architecture.
+
+    The factor B of every module has its row's number in its first column.
+    """
+    orders: dict[str, dict[str, list[int]]] = {}
+    for name in ARCHITECTURES:
+        import gguf
+
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=64, head_dim=8,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        build = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+        model = build(config)
+        fused = name == "Phi3"
+        targets = ["qkv_proj"] if fused else ["q_proj", "k_proj"]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=targets))
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                parameter.data[:, 0] = torch.arange(len(parameter), dtype=parameter.dtype)
+        scratch = clean_folder(folder.parent / "scratch")
+        out = convert_to_gguf(model, adapted, scratch, "f32")
+        reader = gguf.GGUFReader(out)
+        kind = reader.fields["general.architecture"].contents()
+        orders[kind] = {
+            tensor.name: [int(row) for row in tensor.data.ravel()]
+            for tensor in reader.tensors
+            if tensor.name.endswith("lora_b")
+        }
+        subprocess.run(["rm", "-r", scratch], check=True)
+    text = json.dumps(orders, separators=(",", ":")).replace('},"', '},\n"')
+    (folder / "gguf_orders.json").write_text(text + "\n")
+
+
+ARCHITECTURES = (
+    *("Llama", "Granite", "Olmo", "SmolLM3", "Qwen2", "Qwen3", "Gemma", "Gemma2"),
+    *("Gemma3Text", "Olmo2", "StableLm", "Exaone4", "SeedOss", "Phi3"),
+)
+"""Models of transformers with the architectures that are read, BERT aside."""
+
 LLAMA_TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj"]
 
 
@@ -354,11 +525,32 @@ CASES = {
             m.bert, f, ["query", "output.dense", "word_embeddings"], "f32"
         ),
     ),
+    "keras_llama": Library(
+        "llama_dynamo",
+        "keras-hub 0.32.0",
+        "EinsumDense: factors by head; layers by number",
+        keras_adapter,
+    ),
     "loralib_bert": Library(
         "bert_torchscript", "loralib 0.1.2", "lora_alpha in a configuration", loralib_adapter
     ),
     "loralib_gpt2_merged": Library(
         "gpt2_dynamo", "loralib 0.1.2", "MergedLinear: q and v of c_attn", loralib_merged
+    ),
+    "nemo_llama_lora": Library(
+        "llama_dynamo", "nemo 1.23 (imitated)", "LoRA of q, k, v by group", nemo_lora
+    ),
+    "nemo_llama_pre": Library(
+        "llama_dynamo",
+        "nemo 1.23 (imitated)",
+        "ParallelLinearAdapter with LayerNorm before",
+        lambda m, f: nemo_bottlenecks(m, f, "pre"),
+    ),
+    "nemo_llama_post": Library(
+        "llama_torchscript",
+        "nemo 1.23 (imitated)",
+        "ParallelLinearAdapter with LayerNorm behind",
+        lambda m, f: nemo_bottlenecks(m, f, "post"),
     ),
     "edifice_bert": Library(
         "bert_dynamo", "edifice (imitated)", "bottlenecks named after modules", edifice_adapter
@@ -392,6 +584,8 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, default=Path("llama.cpp"))
     chosen = parser.parse_args()
     LLAMA_CPP = chosen.llama_cpp
+    if chosen.only in "gguf_orders":
+        gguf_orders(chosen.folder)
     for name, case in CASES.items():
         if chosen.only in name:
             make_case(name, case, chosen.folder)

@@ -6,15 +6,19 @@ the forms beside them, and the sentences for what is missing.
 
 import json
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 from slot_models import cli
-from trained_cases import CASES, Case
+from trained_cases import CASES, ROOT, Case
 
 import onnx_adapt as oa
 from onnx_adapt.checkpoints.edits import Bottleneck, Edit, LowRank, Replacement
@@ -24,7 +28,9 @@ from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.errors import CheckpointError
 
 RANDOM = np.random.default_rng(5)
-LIBRARIES = ("mlx_", "torchtune_", "litgpt_", "gguf_", "loralib_", "edifice_")
+LIBRARIES = (
+    *("mlx_", "torchtune_", "litgpt_", "gguf_", "keras_", "nemo_", "loralib_", "edifice_"),
+)
 MADE = [name for name in CASES if name.startswith(LIBRARIES)]
 
 
@@ -69,7 +75,9 @@ def test_every_library_has_a_case_that_it_made() -> None:
     assert {name.split("_")[0] + "_" for name in MADE} == set(LIBRARIES)
 
 
-@pytest.mark.parametrize("name", ["mlx_llama_dora", "gguf_bert", "edifice_bert"])
+@pytest.mark.parametrize(
+    "name", ["mlx_llama_dora", "gguf_bert", "nemo_llama_post", "edifice_bert"]
+)
 def test_the_slots_of_a_library_s_adapter_verify(name: str) -> None:
     case = CASES[name]
     base = oa.open_model(case.base)
@@ -265,6 +273,29 @@ def test_gguf_names_are_those_of_the_package_s_own_table(kind: str) -> None:
         assert table.get_name(module) == name
 
 
+ORDERS = json.loads((ROOT / "gguf_orders.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_gguf_rows_come_back_in_the_order_that_the_converter_found(
+    kind: str, tmp_path: Path
+) -> None:
+    """Each row of the factor held its own number when llama.cpp converted it."""
+    tensors = {}
+    for name, rows in ORDERS[kind].items():
+        tensors[name] = np.array(rows, np.float32)[:, None]
+        tensors[name.replace("lora_b", "lora_a")] = _random(1, 32)
+    _gguf(tmp_path / "a.gguf", tensors, kind)
+    base = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    for edit in _factors(tmp_path).values():
+        np.testing.assert_array_equal(edit.b[:, 0], np.arange(len(edit.b)))
+
+
+def test_every_architecture_of_gguf_has_the_converter_s_order_or_a_case() -> None:
+    assert {*ORDERS, "bert"} == set(gguf_lora.ARCHITECTURES)
+
+
 @pytest.mark.parametrize(
     ("tensors", "facts", "words"),
     [
@@ -287,6 +318,99 @@ def test_a_gguf_file_of_another_kind_is_refused(
 def test_gguf_of_llama_alone_says_what_to_put_beside_it(tmp_path: Path) -> None:
     file = shutil.copy(CASES["gguf_llama"].adapter / "adapter.gguf", tmp_path)
     assert "config.json" in _refused(Path(file))
+
+
+def test_keras_layers_without_names_are_refused_with_what_to_write(
+    tmp_path: Path,
+) -> None:
+    file = CASES["keras_llama"].adapter / "tiny.lora.h5"
+    assert '{"modules": {"11":' in _refused(file)
+    folder = _copy(CASES["keras_llama"], tmp_path / "a", {"modules": {"8": 3}})
+    assert "calls its layers 11, 19" in _refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equation"),
+    [((6, 2), (2, 4), "ir,ro->io"), ((6, 3, 2), (2, 4), "dnr,rh->dnh"),
+     ((3, 4, 2), (2, 12), "nhr,rd->nhd")],
+)  # fmt: skip
+def test_keras_factors_give_the_kernel_that_keras_adds(
+    a: tuple[int, ...], b: tuple[int, ...], equation: str, tmp_path: Path
+) -> None:
+    first, second = _random(*a), _random(*b)
+    with h5py.File(tmp_path / "x.lora.h5", "w") as file:
+        file["lora/5/vars/lora_kernel_a"] = first
+        file["lora/5/vars/lora_kernel_b"] = second
+    (tmp_path / "adapter_config.json").write_text('{"modules": {"5": "q"}}')
+    edit = _factors(tmp_path)["q"]
+    kernel = np.einsum(equation, first, second)
+    rows = edit.a.shape[1]
+    np.testing.assert_allclose((edit.b @ edit.a).T, kernel.reshape(rows, -1), rtol=1e-5)
+
+
+def test_keras_tensors_outside_of_the_file_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.lora.h5", "w") as file:
+        file["lora/5/vars/lora_kernel_a"] = _random(6, 2)
+        external = [(str(tmp_path / "secret"), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("lora/5/vars/lora_kernel_b", (2, 4), "f4", external=external)
+    assert "no tensor of this file" in _refused(tmp_path)
+
+
+def _nemo(folder: Path, change: Callable[[dict[str, Any]], None], name: str) -> Path:
+    """A case of NeMo, unpacked, with a changed configuration."""
+    folder.mkdir()
+    with tarfile.open(CASES[name].adapter / "adapter.nemo") as archive:
+        for member in ("model_config.yaml", "model_weights.ckpt"):
+            stream = archive.extractfile(f"./{member}")
+            assert stream
+            (folder / member).write_bytes(stream.read())
+    path = folder / "model_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.dump(config))
+    return folder
+
+
+def test_nemo_s_unpacked_folder_is_read_like_the_archive(tmp_path: Path) -> None:
+    folder = _nemo(tmp_path / "a", lambda _: None, "nemo_llama_lora")
+    packed = _factors(CASES["nemo_llama_lora"].adapter)
+    for module, edit in _factors(folder).items():
+        np.testing.assert_array_equal(edit.b, packed[module].b)
+        assert edit.scale == 6 / 4
+
+
+@pytest.mark.parametrize("alpha", [None, "${model.peft.lora_tuning.adapter_dim}"])
+def test_nemo_s_alpha_is_the_rank_unless_a_number_is_given(
+    alpha: str | None, tmp_path: Path
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["peft"]["lora_tuning"]["alpha"] = alpha
+
+    edits = _factors(_nemo(tmp_path / "a", change, "nemo_llama_lora"))
+    assert {edit.scale for edit in edits.values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("nemo_llama_lora", {"num_attention_heads": 3}, "3 heads in 2 groups"),
+        ("nemo_llama_lora", {"kv_channels": 16}, "of size 16"),
+        ("nemo_llama_lora", {"activation": "gelu"}, "'gelu' is not supported"),
+        ("nemo_llama_lora", {"peft": {"lora_tuning": {"alpha": "x"}}}, "no number"),
+        ("nemo_llama_post", {"bias": True}, "has a bias"),
+        ("nemo_llama_post", {"peft": {"adapter_tuning": {"norm_position": "both"}}}, "'both'"),
+    ],
+)
+def test_nemo_settings_that_the_weights_do_not_fit_are_refused(
+    name: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    assert words in _refused(_nemo(tmp_path / "a", lambda c: c.update(changes), name))
+
+
+def test_nemo_weights_of_several_machines_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.nemo", "w") as archive:
+        archive.addfile(tarfile.TarInfo("mp_rank_00/model_weights.ckpt"))
+    assert "lora_to_tp1.py" in _refused(tmp_path / "a.nemo")
 
 
 def test_loralib_without_alpha_says_what_to_put_beside_it(tmp_path: Path) -> None:

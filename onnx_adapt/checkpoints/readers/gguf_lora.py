@@ -69,10 +69,11 @@ _HEAD = {**_EMBEDDING, "output": "lm_head"}
 
 ARCHITECTURES = {
     **dict.fromkeys(
-        ("llama", "granite", "olmo"), _Architecture("model.layers.{}", _LLAMA, _HEAD, True)
+        ("llama", "granite", "olmo", "smollm3"),
+        _Architecture("model.layers.{}", _LLAMA, _HEAD, True),
     ),
     **dict.fromkeys(
-        ("qwen2", "qwen3", "gemma3", "olmo2", "stablelm"),
+        ("qwen2", "qwen3", "gemma3", "olmo2", "stablelm", "exaone4", "seed_oss"),
         _Architecture("model.layers.{}", _LLAMA, _HEAD),
     ),
     **dict.fromkeys(("gemma", "gemma2"), _Architecture("model.layers.{}", _LLAMA, _EMBEDDING)),

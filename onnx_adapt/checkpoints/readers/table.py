@@ -12,9 +12,15 @@ from onnx_adapt.checkpoints.readers.by_keys import damaged_file
 from onnx_adapt.checkpoints.readers.edifice import edifice_edits, is_edifice, read_edifice
 from onnx_adapt.checkpoints.readers.files import CONFIG, PEFT_WEIGHTS, Files, find_files
 from onnx_adapt.checkpoints.readers.gguf_lora import gguf_edits, is_gguf, read_gguf
+from onnx_adapt.checkpoints.readers.keras_hub import (
+    is_keras_hub,
+    keras_hub_edits,
+    read_keras_hub,
+)
 from onnx_adapt.checkpoints.readers.litgpt import is_litgpt, litgpt_edits, read_litgpt
 from onnx_adapt.checkpoints.readers.loralib import is_loralib, loralib_edits, read_loralib
 from onnx_adapt.checkpoints.readers.mlx import is_mlx, mlx_edits, read_mlx
+from onnx_adapt.checkpoints.readers.nemo import is_nemo, nemo_edits, read_nemo
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
@@ -123,6 +129,14 @@ READERS: dict[str, Reader] = {
         read=read_gguf,
         edits=gguf_edits,
     ),
+    "keras_hub": Reader(
+        label="KerasHub",
+        recognises=is_keras_hub,
+        mark="",
+        gives="KerasHub's .lora.h5 with an adapter_config.json",
+        read=read_keras_hub,
+        edits=keras_hub_edits,
+    ),
     "loralib": Reader(
         label="loralib",
         recognises=is_loralib,
@@ -130,6 +144,14 @@ READERS: dict[str, Reader] = {
         gives="loralib's state dict with an adapter_config.json",
         read=read_loralib,
         edits=loralib_edits,
+    ),
+    "nemo": Reader(
+        label="NeMo",
+        recognises=is_nemo,
+        mark="",
+        gives="NeMo's .nemo file",
+        read=read_nemo,
+        edits=nemo_edits,
     ),
     "edifice": Reader(
         label="Edifice",
