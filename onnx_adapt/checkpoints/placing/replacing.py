@@ -93,7 +93,7 @@ def _laid_out(edit: Replacement, path: str, place: ParameterInput, current: Arra
     """
     value = edit.value.T if place.transposed else edit.value
     is_vector = value.size == current.size == max(current.shape, default=1)
-    if edit.parameter == "bias" and is_vector:
+    if is_vector:
         value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
     if value.shape != current.shape:
         raise CheckpointError(

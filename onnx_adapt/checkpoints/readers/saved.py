@@ -24,6 +24,20 @@ from onnx_adapt.model.signatures import HEAD
 
 
 @dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What an adapter for image generation is for: several models at once.
+
+    Attributes:
+        parts: The parts of the pipeline that its modules are of, such as `unet`. Each module's
+            path begins with its part; underscores in the path may stand for dots.
+        base: The model that it was trained for, such as `SDXL`, or '' if that is not known.
+    """
+
+    parts: tuple[str, ...]
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint as its library saved it, read into memory.
 
@@ -34,6 +48,7 @@ class Saved:
         tensors: Its weights by key.
         head: Weights of a head saved beside the adapter, by key.
         head_config: The head's configuration.
+        pipeline: What it is for, if it is an adapter for image generation.
     """
 
     path: Path
@@ -42,6 +57,7 @@ class Saved:
     tensors: Mapping[str, Array]
     head: Mapping[str, Array] = field(default_factory=dict)
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:

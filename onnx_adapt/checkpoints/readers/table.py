@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.readers.diffusers import (
+    diffusers_edits,
+    is_diffusers,
+    read_diffusers,
+)
 from onnx_adapt.checkpoints.readers.files import CONFIG, Files, find_files
+from onnx_adapt.checkpoints.readers.kohya import is_kohya, kohya_edits, read_kohya
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
@@ -81,6 +87,22 @@ READERS: dict[str, Reader] = {
         edits=adapterhub_edits,
         words=("adapters", "loras", "invertible_adapters"),
     ),
+    "diffusers": Reader(
+        label="diffusers",
+        recognises=is_diffusers,
+        mark="",
+        gives="the file or folder that save_lora_weights (diffusers) wrote",
+        read=read_diffusers,
+        edits=diffusers_edits,
+    ),
+    "kohya": Reader(
+        label="sd-scripts, LyCORIS or ComfyUI",
+        recognises=is_kohya,
+        mark="",
+        gives="the file of an image LoRA (sd-scripts, LyCORIS, ComfyUI)",
+        read=read_kohya,
+        edits=kohya_edits,
+    ),
 }
 """Every library whose checkpoints can be read; the first that recognises files reads them."""
 
@@ -105,7 +127,7 @@ def read_saved(path: Path) -> Saved:
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
-    return READERS[library].read(files)
+    return replace(READERS[library].read(files), path=path)
 
 
 def _unknown_folder(files: Files) -> CheckpointError:
