@@ -153,10 +153,13 @@ class Reweight:
         compute: From the base's weight `(out, in)`, or `(out, in, kh, kw)` for Conv2d, and
             its bias `(out,)` or None, in float64, to the trained ones. It raises a
             CheckpointError if they are of another size.
+        rank: The highest rank that the change of the weight can have, for a convolution as
+            `(out, in * kh * kw)`; None where the method does not bound it.
     """
 
     module: str
     compute: Callable[[Array, Array | None], Weighed]
+    rank: int | None = None
 
 
 Edit = (
