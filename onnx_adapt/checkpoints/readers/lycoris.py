@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Reweight, Weighed
+from onnx_adapt.checkpoints.readers.peft_methods.low_rank import hadamard_factor
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
-from onnx_adapt.checkpoints.readers.saved import number
+from onnx_adapt.checkpoints.readers.saved import number, refuse_rank_zero
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -67,11 +68,7 @@ def module_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def _scale(found: ModuleTensors, rank: int) -> float:
     """Alpha over the rank; without an alpha it is the rank."""
-    if not rank:
-        raise CheckpointError(
-            f"module {found.module!r} has the rank 0",
-            hint="was it saved from a part of a sharded model? gather it and save it again",
-        )
+    refuse_rank_zero(found.module, rank)
     if "alpha" not in found.parts:
         return 1.0
     value = found.parts["alpha"]
@@ -111,7 +108,7 @@ def _lora(found: ModuleTensors) -> Iterator[Edit]:
     bias = found.parts.get("lora_up.bias")
     if "diff_b" in found.parts:
         bias = _added(bias, found.parts["diff_b"] / (scale or 1))
-    edit = LowRank(found.module, a, b, scale, bias=bias, norm_scale=scale)
+    edit = LowRank(found.module, a, b, scale, bias=bias, norm_scale=scale, dilates=True)
     if "dora_scale" not in found.parts:
         yield edit
         return
@@ -128,6 +125,7 @@ def _lora(found: ModuleTensors) -> Iterator[Edit]:
             scale,
             magnitude=magnitude.reshape(-1).astype(np.float64),
             norm_scale=scale,
+            dilates=True,
         )
         return
     change = scale * b.reshape(len(b), -1) @ a.reshape(len(a), -1)
@@ -140,17 +138,15 @@ def _added(one: Array | None, other: Array) -> Array:
 
 def _loha(found: ModuleTensors) -> Iterator[Edit]:
     """LoHa: the product of two low-rank updates, number by number; its rank is r * r."""
-    halves = []
-    for n in "12":
-        up, down = _matrices(found, f"hada_w{n}_a", f"hada_w{n}_b")
-        if f"hada_t{n}" in found.parts:
-            (core,) = _matrices(found, f"hada_t{n}")
-            half = np.einsum("ij...,ip,jr->pr...", core, up, down)
-            halves.append(half.reshape(len(half), -1))
-        else:
-            halves.append(up @ down)
+    factors = [hadamard_factor(found, number) for number in "12"]
+    first, second = (up @ down.reshape(len(down), -1) for up, down in factors)
+    if first.shape != second.shape:
+        raise CheckpointError(
+            f"module {found.module!r}: the two updates to multiply have the sizes "
+            f"{list(first.shape)} and {list(second.shape)}"
+        )
     rank = len(found.parts["hada_w1_b"])
-    yield _dense(found, _scale(found, rank) * halves[0] * halves[1], rank**2)
+    yield _dense(found, _scale(found, rank) * first * second, rank**2)
 
 
 def _lokr(found: ModuleTensors) -> Iterator[Edit]:
