@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_models import saved_model
+from adapter_models import safetensors_file, saved_model
 from diffusion_cases import (
     GRAPHS,
     HOME,
@@ -28,7 +29,7 @@ from trained_cases import ROOT
 import onnx_adapt as oa
 from onnx_adapt.checkpoints.modules.original_names import unet_in_diffusers
 from onnx_adapt.checkpoints.modules.underscored import spelled
-from onnx_adapt.errors import CheckpointError
+from onnx_adapt.errors import AdapterError, CheckpointError
 
 CASES = [
     *(("locon", graph) for graph in ("unet", "text_encoder")),
@@ -233,6 +234,38 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_written(
     assert (code, printed) == (2, "")
     assert [word for word in words if word not in err] == []
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("case", ["locon", "flux", "diffusers", "before_peft"])
+def test_where_an_adapter_file_is_wanted_it_is_said_how_to_make_one(case: str) -> None:
+    path = file_of(case)
+    path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    with pytest.raises(AdapterError, match="an adapter for image generation") as caught:
+        oa.load_adapter(path)
+    assert f"`onnx-adapt convert {path.name} --for MODEL.onnx" in caught.value.hint
+
+
+def test_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
+    float8 = ml_dtypes.float8_e4m3fn
+
+    def rounded(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.astype(float8).astype(np.float32) for key, value in tensors.items()}
+
+    plain = renamed(file_of("locon"), tmp_path / "plain.safetensors", rounded)
+    header, data, at = {}, b"", 0
+    for key, value in safetensors.numpy.load_file(plain).items():
+        raw = value.astype(float8).tobytes()
+        places = [at, at + len(raw)]
+        header[key] = {"dtype": "F8_E4M3", "shape": list(value.shape), "data_offsets": places}
+        data, at = data + raw, at + len(raw)
+    small = tmp_path / "small.safetensors"
+    small.write_bytes(safetensors_file(json.dumps(header).encode(), data))
+    model = base("unet")
+    wanted, found = (
+        oa.load_checkpoint(path, model).adapter.feeds() for path in (plain, small)
+    )
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_metadata_of_diffusers_that_is_no_json_is_refused(tmp_path: Path) -> None:
