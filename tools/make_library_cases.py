@@ -178,6 +178,7 @@ def litgpt_adapter(model: nn.Module, folder: Path) -> State:
     """LoRA by LitGPT of q, v, the MLP and the head, on its own GPT with Llama's form."""
     import lightning
     import yaml
+    from litgpt.config import Config as BaseConfig
     from litgpt.finetune.lora import save_lora_checkpoint
     from litgpt.lora import GPT, Config, merge_lora_weights
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
@@ -201,7 +202,10 @@ def litgpt_adapter(model: nn.Module, folder: Path) -> State:
     train_all(theirs)
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     save_lora_checkpoint(fabric, theirs, folder / "lit_model.pth.lora")
-    save_config(config, folder)
+    plain_config = BaseConfig(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(BaseConfig) if f.init}
+    )
+    save_config(plain_config, folder)
     (folder / "hyperparameters.yaml").write_text(yaml.dump({"precision": None} | lora))
     merge_lora_weights(theirs)
     plain = {

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -24,6 +25,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(kind) for name, kind in (("I64", np.int64), ("I32", np.int32))},
     **{name: np.dtype(kind) for name, kind in (("I8", np.int8), ("U8", np.uint8))},
     **{name: np.dtype(kind) for name, kind in (("I16", np.int16), ("BOOL", np.bool_))},
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),  # some trained adapters are
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 
 

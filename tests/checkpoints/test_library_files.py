@@ -210,6 +210,7 @@ def test_litgpt_without_its_settings_is_refused(tmp_path: Path) -> None:
         (("lora_value: true", "lora_value: false"), "1 groups"),
         (("lora_r: 4", "lora_r: 3"), "lora_r is 3"),
         (("lora_r: 4", "lora_r: 0"), "wrong kind"),
+        (("lora_alpha: 6", "x: 6"), "no lora_alpha"),
         (("lora_alpha: 6", "lora_alpha: .nan"), "no number"),
     ],
 )
@@ -454,6 +455,20 @@ def _edifice(path: Path, **parts: np.ndarray) -> Path:
     named = {key.replace("__", "."): value for key, value in parts.items()}
     safetensors.numpy.save_file(named, path / "adapter.safetensors")
     return path
+
+
+def test_edifice_s_names_may_have_underscores_for_dots(tmp_path: Path) -> None:
+    case = CASES["edifice_bert"]
+    tensors = safetensors.numpy.load_file(case.adapter / "adapter.safetensors")
+    named = {}
+    for key, value in tensors.items():
+        name, parameter = key.rsplit(".", 1)
+        named[f"{name.replace('.', '_')}.{parameter}"] = value
+    safetensors.numpy.save_file(named, tmp_path / "adapter.safetensors")
+    base = oa.open_model(case.base)
+    found = oa.load_checkpoint(tmp_path, base).adapter.feeds()
+    for name, value in oa.load_checkpoint(case.adapter, base).adapter.feeds().items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_edifice_s_activation_is_relu_unless_the_folder_says_another(tmp_path: Path) -> None:

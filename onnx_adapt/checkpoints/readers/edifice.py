@@ -10,7 +10,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import Bottleneck, Edit
 from onnx_adapt.checkpoints.readers.by_keys import file_by_keys, tensors_by_keys
 from onnx_adapt.checkpoints.readers.files import Files
-from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
+from onnx_adapt.checkpoints.readers.saved import Pipeline, Saved, name_damage
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -38,7 +38,11 @@ def read_edifice(files: Files) -> Saved:
     Raises:
         CheckpointError: If a file is damaged.
     """
-    return Saved(files.path, "edifice", files.config(), tensors_by_keys(files, _fits))
+    tensors = tensors_by_keys(files, _fits)
+    # Names without a dot may be paths of modules with underscores for dots.
+    underscored = not any("." in _KEY.sub(r"\g<name>", key) for key in tensors)
+    pipeline = Pipeline((), "") if underscored else None
+    return Saved(files.path, "edifice", files.config(), tensors, pipeline=pipeline)
 
 
 # `Edifice.Meta.Adapter` puts an adapter called NAME on a tensor x: it computes

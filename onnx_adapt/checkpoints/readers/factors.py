@@ -70,12 +70,6 @@ def low_rank(
     Raises:
         CheckpointError: If they are no two matrices of one rank.
     """
-    if not a.size or not b.size:
-        raise CheckpointError(
-            f"the factors of module {module!r} are empty: {list(a.shape)} and {list(b.shape)}",
-            hint="weights that were saved in pieces (DeepSpeed ZeRO-3, FSDP) have to be "
-            "gathered before they are saved",
-        )
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise CheckpointError(
             f"the factors of module {module!r} do not fit each other: A is {list(a.shape)}, "

@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx_adapt.checkpoints.readers.headers import Header, read_header
 from onnx_adapt.checkpoints.readers.saved import read_state_dict
+from onnx_adapt.checkpoints.readers.shards import find_shards, read_json, read_shards
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.words import beside
@@ -68,15 +69,17 @@ class Files:
         return read_json(self.at(name)) if name in self.names and self.is_folder else {}
 
     def tensors(self, names: tuple[str, ...], hint: str) -> dict[str, Array]:
-        """The tensors of the first of some files that is there, by key.
+        """The tensors of the first of some files that is there, whole or in shards, by key.
 
         Raises:
             CheckpointError: If none is there, or it cannot be read.
         """
-        file = self.first(names)
-        if file is None:
-            raise CheckpointError(f"{self.path} has none of {', '.join(names)}", hint=hint)
-        return read_state_dict(file)
+        for name in names:
+            if name in self.names:
+                return read_state_dict(self.at(name))
+            if shards := find_shards(self.path, self.names, name):
+                return read_shards(self.path, shards)
+        raise CheckpointError(f"{self.path} has none of {', '.join(names)}", hint=hint)
 
 
 def find_files(path: Path, expected: str) -> Files:
@@ -90,7 +93,8 @@ def find_files(path: Path, expected: str) -> Files:
         CheckpointError: If nothing is there.
     """
     if path.is_dir():
-        return Files(path, frozenset(item.name for item in path.iterdir() if item.is_file()))
+        home = _adapted_module(path)
+        return Files(home, frozenset(item.name for item in home.iterdir() if item.is_file()))
     if path.exists():
         return Files(path, frozenset({path.name}))
     raise CheckpointError(
@@ -98,16 +102,22 @@ def find_files(path: Path, expected: str) -> Files:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+_MODULES = "modules.json"
 
-    Raises:
-        CheckpointError: If the file cannot be read, or is none.
+
+def _adapted_module(folder: Path) -> Path:
+    """The folder with the adapter: in sentence-transformers it can be that of a module.
+
+    `modules.json` lists the modules of such a model, each with its folder, `""` or
+    `"0_Transformer"`.
     """
+    if (folder / CONFIG).is_file() or not (folder / _MODULES).is_file():
+        return folder
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data
+        modules = json.loads((folder / _MODULES).read_text(encoding="utf-8"))
+        paths = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return folder  # another library's file of this name
+    inside = {item.name: item for item in folder.iterdir() if item.is_dir()}
+    homes = [inside[path] for path in paths if path in inside]
+    return next((home for home in homes if (home / CONFIG).is_file()), folder)

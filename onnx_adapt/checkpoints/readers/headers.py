@@ -90,6 +90,6 @@ def no_weights(path: Path, start: bytes, error: CheckpointError) -> CheckpointEr
 
 _WEIGHTS = {
     *("a PyTorch file", "a pickle of Python", "a safetensors file"),
-    "the weights of a PEFT or AdapterHub adapter",
+    *("the weights of a PEFT or AdapterHub adapter", "an adapter for image generation"),
 }
 """Kinds of files that hold weights, as `recognised` names them: their readers say more."""

@@ -56,7 +56,7 @@ def read_litgpt(files: Files) -> Saved:
     Raises:
         CheckpointError: If one of its files is missing or damaged.
     """
-    config: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in (_MODEL, _SETTINGS):
         if name not in files.names:
             raise CheckpointError(
@@ -66,8 +66,10 @@ def read_litgpt(files: Files) -> Saved:
                 f"{_MODEL}",
             )
         path = files.at(name)
-        config |= read_yaml(path.read_bytes(), str(path), "litgpt")
-    return Saved(files.path, "litgpt", config, tensors_by_keys(files, _fits))
+        found[name] = read_yaml(path.read_bytes(), str(path), "litgpt")
+    settings = {k: v for k, v in found[_SETTINGS].items() if str(k).startswith("lora_")}
+    model = {k: v for k, v in found[_MODEL].items() if not str(k).startswith("lora_")}
+    return Saved(files.path, "litgpt", {**model, **settings}, tensors_by_keys(files, _fits))
 
 
 def litgpt_edits(saved: Saved) -> list[Edit]:

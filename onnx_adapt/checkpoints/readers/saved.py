@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt.adapter.safetensors import read_tensors
 from onnx_adapt.checkpoints.readers.headers import (
     is_safetensors,
@@ -24,6 +26,20 @@ from onnx_adapt.model.signatures import HEAD
 
 
 @dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What an adapter for image generation is for: several models at once.
+
+    Attributes:
+        parts: The parts of the pipeline that its modules are of, such as `unet`. Each module's
+            path begins with its part; underscores in the path may stand for dots.
+        base: The model that it was trained for, such as `SDXL`, or '' if that is not known.
+    """
+
+    parts: tuple[str, ...]
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint as its library saved it, read into memory.
 
@@ -34,6 +50,7 @@ class Saved:
         tensors: Its weights by key.
         head: Weights of a head saved beside the adapter, by key.
         head_config: The head's configuration.
+        pipeline: What it is for, if it is an adapter for image generation.
     """
 
     path: Path
@@ -42,6 +59,7 @@ class Saved:
     tensors: Mapping[str, Array]
     head: Mapping[str, Array] = field(default_factory=dict)
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:
@@ -64,6 +82,41 @@ def read_state_dict(path: Path) -> dict[str, Array]:
     except AdapterError as error:
         damaged = CheckpointError(f"cannot read {path}: {error}")
         raise no_weights(path, start, damaged) from error
+
+
+def refuse_damaged(saved: Saved) -> None:
+    """Refuse a checkpoint with tensors that no training gives.
+
+    Raises:
+        CheckpointError: If a tensor is empty, or has NaN or infinity in it.
+    """
+    for key, value in (*saved.tensors.items(), *saved.head.items()):
+        if value.shape == (0,):
+            raise CheckpointError(
+                f"{key!r} is empty: the checkpoint was saved under DeepSpeed ZeRO-3 or FSDP, "
+                "where each process holds a part of the weights",
+                hint="gather the weights before saving: deepspeed.zero.GatheredParameters, or "
+                "FullyShardedDataParallel.summon_full_params",
+            )
+        if value.dtype.kind not in "biu" and not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{key!r} holds NaN or infinity",
+                hint="the training diverged; load an earlier one",
+            )
+
+
+def refuse_rank_zero(module: str, rank: int) -> None:
+    """Refuse an update of a module that has rank 0.
+
+    Raises:
+        CheckpointError: If the rank is 0.
+    """
+    if not rank:
+        raise CheckpointError(
+            f"the update of module {module!r} has rank 0, so it changes nothing",
+            hint="was the checkpoint saved under DeepSpeed ZeRO-3? Gather the weights before "
+            "saving",
+        )
 
 
 def number(value: Any, name: str) -> float:

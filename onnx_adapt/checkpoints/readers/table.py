@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, LowRank
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.readers.by_keys import damaged_file
+from onnx_adapt.checkpoints.readers.diffusers import (
+    diffusers_edits,
+    is_diffusers,
+    read_diffusers,
+)
 from onnx_adapt.checkpoints.readers.edifice import edifice_edits, is_edifice, read_edifice
 from onnx_adapt.checkpoints.readers.files import CONFIG, PEFT_WEIGHTS, Files, find_files
 from onnx_adapt.checkpoints.readers.gguf_lora import gguf_edits, is_gguf, read_gguf
@@ -17,13 +22,19 @@ from onnx_adapt.checkpoints.readers.keras_hub import (
     keras_hub_edits,
     read_keras_hub,
 )
+from onnx_adapt.checkpoints.readers.kohya import is_kohya, kohya_edits, read_kohya
 from onnx_adapt.checkpoints.readers.litgpt import is_litgpt, litgpt_edits, read_litgpt
 from onnx_adapt.checkpoints.readers.loralib import is_loralib, loralib_edits, read_loralib
 from onnx_adapt.checkpoints.readers.mlx import is_mlx, mlx_edits, read_mlx
 from onnx_adapt.checkpoints.readers.nemo import is_nemo, nemo_edits, read_nemo
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
-from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
+from onnx_adapt.checkpoints.readers.saved import (
+    Saved,
+    name_damage,
+    refuse_damaged,
+    refuse_rank_zero,
+)
 from onnx_adapt.checkpoints.readers.torchtune import (
     is_torchtune,
     read_torchtune,
@@ -105,6 +116,22 @@ READERS: dict[str, Reader] = {
         edits=adapterhub_edits,
         words=("adapters", "loras", "invertible_adapters"),
     ),
+    "diffusers": Reader(
+        label="diffusers",
+        recognises=is_diffusers,
+        mark="",
+        gives="the file or folder that save_lora_weights (diffusers) wrote",
+        read=read_diffusers,
+        edits=diffusers_edits,
+    ),
+    "kohya": Reader(
+        label="sd-scripts, LyCORIS or ComfyUI",
+        recognises=is_kohya,
+        mark="",
+        gives="the file of an image LoRA (sd-scripts, LyCORIS, ComfyUI)",
+        read=read_kohya,
+        edits=kohya_edits,
+    ),
     "mlx": Reader(
         label="MLX-LM",
         recognises=is_mlx,
@@ -171,8 +198,13 @@ def read_edits(saved: Saved) -> list[Edit]:
     Raises:
         CheckpointError: If the method or a setting is not supported, or files are damaged.
     """
+    refuse_damaged(saved)
     with name_damage(saved):
-        return READERS[saved.library].edits(saved)
+        edits = READERS[saved.library].edits(saved)
+    for edit in edits:
+        if isinstance(edit, LowRank):
+            refuse_rank_zero(edit.module, len(edit.a))
+    return edits
 
 
 def read_saved(path: Path) -> Saved:
@@ -185,7 +217,7 @@ def read_saved(path: Path) -> Saved:
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
-    return READERS[library].read(files)
+    return replace(READERS[library].read(files), path=path)
 
 
 def _unknown_folder(files: Files) -> CheckpointError:
@@ -251,4 +283,5 @@ _BARE = (
 
 
 def _expected() -> str:
-    return f"give {' or '.join(row.gives for row in READERS.values())}"
+    *others, last = (row.gives for row in READERS.values())
+    return f"give {', '.join(others)} or {last}"
