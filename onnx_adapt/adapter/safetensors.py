@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -23,6 +25,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(kind) for name, kind in (("I64", np.int64), ("I32", np.int32))},
     **{name: np.dtype(kind) for name, kind in (("I8", np.int8), ("U8", np.uint8))},
     **{name: np.dtype(kind) for name, kind in (("I16", np.int16), ("BOOL", np.bool_))},
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),  # some trained adapters are
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 
 
@@ -54,17 +58,29 @@ def read(data: bytes, path: Path) -> Adapter:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    """Read the header of a file, and refuse a name that is in it twice."""
+    return read_header(io.BytesIO(data), len(data))
+
+
+def read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
+    """Read the header of a file, and refuse a name that is in it twice.
+
+    Args:
+        stream: The file, at its beginning; no byte behind the header is read.
+        size: The number of its bytes.
+
+    Raises:
+        ValueError: If it is no header.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a name is given twice")
         return dict(pairs)
 
-    length = int.from_bytes(data[:8], "little")
-    if length > len(data):
+    length = int.from_bytes(stream.read(8), "little")
+    if length > size:
         raise ValueError("the header goes past the end")
-    header: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=once)
+    header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=once)
     return header
 
 

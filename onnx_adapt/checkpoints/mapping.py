@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
-from onnx_adapt.checkpoints.modules.model_parts import parts_shown
+from onnx_adapt.checkpoints.modules.model_parts import architecture_of, parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
     refuse_other_part,
@@ -20,13 +20,16 @@ from onnx_adapt.checkpoints.modules.names import (
 )
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
-from onnx_adapt.checkpoints.modules.selection import Selection, map_part
-from onnx_adapt.checkpoints.readers.saved import Saved, read_state_dict
+from onnx_adapt.checkpoints.modules.selection import Selection, is_under, map_part
+from onnx_adapt.checkpoints.modules.sized import sized
+from onnx_adapt.checkpoints.modules.underscored import spelled
+from onnx_adapt.checkpoints.readers.saved import Pipeline, Saved, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.words import count
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +88,79 @@ def read_trained(path: str | os.PathLike[str], selection: Selection) -> Trained:
     return Trained(saved, selection.edits(edits), selection.part, selection.head(saved.head))
 
 
+def spell_out(trained: Trained, graphs: Iterable[Graph]) -> Trained:
+    """Spell the modules of an adapter for image generation as graphs spell them.
+
+    Raises:
+        CheckpointError: If a text can be two paths of the graphs.
+    """
+    if trained.saved.pipeline is None:
+        return trained
+    known = [path for graph in graphs for path in all_known(graph.finder)]
+    names = spelled([edit.module for edit in trained.edits], known)
+    edits = [replace(edit, module=names[edit.module]) for edit in trained.edits]
+    return replace(trained, edits=edits)
+
+
+def all_known(finder: ByName | ByValue) -> list[str]:
+    """The paths of a graph's modules, and of those whose weights have kept their names."""
+    return [*finder.known(), *finder.stored()]
+
+
+def _own_part(trained: Trained, graph: Graph) -> Trained:
+    """Of an adapter for several models of a pipeline, what is for one graph.
+
+    Raises:
+        CheckpointError: If nothing is, or the graph may be two parts of the pipeline.
+    """
+    pipeline = trained.saved.pipeline
+    if pipeline is None or trained.part or not pipeline.parts:
+        return trained
+    by_part = {
+        part: [edit for edit in trained.edits if is_under(edit.module, part)]
+        for part in pipeline.parts
+    }
+    found: dict[str, int] = {}
+    for part, edits in by_part.items():
+        parts = [one for edit in edits for one in unpacked(edit.module, graph.finder.known())]
+        found[part] = len(names_in(replace(trained, part=part), graph, parts))
+    best = [part for part in found if found[part] and found[part] == max(found.values())]
+    if len(best) > 1:
+        raise CheckpointError(
+            f"the graph may be each of {', '.join(best)}, which the checkpoint has modules of",
+            hint=f"say which it is: --part {best[0]} or --part {best[1]}",
+        )
+    if not best:
+        raise _other_base(trained, pipeline, graph)
+    for part, edits in by_part.items():
+        if part not in best and edits:
+            _log.warning(
+                "left out %s of %s: the graph is %s alone",
+                count(len(edits), "module"),
+                part,
+                best[0],
+            )
+    return replace(trained, edits=by_part[best[0]], part=best[0])
+
+
+def _other_base(trained: Trained, pipeline: Pipeline, graph: Graph) -> CheckpointError:
+    """The error for a graph that has no module of an adapter for image generation."""
+    known = all_known(graph.finder)
+    kind = architecture_of(known)
+    paths = [path for path in known if path.count(".") > 1] or known
+    graph_is = f"this graph is a {kind.upper()}" if kind else "this graph is another model"
+    first = trained.edits[0].module
+    return CheckpointError(
+        f"{trained.saved.path} is an adapter for {pipeline.base or 'image generation'}; "
+        f"{graph_is}: it has {', '.join(paths[:_SHOWN]) or 'no modules'}, and not {first}",
+        hint="give the graph of the U-Net, transformer or text encoder that it was trained "
+        "for; if the graph lost its names, give --base-weights model.safetensors",
+    )
+
+
+_SHOWN = 2
+
+
 def find_graph(
     model: Model, base_weights: str | os.PathLike[str] | None, edits: Sequence[Edit]
 ) -> Graph:
@@ -112,6 +188,7 @@ def find_graph(
 
 def map_edits(trained: Trained, graph: Graph) -> tuple[list[Edit], Mapping[str, str]]:
     """Map the modules of all edits; a head that the graph does not have is left out."""
+    trained = _own_part(spell_out(trained, [graph]), graph)
     edits, finder = trained.edits, graph.finder
     known = finder.known()
     parts = {edit.module: unpacked(edit.module, known) for edit in edits}
@@ -171,8 +248,11 @@ def apart(
     names: Mapping[str, str],
     finder: ByName | ByValue,
 ) -> Iterator[Edit]:
-    """Cut edits of packed modules into those of the modules that the graph has instead."""
-    for edit in edits:
+    """Cut edits of packed modules into those of the modules that the graph has instead.
+
+    Updates that depend on the sizes of their modules are made first.
+    """
+    for edit in sized(edits, parts, names, finder):
         yield from _apart(edit, parts, names, finder)
 
 

@@ -46,7 +46,9 @@ def command(
     allow_partial: bool,
     as_json: bool,
 ) -> None:
-    """Turn a PEFT or AdapterHub CHECKPOINT into an adapter file for the slots of a model.
+    """Turn a trained CHECKPOINT into an adapter file for the slots of a model.
+
+    It is a folder of PEFT or AdapterHub, or a file or folder of another library.
 
     \b
       onnx-adapt convert trained/ --for adapted.onnx -o fr.onnx_adapter
@@ -54,7 +56,7 @@ def command(
     import onnx_adapt as oa
     from onnx_adapt.model.file import protect_files
 
-    read = [Path(model), *Path(checkpoint).glob("*")]
+    read = [Path(model), Path(checkpoint), *Path(checkpoint).glob("*")]
     read += [Path(base_weights)] if base_weights else []
     refuse_to_replace(output, *read)
     with patience(f"reading {checkpoint}"):

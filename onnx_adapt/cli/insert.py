@@ -49,7 +49,8 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option(
     "--adapter",
     type=click.Path(),
-    help="A PEFT or AdapterHub folder: insert the slots that it needs.",
+    help="A trained adapter as its library saved it, a folder or a file: insert the slots "
+    "that it needs.",
 )
 @click.option(
     "--calibrate",

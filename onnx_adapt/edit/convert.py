@@ -33,9 +33,9 @@ def convert(
     """Read a checkpoint as an adapter for a model that has slots for it.
 
     Args:
-        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        path: The checkpoint, a folder or a file, as `load_checkpoint` takes it.
         model: The model with slots.
-        name: The adapter's name; by default AdapterHub's, or the folder's.
+        name: The adapter's name; by default AdapterHub's, or that of the folder or file.
         base_weights: The base's weights, for a graph that lost its names.
         part: Only the checkpoint's modules under this path are wanted, and the graph is that
             part of the model.

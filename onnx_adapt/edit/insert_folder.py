@@ -28,6 +28,7 @@ from onnx_adapt.checkpoints.mapping import (
     find_graph,
     names_in,
     read_trained,
+    spell_out,
 )
 from onnx_adapt.checkpoints.modules.model_parts import family_of, part_of_path, parts_of
 from onnx_adapt.checkpoints.modules.packed import unpacked
@@ -87,8 +88,9 @@ def insert_folder(
 
     Args:
         folder: The folder with the `.onnx` files, in itself or in folders inside.
-        checkpoint: The folder that `save_pretrained` or `save_adapter` wrote.
-        name: The adapter's name; by default AdapterHub's, or the checkpoint's folder's.
+        checkpoint: The checkpoint, a folder or a file, as `load_checkpoint` takes it.
+        name: The adapter's name; by default AdapterHub's, or that of the checkpoint's
+            folder or file.
         part: Only the checkpoint's modules under this path are wanted.
         module_map: What the checkpoint's module paths begin with, and what instead.
         baked: Put the trained weights into the models as constants.
@@ -107,17 +109,16 @@ def insert_folder(
         ['decoder_model', 'decoder_model_merged', 'decoder_with_past_model', 'encoder_model']
     """
     trained = read_trained(checkpoint, Selection(part, module_map or {}))
+    files = {path.relative_to(folder): path for path in _model_files(Path(folder))}
+    models = {short: open_model(path) for short, path in files.items()}
+    graphs = {short: find_graph(model, None, trained.edits) for short, model in models.items()}
+    trained = spell_out(trained, graphs.values())
     wanted = list(dict.fromkeys(edit.module for edit in trained.edits))
     found: dict[Path, Checkpoint] = {}
-    models: dict[Path, Model] = {}
-    graphs: dict[Path, Graph] = {}
     held: dict[Path, set[str]] = {}
     paths: dict[Path, Mapping[str, str]] = {}
-    files = {path.relative_to(folder): path for path in _model_files(Path(folder))}
     named = _files_by_part(files, wanted)
-    for short, path in files.items():
-        models[short] = open_model(path)
-        graph = graphs[short] = find_graph(models[short], None, trained.edits)
+    for short, graph in graphs.items():
         edits, names = _edits_for(trained, graph, short, named)
         held[short] = {edit.module for edit in edits}
         paths[short] = names

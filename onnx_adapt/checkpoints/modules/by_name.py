@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx
 
@@ -22,7 +23,10 @@ from onnx_adapt.graph.sites import Survey
 _SHOWN = 3
 _INTEGERS = ("QLinearMatMul", "QLinearConv", "QGemm", "QAttention")
 """Layers of the QOperator format, whose outputs are integers that others read."""
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+_NORMS = (
+    *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
+    "GroupNormalization",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +230,17 @@ def _norm_inputs(
         _refuse_shifted(node)
     if whole:
         return [ParameterInput(view, node, position, False) for node in whole]
+    # Exporters make GroupNorm of this, and give the weight axes of 1 and a name of its own.
+    by_group = any(node.op_type == "InstanceNormalization" for node in nodes)
     op = "Mul" if parameter == "weight" else "Add"
     for node in reversed([node for node in nodes if node.op_type == op]):
         for i, name in enumerate(node.input):
             weight = find_weight(view, name)
-            vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
+            dims = weight.dims if weight else ()
+            if not 1 < max(dims, default=0) == prod(dims):
+                continue  # it is no vector
             # A tensor with another name was computed, such as Gemma's 1 + weight.
-            if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
+            named = weight is not None and weight.tensor.name.endswith(f".{parameter}")
+            if by_group if len(dims) > 1 else named:
                 return [ParameterInput(view, node, i, False)]
     return []

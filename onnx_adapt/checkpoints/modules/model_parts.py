@@ -74,6 +74,17 @@ _ENCODER_ONLY = frozenset(
 """Architectures that are one encoder, so that the word names no part of them."""
 
 
+def architecture_of(paths: Iterable[str]) -> str:
+    """The architecture that a word of some paths names, or ''.
+
+    Example:
+        >>> architecture_of(["bert.encoder.layer.0.output.dense"])
+        'bert'
+    """
+    words = (word for path in paths for word in path.split("."))
+    return next((word for word in words if word in _ENCODER_ONLY), "")
+
+
 def parts_of(path: str, kind: str = "") -> dict[str, str]:
     """Find the parts that a path names, each with the path's own word for it.
 

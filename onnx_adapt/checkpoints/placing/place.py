@@ -10,6 +10,8 @@ from onnx_adapt.checkpoints.edits import (
     Edit,
     LowRank,
     ParameterLowRank,
+    Replacement,
+    Reweight,
     Scaling,
 )
 from onnx_adapt.checkpoints.modules.calls import (
@@ -24,17 +26,27 @@ from onnx_adapt.checkpoints.placing.on_weights import (
     place_scaling_on_weights,
 )
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import as_low_rank, place_replacement
+from onnx_adapt.checkpoints.placing.reweighting import place_reweight
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.slot.form import Form
 
 
 def place(placement: Placement, edit: Edit) -> None:
-    """Make the slots that one edit asks for.
+    """Make the slots that one edit asks for, or replace a weight.
 
     Raises:
         CheckpointError: If the graph has no place for it.
     """
+    if isinstance(edit, Replacement):
+        edit = as_low_rank(placement, edit) or edit
+    if isinstance(edit, Replacement):
+        place_replacement(placement, edit)
+        return
+    if isinstance(edit, Reweight):
+        place_reweight(placement, edit)
+        return
     if isinstance(edit, ParameterLowRank):
         place_parameter(placement, edit)
         return
