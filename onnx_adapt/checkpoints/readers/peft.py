@@ -110,7 +110,14 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
                 "another method",
                 hint="was adapter_config.json copied from another adapter?",
             )
-        result.modules.setdefault(match["module"], {})[match["part"] + ending] = value
+        parts = result.modules.setdefault(match["module"], {})
+        if match["part"] + ending in parts:
+            raise CheckpointError(
+                f"the checkpoint has {match['part']} of module {match['module']!r} twice, the "
+                f"second time as {key!r}: it holds several adapters",
+                hint="save one alone: save_pretrained(folder, selected_adapters=[name])",
+            )
+        parts[match["part"] + ending] = value
     return result
 
 
@@ -145,8 +152,8 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
-    return Replacement(module, parameter, value)
+    plain = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(plain, parameter, value, of_base=module == f"{plain}.base_layer")
 
 
 def _parameter_edit(

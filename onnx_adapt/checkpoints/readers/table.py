@@ -9,6 +9,7 @@ from pathlib import Path
 from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.readers.files import CONFIG, Files, find_files
+from onnx_adapt.checkpoints.readers.keys import with_plain_keys
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
@@ -105,7 +106,7 @@ def read_saved(path: Path) -> Saved:
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
-    return READERS[library].read(files)
+    return with_plain_keys(READERS[library].read(files))
 
 
 def _unknown_folder(files: Files) -> CheckpointError:
