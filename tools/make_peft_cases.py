@@ -322,6 +322,30 @@ SUPPORTED = {
         lora("word_embeddings", "value", use_dora=True),
         "DoRA of an embedding: the magnitude has the size of the embedding",
     ),
+    "bert_token_indices": Case(
+        "bert_dynamo",
+        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
+        "LoRA with trainable_token_indices of one embedding by name",
+    ),
+    "gpt2_tokens": Case(
+        "gpt2_dynamo",
+        peft.TrainableTokensConfig(token_indices=[31, 4, 57]),
+        "TRAINABLE_TOKENS; the head has the embedding's weight and follows",
+    ),
+    "gpt2_token_indices_ts": Case(
+        "gpt2_torchscript",
+        lora("c_attn", fan_in_fan_out=True, trainable_token_indices=[9, 2]),
+        "trainable_token_indices as a list, with a tied head, TorchScript",
+    ),
+    "gpt2_token_indices_apart": Case(
+        "gpt2_dynamo",
+        lora(
+            *("c_attn",),
+            fan_in_fan_out=True,
+            trainable_token_indices={"wte": [9, 2], "lm_head": [5]},
+        ),
+        "other tokens of the embedding than of the head, which is tied in the base only",
+    ),
     "bert_ia3": Case(
         "bert_torchscript",
         ia3("key", "value", "output.dense", feedforward=("output.dense",)),
@@ -520,12 +544,6 @@ REFUSED = {
         lora(*LLAMA_QV, layer_replication=[(0, 2), (1, 2)]),
         "layer_replication",
         "layers of the base are repeated",
-    ),
-    "bert_token_indices": Case(
-        "bert_dynamo",
-        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
-        "trainable_token_indices",
-        "single rows of the embedding were trained",
     ),
 }
 

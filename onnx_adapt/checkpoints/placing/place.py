@@ -11,6 +11,7 @@ from onnx_adapt.checkpoints.edits import (
     LowRank,
     ParameterLowRank,
     Scaling,
+    TokenRows,
 )
 from onnx_adapt.checkpoints.modules.calls import (
     block_output,
@@ -24,6 +25,7 @@ from onnx_adapt.checkpoints.placing.on_weights import (
     place_scaling_on_weights,
 )
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.token_rows import place_token_rows
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.slot.form import Form
@@ -37,6 +39,9 @@ def place(placement: Placement, edit: Edit) -> None:
     """
     if isinstance(edit, ParameterLowRank):
         place_parameter(placement, edit)
+        return
+    if isinstance(edit, TokenRows):
+        place_token_rows(placement, edit)
         return
     inner = placement.inner_weights(edit.module)
     if isinstance(edit, LowRank):

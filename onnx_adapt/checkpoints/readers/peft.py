@@ -1,4 +1,4 @@
-"""Read checkpoints of PEFT: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
+"""Read checkpoints of PEFT (Hugging Face peft 0.21 and older)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.readers.peft_methods.table import (
     Method,
 )
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import settle_tables
 from onnx_adapt.checkpoints.readers.peft_parameters import parameter_edit, split_parameters
 from onnx_adapt.checkpoints.readers.peft_settings import by_pattern, scale_of
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
@@ -24,7 +25,6 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
-    "trainable_token_indices": "single rows of the embedding were trained",
     "use_qalora": "the input is pooled before the adapter",
     "use_bdlora": "the matrices are block-diagonal",
     "arrow_config": "adapters are routed at run time",
@@ -60,7 +60,7 @@ def peft_edits(saved: Saved) -> list[Edit]:
     for module, named in parameters.items():
         with name_damage(saved, module):
             edits += (_parameter_edit(module, name, parts, config) for name, parts in named)
-    return [*edits, *found.replaced.values()]
+    return settle_tables([*edits, *found.replaced.values()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    module = re.sub(r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)$", "", module)
     return Replacement(module, parameter, value)
 
 

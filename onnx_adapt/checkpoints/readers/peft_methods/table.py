@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.readers.peft_methods.lora import ia3_edits, lora_edits
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import TOKEN_ROWS, token_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,12 @@ METHODS: dict[str, Method] = {
         parts=(
             *("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B"),
             "lora_magnitude_vector",  # DoRA's
+            TOKEN_ROWS,
         ),
         edits=lora_edits,
     ),
     "IA3": Method(parts=("ia3_l",), edits=ia3_edits),
+    "TRAINABLE_TOKENS": Method(parts=(TOKEN_ROWS,), edits=token_edits),
 }
 """Methods by `peft_type`."""
 
