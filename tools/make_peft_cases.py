@@ -102,6 +102,40 @@ class ConvNet(nn.Module):
         return self.head(self.features(image).mean(dim=(2, 3)))
 
 
+class Branches(nn.Module):
+    """Layers that read one tensor side by side, and convolutions of one to three dimensions.
+
+    Attributes:
+        left: A Conv2d on the image.
+        right: Another on the image.
+        volume: A Conv3d with groups.
+        signal: A Conv1d.
+        grouped: A Conv1d with groups on the same tensor.
+        one: A Linear.
+        two: Another on the same tensor.
+        head: A Linear that makes the logits.
+    """
+
+    def __init__(self) -> None:
+        """Make the modules."""
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = nn.Conv2d(3, 8, 1, bias=False)
+        self.volume = nn.Conv3d(2, 4, (3, 1, 1), padding=(1, 0, 0), groups=2)
+        self.signal = nn.Conv1d(16, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv1d(16, 8, 5, stride=2, padding=2, groups=4)
+        self.one = nn.Linear(8, 8)
+        self.two = nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[batch, 3]`` of an image ``[batch, 3, height, width]``."""
+        image = torch.tanh(self.left(image) + self.right(image)).unflatten(1, (2, 4))
+        signal = 2 * self.volume(image).flatten(1, 2).flatten(2)
+        states = (self.signal(signal) + self.grouped(signal)).amax(dim=-1)
+        return self.head(self.one(states) * torch.tanh(self.two(states)))
+
+
 class Embedded(nn.Module):
     """A base BERT, so that an adapter trained in a classifier meets a headless model.
 
@@ -167,6 +201,10 @@ BASES = {
     "vit_torchscript": Base(build_vit, *VIT, "torchscript"),
     "convnet_dynamo": Base(ConvNet, *IMAGE),
     "convnet_torchscript": Base(build_undilated, *IMAGE, "torchscript"),
+    "branches_dynamo": Base(Branches, image_inputs("image", 6), BATCH_AXES, LOGITS),
+    "branches_torchscript": Base(
+        Branches, image_inputs("image", 6), BATCH_AXES, LOGITS, "torchscript"
+    ),
     "repeated_dynamo": Base(Repeated, image_inputs("image", 4), BATCH_AXES, LOGITS),
     "repeated_unoptimized": Base(
         Repeated, image_inputs("image", 4), BATCH_AXES, LOGITS, "dynamo-unoptimized"
@@ -338,6 +376,30 @@ SUPPORTED = {
         lora("word_embeddings", "value", use_dora=True),
         "DoRA of an embedding: the magnitude has the size of the embedding",
     ),
+    "bert_token_indices": Case(
+        "bert_dynamo",
+        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
+        "LoRA with trainable_token_indices of one embedding by name",
+    ),
+    "gpt2_tokens": Case(
+        "gpt2_dynamo",
+        peft.TrainableTokensConfig(token_indices=[31, 4, 57]),
+        "TRAINABLE_TOKENS; the head has the embedding's weight and follows",
+    ),
+    "gpt2_token_indices_ts": Case(
+        "gpt2_torchscript",
+        lora("c_attn", fan_in_fan_out=True, trainable_token_indices=[9, 2]),
+        "trainable_token_indices as a list, with a tied head, TorchScript",
+    ),
+    "gpt2_token_indices_apart": Case(
+        "gpt2_dynamo",
+        lora(
+            *("c_attn",),
+            fan_in_fan_out=True,
+            trainable_token_indices={"wte": [9, 2], "lm_head": [5]},
+        ),
+        "other tokens of the embedding than of the head, which is tied in the base only",
+    ),
     "bert_ia3": Case(
         "bert_torchscript",
         ia3("key", "value", "output.dense", feedforward=("output.dense",)),
@@ -456,6 +518,43 @@ SUPPORTED = {
         "convnet_dynamo",
         lora("features.0", "features.6", use_dora=True),
         "DoRA of Conv2d",
+    ),
+    "branches_lora": Case(
+        "branches_dynamo",
+        lora("left", "volume", "signal", "grouped", "two"),
+        "LoRA of Conv1d and Conv3d, with groups and strides",
+        std=0.6,
+    ),
+    "branches_lora_ts": Case(
+        "branches_torchscript",
+        lora("volume", "signal", "grouped", use_rslora=True, bias="lora_only"),
+        "LoRA of Conv1d and Conv3d with groups, TorchScript; their biases replaced",
+        std=0.6,
+    ),
+    "branches_dora": Case(
+        "branches_torchscript",
+        lora("left", "signal", "one", use_dora=True),
+        "DoRA of Conv1d and Conv2d",
+        std=0.5,
+    ),
+    "branches_ia3": Case(
+        "branches_dynamo",
+        ia3("right", "volume", "two", "one", feedforward=("right", "volume", "two")),
+        "IA3 on inputs that other layers read too, one of them the input of the model",
+        std=0.6,
+    ),
+    "llama_ia3_inputs": Case(
+        "llama_dynamo",
+        ia3(
+            *("q_proj", "k_proj", "v_proj", "up_proj"),
+            feedforward=("q_proj", "v_proj", "up_proj"),
+        ),
+        "IA3 on the inputs of q_proj and v_proj, each with a vector of its own",
+    ),
+    "repeated_ia3": Case(
+        "repeated_torchscript",
+        ia3("shared", "project", "head", feedforward=("shared", "head")),
+        "IA3 on the input of a Linear that is called twice",
     ),
     "repeated_lora": Case(
         "repeated_dynamo",
@@ -721,12 +820,6 @@ REFUSED = {
         lora(*LLAMA_QV, layer_replication=[(0, 2), (1, 2)]),
         "layer_replication",
         "layers of the base are repeated",
-    ),
-    "bert_token_indices": Case(
-        "bert_dynamo",
-        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
-        "trainable_token_indices",
-        "single rows of the embedding were trained",
     ),
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from onnx_adapt.dtypes import Array
 
@@ -105,6 +105,25 @@ class Replacement:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding that were trained, one for each of some tokens.
+
+    Attributes:
+        module: Path of the Embedding, or of a Linear that has an output for each token.
+        tokens: The `k` tokens.
+        rows: `(k, width)`: their rows after training.
+        others: The tokens of other modules that have trained rows.
+        table: `(vocabulary, width)`: the base's weight as the checkpoint has it, or None.
+    """
+
+    module: str
+    tokens: tuple[int, ...]
+    rows: Array
+    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    table: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Bottleneck:
     """A bottleneck adapter around one sub-layer.
 
@@ -171,6 +190,7 @@ Edit = (
     | Scaling
     | Replacement
     | Reweight
+    | TokenRows
     | Bottleneck
     | Coupling
 )

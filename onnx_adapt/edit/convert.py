@@ -144,7 +144,17 @@ def _counterpart(wanted: Slot, slots: Sequence[Slot], owner: str) -> Slot | None
 
 def _same_form(wanted: Slot, slot: Slot) -> bool:
     ours, theirs = (
-        (s.graph, s.tensor, s.axis, s.width, s.source_width, s.norm, s.norm_after, s.window)
+        (
+            s.graph,
+            s.tensor,
+            s.axis,
+            s.width,
+            s.source_width,
+            s.norm,
+            s.norm_after,
+            s.window,
+            s.readers,
+        )
         for s in (slot, wanted)
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)

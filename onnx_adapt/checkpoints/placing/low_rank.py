@@ -37,6 +37,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     if operator.embeds:
         parts = {"table": a.T, "up": b.T}
     elif operator.convolves:
+        _refuse_padding_mode(placement, edit.module, call)
         a, b = _with_kernel(call, a, b, own=edit.dilates)
         window = _window(call, a, dilates=edit.dilates)
         b = _dense(b, attribute(call.node, "group", 1))
@@ -148,6 +149,28 @@ def _with_kernel(call: LayerCall, a: Array, b: Array, *, own: bool) -> tuple[Arr
             apart[i, :, i] = a
         a = apart.reshape(groups * len(a), groups * a.shape[1], *a.shape[2:])
     return a, b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2)) if b.ndim == 2 else b
+
+
+def _refuse_padding_mode(placement: Placement, module: str, call: LayerCall) -> None:
+    """Refuse a convolution that pads by other values than zero; PEFT's A pads by zeros.
+
+    Exporters write its padding as nodes of the module in front of the Conv: a Pad, or a
+    Concat of Slices for `circular`.
+    """
+    view, made = call.view, call.view.producers.get(call.source)
+    if (
+        made is None
+        or placement.survey.modules.scopes[view.scope.path][made] != (placement.names[module])
+    ):
+        return
+    node = view.nodes[made]
+    mode = next((item.s for item in node.attribute if item.name == "mode"), b"constant")
+    if node.op_type == "Concat" or (node.op_type == "Pad" and mode != b"constant"):
+        raise CheckpointError(
+            f"module {module!r} does not pad by zeros (node {call.label!r} reads what a "
+            f"{node.op_type} of the module makes), and the adapter does",
+            hint="merge this adapter in PyTorch and export again",
+        )
 
 
 def _window(call: LayerCall, a: Array, *, dilates: bool) -> tuple[int, ...]:

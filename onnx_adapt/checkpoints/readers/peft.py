@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.readers.peft_methods.table import (
     Method,
 )
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import settle_tables
 from onnx_adapt.checkpoints.readers.peft_parameters import parameter_edit, split_parameters
 from onnx_adapt.checkpoints.readers.peft_settings import by_pattern, scale_of
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
@@ -24,7 +25,6 @@ _CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
-    "trainable_token_indices": "single rows of the embedding were trained",
     "arrow_config": "adapters are routed at run time",
     "megatron_config": "the model is split over machines",
 }
@@ -55,7 +55,7 @@ def peft_edits(saved: Saved) -> list[Edit]:
     for module, named in parameters.items():
         with name_damage(saved, module):
             edits += (_parameter_edit(module, name, parts, config) for name, parts in named)
-    return [*edits, *found.replaced.values()]
+    return settle_tables([*edits, *found.replaced.values()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +159,8 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    plain = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
-    return Replacement(plain, parameter, value, of_base=module == f"{plain}.base_layer")
+    plain = re.sub(r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(plain, parameter, value, of_base=module.endswith(".base_layer"))
 
 
 def _parameter_edit(

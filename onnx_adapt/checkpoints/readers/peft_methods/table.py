@@ -30,6 +30,7 @@ from onnx_adapt.checkpoints.readers.peft_methods.shared_vectors import (
     vera_edits,
 )
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import TOKEN_ROWS, token_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
             *("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B", "lora_B.bias"),
             "lora_magnitude_vector",  # DoRA's
             "lora_diag",  # KaSA's
+            TOKEN_ROWS,
         ),
         edits=lora_edits,
         training=("lora_velora_embed", "lora_monteclora_sampler"),
@@ -120,6 +122,7 @@ METHODS: dict[str, Method] = {
         edits=vera_edits,
         shared=("vera_A", "vera_B"),
     ),
+    "TRAINABLE_TOKENS": Method(parts=(TOKEN_ROWS,), edits=token_edits),
 }
 """Methods by `peft_type`."""
 
