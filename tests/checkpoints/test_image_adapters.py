@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,50 @@ def test_a_pipeline_takes_an_adapter_part_by_part(
         found = first_output(path, graph, out / "locon.safetensors")
         assert distance(found, "locon", graph) < TOLERANCE
     assert not oa.list_slots(oa.open_model(out / "vae_decoder" / "model.onnx"))
+
+
+def test_a_pipeline_can_have_an_adapter_baked_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "baked"
+    command = ("insert", PIPELINE, "--adapter", file_of("diffusers"), "-o", out, "--baked")
+    code, _, err = cli(capsys, *map(str, command))
+    assert code == 0, err
+    for graph in ("unet", "text_encoder"):
+        found = first_output(out / graph / "model.onnx", graph)
+        assert distance(found, "diffusers", graph) < TOLERANCE
+
+
+def _of_two_encoders(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As SDXL has it: an adapter of two text encoders, the second's twice as strong."""
+    own = {key: value for key, value in tensors.items() if "lora_te_" in key}
+    first = {key.replace("lora_te_", "lora_te1_"): value for key, value in own.items()}
+    second = {
+        key.replace("lora_te_", "lora_te2_"): np.asarray(value * (1 + key.endswith(".alpha")))
+        for key, value in own.items()
+    }
+    return first | second
+
+
+def test_two_text_encoders_are_told_apart_by_part_or_by_folder(tmp_path: Path) -> None:
+    path = renamed(file_of("locon"), tmp_path / "style.safetensors", _of_two_encoders)
+    model = base("text_encoder")
+    with pytest.raises(CheckpointError) as caught:
+        oa.load_checkpoint(path, model)
+    assert "may be each of text_encoder, text_encoder_2" in caught.value.message
+    one, two = (oa.load_checkpoint(path, model, part=part).adapter for part in ENCODERS)
+    for part in ENCODERS:
+        (tmp_path / "pipeline" / part).mkdir(parents=True)
+        shutil.copy(GRAPHS["text_encoder"], tmp_path / "pipeline" / part / "model.onnx")
+    made = oa.insert_folder(tmp_path / "pipeline", path).adapter
+    assert len(made.weights) == len(one.weights) + len(two.weights)
+    for slot, parts in one.weights.items():
+        first, second = (made.weights[f"{part}.{slot}"]["up"] for part in ENCODERS)
+        np.testing.assert_array_equal(first, parts["up"])
+        np.testing.assert_allclose(second, 2 * first, rtol=1e-6)
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def test_what_a_graph_is_not_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
