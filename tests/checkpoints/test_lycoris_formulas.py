@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from onnx_adapt.checkpoints.edits import LowRank, Reweight
 from onnx_adapt.checkpoints.readers.image_keys import sort_tensors
-from onnx_adapt.checkpoints.readers.lycoris import module_edits
+from onnx_adapt.checkpoints.readers.lycoris.table import module_edits
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
