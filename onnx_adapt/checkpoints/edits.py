@@ -22,6 +22,7 @@ class LowRank:
         norm_scale: What multiplies `BA` inside DoRA's norm.
         scales_bias: Whether DoRA's rescaling covers the module's bias.
         gate: `(1, in)` and `(1,)` of AdapterHub's gate, or None.
+        dilates: Whether A has the dilation of the Conv2d; LoRA's has none.
     """
 
     module: str
@@ -33,6 +34,20 @@ class LowRank:
     norm_scale: float = 1.0
     scales_bias: bool = False
     gate: tuple[Array, Array] | None = None
+    dilates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """A low-rank update that depends on the sizes of its module, which the files do not tell.
+
+    Attributes:
+        module: Path of the Linear or Conv1D.
+        make: The update from the module's `in` and `out`.
+    """
+
+    module: str
+    make: Callable[[int, int], LowRank | Reweight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +162,13 @@ class Reweight:
     rank: int | None = None
 
 
-Edit = LowRank | ParameterLowRank | Scaling | Replacement | Reweight | Bottleneck | Coupling
+Edit = (
+    LowRank
+    | BySize
+    | ParameterLowRank
+    | Scaling
+    | Replacement
+    | Reweight
+    | Bottleneck
+    | Coupling
+)

@@ -21,6 +21,7 @@ from onnx_adapt.checkpoints.modules.names import (
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection, map_part
+from onnx_adapt.checkpoints.modules.sized import sized
 from onnx_adapt.checkpoints.readers.saved import Saved, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.dtypes import Array
@@ -171,8 +172,11 @@ def apart(
     names: Mapping[str, str],
     finder: ByName | ByValue,
 ) -> Iterator[Edit]:
-    """Cut edits of packed modules into those of the modules that the graph has instead."""
-    for edit in edits:
+    """Cut edits of packed modules into those of the modules that the graph has instead.
+
+    Updates that depend on the sizes of their modules are made first.
+    """
+    for edit in sized(edits, parts, names, finder):
         yield from _apart(edit, parts, names, finder)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt.adapter.safetensors import read_tensors
 from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
@@ -63,6 +65,41 @@ def read_state_dict(path: Path) -> dict[str, Array]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def refuse_damaged(saved: Saved) -> None:
+    """Refuse a checkpoint with tensors that no training gives.
+
+    Raises:
+        CheckpointError: If a tensor is empty, or has NaN or infinity in it.
+    """
+    for key, value in (*saved.tensors.items(), *saved.head.items()):
+        if value.shape == (0,):
+            raise CheckpointError(
+                f"{key!r} is empty: the checkpoint was saved under DeepSpeed ZeRO-3 or FSDP, "
+                "where each process holds a part of the weights",
+                hint="gather the weights before saving: deepspeed.zero.GatheredParameters, or "
+                "FullyShardedDataParallel.summon_full_params",
+            )
+        if value.dtype.kind not in "biu" and not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{key!r} holds NaN or infinity",
+                hint="the training diverged; load an earlier one",
+            )
+
+
+def refuse_rank_zero(module: str, rank: int) -> None:
+    """Refuse an update of a module that has rank 0.
+
+    Raises:
+        CheckpointError: If the rank is 0.
+    """
+    if not rank:
+        raise CheckpointError(
+            f"the update of module {module!r} has rank 0, so it changes nothing",
+            hint="was the checkpoint saved under DeepSpeed ZeRO-3? Gather the weights before "
+            "saving",
+        )
 
 
 _WEIGHTS = {

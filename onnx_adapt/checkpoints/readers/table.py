@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, LowRank
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
 from onnx_adapt.checkpoints.readers.files import CONFIG, Files, find_files
 from onnx_adapt.checkpoints.readers.peft import peft_edits
-from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
+from onnx_adapt.checkpoints.readers.saved import (
+    Saved,
+    name_damage,
+    refuse_damaged,
+    refuse_rank_zero,
+)
 from onnx_adapt.errors import CheckpointError
 
 
@@ -83,8 +88,13 @@ def read_edits(saved: Saved) -> list[Edit]:
     Raises:
         CheckpointError: If the method or a setting is not supported, or files are damaged.
     """
+    refuse_damaged(saved)
     with name_damage(saved):
-        return READERS[saved.library].edits(saved)
+        edits = READERS[saved.library].edits(saved)
+    for edit in edits:
+        if isinstance(edit, LowRank):
+            refuse_rank_zero(edit.module, len(edit.a))
+    return edits
 
 
 def read_saved(path: Path) -> Saved:
