@@ -181,11 +181,9 @@ def miss(draw: Draws) -> Example:
     block = draw.normal(r, m)
     padded = np.pad(np.eye(n), [(0, 0), (0, -n % r)])
     expected = padded.reshape(n, -1, r).sum(axis=-2) @ block
-    return (
-        edits_of("MISS", {"miss_block": block}, init_weights=True),
-        np.ones((m, n)),
-        expected,
-    )
+    kind, part = draw.data.draw(st.sampled_from([("MISS", "miss"), ("BONE", "bone")]))
+    edits = edits_of(kind, {f"{part}_block": block}, init_weights=True)
+    return edits, np.ones((m, n)), expected
 
 
 def mini_miss(draw: Draws) -> Example:
@@ -459,7 +457,7 @@ VERA = {"vera_lambda_b": np.ones(4), "vera_lambda_d": np.ones(2)}
 PVERA = {f"p{name}": value for name, value in VERA.items()}
 TINY = {"tinylora_A": np.ones((2, 3)), "tinylora_B": np.ones((4, 2))}
 BLOCKS = {"gralora_A": np.ones((2, 3, 4)), "gralora_B": np.ones((2, 4, 3))}
-SPARSE = {"supertuning_values": np.ones(2), "supertuning_indices": np.array([1, 1])}
+SPARSE = {"supertuning_values": np.ones(2), "supertuning_indices": np.array([1, 2])}
 
 Damage = tuple[str, Tensors, Tensors, dict[str, Any], list[str]]
 DAMAGED: dict[str, Damage] = {
@@ -556,7 +554,14 @@ DAMAGED: dict[str, Damage] = {
         *({}, {"alpha": 1, "hybrid_r": 0}),
         ["hybrid_r=0", MODULE],
     ),
-    "a place twice": ("SUPERTUNING", SPARSE, {}, {}, ["supertuning_indices", "twice"]),
+    "half of a LoRA": (
+        *("SUPERTUNING", {**SPARSE, "supertuning_lora_B.weight": np.ones((4, 2))}, {}, {}),
+        ["supertuning_lora_A", MODULE],
+    ),
+    "a place twice": (
+        *("SUPERTUNING", {**SPARSE, "supertuning_indices": np.array([1, 1])}, {}, {}),
+        ["supertuning_indices", "twice"],
+    ),
     "two variants of LoRA": (
         *("LORA", LORA, {}, {"use_qalora": True, "kasa_config": {"beta": 1}}),
         ["use_qalora", "kasa_config"],

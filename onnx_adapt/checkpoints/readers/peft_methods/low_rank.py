@@ -6,6 +6,7 @@ Each function brings its method to LoRA's form, `y += scale * B (A x)`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -182,7 +183,7 @@ def _scattered(first: Array, second: Array) -> tuple[Array, Array]:
 def _general_part(found: ModuleTensors, outputs: int, inputs: int) -> tuple[Array, Array]:
     """The LoRA of the whole weight beside GraLoRA's blocks; of rank 0 without one."""
     b, a = np.zeros((outputs, 0)), np.zeros((0, inputs))
-    if "gralora_A_general" in found.parts:
+    if {"gralora_A_general", "gralora_B_general"} & found.parts.keys():
         a = found.read("gralora_A_general", None, inputs)
         b = found.read("gralora_B_general", outputs, len(a))
     if found.config.get("hybrid_r", len(a)) != len(a):
@@ -215,3 +216,8 @@ def miss_edits(found: ModuleTensors) -> Iterator[Edit]:
         return LowRank(found.module, a.astype(np.float64), b, 1.0)
 
     yield BySize(found.module, make)
+
+
+def bone_edits(found: ModuleTensors) -> Iterator[Edit]:
+    """Bone, which is what older releases of PEFT call MiSS."""
+    yield from miss_edits(replace(found, parts={"miss_block": found.parts["bone_block"]}))

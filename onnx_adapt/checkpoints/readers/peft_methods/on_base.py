@@ -81,7 +81,7 @@ def supertuning_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def _added_lora(found: ModuleTensors) -> LowRank | None:
     """The LoRA beside the sparse values; None without one."""
-    if "supertuning_lora_A" not in found.parts:
+    if not {"supertuning_lora_A", "supertuning_lora_B"} & found.parts.keys():
         return None
     a = found.read("supertuning_lora_A", None, None)
     b = found.read("supertuning_lora_B", None, len(a))
