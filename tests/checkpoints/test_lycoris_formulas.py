@@ -57,6 +57,27 @@ def test_the_cases_have_every_method() -> None:
     }
 
 
+HUGE = np.ones((1, 200_000), np.float32)
+FAR_TOO_LARGE = {
+    "LoHa": {f"hada_w{n}_{x}": HUGE.T if x == "a" else HUGE for n in "12" for x in "ab"},
+    "LoKr": {f"lokr_w{n}_{x}": HUGE.T if x == "a" else HUGE for n in "12" for x in "ab"},
+    "DoRA by input": {"lora_up": HUGE.T, "lora_down": HUGE, "dora_scale": HUGE},
+    "LoCon": {
+        "lora_up": HUGE[:, :1],
+        "lora_down": HUGE,
+        "lora_mid": HUGE.reshape(1, 1, 1, -1),
+    },
+}
+
+
+@pytest.mark.parametrize("what", FAR_TOO_LARGE)
+def test_what_would_not_fit_into_memory_is_never_computed(what: str) -> None:
+    with pytest.raises(CheckpointError, match="does not fit|larger than any"):
+        for edit in module_edits(ModuleTensors("m", FAR_TOO_LARGE[what], {})):
+            assert isinstance(edit, Reweight)
+            edit.compute(np.zeros((5, 7)), None)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "lora" not in case])
 def test_a_base_of_another_size_is_refused(case: str) -> None:
     (edit,) = module_edits(_tensors(case))

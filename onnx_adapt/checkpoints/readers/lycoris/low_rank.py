@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Reweight, Weighed
 from onnx_adapt.checkpoints.readers.lycoris.tensors import alpha_scale, matrices, misfit
-from onnx_adapt.checkpoints.readers.peft_methods.low_rank import hadamard_factor
+from onnx_adapt.checkpoints.readers.peft_methods.low_rank import hadamard_factor, tucker_kernel
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -31,7 +31,7 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
                 f"module {found.module!r}: lora_mid {list(mid.shape)} does not fit lora_down "
                 f"{list(a.shape)}"
             )
-        a = np.einsum("mn...,nj->mj...", mid, a.reshape(len(a), -1))
+        a = tucker_kernel(found.module, mid, a.reshape(len(a), -1))
     scale = alpha_scale(found, len(a))
     bias = found.parts.get("lora_up.bias")
     if "diff_b" in found.parts:
@@ -56,8 +56,8 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
             dilates=True,
         )
         return
-    change = scale * b.reshape(len(b), -1) @ a.reshape(len(a), -1)
-    yield _dense(found, change, len(a))
+    b, a = b.reshape(len(b), -1), a.reshape(len(a), -1)
+    yield _dense(found, (len(b), a.shape[1]), len(a), lambda: scale * b @ a)
 
 
 def _added(one: Array | None, other: Array) -> Array:
@@ -67,14 +67,15 @@ def _added(one: Array | None, other: Array) -> Array:
 def loha_edits(found: ModuleTensors) -> Iterator[Edit]:
     """LoHa: the product of two low-rank updates, number by number; its rank is r * r."""
     factors = [hadamard_factor(found, number) for number in "12"]
-    first, second = (up @ down.reshape(len(down), -1) for up, down in factors)
-    if first.shape != second.shape:
+    (b1, a1), (b2, a2) = ((up, down.reshape(len(down), -1)) for up, down in factors)
+    if len(b1) != len(b2) or a1.shape[1] != a2.shape[1]:
         raise CheckpointError(
             f"module {found.module!r}: the two updates to multiply have the sizes "
-            f"{list(first.shape)} and {list(second.shape)}"
+            f"{[len(b1), a1.shape[1]]} and {[len(b2), a2.shape[1]]}"
         )
-    rank = len(found.parts["hada_w1_b"])
-    yield _dense(found, alpha_scale(found, rank) * first * second, rank**2)
+    scale = alpha_scale(found, len(a1))
+    sizes, rank = (len(b1), a1.shape[1]), len(a1) * len(a2)
+    yield _dense(found, sizes, rank, lambda: scale * (b1 @ a1) * (b2 @ a2))
 
 
 def lokr_edits(found: ModuleTensors) -> Iterator[Edit]:
@@ -82,38 +83,55 @@ def lokr_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     The kernel of a convolution is in the second one.
     """
-    first, rank1 = _kronecker_factor(found, "lokr_w1")
-    second, rank2 = _kronecker_factor(found, "lokr_w2")
-    scale = alpha_scale(found, rank2 or rank1) if rank1 or rank2 else 1.0
-    change = np.kron(first, second.reshape(len(second), -1))
-    ranks = (r or min(w.shape[0], w[0].size) for r, w in ((rank1, first), (rank2, second)))
-    yield _dense(found, scale * change, int(np.prod(list(ranks))))
+    (b1, a1), (b2, a2) = (_kronecker_factors(found, name) for name in ("lokr_w1", "lokr_w2"))
+    parted = [
+        len(a) for name, a in (("2", a2), ("1", a1)) if f"lokr_w{name}" not in found.parts
+    ]
+    scale = alpha_scale(found, parted[0]) if parted else 1.0
+    sizes = len(b1) * len(b2), a1.shape[1] * a2.shape[1]
+    yield _dense(found, sizes, len(a1) * len(a2), lambda: scale * np.kron(b1 @ a1, b2 @ a2))
 
 
-def _kronecker_factor(found: ModuleTensors, name: str) -> tuple[Array, int]:
-    """One factor of LoKr, and its rank; 0 if it is a whole matrix."""
+def _kronecker_factors(found: ModuleTensors, name: str) -> tuple[Array, Array]:
+    """One matrix of LoKr as two factors; the smaller one is the identity if it is whole."""
     if name in found.parts:
-        return matrices(found, name)[0], 0
+        (whole,) = matrices(found, name)
+        whole = whole.reshape(len(whole), -1)
+        makes, reads = whole.shape
+        return (np.eye(makes), whole) if makes <= reads else (whole, np.eye(reads))
     up, down = matrices(found, f"{name}_a", f"{name}_b")
     core = f"lokr_t{name[-1]}"
-    if core not in found.parts:
-        return up @ down, len(down)
-    (kernel,) = matrices(found, core)
-    return np.einsum("ij...,ip,jr->pr...", kernel, up, down), len(down)
+    if core in found.parts:
+        kernel = tucker_kernel(found.module, matrices(found, core)[0], down)
+        up, down = up.T, kernel.reshape(len(kernel), -1)
+    if up.shape[1] != len(down):
+        raise CheckpointError(
+            f"module {found.module!r}: the factors of {name} have the ranks {up.shape[1]} and "
+            f"{len(down)}"
+        )
+    return up, down
 
 
-def _dense(found: ModuleTensors, change: Array, rank: int) -> Reweight:
+def _dense(
+    found: ModuleTensors, sizes: tuple[int, int], rank: int, change: Callable[[], Array]
+) -> Reweight:
     """A change of the whole weight, with DoRA's rescaling if the module has one.
 
     DoRA of sd-scripts and LyCORIS has a magnitude for each output, `(out, 1)`, or for each
     input, `(1, in)`; PEFT's is always by output.
+
+    Args:
+        found: The module.
+        sizes: Its `out` and `in`, for a convolution `in * kh * kw`.
+        rank: The highest rank that the change can have.
+        change: Makes the change, once it is known to be of the base's size.
     """
     magnitude = found.parts.get("dora_scale")
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
-        if change.size != weight.size or len(change) != len(weight):
-            raise misfit(found, list(change.shape), weight)
-        trained = weight + change.reshape(weight.shape)
+        if sizes != (len(weight), weight[0].size):
+            raise misfit(found, list(sizes), weight)
+        trained = weight + change().reshape(weight.shape)
         if magnitude is None:
             return trained, bias
         axis = int(magnitude.shape[0] == 1 and magnitude.size > 1)

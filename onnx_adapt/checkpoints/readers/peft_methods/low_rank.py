@@ -84,7 +84,34 @@ def hadamard_factor(found: ModuleTensors, number: str) -> tuple[Array, Array]:
             "first two sizes have to be the rank"
         )
     right = found.read(second, rank, None)
-    return found.read(first, rank, None).T, np.einsum("ijkl,jn->inkl", kernel, right)
+    return found.read(first, rank, None).T, tucker_kernel(found.module, kernel, right)
+
+
+def tucker_kernel(module: str, core: Array, inputs: Array) -> Array:
+    """The kernel of a convolution to r channels: `sum over j of core[i, j] * inputs[j]`.
+
+    Args:
+        module: The module.
+        core: `(r, r, kh, kw)`: the core of a Tucker decomposition.
+        inputs: `(r, in)`.
+
+    Returns:
+        `(r, in, kh, kw)`.
+
+    Raises:
+        CheckpointError: If it would be larger than any kernel is.
+    """
+    if core.size // max(1, len(core)) * inputs.shape[1] > _LARGEST_KERNEL:
+        raise CheckpointError(
+            f"module {module!r}: a kernel of {list(core.shape)} and {list(inputs.shape)} "
+            "would be larger than any convolution's",
+            hint="the file is damaged: download or save it again",
+        )
+    return np.asarray(np.einsum("ij...,jn->in...", core, inputs))
+
+
+_LARGEST_KERNEL = 2**28
+"""Numbers in the kernel of an update; those of Stable Diffusion have some millions."""
 
 
 def hadamard_product(b1: Array, a1: Array, b2: Array, a2: Array) -> tuple[Array, Array]:
