@@ -33,9 +33,18 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
             )
         a = tucker_kernel(found.module, mid, a.reshape(len(a), -1))
     scale = alpha_scale(found, len(a))
+    if b[0].size != len(a):
+        raise CheckpointError(
+            f"module {found.module!r}: lora_down {list(a.shape)} and lora_up {list(b.shape)} "
+            "do not fit together"
+        )
     bias = found.parts.get("lora_up.bias")
     if "diff_b" in found.parts:
         bias = _added(bias, found.parts["diff_b"] / (scale or 1))
+    if bias is not None and bias.shape != (len(b),):
+        raise CheckpointError(
+            f"module {found.module!r}: a bias of {list(bias.shape)} is for {len(b)} outputs"
+        )
     edit = LowRank(found.module, a, b, scale, bias=bias, norm_scale=scale, dilates=True)
     if "dora_scale" not in found.parts:
         yield edit
@@ -45,6 +54,11 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
             f"module {found.module!r} has a bias beside DoRA, which is not supported"
         )
     magnitude = found.parts["dora_scale"]
+    if magnitude.ndim < 2 and magnitude.size != len(b):
+        raise CheckpointError(
+            f"module {found.module!r}: dora_scale has {magnitude.size} numbers for {len(b)} "
+            "outputs"
+        )
     if magnitude.ndim < 2 or (len(magnitude) == len(b) and magnitude.size == len(b)):
         yield LowRank(
             found.module,

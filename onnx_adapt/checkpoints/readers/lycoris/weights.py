@@ -35,14 +35,21 @@ def set_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def _added_to_base(found: ModuleTensors, weight: Array | None, bias: Array | None) -> Reweight:
     def compute(base: Array, base_bias: Array | None) -> Weighed:
-        if weight is not None and weight.size != base.size:
+        if weight is not None and _lengths(weight) != _lengths(base):
             raise misfit(found, list(weight.shape), base)
+        if bias is not None and bias.size != len(base):
+            raise misfit(found, list(bias.shape), base)
         trained = base if weight is None else base + weight.reshape(base.shape)
         if bias is None:
             return trained, base_bias
         return trained, bias.reshape(-1) + (0 if base_bias is None else base_bias)
 
     return Reweight(found.module, compute)
+
+
+def _lengths(array: Array) -> list[int]:
+    """The sizes of an array's axes, but for those of 1, which files leave out."""
+    return [size for size in array.shape if size != 1]
 
 
 def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
@@ -58,12 +65,17 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
             f"module {found.module!r}: oft_blocks has shape {list(blocks.shape)}"
         )
     outputs = int(np.prod(blocks.shape[-3:-1]))
+    stages, size = (len(blocks) if blocks.ndim == 4 else 0), blocks.shape[-1]
+    if stages and (size % 2 or outputs % (2 ** (stages - 1) * size)):
+        raise CheckpointError(
+            f"module {found.module!r}: oft_blocks {list(blocks.shape)} has too many stages"
+        )
     limit = alpha_scale(found, 1) * outputs if "alpha" in found.parts else 0
     rotations = _cayley(blocks, limit)
-    factors = found.parts.get("rescale")
+    factors = found.parts.get("rescale", np.ones(outputs))
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
-        if len(weight) != outputs:
+        if len(weight) != outputs or factors.size != outputs:
             raise misfit(found, list(blocks.shape), weight)
         if rotations.ndim == 3:
             cut = weight.reshape(*rotations.shape[:2], -1)
@@ -71,9 +83,7 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
         else:
             turned = _butterfly(rotations, weight.reshape(len(weight), -1))
         turned = turned.reshape(weight.shape)
-        if factors is not None:
-            turned = turned * factors.reshape(-1, *(1,) * (weight.ndim - 1))
-        return turned, bias
+        return turned * factors.reshape(-1, *(1,) * (weight.ndim - 1)), bias
 
     yield Reweight(found.module, compute)
 
@@ -101,9 +111,14 @@ def _butterfly(rotations: Array, weight: Array) -> Array:
 def glora_edits(found: ModuleTensors) -> Iterator[Edit]:
     """GLoRA: `W' = W + scale * (W a1 a2 + b1 b2)`; a1 a2 mixes channels."""
     a1, a2, b1, b2 = (m.reshape(len(m), -1) for m in matrices(found, "a1", "a2", "b1", "b2"))
-    scale = alpha_scale(found, len(a2))
+    rank = len(a2)
+    scale = alpha_scale(found, rank)
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
+        inputs = weight.shape[1]
+        wanted = [(inputs, rank), (rank, inputs), (len(weight), rank), (rank, weight[0].size)]
+        if [m.shape for m in (a1, a2, b1, b2)] != wanted:
+            raise misfit(found, [len(b1), b2.shape[1]], weight)
         inside = np.einsum("oi...,ij->oj...", weight, a1 @ a2)
         return weight + scale * (inside + (b1 @ b2).reshape(weight.shape)), bias
 
