@@ -57,6 +57,20 @@ def test_the_cases_have_every_method() -> None:
     }
 
 
+def test_biases_beside_lora_are_added_and_that_of_b_is_scaled() -> None:
+    case = _tensors("linear_lora")
+    first, second = np.arange(8.0), np.ones(8)
+    parts = {**case.parts, "lora_up.bias": first, "diff_b": second}
+    (edit,) = module_edits(ModuleTensors("m", parts, {}))
+    assert isinstance(edit, LowRank)
+    assert edit.bias is not None
+    alpha, rank = float(case.parts["alpha"]), 2
+    np.testing.assert_allclose(edit.scale * edit.bias, alpha / rank * first + second)
+    (plain,) = module_edits(case)
+    assert isinstance(plain, LowRank)
+    np.testing.assert_allclose(edit.scale * edit.b @ edit.a, plain.scale * plain.b @ plain.a)
+
+
 HUGE = np.ones((1, 200_000), np.float32)
 FAR_TOO_LARGE = {
     "LoHa": {f"hada_w{n}_{x}": HUGE.T if x == "a" else HUGE for n in "12" for x in "ab"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,11 +19,34 @@ _EPS = float(np.finfo(np.float32).eps)
 
 
 def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
-    """LoRA and LoCon; `lora_mid` is the core of a Tucker decomposition of a convolution.
+    """LoRA and LoCon, with DoRA by output or by input."""
+    a, b = _lora_factors(found)
+    scale, outputs, rank = alpha_scale(found, len(a)), len(b), len(a)
+    bias, magnitude = _lora_bias(found, outputs, scale), found.parts.get("dora_scale")
+    edit = LowRank(found.module, a, b, scale, norm_scale=scale, dilates=True)
+    if bias is not None:
+        if magnitude is not None:
+            raise CheckpointError(
+                f"module {found.module!r} has a bias beside DoRA, which is not supported"
+            )
+        yield replace(edit, b=scale * b, scale=1.0, bias=bias)
+    elif magnitude is None:
+        yield edit
+    elif magnitude.size == outputs and (magnitude.ndim < 2 or len(magnitude) == outputs):
+        yield replace(edit, magnitude=magnitude.reshape(-1).astype(np.float64))
+    elif magnitude.ndim < 2:
+        raise CheckpointError(
+            f"module {found.module!r}: dora_scale has {magnitude.size} numbers for {outputs} "
+            "outputs"
+        )
+    else:
+        rows, columns = b.reshape(outputs, -1), a.reshape(rank, -1)
+        sizes = outputs, columns.shape[1]
+        yield _dense(found, sizes, rank, lambda: scale * rows @ columns)
 
-    The update is `up @ core`, where `core[m] = sum over n of mid[m, n] * down[n]` is the
-    kernel of a convolution to r channels.
-    """
+
+def _lora_factors(found: ModuleTensors) -> tuple[Array, Array]:
+    """A and B of LoRA; with `lora_mid`, the core of a Tucker decomposition, in A."""
     a, b = matrices(found, "lora_down", "lora_up")
     if "lora_mid" in found.parts:
         (mid,) = matrices(found, "lora_mid")
@@ -32,50 +56,27 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
                 f"{list(a.shape)}"
             )
         a = tucker_kernel(found.module, mid, a.reshape(len(a), -1))
-    scale = alpha_scale(found, len(a))
     if b[0].size != len(a):
         raise CheckpointError(
             f"module {found.module!r}: lora_down {list(a.shape)} and lora_up {list(b.shape)} "
             "do not fit together"
         )
-    bias = found.parts.get("lora_up.bias")
-    if "diff_b" in found.parts:
-        bias = _added(bias, found.parts["diff_b"] / (scale or 1))
-    if bias is not None and bias.shape != (len(b),):
-        raise CheckpointError(
-            f"module {found.module!r}: a bias of {list(bias.shape)} is for {len(b)} outputs"
-        )
-    edit = LowRank(found.module, a, b, scale, bias=bias, norm_scale=scale, dilates=True)
-    if "dora_scale" not in found.parts:
-        yield edit
-        return
-    if bias is not None:
-        raise CheckpointError(
-            f"module {found.module!r} has a bias beside DoRA, which is not supported"
-        )
-    magnitude = found.parts["dora_scale"]
-    if magnitude.ndim < 2 and magnitude.size != len(b):
-        raise CheckpointError(
-            f"module {found.module!r}: dora_scale has {magnitude.size} numbers for {len(b)} "
-            "outputs"
-        )
-    if magnitude.ndim < 2 or (len(magnitude) == len(b) and magnitude.size == len(b)):
-        yield LowRank(
-            found.module,
-            a,
-            b,
-            scale,
-            magnitude=magnitude.reshape(-1).astype(np.float64),
-            norm_scale=scale,
-            dilates=True,
-        )
-        return
-    b, a = b.reshape(len(b), -1), a.reshape(len(a), -1)
-    yield _dense(found, (len(b), a.shape[1]), len(a), lambda: scale * b @ a)
+    return a, b
 
 
-def _added(one: Array | None, other: Array) -> Array:
-    return other if one is None else one + other
+def _lora_bias(found: ModuleTensors, outputs: int, scale: float) -> Array | None:
+    """What is added to a module's bias: that of B, which is scaled, and a full difference."""
+    total = None
+    for name, factor in (("lora_up.bias", scale), ("diff_b", 1.0)):
+        if name in found.parts:
+            bias = found.parts[name].astype(np.float64)
+            if bias.shape != (outputs,):
+                raise CheckpointError(
+                    f"module {found.module!r}: {name} {list(bias.shape)} is for {outputs} "
+                    "outputs"
+                )
+            total = factor * bias + (0 if total is None else total)
+    return total
 
 
 def loha_edits(found: ModuleTensors) -> Iterator[Edit]:
