@@ -56,7 +56,7 @@ def _lora_factors(found: ModuleTensors) -> tuple[Array, Array]:
                 f"{list(a.shape)}"
             )
         a = tucker_kernel(found.module, mid, a.reshape(len(a), -1))
-    if b[0].size != len(a):
+    if len(a) and b[0].size != len(a):
         raise CheckpointError(
             f"module {found.module!r}: lora_down {list(a.shape)} and lora_up {list(b.shape)} "
             "do not fit together"
