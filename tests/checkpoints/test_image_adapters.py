@@ -119,6 +119,21 @@ def test_two_text_encoders_are_told_apart_by_part_or_by_folder(tmp_path: Path) -
         np.testing.assert_allclose(second, 2 * first, rtol=1e-6)
 
 
+def test_of_two_encoders_that_fit_the_one_that_fits_whole_is_meant(tmp_path: Path) -> None:
+    def longer(tensors: dict[str, Any]) -> dict[str, Any]:
+        both = _of_two_encoders(tensors)
+        more = {k.replace("layers_0", "layers_1"): v for k, v in both.items() if "te2" in k}
+        return both | more
+
+    path = renamed(file_of("locon"), tmp_path / "style.safetensors", longer)
+    model = base("text_encoder")
+    found, wanted = (
+        oa.load_checkpoint(path, model, part=part).adapter for part in ("", "text_encoder")
+    )
+    for name, value in wanted.feeds().items():
+        np.testing.assert_array_equal(found.feeds()[name], value)
+
+
 ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -246,6 +261,13 @@ def _each(name: str, change: Any) -> Any:
     }
 
 
+def _with_ghost(tensors: dict[str, Any]) -> dict[str, Any]:
+    ghost = {
+        f"lora_ghost_x.lora_{name}.weight": np.ones((2, 2), "f4") for name in ("up", "down")
+    }
+    return tensors | ghost
+
+
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DAMAGED = {
     "up is missing": (_without("lora_up.weight"), ["lora_up is not there"]),
@@ -259,6 +281,7 @@ DAMAGED = {
     "a vector": (_each("lora_up.weight", lambda a: a.ravel()), ["has to be a matrix"]),
     "mid of other sizes": (_each("lora_mid.weight", lambda a: a[:1]), ["lora_mid"]),
     "an unknown tensor": (_with("bundle_emb.x.clip_l", np.ones(3)), ["bundle_emb", "kind"]),
+    "modules of an unknown part": (_with_ghost, ["lora_ghost_x", "not in the graph"]),
     "a larger base": (_with(f"{Q}.reshape_weight", [8, 8]), ["reshape_weight"]),
     "no such module": (
         lambda tensors: {k.replace("attn1", "attn9"): v for k, v in tensors.items()},
