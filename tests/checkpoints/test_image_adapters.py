@@ -336,6 +336,18 @@ def test_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], value)
 
 
+def test_a_fused_layer_whose_weight_is_computed_whole_is_refused(tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{key}.lokr_w1": np.ones((3, 1), "f4"),
+        f"{key}.lokr_w2": np.ones((8, 8), "f4"),
+    }
+    path = renamed(file_of("flux"), tmp_path / "style.safetensors", lambda _: tensors)
+    with pytest.raises(CheckpointError, match="instead of that layer") as caught:
+        oa.load_checkpoint(path, base("transformer"))
+    assert "to_q, " in caught.value.message
+
+
 def test_metadata_of_diffusers_that_is_no_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = {"unet.conv_in.lora_A.weight": np.ones((2, 4), np.float32)}
