@@ -16,6 +16,7 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.words import beside
 
 CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True, slots=True)

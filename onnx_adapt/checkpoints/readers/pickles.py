@@ -90,6 +90,8 @@ def _state_dict(
         raise CheckpointError(
             f"{path.name} is damaged: {error}", hint="save the adapter again"
         ) from error
+    if isinstance(found, dict) and [*found] == ["model"]:
+        found = found["model"]  # LitGPT wraps its state dict
     if not isinstance(found, dict) or not all(
         isinstance(value, np.ndarray) for value in found.values()
     ):

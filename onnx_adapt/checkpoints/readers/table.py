@@ -8,13 +8,26 @@ from pathlib import Path
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.readers.by_keys import damaged_file
 from onnx_adapt.checkpoints.readers.diffusers import (
     diffusers_edits,
     is_diffusers,
     read_diffusers,
 )
-from onnx_adapt.checkpoints.readers.files import CONFIG, Files, find_files
+from onnx_adapt.checkpoints.readers.edifice import edifice_edits, is_edifice, read_edifice
+from onnx_adapt.checkpoints.readers.files import CONFIG, PEFT_WEIGHTS, Files, find_files
+from onnx_adapt.checkpoints.readers.gguf_lora import gguf_edits, is_gguf, read_gguf
+from onnx_adapt.checkpoints.readers.keras_hub import (
+    is_keras_hub,
+    keras_hub_edits,
+    read_keras_hub,
+)
+from onnx_adapt.checkpoints.readers.keys import with_plain_keys
 from onnx_adapt.checkpoints.readers.kohya import is_kohya, kohya_edits, read_kohya
+from onnx_adapt.checkpoints.readers.litgpt import is_litgpt, litgpt_edits, read_litgpt
+from onnx_adapt.checkpoints.readers.loralib import is_loralib, loralib_edits, read_loralib
+from onnx_adapt.checkpoints.readers.mlx import is_mlx, mlx_edits, read_mlx
+from onnx_adapt.checkpoints.readers.nemo import is_nemo, nemo_edits, read_nemo
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS
 from onnx_adapt.checkpoints.readers.saved import (
@@ -22,6 +35,11 @@ from onnx_adapt.checkpoints.readers.saved import (
     name_damage,
     refuse_damaged,
     refuse_rank_zero,
+)
+from onnx_adapt.checkpoints.readers.torchtune import (
+    is_torchtune,
+    read_torchtune,
+    torchtune_edits,
 )
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.signatures import recognised
@@ -52,7 +70,6 @@ class Reader:
     words: tuple[str, ...] = ()
 
 
-_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTERHUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 _HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
@@ -63,7 +80,7 @@ def _has_settings(files: Files) -> bool:
 
 
 def _read_peft(files: Files) -> Saved:
-    return Saved(files.path, "peft", files.config(), files.tensors(_PEFT_WEIGHTS, _expected()))
+    return Saved(files.path, "peft", files.config(), files.tensors(PEFT_WEIGHTS, _expected()))
 
 
 def _read_adapterhub(files: Files) -> Saved:
@@ -74,6 +91,14 @@ def _read_adapterhub(files: Files) -> Saved:
 
 
 READERS: dict[str, Reader] = {
+    "torchtune": Reader(  # before PEFT, whose configuration it writes too
+        label="torchtune",
+        recognises=is_torchtune,
+        mark="",
+        gives="torchtune's folder",
+        read=read_torchtune,
+        edits=torchtune_edits,
+    ),
     "peft": Reader(
         label="PEFT",
         recognises=lambda files: "peft_type" in files.config(),
@@ -108,6 +133,62 @@ READERS: dict[str, Reader] = {
         read=read_kohya,
         edits=kohya_edits,
     ),
+    "mlx": Reader(
+        label="MLX-LM",
+        recognises=is_mlx,
+        mark="`lora_parameters`",
+        gives="MLX-LM's folder",
+        read=read_mlx,
+        edits=mlx_edits,
+    ),
+    "litgpt": Reader(
+        label="LitGPT",
+        recognises=is_litgpt,
+        mark="",
+        gives="LitGPT's folder",
+        read=read_litgpt,
+        edits=litgpt_edits,
+    ),
+    "gguf": Reader(
+        label="llama.cpp",
+        recognises=is_gguf,
+        mark="",
+        gives="llama.cpp's GGUF file of a LoRA",
+        read=read_gguf,
+        edits=gguf_edits,
+    ),
+    "keras_hub": Reader(
+        label="KerasHub",
+        recognises=is_keras_hub,
+        mark="",
+        gives="KerasHub's .lora.h5 with an adapter_config.json",
+        read=read_keras_hub,
+        edits=keras_hub_edits,
+    ),
+    "loralib": Reader(
+        label="loralib",
+        recognises=is_loralib,
+        mark="",
+        gives="loralib's state dict with an adapter_config.json",
+        read=read_loralib,
+        edits=loralib_edits,
+    ),
+    "nemo": Reader(
+        label="NeMo",
+        recognises=is_nemo,
+        mark="",
+        gives="NeMo's .nemo file",
+        read=read_nemo,
+        edits=nemo_edits,
+    ),
+    "edifice": Reader(
+        label="Edifice",
+        recognises=is_edifice,
+        mark="",
+        gives="Edifice's safetensors file",
+        read=read_edifice,
+        edits=edifice_edits,
+    ),
 }
 """Every library whose checkpoints can be read; the first that recognises files reads them."""
 
@@ -137,12 +218,14 @@ def read_saved(path: Path) -> Saved:
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
-    return replace(READERS[library].read(files), path=path)
+    return with_plain_keys(replace(READERS[library].read(files), path=path))
 
 
 def _unknown_folder(files: Files) -> CheckpointError:
     """The error for a folder that is no library's: what is wrong, or what is inside."""
     path = files.path
+    if damaged := damaged_file(files):
+        return damaged
     if CONFIG in files.names:
         rows = [row for row in READERS.values() if row.mark]
         labels, marks = ([getattr(row, name) for row in rows] for name in ("label", "mark"))
@@ -155,7 +238,7 @@ def _unknown_folder(files: Files) -> CheckpointError:
     single = [name for name in sorted(files.names) if _is_read_alone(path / name)]
     if single:
         hint = f"give a file of it: {', '.join(str(path / name) for name in single[:_SHOWN])}"
-    weights = {*_PEFT_WEIGHTS, *_ADAPTERHUB_WEIGHTS}
+    weights = {*PEFT_WEIGHTS, *_ADAPTERHUB_WEIGHTS}
     return CheckpointError(
         f"{path} has no {CONFIG}", hint=_BARE if weights & files.names else hint
     )
@@ -201,4 +284,5 @@ _BARE = (
 
 
 def _expected() -> str:
-    return f"give {' or '.join(row.gives for row in READERS.values())}"
+    *others, last = (row.gives for row in READERS.values())
+    return f"give {', '.join(others)} or {last}"
