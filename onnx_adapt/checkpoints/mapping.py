@@ -129,11 +129,14 @@ def _own_part(trained: Trained, graph: Graph) -> Trained:
         part: [edit for edit in trained.edits if is_under(edit.module, part)]
         for part in pipeline.parts
     }
-    found: dict[str, int] = {}
+    known = graph.finder.known()
+    fits: dict[str, tuple[bool, int]] = {}
     for part, edits in by_part.items():
-        parts = [one for edit in edits for one in unpacked(edit.module, graph.finder.known())]
-        found[part] = len(names_in(replace(trained, part=part), graph, parts))
-    best = [part for part in found if found[part] and found[part] == max(found.values())]
+        wanted = {one for edit in edits for one in unpacked(edit.module, known)}
+        found = names_in(replace(trained, part=part), graph, sorted(wanted))
+        if found:
+            fits[part] = len(found) == len(wanted), len(found)
+    best = [part for part, fit in fits.items() if fit == max(fits.values())]
     if len(best) > 1:
         raise CheckpointError(
             f"the graph may be each of {', '.join(best)}, which the checkpoint has modules of",
@@ -141,15 +144,12 @@ def _own_part(trained: Trained, graph: Graph) -> Trained:
         )
     if not best:
         raise _other_base(trained, pipeline, graph)
-    for part, edits in by_part.items():
-        if part not in best and edits:
-            _log.warning(
-                "left out %s of %s: the graph is %s alone",
-                count(len(edits), "module"),
-                part,
-                best[0],
-            )
-    return replace(trained, edits=by_part[best[0]], part=best[0])
+    elsewhere = [part for part in by_part if part not in best]
+    for part in elsewhere:
+        left_out = count(len(by_part[part]), "module")
+        _log.warning("left out %s of %s: the graph is %s alone", left_out, part, best[0])
+    own = [e for e in trained.edits if not any(is_under(e.module, part) for part in elsewhere)]
+    return replace(trained, edits=own, part=best[0])
 
 
 def _other_base(trained: Trained, pipeline: Pipeline, graph: Graph) -> CheckpointError:

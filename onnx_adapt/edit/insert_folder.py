@@ -194,18 +194,21 @@ def _edits_for(
     known = graph.finder.known()
     parts = {edit.module: unpacked(edit.module, known) for edit in trained.edits}
     wanted = list(dict.fromkeys(one for edit in trained.edits for one in parts[edit.module]))
-    names = names_in(trained, graph, wanted)
+    elsewhere = {part for part, files in named.items() if path not in files}
+
+    def own(names: Mapping[str, str]) -> dict[str, str]:
+        return {
+            module: found
+            for module, found in names.items()
+            if (part := part_of_path(module)) not in elsewhere
+            or part.rpartition(".")[2] in found.split(".")
+        }
+
+    names = own(names_in(trained, graph, wanted))
     if not names:
         part = _part_of_file(path, list(dict.fromkeys(map(part_of_path, wanted))))
         inside = [one for one in wanted if part and is_under(one, part)]
-        names = names_in(replace(trained, part=part), graph, inside) if inside else {}
-    elsewhere = {part for part, files in named.items() if path not in files}
-    names = {
-        module: found
-        for module, found in names.items()
-        if (part := part_of_path(module)) not in elsewhere
-        or part.rpartition(".")[2] in found.split(".")
-    }
+        names = own(names_in(replace(trained, part=part), graph, inside)) if inside else {}
     edits = [edit for edit in trained.edits if all(n in names for n in parts[edit.module])]
     return edits, names
 
@@ -213,7 +216,11 @@ def _edits_for(
 def _files_by_part(files: Collection[Path], wanted: Sequence[str]) -> dict[str, list[Path]]:
     """The parts of the model that files are named after, each with those files."""
     parts = [part for part in dict.fromkeys(map(part_of_path, wanted)) if parts_of(part)]
-    claims = {part: [path for path in files if _part_of_file(path, [part])] for part in parts}
+    alone = {path: _part_of_file(path, parts) for path in files}
+    claims = {
+        part: [path for path in files if (alone[path] or _part_of_file(path, [part])) == part]
+        for part in parts
+    }
     return {part: found for part, found in claims.items() if found}
 
 

@@ -202,9 +202,9 @@ def read_edits(saved: Saved) -> list[Edit]:
     refuse_damaged(saved)
     with name_damage(saved):
         edits = READERS[saved.library].edits(saved)
-    for edit in edits:
-        if isinstance(edit, LowRank):
-            refuse_rank_zero(edit.module, len(edit.a))
+        for edit in edits:
+            if isinstance(edit, LowRank):
+                refuse_rank_zero(edit.module, len(edit.a))
     return edits
 
 
