@@ -29,6 +29,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.weights import stacks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ def place_edits(
         replaced,
         {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
+        stacks=stacks_of(placement.slots),
     )
     slots = tuple(placement.slots)
     return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
