@@ -30,7 +30,7 @@ class AdapterFormat:
         scalars: Whether it can hold a tensor without axes.
         most_bytes: How many bytes of weights it can hold, or None for any number.
         quantised: Whether it can hold numbers of few bits: its module has
-            `write_quantised(quantised, path) -> bytes` as well then.
+            `write_quantised(quantised, path) -> bytes` and `read_bits(data) -> int` then.
     """
 
     name: str

@@ -87,6 +87,17 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
     return adapter
 
 
+def stored_bits(path: Path) -> int:
+    """The bits of a number in an adapter file; 0 if its numbers are floats.
+
+    Raises:
+        AdapterError: If the file is damaged.
+    """
+    row = _format(path)
+    bits: int = import_module(row.module).read_bits(path.read_bytes()) if row.quantised else 0
+    return bits
+
+
 def save_adapter(adapter: Adapter | Quantised, path: str | os.PathLike[str]) -> Path:
     """Write an adapter file; its suffix tells the format.
 

@@ -55,6 +55,13 @@ def read(data: bytes, path: Path) -> Adapter:
     return adapter_from_record(metadata.get(KEY), tensors, path)
 
 
+def read_bits(data: bytes) -> int:
+    """The bits of a number in a file that was read; 0 if its numbers are floats."""
+    record = (_header(data).get("__metadata__") or {}).get(KEY)
+    form = json.loads(record).get("quantised") if record else None
+    return int(form["bits"]) if form else 0
+
+
 def _header(data: bytes) -> dict[str, Any]:
     """Read the header of a file, and refuse a name that is in it twice."""
 
