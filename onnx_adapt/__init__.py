@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
     from onnx_adapt.edit.remove import remove
+    from onnx_adapt.edit.subtract import subtract
     from onnx_adapt.errors import AdaptError
     from onnx_adapt.graph.site import Site
     from onnx_adapt.graph.sites import find_sites
@@ -81,6 +82,7 @@ _HOMES = {
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
     "save_model": "model.file",
+    "subtract": "edit.subtract",
     "verify": "proof.verify",
 }
 
@@ -122,6 +124,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "save_model",
+    "subtract",
     "verify",
 ]
 

@@ -304,7 +304,7 @@ def _blend_replaced(
             if base is None or key not in base:
                 raise AdapterError(
                     f"adapters replace {key!r} of the base, and their weights do not sum to 1",
-                    hint="give the base's own value: `base=`, or --for MODEL of `onnx-adapt merge`",
+                    hint="give the base's own value: `base=`, or `merge --for MODEL`",
                 )
             value = value + np.asarray(base[key], np.float64) * rest
         blended[key] = _narrowed(repr(key), value, given[0][0].dtype)

@@ -145,7 +145,7 @@ def update_of(adapter: Adapter, slot: str) -> Update | None:
             )
     groups = adapter.stacks.get(slot, 1)
     try:
-        return _factors(parts, groups)
+        return factors_of(parts, groups)
     except (ValueError, KeyError, IndexError) as error:
         shown = ", ".join(f"{name} {list(value.shape)}" for name, value in parts.items())
         raise AdapterError(
@@ -154,8 +154,12 @@ def update_of(adapter: Adapter, slot: str) -> Update | None:
         ) from error
 
 
-def _factors(parts: Mapping[str, Array], groups: int) -> Update:
-    """Lay out the projections of a slot as the two factors."""
+def factors_of(parts: Mapping[str, Array], groups: int) -> Update:
+    """Lay out the projections of a slot as the two factors, in float64.
+
+    Raises:
+        ValueError: If the shapes do not go together; KeyError and IndexError likewise.
+    """
     first = parts["table"] if "table" in parts else parts["down"]
     up = parts["up"]
     if up.ndim > 2:  # Conv's layout: (r, source, window) and (width, r, 1, ...)

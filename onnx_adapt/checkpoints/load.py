@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Checkpoint:
         replacements: Weights of the base that the adapter replaces.
         unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
+        losses: How far each slot is from what it stands for, relative to that, where it is
+            an approximation.
     """
 
     adapter: Adapter
@@ -49,6 +51,7 @@ class Checkpoint:
     replacements: tuple[ReplacementPlan, ...]
     base: str
     unfused: tuple[FusedPlace, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_checkpoint(
