@@ -11,6 +11,7 @@ from adapter_models import safetensors_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from trained_cases import CASES
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
@@ -305,3 +306,33 @@ def test_a_loss_is_told_of_slots_with_an_activation_too() -> None:
     assert 0.01 < loss < 0.2
     other = replace(lora({**FORMS["biases"], "down": (20, 7)}), activations={"fc": "relu"})
     assert oa.measure_loss(adapter, other) == {"fc": None}
+
+
+@pytest.mark.parametrize("name", ["peft_experts_bmm", "peft_recurrent_lstm"])
+def test_slots_on_stacks_are_split_and_merged_as_pytorch_computes(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base = oa.open_model(case.base)
+    checkpoint = oa.load_checkpoint(case.adapter, base)
+    model = oa.insert_checkpoint(base, checkpoint)
+    stacks = checkpoint.adapter.stacks
+    assert stacks
+    assert set(stacks.values()) == ({3} if "experts" in name else {2})
+    loaded = oa.load_adapter(oa.save_adapter(checkpoint.adapter, tmp_path / "a.safetensors"))
+    assert loaded.stacks == stacks == oa.convert(case.adapter, model).stacks
+    assert oa.extract(oa.fill(model, loaded)).stacks == stacks
+    assert oa.blend([loaded, loaded], [0.5, 0.5]).stacks == stacks
+    made = {
+        "compressed": oa.compress(loaded, energy=1 - 1e-12),
+        "cat": oa.merge([loaded, loaded], [0.5, 0.5]),
+        "svd": oa.merge([loaded, loaded], [0.5, 0.5], method="svd"),
+        "dense": oa.merge(
+            [loaded, loaded], [0.5, 0.5], method="magnitude_prune_svd", density=1.0
+        ),
+    }
+    output, expected = case.expected()
+    with oa.AdapterSession(model, made) as session:
+        for label in made:
+            found = session.run(case.inputs(), adapter=label)[output]
+            np.testing.assert_allclose(found, expected, 0, case.tolerance, err_msg=label)
