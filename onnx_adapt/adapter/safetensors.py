@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.quantised import Quantised
 from onnx_adapt.adapter.record import KEY, adapter_from_record, write_record
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
@@ -57,6 +59,13 @@ def read(data: bytes, path: Path) -> Adapter:
     return adapter_from_record(metadata.get(KEY), tensors, path)
 
 
+def read_bits(data: bytes) -> int:
+    """The bits of a number in a file that was read; 0 if its numbers are floats."""
+    record = (_header(data).get("__metadata__") or {}).get(KEY)
+    form = json.loads(record).get("quantised") if record else None
+    return int(form["bits"]) if form else 0
+
+
 def _header(data: bytes) -> dict[str, Any]:
     return read_header(io.BytesIO(data), len(data))
 
@@ -86,10 +95,19 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter; the record is one metadata entry, as several have no fixed order."""
+    return _encoded(adapter.feeds(), write_record(adapter), path)
+
+
+def write_quantised(quantised: Quantised, path: Path) -> bytes:
+    """Encode an adapter with its numbers of few bits."""
+    return _encoded(quantised.tensors, write_record(quantised.adapter, quantised), path)
+
+
+def _encoded(tensors: Mapping[str, Array], record: str, path: Path) -> bytes:
     # The library ignores strides (its issue 825) and would scramble arrays that have any.
-    tensors = {name: np.asarray(a, order="C") for name, a in adapter.feeds().items()}
+    plain = {name: np.asarray(array, order="C") for name, array in sorted(tensors.items())}
     try:
-        return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})
+        return safetensors.numpy.save(plain, {KEY: record})
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise AdapterError(
             f"{path.name} cannot be written: {error}", hint="use .npz"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit
@@ -25,6 +25,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.weights import stacks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Checkpoint:
         replacements: Weights of the base that the adapter replaces.
         unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
+        losses: How far each slot is from what it stands for, relative to that, where it is
+            an approximation.
     """
 
     adapter: Adapter
@@ -44,6 +47,7 @@ class Checkpoint:
     replacements: tuple[ReplacementPlan, ...]
     base: str
     unfused: tuple[FusedPlace, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -134,6 +138,7 @@ def place_edits(
         placement.replaced,
         {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
+        stacks=stacks_of(placement.slots),
     )
     slots = tuple(placement.slots)
     return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused))

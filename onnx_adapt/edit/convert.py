@@ -17,7 +17,7 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
-from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
 
 def convert(
@@ -92,6 +92,7 @@ def convert(
         weights=weights,
         activations=activations,
         fingerprint=manifest.fingerprint,
+        stacks=stacks_of(slot for _, slot in found),
     )
     require_fit(model, adapter, allow_partial=allow_partial)
     return adapter

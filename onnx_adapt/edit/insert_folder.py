@@ -259,6 +259,7 @@ def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
     first, *others = (checkpoint.adapter for checkpoint in found.values())
     weights = dict(first.weights)
     replaced, activations = dict(first.replaced), dict(first.activations)
+    stacks = dict(first.stacks)
     for path, checkpoint in found.items():
         adapter = checkpoint.adapter
         for slot, parts in adapter.weights.items():
@@ -276,6 +277,7 @@ def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
                 )
             replaced[key] = max(replaced[key], value, key=lambda array: array.itemsize)
         activations |= adapter.activations
+        stacks |= adapter.stacks
     bases = tuple(dict.fromkeys(adapter.fingerprint for adapter in others))
     return replace(
         first,
@@ -283,6 +285,7 @@ def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
         replaced=replaced,
         activations=activations,
         other_bases=tuple(base for base in bases if base != first.fingerprint),
+        stacks=stacks,
     )
 
 
