@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
     from onnx_adapt.edit.remove import remove
+    from onnx_adapt.edit.save_checkpoint import save_checkpoint
     from onnx_adapt.errors import AdaptError
     from onnx_adapt.graph.site import Site
     from onnx_adapt.graph.sites import find_sites
@@ -68,6 +69,7 @@ _HOMES = {
     "pack_rows": "session.mixing",
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
+    "save_checkpoint": "edit.save_checkpoint",
     "save_model": "model.file",
     "verify": "proof.verify",
 }
@@ -102,6 +104,7 @@ __all__ = [
     "pack_rows",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "save_model",
     "verify",
 ]

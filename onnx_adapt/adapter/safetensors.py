@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,21 @@ def _header(data: bytes) -> dict[str, Any]:
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter; the record is one metadata entry, as several have no fixed order."""
+    return write_tensors(adapter.feeds(), path, {KEY: write_record(adapter)})
+
+
+def write_tensors(
+    tensors: Mapping[str, Array], path: Path, metadata: Mapping[str, str]
+) -> bytes:
+    """Encode tensors and texts as a safetensors file.
+
+    Raises:
+        AdapterError: If a name or an element type cannot be in such a file.
+    """
     # The library ignores strides (its issue 825) and would scramble arrays that have any.
-    tensors = {name: np.asarray(a, order="C") for name, a in adapter.feeds().items()}
+    plain = {name: np.asarray(a, order="C") for name, a in tensors.items()}
     try:
-        return safetensors.numpy.save(tensors, {KEY: write_record(adapter)})
+        return safetensors.numpy.save(plain, dict(metadata))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise AdapterError(
             f"{path.name} cannot be written: {error}", hint="use .npz"

@@ -36,7 +36,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     if operator.embeds:
         parts = {"table": a.T, "up": b.T}
     elif operator.convolves:
-        window = _window(call, a)
+        window = kernel_window(call, a)
         b = _dense(b, attribute(call.node, "group", 1))
         parts = {"down": a, "up": b}
     else:
@@ -121,7 +121,7 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
         )
 
 
-def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
+def kernel_window(call: LayerCall, a: Array) -> tuple[int, ...]:
     """Find the window of A on a Conv: the Conv's own kernel, strides and pads.
 
     PEFT gives A no dilation; where the Conv has one, only padding="same" lines up, and A
