@@ -55,8 +55,7 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
         )
     stored = first.view.constant(first.tensor)
     direct = stored is not None and stored.name == first.tensor
-    elem_type = _elem_type(first)
-    dtype = DTYPES[FLOATS[elem_type]]
+    dtype = DTYPES[FLOATS[_elem_type(first)]]
     name = f"base.{placement.slot_name(edit.module)}.{edit.parameter}"
     if direct and stored is not None:
         default = onnx.TensorProto()
