@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
     from onnx_adapt.edit.remove import remove
+    from onnx_adapt.edit.save_checkpoint import save_checkpoint
     from onnx_adapt.edit.subtract import subtract
     from onnx_adapt.errors import AdaptError
     from onnx_adapt.graph.site import Site
@@ -81,6 +82,7 @@ _HOMES = {
     "quantize": "adapter.quantised",
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
+    "save_checkpoint": "edit.save_checkpoint",
     "save_model": "model.file",
     "subtract": "edit.subtract",
     "verify": "proof.verify",
@@ -123,6 +125,7 @@ __all__ = [
     "quantize",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "save_model",
     "subtract",
     "verify",

@@ -95,19 +95,27 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter; the record is one metadata entry, as several have no fixed order."""
-    return _encoded(adapter.feeds(), write_record(adapter), path)
+    return write_tensors(adapter.feeds(), path, {KEY: write_record(adapter)})
 
 
 def write_quantised(quantised: Quantised, path: Path) -> bytes:
     """Encode an adapter with its numbers of few bits."""
-    return _encoded(quantised.tensors, write_record(quantised.adapter, quantised), path)
+    record = write_record(quantised.adapter, quantised)
+    return write_tensors(quantised.tensors, path, {KEY: record})
 
 
-def _encoded(tensors: Mapping[str, Array], record: str, path: Path) -> bytes:
+def write_tensors(
+    tensors: Mapping[str, Array], path: Path, metadata: Mapping[str, str]
+) -> bytes:
+    """Encode tensors and texts as a safetensors file.
+
+    Raises:
+        AdapterError: If a name or an element type cannot be in such a file.
+    """
     # The library ignores strides (its issue 825) and would scramble arrays that have any.
-    plain = {name: np.asarray(array, order="C") for name, array in sorted(tensors.items())}
+    plain = {name: np.asarray(a, order="C") for name, a in sorted(tensors.items())}
     try:
-        return safetensors.numpy.save(plain, {KEY: record})
+        return safetensors.numpy.save(plain, dict(metadata))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise AdapterError(
             f"{path.name} cannot be written: {error}", hint="use .npz"

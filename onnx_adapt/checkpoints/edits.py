@@ -194,3 +194,24 @@ Edit = (
     | Bottleneck
     | Coupling
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEdit:
+    """What the weights of one slot ask for.
+
+    Attributes:
+        slot: The name of the slot, or of the replaced weight.
+        edit: The edit.
+        layer: What the module is: `linear`, `conv`, `embedding`, or '' if it is no layer.
+        biased: Whether it is a layer with a bias.
+    """
+
+    slot: str
+    edit: Edit
+    layer: str = ""
+    biased: bool = False
+
+
+KEEP = "keep the adapter file, which needs no library"
+"""What to do with an adapter that a library cannot express: a hint."""

@@ -183,11 +183,22 @@ def find_graph(
     Raises:
         CheckpointError: If a module is among the experts inside one node.
     """
+    return graph_with(model, base_weights, [edit.module for edit in edits])
+
+
+def graph_with(
+    model: Model, base_weights: str | os.PathLike[str] | None, modules: Sequence[str]
+) -> Graph:
+    """Survey a model in which some modules are to be found, perhaps inside operators.
+
+    Raises:
+        CheckpointError: If a module is among the experts inside one node.
+    """
     survey = survey_model(model)
-    refuse_inner_experts(survey, [edit.module for edit in edits])
+    refuse_inner_experts(survey, modules)
     shown = parts_shown(model.proto, survey.modules.paths)
     if base_weights is None:
-        inner = attention_weights(survey, [edit.module for edit in edits])
+        inner = attention_weights(survey, modules)
         finder = ByName(survey, packed_layers(survey), inner)
         return Graph(model, survey, finder, shown, None)
     file = Path(base_weights)

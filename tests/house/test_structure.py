@@ -34,10 +34,11 @@ FLOORS = (
 CHECKPOINT_FLOORS = (
     ("edits",),
     ("readers",),
+    ("writers",),
     ("modules",),
     ("placing",),
     ("mapping",),
-    ("load",),
+    ("load", "unplacing"),
 )
 """The floors inside `checkpoints/`, from the ground up."""
 
@@ -354,7 +355,8 @@ PUBLIC = [
         "load_adapter",
         "load_checkpoint",
     ),
-    *("make_adapter", "open_model", "pack_rows", "remove", "save_adapter", "save_model"),
+    *("make_adapter", "open_model", "pack_rows", "remove", "save_adapter"),
+    *("save_checkpoint", "save_model"),
     "verify",
 ]
 

@@ -43,7 +43,7 @@ class Selection:
                 gives two modules one name.
         """
         modules = list(dict.fromkeys(edit.module for edit in edits))
-        names = {module: self._renamed(module) for module in modules}
+        names = {module: self.renamed(module) for module in modules}
         self._refuse_idle_map(modules)
         _refuse_twins(names)
         chosen = [replace(edit, module=names[edit.module]) for edit in edits]
@@ -59,10 +59,11 @@ class Selection:
 
     def head(self, head: Mapping[str, Array]) -> dict[str, Array]:
         """Rename the keys of a head, and keep those under the part."""
-        renamed = {self._renamed(key): value for key, value in head.items()}
+        renamed = {self.renamed(key): value for key, value in head.items()}
         return {k: v for k, v in renamed.items() if not self.part or is_under(k, self.part)}
 
-    def _renamed(self, path: str) -> str:
+    def renamed(self, path: str) -> str:
+        """What a path, of a module or a tensor, is called."""
         fitting = [old for old in self.module_map if is_under(path, old)]
         if not fitting:
             return path

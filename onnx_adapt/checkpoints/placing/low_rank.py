@@ -39,7 +39,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     elif operator.convolves:
         _refuse_padding_mode(placement, edit.module, call)
         a, b = _with_kernel(call, a, b, own=edit.dilates)
-        window = _window(call, a, dilates=edit.dilates)
+        window = kernel_window(call, a, dilates=edit.dilates)
         b = _dense(b, attribute(call.node, "group", 1))
         parts = {"down": a, "up": b}
     else:
@@ -173,7 +173,7 @@ def _refuse_padding_mode(placement: Placement, module: str, call: LayerCall) -> 
         )
 
 
-def _window(call: LayerCall, a: Array, *, dilates: bool) -> tuple[int, ...]:
+def kernel_window(call: LayerCall, a: Array, *, dilates: bool = False) -> tuple[int, ...]:
     """Find the window of A on a Conv: the Conv's own kernel, strides and pads.
 
     PEFT gives LoRA's A no dilation; where the Conv has one, only padding="same" lines up, and

@@ -12,7 +12,7 @@ import onnx
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.checkpoints.modules.weights import read_matrix, read_weight
-from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.placement import ModuleFinder, Placement
 from onnx_adapt.checkpoints.placing.vocabulary import refuse_other_vocabulary
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
@@ -22,6 +22,7 @@ from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.graph.operators import OPERATORS
 from onnx_adapt.graph.replaceable import ReplacementPlan
+from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.manifest import read_manifest
@@ -58,8 +59,9 @@ def place_replacement(placement: Placement, edit: Replacement) -> None:
 
 def _planned(placement: Placement, edit: Replacement) -> tuple[ReplacementPlan, Array]:
     """Describe how one weight of the base becomes replaceable, and what replaces it."""
-    path = f"{placement.names[edit.module]}.{edit.parameter}"
-    inputs = _inputs(placement, placement.names[edit.module], edit.parameter)
+    module = placement.names[edit.module]
+    path = f"{module}.{edit.parameter}"
+    inputs = parameter_inputs(placement.finder, placement.survey, module, edit.parameter)
     if not inputs:
         raise CheckpointError(
             f"the checkpoint replaces {path!r}, which was not found in the graph",
@@ -217,9 +219,16 @@ def _is_alone(placement: Placement, inputs: list[ParameterInput]) -> bool:
     return set(readers) == known and all(item.tensor == tensor for item in inputs)
 
 
-def _inputs(placement: Placement, module: str, parameter: str) -> list[ParameterInput]:
+def parameter_inputs(
+    finder: ModuleFinder, survey: Survey, module: str, parameter: str
+) -> list[ParameterInput]:
+    """Find where a parameter of a module enters the graph.
+
+    Raises:
+        CheckpointError: If it is packed with those of other modules.
+    """
     found: list[ParameterInput] = []
-    for call in placement.finder.calls(module, called=False):
+    for call in finder.calls(module, called=False):
         operator = OPERATORS[call.node.op_type]
         if call.span is not None:
             raise CheckpointError(
@@ -235,13 +244,13 @@ def _inputs(placement: Placement, module: str, parameter: str) -> list[Parameter
             found.append(ParameterInput(call.view, call.node, operator.bias, False))
         else:
             found += _added_bias(call.view, call.raw, call.output)
-            found += _fused_bias(placement, call)
-    return found or placement.finder.norm_inputs(module, parameter)
+            found += _fused_bias(survey, call)
+    return found or finder.norm_inputs(module, parameter)
 
 
-def _fused_bias(placement: Placement, call: LayerCall) -> list[ParameterInput]:
+def _fused_bias(survey: Survey, call: LayerCall) -> list[ParameterInput]:
     """Where a call's bias is added by a node behind it, if it is the node's only bias."""
-    behind = bias_behind(placement.survey.index, call.view, call.output, call.sizes[1])
+    behind = bias_behind(survey.index, call.view, call.output, call.sizes[1])
     weight = find_weight(call.view, behind.bias) if behind else None
     if behind is None or weight is None or weight.dims != (call.sizes[1],):
         return []
