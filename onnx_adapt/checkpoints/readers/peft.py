@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnx_adapt.checkpoints.edits import Edit, Replacement
+from onnx_adapt.checkpoints.readers.peft_methods.residuals import taken_out
 from onnx_adapt.checkpoints.readers.peft_methods.table import (
     METHODS,
     REFUSED_METHODS,
@@ -20,7 +21,6 @@ from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
@@ -127,12 +127,7 @@ def _key_pattern() -> re.Pattern[str]:
 
 
 def _refuse_settings(config: Mapping[str, Any]) -> None:
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"init_lora_weights={start!r}: training changed the base model's own weights",
-            hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
-        )
+    taken_out(config)
     for name, reason in _REFUSED_SETTINGS.items():
         if config.get(name):
             raise CheckpointError(

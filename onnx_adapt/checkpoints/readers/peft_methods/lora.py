@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Scaling
+from onnx_adapt.checkpoints.readers.peft_methods.residuals import (
+    taken_out,
+    trained_residual,
+)
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.peft_settings import is_match, scale_of
 from onnx_adapt.errors import CheckpointError
@@ -16,7 +20,7 @@ _SETTINGS = {"use_dora": "a lora_magnitude_vector", "lora_bias": "a lora_B.bias"
 
 
 def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
-    """LoRA, rsLoRA and DoRA."""
+    """LoRA, rsLoRA, DoRA, PiSSA and OLoRA."""
     module, parts, config = found.module, found.parts, found.config
     names = ("lora_A", "lora_B")
     if "lora_embedding_A" in parts:
@@ -34,7 +38,7 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
                 f"{b.shape[0]} numbers; the checkpoint has {shown}"
             )
     scale = scale_of(module, a.shape[0], config)
-    yield LowRank(
+    edit = LowRank(
         module,
         a.astype(np.float64),
         b.astype(np.float64),
@@ -43,6 +47,8 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
         magnitude=None if magnitude is None else magnitude.reshape(-1),
         norm_scale=scale,
     )
+    start = taken_out(config)
+    yield trained_residual(edit, start, config) if start else edit
 
 
 def ia3_edits(found: ModuleTensors) -> Iterator[Edit]:

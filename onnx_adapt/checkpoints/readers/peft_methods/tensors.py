@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt.dtypes import Array
 
 
@@ -24,3 +26,11 @@ class ModuleTensors:
     parts: Mapping[str, Array]
     config: Mapping[str, Any]
     shared: Mapping[str, Array] = field(default_factory=dict)
+
+    def part(self, name: str) -> Array:
+        """One of its tensors in float64.
+
+        Raises:
+            KeyError: If it has none of this name.
+        """
+        return self.parts[name].astype(np.float64)
