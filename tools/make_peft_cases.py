@@ -796,18 +796,6 @@ REFUSED = {
         "PREFIX_TUNING",
         "prefix tuning adds keys and values to the attention",
     ),
-    "bert_lokr": Case(
-        "bert_dynamo",
-        peft.LoKrConfig(r=4, alpha=4, target_modules=list(QV)),
-        "LOKR",
-        "LoKr's update is a Kronecker product, whose rank is not low",
-    ),
-    "bert_oft": Case(
-        "bert_dynamo",
-        peft.OFTConfig(oft_block_size=4, r=0, target_modules=list(QV)),
-        "OFT",
-        "OFT rotates the weight instead of adding to it",
-    ),
     "llama_alora": Case(
         "llama_dynamo",
         lora(*LLAMA_QV, alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM"),

@@ -176,11 +176,14 @@ class Reweight:
             CheckpointError if they are of another size.
         rank: The highest rank that the change of the weight can have, for a convolution as
             `(out, in * kh * kw)`; None where the method does not bound it.
+        is_even: Whether the method convolves with the same stride and padding along all
+            axes, without dilation, whatever the layer does.
     """
 
     module: str
     compute: Callable[[Array, Array | None], Weighed]
     rank: int | None = None
+    is_even: bool = False
 
 
 Edit = (

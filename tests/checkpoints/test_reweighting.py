@@ -111,7 +111,7 @@ def test_a_second_adapter_of_the_method_fits_the_same_model(tmp_path: Path) -> N
     ("left", "words"),
     [
         (np.ones((5, 4)), r"trained weight is \[5, 4\]"),
-        (np.eye(5), "wrong kind"),
+        (np.eye(5), "does not fit the base's weight"),
         (np.full((4, 4), np.nan), "NaN or infinity"),
         (np.diag([3e38, 3e38, 3e38, 3e38]), "NaN or infinity"),
     ],

@@ -52,8 +52,15 @@ def change_of(edit: Reweight, weight: Array, bias: Array | None) -> Change:
     Raises:
         CheckpointError: If that is of another size, or holds NaN or infinity.
     """
-    with np.errstate(all="ignore"):
-        trained, trained_bias = edit.compute(weight, bias)
+    try:
+        with np.errstate(all="ignore"):
+            trained, trained_bias = edit.compute(weight, bias)
+    except (ValueError, IndexError) as error:  # LinAlgError is a ValueError
+        raise CheckpointError(
+            f"module {edit.module!r}: the adapter does not fit the base's weight "
+            f"{list(weight.shape)}, or is damaged: {error}",
+            hint="is it an adapter for another size of this model?",
+        ) from error
     outputs = None if trained_bias is None else trained_bias.shape
     if trained.shape != weight.shape or outputs not in (None, weight.shape[:1]):
         raise CheckpointError(

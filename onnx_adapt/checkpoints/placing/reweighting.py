@@ -59,6 +59,8 @@ def place_reweight(placement: Placement, edit: Reweight) -> None:
     for tensor in dict.fromkeys(weight.tensor for weight in inner):
         _place_inside(placement, edit, [w for w in inner if w.tensor == tensor])
     calls = placement.calls(edit.module, needed=not inner)
+    for call in calls if edit.is_even else ():
+        _refuse_uneven(edit, call)
     changes = list(_changes(placement, edit, calls))
     slots = [_small_slot(edit, *pair) for pair in zip(calls, changes, strict=True)]
     same = all(change.is_same(changes[0]) for change in changes)
@@ -166,6 +168,26 @@ def _is_replaceable(call: LayerCall) -> bool:
     if call.node.op_type == "Gemm":  # read_matrix has multiplied the weight by it
         return all(item.f == 1 for item in call.node.attribute if item.name == "alpha")
     return len(weight.dims) == 2 or OPERATORS[call.node.op_type].convolves
+
+
+def _refuse_uneven(edit: Reweight, call: LayerCall) -> None:
+    """Refuse a convolution that the method, in PyTorch, convolves otherwise than its layer.
+
+    Raises:
+        CheckpointError: If it has dilation, groups, or differs by axis.
+    """
+    if not OPERATORS[call.node.op_type].convolves:
+        return
+    lists = {item.name: set(item.ints) for item in call.node.attribute}
+    sizes = [lists.get(name, {1}) for name in ("strides", "pads", "kernel_shape")]
+    plain = lists.get("dilations", {1}) == {1} and attribute(call.node, "group", 1) == 1
+    if not plain or any(len(size) > 1 for size in sizes):
+        raise CheckpointError(
+            f"module {edit.module!r} is a convolution with dilation, groups or another size "
+            "along each axis; in PyTorch this method gives it the first stride and padding "
+            "for both, so it computes something else there than a changed weight",
+            hint="train the adapter without this module",
+        )
 
 
 def _replace(

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import BySize, Edit, LowRank
+from onnx_adapt.checkpoints.readers.peft_methods.reweights import bat_edits
 from onnx_adapt.checkpoints.readers.peft_methods.sizes import smaller
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.peft_settings import alpha_of, check_rank
@@ -225,8 +226,12 @@ def miss_edits(found: ModuleTensors) -> Iterator[Edit]:
     """MiSS (arXiv 2409.15371): the input is summed in groups of r, then multiplied.
 
     `miss_block` is `(r, out)`, and A is fixed: row `i` has ones at `i`, `i + r`, `i + 2r` and
-    so on. With `init_weights="mini"` the block is `(r, mini_r)`, repeated along the outputs.
+    so on. With `init_weights="mini"` the block is `(r, mini_r)`, repeated along the outputs;
+    with "bat" the update depends on the base's weight.
     """
+    if found.config.get("init_weights") == "bat":
+        yield from bat_edits(found)
+        return
     block = found.read("miss_block", None, None)
     rank, columns = block.shape
     check_rank(found.module, rank, found.config)

@@ -23,6 +23,22 @@ from onnx_adapt.checkpoints.readers.peft_methods.on_base import (
     deft_edits,
     supertuning_edits,
 )
+from onnx_adapt.checkpoints.readers.peft_methods.reweights import (
+    c3a_edits,
+    glora_edits,
+    hira_edits,
+    lokr_edits,
+    osf_edits,
+    peanut_edits,
+    randlora_edits,
+    shira_edits,
+)
+from onnx_adapt.checkpoints.readers.peft_methods.rotations import (
+    boft_edits,
+    hra_edits,
+    oft_edits,
+    road_edits,
+)
 from onnx_adapt.checkpoints.readers.peft_methods.shared_vectors import (
     pvera_edits,
     tinylora_edits,
@@ -30,6 +46,7 @@ from onnx_adapt.checkpoints.readers.peft_methods.shared_vectors import (
     vblora_edits,
     vera_edits,
 )
+from onnx_adapt.checkpoints.readers.peft_methods.spectra import fourierft_edits, waveft_edits
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.peft_methods.tokens import TOKEN_ROWS, token_edits
 
@@ -65,15 +82,28 @@ METHODS: dict[str, Method] = {
     "IA3": Method(parts=("ia3_l",), edits=ia3_edits),
     "ADALORA": Method(parts=("lora_A", "lora_B", "lora_E"), edits=adalora_edits),
     "BEFT": Method(parts=("beft_bias",), edits=beft_edits),
+    "BOFT": Method(parts=("boft_R", "boft_s"), edits=boft_edits),
     "BONE": Method(parts=("bone_block",), edits=bone_edits),
+    "C3A": Method(parts=("c3a_kernel",), edits=c3a_edits),
     "DEFT": Method(parts=("deft_P", "deft_R"), edits=deft_edits),
     "DELORA": Method(
         parts=("delora_A", "delora_B", "delora_lambda", "delora_w_norm"), edits=delora_edits
+    ),
+    "FOURIERFT": Method(parts=("fourierft_spectrum",), edits=fourierft_edits),
+    "GLORA": Method(
+        parts=tuple(
+            f"glora_{path}.{part}" for path in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")
+        ),
+        edits=glora_edits,
     ),
     "GRALORA": Method(
         parts=("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
         edits=gralora_edits,
     ),
+    "HIRA": Method(
+        parts=("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), edits=hira_edits
+    ),
+    "HRA": Method(parts=("hra_u",), edits=hra_edits),
     "LN_TUNING": Method(
         parts=("ln_tuning_layers", "ln_tuning_layers.bias"), edits=ln_tuning_edits
     ),
@@ -84,12 +114,37 @@ METHODS: dict[str, Method] = {
         ),
         edits=loha_edits,
     ),
+    "LOKR": Method(
+        parts=(
+            *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
+            *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        ),
+        edits=lokr_edits,
+    ),
     "MISS": Method(parts=("miss_block",), edits=miss_edits),
+    "OFT": Method(parts=("oft_R", "oft_embedding_R"), edits=oft_edits),
+    "OSF": Method(
+        parts=tuple(f"osf_svd_params.{name}_low" for name in "USV"), edits=osf_edits
+    ),
+    "PEANUT": Method(
+        parts=(
+            *("peanut_A", "peanut_B"),
+            *(f"peanut_{kind}coders.{i}" for kind in ("en", "de") for i in range(32)),
+        ),
+        edits=peanut_edits,
+    ),
     "PVERA": Method(
         parts=("pvera_lambda_b", "pvera_lambda_d"),
         edits=pvera_edits,
         shared=("pvera_A", "pvera_B"),
     ),
+    "RANDLORA": Method(
+        parts=("randlora_lambda", "randlora_gamma"),
+        edits=randlora_edits,
+        shared=("randlora_A", "randlora_B"),
+    ),
+    "ROAD": Method(parts=("road_theta", "road_alpha"), edits=road_edits),
+    "SHIRA": Method(parts=("shira_weight", "shira_indices"), edits=shira_edits),
     "SUPERTUNING": Method(
         parts=(
             *("supertuning_values", "supertuning_indices"),
@@ -102,6 +157,7 @@ METHODS: dict[str, Method] = {
         edits=tinylora_edits,
         shared=("tinylora_v",),
     ),
+    "TRAINABLE_TOKENS": Method(parts=(TOKEN_ROWS,), edits=token_edits),
     "UNILORA": Method(
         parts=(
             *("unilora_indices_A", "unilora_indices_B"),
@@ -124,43 +180,27 @@ METHODS: dict[str, Method] = {
         edits=vera_edits,
         shared=("vera_A", "vera_B"),
     ),
-    "TRAINABLE_TOKENS": Method(parts=(TOKEN_ROWS,), edits=token_edits),
+    "WAVEFT": Method(parts=("waveft_spectrum",), edits=waveft_edits),
 }
 """Methods by `peft_type`."""
 
 _TOKENS = "it adds tokens to the input, and changes no weight"
-_PLACES = "the places of its numbers are random numbers of PyTorch, and not in the file"
 
 REFUSED_METHODS = {
     "ADAMSS": "which rows of the weight it changes follows from a clustering of the base's "
     "weight, which is not in the file",
     "ADAPTION_PROMPT": "it adds an attention over learned prompts to that of each layer",
-    "BOFT": "BOFT rotates the weight instead of adding to it",
-    "C3A": "its update is a block-circulant matrix, whose rank is not low",
     "CARTRIDGE": "it adds keys and values to the attention, and changes no weight",
     "CPT": _TOKENS,
-    "FOURIERFT": _PLACES,
     "FROD": "it rotates the base's singular vectors, and its update's rank is not low",
-    "GLORA": "it multiplies the base's weight and its bias",
-    "HIRA": "its update is multiplied by the base's weight, and its rank is not low",
-    "HRA": "it reflects the input of the layer, so its update depends on the base's weight",
     "LILY": "how it mixes its matrices depends on all tokens of the input at once",
-    "LOKR": "LoKr's update is a Kronecker product, whose rank is not low",
     "MULTITASK_PROMPT_TUNING": _TOKENS,
-    "OFT": "OFT rotates the weight instead of adding to it",
-    "OSF": "it trains the singular vectors of the base's weight",
-    "PEANUT": "its update is computed from the base's weight by a small network",
     "POLY": "which mix of its LoRAs runs depends on the task of each row",
     "PREFIX_TUNING": "prefix tuning adds keys and values to the attention",
     "PROMPT_TUNING": "prompt tuning adds tokens to the input",
     "PSOFT": "it rotates the principal singular vectors of the base's weight",
     "P_TUNING": "prompt tuning adds tokens to the input",
-    "RANDLORA": "its update has full rank, of random matrices that all modules share",
-    "ROAD": "it rotates the output of the layer in pairs of features",
     "SHADOW": "it runs a second, small network beside the model",
-    "SHIRA": "its update is a sparse matrix, whose rank is not low",
-    "TRAINABLE_TOKENS": "single rows of the embedding were trained",
-    "WAVEFT": _PLACES,
     "XLORA": "which mix of its LoRAs runs depends on each token",
 }
 """Methods by `peft_type` that are refused, and why."""

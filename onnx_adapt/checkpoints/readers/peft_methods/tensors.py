@@ -58,6 +58,14 @@ class ModuleTensors:
             )
         return checked(name, self.shared[name], *shape)
 
+    def part(self, name: str) -> Array:
+        """One of its tensors in float64.
+
+        Raises:
+            KeyError: If it has none of this name.
+        """
+        return self.parts[name].astype(np.float64)
+
 
 def checked(what: str, value: Array, *shape: int | None) -> Array:
     """A tensor in float64, if it has a shape; None in it is any size.
