@@ -219,6 +219,37 @@ def lost_parts(
     return [word for part, word in named.items() if part not in known | set(shown)]
 
 
+def is_renamed_away(
+    found: Mapping[str, str],
+    renamed: Mapping[str, str],
+    known: Iterable[str],
+    shown: Collection[str],
+) -> bool:
+    """Whether other names than the checkpoint's own hide of which part its modules are.
+
+    Before transformers 4.52 `model.language_model.layers.0` of Qwen2-VL was `model.layers.0`,
+    beside `visual.blocks.0`. A graph with both is the whole model, and those are its layers of
+    language. Without `visual`, or as those of `vision.model.layers.0`, they may be others.
+
+    Args:
+        found: The graph's path for modules of the checkpoint.
+        renamed: The other name of each module.
+        known: The graph's modules.
+        shown: The parts that the graph shows itself to be.
+    """
+    hidden = {one: _kinds(one) - _kinds(renamed[one]) - {*shown} for one in found}
+    if not any(hidden.values()):
+        return False
+    if any(_kinds(found[one]) - parts for one, parts in hidden.items() if parts):
+        return True
+    return not any(map(_kinds, known))  # the graph may be any part
+
+
+def _kinds(path: str) -> set[str]:
+    """Which of vision, language and audio a path names."""
+    return {*parts_of(path)} & {*_SAME}
+
+
 def other_part(
     removed: str,
     parts: Sequence[str],
