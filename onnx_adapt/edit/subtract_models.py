@@ -190,6 +190,8 @@ def _changes(base: Model, tuned: Model, survey: Survey) -> Iterator[Changed]:
                     f"tensor {name!r} differs, and is an output of the graph"
                 )
             check_numbers(name, value)
+            if not any(_readers(survey, view, name)):
+                continue  # exporters leave tensors that nothing reads
             yield Changed(view, name, tensor, value, tuple(calls.get((path, name), ())))
 
 

@@ -355,3 +355,33 @@ def test_a_weight_that_the_graph_lacks_is_refused(tmp_path: Path) -> None:
     files = {"base_weights": tmp_path / "base.safetensors"}
     with pytest.raises(CheckpointError, match="fc9"):
         oa.subtract(oa.Model(two_layers()), tmp_path / "tuned.safetensors", rank=1, **files)
+
+
+@pytest.mark.parametrize("base_name", ["bert_optimised", "albert_dynamo", "mixtral_dynamo"])
+def test_every_tensor_of_a_graph_can_change(base_name: str, tmp_path: Path) -> None:
+    """Packed, shared and stacked weights too; the tuned model itself is the truth."""
+    folder = Path(__file__).parent.parent / "cases/bases" / base_name
+    proto = onnx.load(folder / "base.onnx")
+    rng = np.random.default_rng(0)
+    changes = {}
+    for tensor in proto.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype != np.float32 or value.ndim == 0 or value.shape[0] < 9:
+            continue
+        flat = value.reshape(len(value), -1)
+        update = np.outer(rng.normal(size=len(flat)), rng.normal(size=flat.shape[1]))
+        update *= 0.3 * np.linalg.norm(flat) / np.linalg.norm(update)
+        changes[tensor.name] = (flat + update).reshape(value.shape)
+    base, tuned = oa.open_model(folder / "base.onnx"), _tuned(changes, proto)
+    found = oa.subtract(base, tuned, rank=1)
+    assert found.slots
+    assert found.adapter.replaced
+    model = oa.insert_checkpoint(base, found)
+    with np.load(folder / "inputs.npz") as stored:
+        feeds = dict(stored)
+    with oa.AdapterSession(model, {"a": found.adapter}) as running:
+        ours = running.run(feeds, adapter="a")
+    theirs = session(tuned.proto, optimised=True).run(list(ours), feeds)
+    for value, expected in zip(ours.values(), theirs, strict=True):
+        np.testing.assert_allclose(value, expected, 0, 1e-4)
+    assert oa.remove(model).proto.SerializeToString() == base.proto.SerializeToString()
