@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @options.base_weights
 @options.part
 @options.module_map
+@options.allow_missing
 @options.allow_partial
 @options.as_json
 def command(
@@ -58,6 +59,7 @@ def command(
     base_weights: str | None,
     part: str,
     module_map: dict[str, str],
+    allow_missing: tuple[str, ...],
     allow_partial: bool,
     as_json: bool,
 ) -> None:
@@ -76,7 +78,7 @@ def command(
     if library and (part or allow_partial):
         option = "--part" if part else "--allow-partial"
         raise click.UsageError(f"{option} is not for --to, which writes the whole adapter")
-    read = [Path(model), *(Path(source).glob("*") if library is None else [Path(source)])]
+    read = [Path(model), Path(source), *Path(source).glob("*")]
     read += [Path(base_weights)] if base_weights else []
     refuse_to_replace(output, *read)
     names: dict[str, Any] = {"base_weights": base_weights, "module_map": module_map}
@@ -87,8 +89,8 @@ def command(
             adapter = _named(oa.load_adapter(source), name)
             path = oa.save_checkpoint(adapter, output, model=opened, library=library, **names)
         else:
-            names |= {"name": name, "part": part, "allow_partial": allow_partial}
-            adapter = oa.convert(source, opened, **names)
+            names |= {"name": name, "part": part, "allow_missing": allow_missing}
+            adapter = oa.convert(source, opened, allow_partial=allow_partial, **names)
             path = oa.save_adapter(adapter, output)
     if as_json:
         filled, replaced = sorted(adapter.weights), sorted(adapter.replaced)

@@ -342,7 +342,8 @@ def test_every_error_says_what_to_do_about_it() -> None:
 
 PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
-    *("Report", "Site"),
+    *("Inspection", "Quantised", "Report", "Site"),
+    *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
     *("export", "fill"),
     *(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from onnx_adapt.checkpoints.edits import (
     Bottleneck,
     Coupling,
     Edit,
     LowRank,
     ParameterLowRank,
+    Replacement,
+    Reweight,
     Scaling,
+    TokenRows,
 )
 from onnx_adapt.checkpoints.placing.bottleneck_places import bottleneck_place
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
@@ -20,19 +21,34 @@ from onnx_adapt.checkpoints.placing.on_weights import (
     place_scaling_on_weights,
 )
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import as_low_rank, place_replacement
+from onnx_adapt.checkpoints.placing.reweighting import place_reweight
+from onnx_adapt.checkpoints.placing.scaling import place_scaling
+from onnx_adapt.checkpoints.placing.token_rows import place_token_rows
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.slot.form import Form
 
 
 def place(placement: Placement, edit: Edit) -> None:
-    """Make the slots that one edit asks for.
+    """Make the slots that one edit asks for, or replace a weight.
 
     Raises:
         CheckpointError: If the graph has no place for it.
     """
+    if isinstance(edit, Replacement):
+        edit = as_low_rank(placement, edit) or edit
+    if isinstance(edit, Replacement):
+        place_replacement(placement, edit)
+        return
+    if isinstance(edit, Reweight):
+        place_reweight(placement, edit)
+        return
     if isinstance(edit, ParameterLowRank):
         place_parameter(placement, edit)
+        return
+    if isinstance(edit, TokenRows):
+        place_token_rows(placement, edit)
         return
     inner = placement.inner_weights(edit.module)
     if isinstance(edit, LowRank):
@@ -44,45 +60,12 @@ def place(placement: Placement, edit: Edit) -> None:
         if inner:
             place_scaling_on_weights(placement, edit, inner)
         for call in placement.calls(edit.module, needed=not inner):
-            _place_scaling(placement, edit, call)
+            place_scaling(placement, edit, call)
     elif isinstance(edit, Bottleneck):
         for call in placement.calls(edit.module):
             _place_bottleneck(placement, edit, call)
     elif isinstance(edit, Coupling):
         _place_coupling(placement, edit)
-
-
-def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None:
-    name = placement.slot_name(edit.module)
-    parts = {"scale": edit.vector.astype(np.float64)}
-    size = call.sizes[not edit.on_input]
-    if edit.vector.size != size:
-        raise CheckpointError(
-            f"module {edit.module!r}: {edit.vector.size} factors do not fit the {size} "
-            f"{'inputs' if edit.on_input else 'outputs'} of the layer",
-            hint="is it an adapter for another size of this model?",
-        )
-    if not edit.on_input:
-        parts["scale"] = call.spread(parts["scale"], fill=1)
-        target = placement.with_bias(edit.module, call)
-        if call.packing is None:
-            placement.add(target, name, parts)
-        else:
-            placement.add_beside(edit.module, target, call.packing, parts)
-        return
-    tensor = placement.survey.after_slots(call.view.scope.path, call.source)
-    readers = call.view.readers(tensor)
-    made = call.view.home(tensor)
-    alone = len(readers) == 1 and call.span is None
-    if alone and made is call.view and tensor in call.view.producers:
-        placement.add(placement.survey.site(call.view, tensor), f"{name}.input", parts)
-        return
-    raise CheckpointError(
-        f"module {edit.module!r}: its input {tensor!r} is read by "
-        f"{f'{len(readers)} nodes' if call.span is None else 'other modules as well'} and "
-        "cannot be scaled for one of them alone",
-        hint="merge this adapter in PyTorch and export again",
-    )
 
 
 def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -> None:

@@ -19,10 +19,18 @@ from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.form import Form, WeightTarget, new_slot, new_weight_slot
+from onnx_adapt.slot.form import (
+    Form,
+    InputTarget,
+    WeightTarget,
+    new_input_slot,
+    new_slot,
+    new_weight_slot,
+)
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, in_order
 from onnx_adapt.slot.weights import bottleneck_of, part_shape
@@ -76,6 +84,8 @@ class Placement:
         on_weights: The slots on weights inside operators, by graph, name and readers of the
             weight.
         full_names: Whether slots are called after the checkpoint's paths, not the graph's.
+        plans: The weights of the base that are replaced.
+        replaced: What replaces them, by the names of the plans.
     """
 
     model: Model
@@ -89,6 +99,8 @@ class Placement:
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
     full_names: bool = False
+    plans: list[ReplacementPlan] = field(default_factory=list)
+    replaced: dict[str, Array] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module of the checkpoint inside operators; empty if it has none.
@@ -220,6 +232,22 @@ class Placement:
         slot = self.slots[-1]
         self.beside[key] = slot.name
         self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)
+
+    def add_on_input(self, target: InputTarget, name: str, parts: Mapping[str, Array]) -> None:
+        """Add a slot with its weights on what one layer reads.
+
+        Args:
+            target: The layer's input.
+            name: What to call the slot; a number is added if another has the name.
+            parts: The weights by part.
+        """
+        unique = free_name(name, self.taken)
+        self.taken.add(unique)
+        self.wanted[unique] = name
+        slot = new_input_slot(unique, target, Form(parts=in_order(parts)))
+        self.slots.append(slot)
+        shaped = {part: _laid_out(slot, part, value) for part, value in parts.items()}
+        self._set_weights(unique, shaped)
 
     def add_on_weight(
         self,

@@ -1,8 +1,9 @@
-"""Let nodes read the changed weight of a slot on a weight, and the base's own again.
+"""Let some nodes read what a slot makes of a weight or an activation, and the base's again.
 
-The base's weight keeps its name, and the slot makes a new tensor: of `Attention(x, w)` becomes
-`Attention(x, adapter.q/weight)`. So the base is restored by the slot's own names alone. A slot
-that is stacked on another reads what the other makes.
+The base's tensor keeps its name, and the slot makes a new one: of `Attention(x, w)` becomes
+`Attention(x, adapter.q/weight)`, and where `q`, `k` and `v` read one `x`, of `MatMul(x, v)`
+becomes `MatMul(adapter.v.input/input, v)`. So the base is restored by the slot's own names
+alone. A slot that is stacked on another reads what the other makes.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from onnx_adapt.slot.manifest import Slot
 def redirect_readers(
     index: ModelIndex, slots: Sequence[Slot], known: Sequence[Slot]
 ) -> tuple[Slot, ...]:
-    """Let the readers of weights read what slots make of them, in place.
+    """Let the readers of tensors read what slots on these edges make of them, in place.
 
     Args:
         index: The index of the model.
-        slots: New slots; those on activations are passed through.
+        slots: New slots; those that are not on an edge are passed through.
         known: The slots that the model has.
 
     Returns:
         The new slots, each with the tensor that its readers read before.
 
     Raises:
-        SlotError: If a weight is not read where the slot says.
+        SlotError: If a tensor is not read where the slot says.
     """
-    originals = {slot.output: slot.tensor for slot in (*known, *slots) if slot.on_weight}
+    originals = {slot.output: slot.tensor for slot in (*known, *slots) if slot.on_edge}
     return tuple(
-        _redirected(index, slot, originals) if slot.on_weight else slot for slot in slots
+        _redirected(index, slot, originals) if slot.on_edge else slot for slot in slots
     )
 
 
@@ -50,7 +51,7 @@ def _redirected(index: ModelIndex, slot: Slot, originals: dict[str, str]) -> Slo
     read = {node.input[position] for node, position in places}
     if len(read) != 1:
         raise SlotError(
-            f"slot {slot.name!r}: the nodes that read weight {slot.tensor!r} read "
+            f"slot {slot.name!r}: the nodes that read {slot.tensor!r} read "
             + (f"different tensors: {', '.join(sorted(read))}" if read else "it no more"),
             hint="was the model changed after the adapter was loaded for it? load it again",
         )
@@ -73,7 +74,7 @@ def _readers(index: ModelIndex, slot: Slot) -> list[tuple[GraphView, onnx.NodePr
 def restore_readers(
     proto: onnx.ModelProto, slots: Sequence[Slot], doomed: Collection[str]
 ) -> tuple[Slot, ...]:
-    """Let the readers of weights read again what they read before some slots, in place.
+    """Let nodes read again what they read before some slots on edges, in place.
 
     Args:
         proto: The model.
@@ -83,9 +84,7 @@ def restore_readers(
     Returns:
         All slots; one that was stacked on a removed one reads another tensor.
     """
-    read = {
-        slot.output: slot.inner for slot in slots if slot.on_weight and slot.name in doomed
-    }
+    read = {slot.output: slot.inner for slot in slots if slot.on_edge and slot.name in doomed}
     if not read:
         return tuple(slots)
 
@@ -100,8 +99,10 @@ def restore_readers(
                 if name in read:
                     node.input[position] = before(name)
     return tuple(
-        replace(slot, inner=before(slot.inner), source=before(slot.inner))
-        if slot.on_weight and slot.name not in doomed
-        else slot
+        slot
+        if slot.name in doomed
+        else replace(slot, inner=before(slot.inner), source=before(slot.inner))
+        if slot.on_edge
+        else replace(slot, source=before(slot.source))
         for slot in slots
     )
