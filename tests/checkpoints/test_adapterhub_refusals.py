@@ -168,3 +168,17 @@ def test_nan_in_a_checkpoint_is_refused_and_named(tmp_path: Path) -> None:
         name, tmp_path / "trained", lambda t: {k: v * np.nan for k, v in t.items()}
     )
     assert "NaN" in _refused(name, folder)
+
+
+def test_an_adapter_fusion_is_read_and_refused_with_its_adapters(tmp_path: Path) -> None:
+    config = {"adapter_names": ["en", "de"], "name": "en,de", "model_type": "bert"}
+    (tmp_path / "adapter_fusion_config.json").write_text(json.dumps(config))
+    place = "bert.encoder.layer.{}.output.adapter_fusion_layer.en,de.query.weight"
+    tensors = {place.format(i): np.zeros((4, 4), np.float32) for i in range(2)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model_adapter_fusion.safetensors")
+    base = oa.open_model(CASES["ah_bert_seq_bn"].base)
+    with pytest.raises(
+        CheckpointError, match="an AdapterFusion of en, de at 2 places"
+    ) as error:
+        oa.load_checkpoint(tmp_path, base)
+    assert "attention over the outputs" in error.value.message

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank
 from onnx_adapt.checkpoints.readers.adapterhub import adapterhub_edits
+from onnx_adapt.checkpoints.readers.adapterhub_fusion import refuse_fusion
 from onnx_adapt.checkpoints.readers.by_keys import damaged_file
 from onnx_adapt.checkpoints.readers.diffusers import (
     diffusers_edits,
@@ -215,6 +216,7 @@ def read_saved(path: Path) -> Saved:
         CheckpointError: If it is none, or its files are damaged.
     """
     files = find_files(path, _expected())
+    refuse_fusion(files)
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
