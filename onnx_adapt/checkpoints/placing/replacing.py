@@ -41,6 +41,8 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     first = inputs[0]
     current = read_weight(placement.model, first.view, first.tensor)
     value = edit.value.T if first.transposed else edit.value
+    if first.added:
+        value = value.astype(np.float64) + first.added
     if edit.parameter == "bias" and value.size == current.size == max(
         current.shape, default=1
     ):
@@ -50,6 +52,12 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
             f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
             f"{list(current.T.shape if first.transposed else current.shape)}",
             hint="was the base exported with another head?",
+        )
+    if first.added and _fits_better(value - first.added, value, current):
+        raise CheckpointError(
+            f"the graph seems to have 1 + weight in {first.tensor!r}, and the trained "
+            f"{path!r} is nearer to it without the 1, so it is not clear what it has",
+            hint="give the base's weights with --base-weights model.safetensors",
         )
     stored = first.view.constant(first.tensor)
     direct = stored is not None and stored.name == first.tensor
@@ -71,6 +79,11 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     )
     readers = tuple((i.view.scope.path, i.index, i.position) for i in inputs)
     return ReplacementPlan(weight, default, readers), np.ascontiguousarray(value, dtype)
+
+
+def _fits_better(one: Array, other: Array, base: Array) -> bool:
+    """Whether one of two values is nearer to the base's: training moves a norm little."""
+    return bool(np.linalg.norm(one - base) < np.linalg.norm(other - base))
 
 
 def as_low_rank(placement: Placement, edit: Replacement) -> LowRank | None:
