@@ -40,25 +40,7 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
         )
     first = inputs[0]
     current = read_weight(placement.model, first.view, first.tensor)
-    value = edit.value.T if first.transposed else edit.value
-    if first.added:
-        value = value.astype(np.float64) + first.added
-    if edit.parameter == "bias" and value.size == current.size == max(
-        current.shape, default=1
-    ):
-        value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
-    if value.shape != current.shape:
-        raise CheckpointError(
-            f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
-            f"{list(current.T.shape if first.transposed else current.shape)}",
-            hint="was the base exported with another head?",
-        )
-    if first.added and _fits_better(value - first.added, value, current):
-        raise CheckpointError(
-            f"the graph seems to have 1 + weight in {first.tensor!r}, and the trained "
-            f"{path!r} is nearer to it without the 1, so it is not clear what it has",
-            hint="give the base's weights with --base-weights model.safetensors",
-        )
+    value = _as_the_graph_has_it(edit, first, current, path)
     stored = first.view.constant(first.tensor)
     direct = stored is not None and stored.name == first.tensor
     elem_type = _elem_type(first)
@@ -79,6 +61,36 @@ def plan_replacement(placement: Placement, edit: Replacement) -> tuple[Replaceme
     )
     readers = tuple((i.view.scope.path, i.index, i.position) for i in inputs)
     return ReplacementPlan(weight, default, readers), np.ascontiguousarray(value, dtype)
+
+
+def _as_the_graph_has_it(
+    edit: Replacement, first: ParameterInput, current: Array, path: str
+) -> Array:
+    """A trained weight in the layout of the graph's own, and as a sum where it has one.
+
+    Raises:
+        CheckpointError: If it is of another shape, or the graph's seems to be no such sum.
+    """
+    value = edit.value.T if first.transposed else edit.value
+    if first.added:
+        value = value.astype(np.float64) + first.added
+    if edit.parameter == "bias" and value.size == current.size == max(
+        current.shape, default=1
+    ):
+        value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
+    if value.shape != current.shape:
+        raise CheckpointError(
+            f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
+            f"{list(current.T.shape if first.transposed else current.shape)}",
+            hint="was the base exported with another head?",
+        )
+    if first.added and _fits_better(value - first.added, value, current):
+        raise CheckpointError(
+            f"the graph seems to have 1 + weight in {first.tensor!r}, and the trained "
+            f"{path!r} is nearer to it without the 1, so it is not clear what it has",
+            hint="give the base's weights with --base-weights model.safetensors",
+        )
+    return value
 
 
 def _fits_better(one: Array, other: Array, base: Array) -> bool:

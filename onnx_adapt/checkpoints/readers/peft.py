@@ -23,7 +23,8 @@ from onnx_adapt.errors import CheckpointError
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
-    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
+    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence, and "
+    "cannot be merged; a plain LoRA can be trained instead",
     "layer_replication": "layers of the base are repeated",
     "use_qalora": "the input is pooled before the adapter",
     "use_bdlora": "the matrices are block-diagonal",
