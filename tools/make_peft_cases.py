@@ -15,6 +15,8 @@ script, from the root of the repository::
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,8 @@ class Case:
         safe: Whether to save as safetensors.
         adapter_name: Name of the adapter; PEFT saves all but ``default`` in a sub-folder.
         part: Attribute of the model that is trained, or nothing for all of it.
+        change: What is done to the adapter after training, or nothing.
+        converted: Whether PEFT converts it to one of the base as it was before training.
     """
 
     base: str
@@ -253,6 +257,18 @@ class Case:
     safe: bool = True
     adapter_name: str = "default"
     part: str = ""
+    change: Callable[[peft.PeftModel], None] | None = None
+    converted: bool = False
+
+
+def prune(adapted: peft.PeftModel) -> None:
+    """Prune an AdaLoRA as its training does, to another rank in each module."""
+    config = adapted.peft_config["default"]
+    names = [name for name, _ in adapted.model.named_parameters() if "lora_E" in name]
+    config.rank_pattern = {
+        name: [number >= i % 5 for number in range(4)] for i, name in enumerate(names)
+    }
+    adapted.base_model.resize_modules_by_rank_pattern(config.rank_pattern, "default")
 
 
 def lora(*targets: str, **fields: Any) -> peft.LoraConfig:
@@ -574,6 +590,214 @@ SUPPORTED = {
         "LoRA of a Linear that is called twice, TorchScript; its bias replaced",
         std=0.35,
     ),
+    "bert_adalora": Case(
+        "bert_dynamo",
+        peft.AdaLoraConfig(target_modules=list(QV), init_r=4, target_r=2, total_step=10),
+        "AdaLoRA, before anything was pruned",
+        std=0.6,
+    ),
+    "llama_adalora_pruned": Case(
+        "llama_torchscript",
+        peft.AdaLoraConfig(
+            target_modules=[*LLAMA_QV, "down_proj"], init_r=4, total_step=10, lora_alpha=6
+        ),
+        "AdaLoRA, pruned to another rank in each module, in one of them to nothing",
+        std=0.8,
+        change=prune,
+    ),
+    "bert_loha": Case(
+        "bert_dynamo",
+        peft.LoHaConfig(r=3, alpha=6, target_modules=[*QV, "intermediate.dense"]),
+        "LoHa, whose rank is the square of r",
+        std=0.5,
+    ),
+    "convnet_loha": Case(
+        "convnet_dynamo",
+        peft.LoHaConfig(
+            r=2,
+            alpha=4,
+            target_modules=["features.0", "features.2", "features.4", "head"],
+            use_effective_conv2d=True,
+        ),
+        "LoHa of convolutions: with hada_t1, dilated, and with groups",
+        std=0.9,
+    ),
+    "convnet_adalora": Case(
+        "convnet_dynamo",
+        peft.AdaLoraConfig(
+            target_modules=["features.0", "features.2", "head"], init_r=3, total_step=10
+        ),
+        "AdaLoRA of convolutions, whose A has a flattened kernel, one of them dilated",
+        std=0.9,
+    ),
+    "bert_vera": Case(
+        "bert_dynamo",
+        peft.VeraConfig(r=4, target_modules=["query", "intermediate.dense", "output.dense"]),
+        "VeRA: layers of several sizes share two matrices",
+        std=1.0,
+    ),
+    "llama_vera": Case(
+        "llama_dynamo",
+        peft.VeraConfig(r=4, target_modules=["q_proj"]),
+        "VeRA of Linears without bias",
+        std=1.0,
+    ),
+    "gpt2_pvera": Case(
+        "gpt2_dynamo",
+        peft.PveraConfig(r=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+        "PVeRA of Conv1D: inference takes the mean",
+        std=1.0,
+    ),
+    "llama_miss": Case(
+        "llama_dynamo",
+        peft.MissConfig(r=5, target_modules=[*LLAMA_QV, "down_proj"]),
+        "MiSS whose groups do not divide the input",
+        std=0.1,
+    ),
+    "bert_miss_mini": Case(
+        "bert_torchscript",
+        peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=list(QV)),
+        "MiSS with init_weights mini: the block is repeated",
+        std=0.1,
+    ),
+    "llama_vblora": Case(
+        "llama_dynamo",
+        peft.VBLoRAConfig(
+            r=3, num_vectors=20, vector_length=8, topk=2, target_modules=[*LLAMA_QV, "up_proj"]
+        ),
+        "VB-LoRA: A and B are mixed from a bank of vectors",
+        std=0.5,
+    ),
+    "bert_vblora_topk": Case(
+        "bert_torchscript",
+        peft.VBLoRAConfig(
+            r=3,
+            num_vectors=20,
+            vector_length=8,
+            topk=3,
+            target_modules=["query", "intermediate.dense"],
+            save_only_topk_weights=True,
+        ),
+        "VB-LoRA with save_only_topk_weights",
+        std=0.5,
+    ),
+    "bert_delora": Case(
+        "bert_torchscript",
+        peft.DeloraConfig(
+            r=4, target_modules=["query", "output.dense"], rank_pattern={"query": 2}
+        ),
+        "DeLoRA with a rank pattern: the norms of the base's columns are in the file",
+        std=0.8,
+    ),
+    "llama_gralora": Case(
+        "llama_dynamo",
+        peft.GraloraConfig(
+            r=4, alpha=6, gralora_k=2, hybrid_r=2, target_modules=[*LLAMA_QV, "down_proj"]
+        ),
+        "GraLoRA in four blocks, with a LoRA of the whole weight beside them",
+    ),
+    "bert_beft": Case(
+        "bert_dynamo",
+        peft.BeftConfig(target_modules=["value", "output.dense"]),
+        "BEFT of Linears that have a bias",
+    ),
+    "llama_beft": Case(
+        "llama_torchscript",
+        peft.BeftConfig(target_modules=["v_proj", "down_proj"]),
+        "BEFT of Linears without bias",
+    ),
+    "bert_ln_tuning": Case(
+        "bert_dynamo",
+        peft.LNTuningConfig(target_modules=["LayerNorm"]),
+        "LN tuning: weight and bias of every LayerNorm",
+    ),
+    "llama_ln_tuning": Case(
+        "llama_torchscript",
+        peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+        "LN tuning of RMSNorms, which have no bias",
+    ),
+    "llama_unilora": Case(
+        "llama_dynamo",
+        peft.UniLoraConfig(
+            r=3, theta_d_length=50, target_modules=[*LLAMA_QV, "up_proj"], save_indices=True
+        ),
+        "Uni-LoRA: the numbers of A and B are of one vector",
+        std=2.0,
+    ),
+    "bert_tinylora": Case(
+        "bert_dynamo",
+        peft.TinyLoraConfig(
+            r=3, u=6, weight_tying=1.0, target_modules=["query", "output.dense"]
+        ),
+        "TinyLoRA whose modules share one vector",
+        std=0.8,
+    ),
+    "bert_olora_converted": Case(
+        "bert_dynamo",
+        lora(*QV, init_lora_weights="olora"),
+        "OLoRA that PEFT converted: a plain LoRA of twice the rank",
+        converted=True,
+    ),
+    "bert_pissa": Case(
+        "bert_dynamo",
+        lora(*QV, init_lora_weights="pissa"),
+        "PiSSA that was not converted: its singular values are taken from the base",
+    ),
+    "llama_olora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="olora", lora_alpha=6),
+        "OLoRA that was not converted: a part of a QR decomposition is taken from the base",
+    ),
+    "llama_kasa": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, kasa_config=peft.KasaConfig()),
+        "KaSA: the base loses its smallest singular values",
+    ),
+    "bert_deft": Case(
+        "bert_torchscript",
+        peft.DeftConfig(r=4, target_modules=["query", "output.dense"]),
+        "DEFT: a part of the outputs is taken away, and another put in its place",
+    ),
+    "llama_supertuning": Case(
+        "llama_torchscript",
+        peft.SupertuningConfig(
+            sparsity=0.9, r=2, lora_alpha=4, target_modules=[*LLAMA_QV, "down_proj"]
+        ),
+        "Super-Tuning with a LoRA beside the sparse values",
+    ),
+    "llama_mica": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="mica"),
+        "MiCA: B is of the base's minor singular vectors; the base is untouched",
+    ),
+    "llama_orthogonal": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="orthogonal", r=4),
+        "LoRA that starts from orthogonal matrices; the base is untouched",
+    ),
+    "bert_bdlora": Case(
+        "bert_dynamo",
+        lora(
+            *(*QV, "key"),
+            use_bdlora=peft.BdLoraConfig(
+                target_modules_bd_a=["query"],
+                target_modules_bd_b=["value"],
+                nblocks=2,
+                match_strict=False,
+            ),
+        ),
+        "BD-LoRA: A of one module and B of another are block-diagonal",
+    ),
+    "llama_velora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, velora_config=peft.VeloraConfig()),
+        "VeLoRA, which only changes the training",
+    ),
+    "llama_monteclora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, monteclora_config=peft.MontecloraConfig(num_samples=2, buffer_size=2)),
+        "MonteCLoRA, which samples in training only",
+    ),
     "repeated_lora_unoptimized": Case(
         "repeated_unoptimized",
         lora("features.0", "features.3", "project", "shared", "pooled", "blocks.0.1"),
@@ -593,42 +817,6 @@ REFUSED = {
         peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         "PREFIX_TUNING",
         "prefix tuning adds keys and values to the attention",
-    ),
-    "llama_vera": Case(
-        "llama_dynamo",
-        peft.VeraConfig(r=4, target_modules=["q_proj"]),
-        "VERA",
-        "VeRA scales random matrices that all modules share",
-    ),
-    "bert_adalora": Case(
-        "bert_dynamo",
-        peft.AdaLoraConfig(target_modules=list(QV), init_r=4, target_r=2, total_step=10),
-        "ADALORA",
-        "AdaLoRA has three factors, and prunes them by module",
-    ),
-    "bert_loha": Case(
-        "bert_dynamo",
-        peft.LoHaConfig(r=4, alpha=4, target_modules=list(QV)),
-        "LOHA",
-        "LoHa multiplies two low-rank matrices element by element",
-    ),
-    "bert_lokr": Case(
-        "bert_dynamo",
-        peft.LoKrConfig(r=4, alpha=4, target_modules=list(QV)),
-        "LOKR",
-        "LoKr's update is a Kronecker product, whose rank is not low",
-    ),
-    "bert_oft": Case(
-        "bert_dynamo",
-        peft.OFTConfig(oft_block_size=4, r=0, target_modules=list(QV)),
-        "OFT",
-        "OFT rotates the weight instead of adding to it",
-    ),
-    "bert_pissa": Case(
-        "bert_dynamo",
-        lora(*QV, init_lora_weights="pissa"),
-        "init_lora_weights pissa",
-        "training changed the base model's own weights",
     ),
     "llama_alora": Case(
         "llama_dynamo",
@@ -663,9 +851,10 @@ def train_all(name: str, adapted: peft.PeftModel, std: float) -> None:
             train(parameter, f"{name}:{path}", std)
 
 
-def save(adapted: peft.PeftModel, case: Case, folder: Path) -> Path:
+def save(adapted: peft.PeftModel, case: Case, folder: Path, start: Path) -> Path:
     """Save the adapter without the model card, and return its own folder."""
-    adapted.save_pretrained(folder, safe_serialization=case.safe)
+    more = {"path_initial_model_for_weight_conversion": str(start)} if case.converted else {}
+    adapted.save_pretrained(folder, safe_serialization=case.safe, **more)
     (folder / "README.md").unlink(missing_ok=True)
     return folder if case.adapter_name == "default" else folder / case.adapter_name
 
@@ -694,9 +883,15 @@ def make_case(name: str, case: Case, cases: Path) -> None:
     base = BASES[case.base]
     folder = clean_folder(cases / name)
     model, adapted = attach(make(base), case)
-    train_all(name, adapted, case.std)
-    expected = compute(model.eval(), base)
-    adapter = save(adapted, case, folder / "adapter")
+    with tempfile.TemporaryDirectory() as start:
+        if case.converted:
+            case.config.init_lora_weights = True
+            adapted.save_pretrained(start)
+        train_all(name, adapted, case.std)
+        if case.change:
+            case.change(adapted)
+        expected = compute(model.eval(), base)
+        adapter = save(adapted, case, folder / "adapter", Path(start))
     if not case.reason:
         check_reloaded(name, case, expected, adapter)
     facts = CaseFacts(

@@ -22,6 +22,7 @@ class LowRank:
         norm_scale: What multiplies `BA` inside DoRA's norm.
         scales_bias: Whether DoRA's rescaling covers the module's bias.
         gate: `(1, in)` and `(1,)` of AdapterHub's gate, or None.
+        dilates: Whether A has the dilation of the Conv2d; LoRA's has none.
     """
 
     module: str
@@ -33,6 +34,20 @@ class LowRank:
     norm_scale: float = 1.0
     scales_bias: bool = False
     gate: tuple[Array, Array] | None = None
+    dilates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """A low-rank update that depends on the sizes of its module, which the files do not tell.
+
+    Attributes:
+        module: Path of the Linear or Conv1D.
+        make: The update from the module's `in` and `out`.
+    """
+
+    module: str
+    make: Callable[[int, int], LowRank | Reweight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +95,13 @@ class Replacement:
         module: Path of the module.
         parameter: `weight` or `bias`.
         value: In PyTorch's layout.
+        of_base: Whether the checkpoint calls it the base's own, so that it may be a copy.
     """
 
     module: str
     parameter: str
     value: Array
+    of_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +174,21 @@ class Reweight:
         compute: From the base's weight `(out, in)`, or `(out, in, kh, kw)` for Conv2d, and
             its bias `(out,)` or None, in float64, to the trained ones. It raises a
             CheckpointError if they are of another size.
+        rank: The highest rank that the change of the weight can have, for a convolution as
+            `(out, in * kh * kw)`; None where the method does not bound it.
+        is_even: Whether the method convolves with the same stride and padding along all
+            axes, without dilation, whatever the layer does.
     """
 
     module: str
     compute: Callable[[Array, Array | None], Weighed]
+    rank: int | None = None
+    is_even: bool = False
 
 
 Edit = (
     LowRank
+    | BySize
     | ParameterLowRank
     | Scaling
     | Replacement
@@ -173,3 +197,24 @@ Edit = (
     | Bottleneck
     | Coupling
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEdit:
+    """What the weights of one slot ask for.
+
+    Attributes:
+        slot: The name of the slot, or of the replaced weight.
+        edit: The edit.
+        layer: What the module is: `linear`, `conv`, `embedding`, or '' if it is no layer.
+        biased: Whether it is a layer with a bias.
+    """
+
+    slot: str
+    edit: Edit
+    layer: str = ""
+    biased: bool = False
+
+
+KEEP = "keep the adapter file, which needs no library"
+"""What to do with an adapter that a library cannot express: a hint."""

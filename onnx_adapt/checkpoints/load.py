@@ -1,34 +1,31 @@
-"""Load a trained checkpoint of PEFT or AdapterHub for one graph."""
+"""Load a trained checkpoint for one graph."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.checkpoints.edits import Edit, Replacement
+from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.mapping import Graph, Trained, find_graph, map_edits, read_trained
 from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
 from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
-from onnx_adapt.checkpoints.placing.replacing import as_low_rank, plan_replacement
+from onnx_adapt.checkpoints.placing.replacing import without_copies
 from onnx_adapt.checkpoints.placing.sharing import share_weights
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
-from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
-from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.weights import stacks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +38,8 @@ class Checkpoint:
         replacements: Weights of the base that the adapter replaces.
         unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
+        losses: How far each slot is from what it stands for, relative to that, where it is
+            an approximation.
     """
 
     adapter: Adapter
@@ -48,6 +47,7 @@ class Checkpoint:
     replacements: tuple[ReplacementPlan, ...]
     base: str
     unfused: tuple[FusedPlace, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -58,22 +58,26 @@ def load_checkpoint(
     base_weights: str | os.PathLike[str] | None = None,
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
+    """Read a trained adapter, as its library saved it, and find its modules in a model.
 
     Args:
-        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        path: The folder that `save_pretrained` (PEFT) or `save_adapter` (AdapterHub) wrote,
+            or a file or folder of another library.
         model: The base, exported without the adapter.
-        name: The adapter's name; by default AdapterHub's, or the folder's.
+        name: The adapter's name; by default AdapterHub's, or that of the folder or file.
         base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
         part: Only the checkpoint's modules under this path are wanted, such as
             `"model.encoder"`, and the graph is that part of the model.
         module_map: Beginnings of the checkpoint's module paths and what to call them
             instead, such as `{"model.text": "language"}`; in whole words, before `part`.
+        allow_missing: Globs of modules that the graph may lack; those that it lacks are left
+            out, with a warning.
 
     Raises:
         CheckpointError: If the method is not supported, modules are not in the graph, or
-            `part` or `module_map` fits no module.
+            `part` or `module_map` fits no module, or `allow_missing` none that is missing.
 
     Example:
         >>> import onnx_adapt as oa
@@ -82,7 +86,7 @@ def load_checkpoint(
         >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
         4
     """
-    trained = read_trained(path, Selection(part, module_map or {}))
+    trained = read_trained(path, Selection(part, module_map or {}, allow_missing))
     graph = find_graph(model, base_weights, trained.edits)
     edits, names = map_edits(trained, graph)
     return place_edits(trained, graph, edits, names, name=name)
@@ -124,58 +128,24 @@ def place_edits(
     placement = Placement(
         graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
     )
-    replaced: dict[str, Array] = {}
-    plans: list[ReplacementPlan] = []
-    for edit in edits:
+    for edit in without_copies(placement, edits):
         with name_damage(trained.saved, edit.module):
-            if isinstance(edit, Replacement):
-                edit = as_low_rank(placement, edit) or edit
-            if isinstance(edit, Replacement):
-                _replace(placement, edit, plans, replaced)
-                _refuse_replaced(plans[-1], manifest)
-            else:
-                place(placement, edit)
+            place(placement, edit)
     share_weights(placement)
     adapter = Adapter(
         adapter_name(trained.saved, name),
         placement.weights,
-        replaced,
+        placement.replaced,
         {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
+        stacks=stacks_of(placement.slots),
     )
     slots = tuple(placement.slots)
-    return Checkpoint(adapter, slots, tuple(plans), identity, tuple(fused))
+    return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused))
 
 
 def adapter_name(saved: Saved, name: str) -> str:
-    """The name of an adapter: as given, AdapterHub's, or the folder's."""
-    return name or str(saved.config.get("name") or "") or saved.path.resolve().name
-
-
-def _refuse_replaced(plan: ReplacementPlan, manifest: Manifest | None) -> None:
-    """Refuse to replace a weight that an earlier insertion replaces already."""
-    if manifest and plan.weight.original in {weight.name for weight in manifest.weights}:
-        raise CheckpointError(
-            f"{plan.weight.original!r} of the model is replaced by an adapter already",
-            hint="`onnx-adapt convert` gives another adapter for the same slots; else insert "
-            "into the base model",
-        )
-
-
-def _replace(
-    placement: Placement,
-    edit: Replacement,
-    plans: list[ReplacementPlan],
-    replaced: dict[str, Array],
-) -> None:
-    """Plan to replace a weight, once; a head's bias can have two names in a checkpoint."""
-    plan, value = plan_replacement(placement, edit)
-    twin = next((other for other in plans if {*other.readers} & {*plan.readers}), None)
-    if twin is None:
-        plans.append(plan)
-        replaced[plan.weight.name] = value
-    elif not np.array_equal(value, replaced[twin.weight.name]):
-        raise CheckpointError(
-            f"{plan.weight.name!r} and {twin.weight.name!r} are one weight of the graph, "
-            "and the checkpoint has two values for it"
-        )
+    """The name of an adapter: as given, AdapterHub's, or the folder's or file's."""
+    path = saved.path.resolve()
+    own = path.name if path.is_dir() else path.stem
+    return name or str(saved.config.get("name") or "") or own

@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.calls import (
+    ParameterInput,
+    is_attention_projection,
+    refuse_uncalled,
+)
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight, InnerWeights
 from onnx_adapt.checkpoints.modules.packed import PackedLayer
 from onnx_adapt.errors import CheckpointError
@@ -23,7 +28,10 @@ from onnx_adapt.graph.sites import Survey
 _SHOWN = 3
 _INTEGERS = ("QLinearMatMul", "QLinearConv", "QGemm", "QAttention")
 """Layers of the QOperator format, whose outputs are integers that others read."""
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+_NORMS = (
+    *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
+    "GroupNormalization",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,18 @@ class ByName:
                         found.append(call)
         found = found or [layer.part(module) for layer in self.packed.get(module, ())]
         return found or _calls_by_name(self.survey, module, called)
+
+    def is_uncalled(self, module: str) -> bool:
+        """Whether a module's weight is used by the torch.nn.MultiheadAttention around it.
+
+        The node that reads the weight is in the scope of the attention then.
+        """
+        around = module.rpartition(".")[0]
+        names = (name for view in self.survey.index.views.values() for name in view.constants)
+        return is_attention_projection(module, names) and any(
+            scope is not None and f".{around}".endswith(f".{scope}")
+            for _, scope in _layers_named(self.survey, module)
+        )
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
@@ -125,17 +145,7 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
             the weight, or the weight is used without a call of its module.
     """
-    found: list[tuple[LayerCall, str | None]] = []
-    for path, view in survey.index.views.items():
-        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if not is_module_call(view, node):
-                continue
-            call = survey.call(view, node)
-            if call is None:
-                continue
-            named = f"{module}.bias" in _bias_names(survey, call)
-            if named or _weight_name(call) == f"{module}.weight":
-                found.append((call, scope))
+    found = _layers_named(survey, module)
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
     own = [
         call
@@ -157,6 +167,22 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for call in [call for call, scope in found if scope is None]:
             _refuse_unsure(call, module)
     return own
+
+
+def _layers_named(survey: Survey, module: str) -> list[tuple[LayerCall, str | None]]:
+    """The layers whose stored weight or bias has a module's name, each with its scope."""
+    found: list[tuple[LayerCall, str | None]] = []
+    for path, view in survey.index.views.items():
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
+            if not is_module_call(view, node):
+                continue
+            call = survey.call(view, node)
+            if call is None:
+                continue
+            named = f"{module}.bias" in _bias_names(survey, call)
+            if named or _weight_name(call) == f"{module}.weight":
+                found.append((call, scope))
+    return found
 
 
 def _bias_names(survey: Survey, call: LayerCall) -> list[str]:
@@ -238,16 +264,30 @@ def _norm_inputs(
         _refuse_shifted(node)
     if whole:
         return [_norm_input(view, node, position, parameter) for node in whole]
+    # Exporters make GroupNorm of this, and give the weight axes of 1 and a name of its own.
+    by_group = any(node.op_type == "InstanceNormalization" for node in nodes)
     for op in ("Mul", "Add") if parameter == "weight" else ("Add",):
         for node in reversed([node for node in nodes if node.op_type == op]):
             for i, name in enumerate(node.input):
                 weight = find_weight(view, name)
-                vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
-                known = weight.tensor.name if vector and weight else ""
-                folded = op == "Mul" and (_SUM.fullmatch(known) or known.startswith("onnx::"))
-                if folded or known.endswith(f".{parameter}"):
+                dims = weight.dims if weight else ()
+                if weight is None or not 1 < max(dims, default=0) == prod(dims):
+                    continue  # it is no vector
+                if len(dims) == 1 and _is_named(weight.tensor.name, op, parameter):
                     return [_norm_input(view, node, i, parameter)]
+                if len(dims) > 1 and by_group and op == _NORM_OPS[parameter]:
+                    return [ParameterInput(view, node, i, False)]
     return []
+
+
+_NORM_OPS = {"weight": "Mul", "bias": "Add"}
+"""The operator that applies each parameter of a normalisation in several nodes."""
+
+
+def _is_named(name: str, op: str, parameter: str) -> bool:
+    """Whether a vector is a parameter by its name, or a weight that was computed."""
+    computed = _SUM.fullmatch(name) is not None or name.startswith("onnx::")
+    return name.endswith(f".{parameter}") or (op == "Mul" and computed)
 
 
 def _norm_input(

@@ -8,14 +8,12 @@ from onnx_adapt.checkpoints.edits import (
     Edit,
     LowRank,
     ParameterLowRank,
+    Replacement,
+    Reweight,
     Scaling,
     TokenRows,
 )
-from onnx_adapt.checkpoints.modules.calls import (
-    block_output,
-    norm_behind,
-    residual_add,
-)
+from onnx_adapt.checkpoints.placing.bottleneck_places import bottleneck_place
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
 from onnx_adapt.checkpoints.placing.on_weights import (
     place_low_rank_on_weights,
@@ -23,6 +21,8 @@ from onnx_adapt.checkpoints.placing.on_weights import (
     place_scaling_on_weights,
 )
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import as_low_rank, place_replacement
+from onnx_adapt.checkpoints.placing.reweighting import place_reweight
 from onnx_adapt.checkpoints.placing.scaling import place_scaling
 from onnx_adapt.checkpoints.placing.token_rows import place_token_rows
 from onnx_adapt.errors import CheckpointError
@@ -31,11 +31,19 @@ from onnx_adapt.slot.form import Form
 
 
 def place(placement: Placement, edit: Edit) -> None:
-    """Make the slots that one edit asks for.
+    """Make the slots that one edit asks for, or replace a weight.
 
     Raises:
         CheckpointError: If the graph has no place for it.
     """
+    if isinstance(edit, Replacement):
+        edit = as_low_rank(placement, edit) or edit
+    if isinstance(edit, Replacement):
+        place_replacement(placement, edit)
+        return
+    if isinstance(edit, Reweight):
+        place_reweight(placement, edit)
+        return
     if isinstance(edit, ParameterLowRank):
         place_parameter(placement, edit)
         return
@@ -64,30 +72,19 @@ def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -
     module, name = placement.names[edit.module], placement.slot_name(edit.module)
     view = call.view
     placement.with_bias(edit.module, call)
-    output = block_output(placement.survey, call, module)
-    target, source, plus, norm, width = output, "", "", "", 0
-    if edit.place != "output" or edit.reads != "target":
-        total, residual = residual_add(view, output)
-        if edit.place == "norm":
-            target = norm_behind(placement.survey, view, total)
-        elif edit.place == "residual":
-            target = total
-        if edit.reads == "residual_input":
-            source, width = residual, edit.parts["down"].shape[0]
-        elif edit.reads in ("sum", "normed_sum"):
-            plus = residual
-        if edit.reads in ("norm", "normed_sum"):
-            norm = norm_behind(placement.survey, view, total)
+    place = bottleneck_place(placement.survey, call, module, edit.place, edit.reads)
+    width = edit.parts["down"].shape[0] if place.source else 0
+    target = placement.survey.after_slots(view.scope.path, place.target)
     placement.add(
-        placement.survey.site(view, placement.survey.after_slots(view.scope.path, target)),
+        placement.survey.site(view, target),
         name if edit.place == "output" else f"{name}.{edit.place}",
         edit.parts,
         Form(
             activation=edit.activation,
-            source=source,
+            source=place.source,
             source_width=width,
-            plus=plus,
-            norm=norm,
+            plus=place.plus,
+            norm=place.norm,
             norm_after=edit.norm_after,
         ),
     )

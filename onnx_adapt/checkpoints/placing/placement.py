@@ -19,6 +19,7 @@ from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
 from onnx_adapt.graph.names import free_name
+from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
@@ -83,6 +84,8 @@ class Placement:
         on_weights: The slots on weights inside operators, by graph, name and readers of the
             weight.
         full_names: Whether slots are called after the checkpoint's paths, not the graph's.
+        plans: The weights of the base that are replaced.
+        replaced: What replaces them, by the names of the plans.
     """
 
     model: Model
@@ -96,6 +99,8 @@ class Placement:
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
     full_names: bool = False
+    plans: list[ReplacementPlan] = field(default_factory=list)
+    replaced: dict[str, Array] = field(default_factory=dict)
 
     def inner_weights(self, module: str) -> Sequence[InnerWeight]:
         """The weights of a module of the checkpoint inside operators; empty if it has none.

@@ -1,4 +1,4 @@
-"""Read checkpoints of PEFT (Hugging Face peft 0.21 and older)."""
+"""Read checkpoints of PEFT (Hugging Face peft 0.21 and older), whatever their method."""
 
 from __future__ import annotations
 
@@ -21,17 +21,12 @@ from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence, and "
     "cannot be merged; a plain LoRA can be trained instead",
     "layer_replication": "layers of the base are repeated",
-    "use_qalora": "the input is pooled before the adapter",
-    "use_bdlora": "the matrices are block-diagonal",
     "arrow_config": "adapters are routed at run time",
-    "kasa_config": "the base weights were truncated before training",
-    "monteclora_config": "the adapter is sampled",
-    "velora_config": "the adapter is of another form",
     "megatron_config": "the model is split over machines",
 }
 
@@ -49,7 +44,7 @@ def peft_edits(saved: Saved) -> list[Edit]:
         reason = f": {REFUSED_METHODS[kind]}" if kind in REFUSED_METHODS else ""
         raise CheckpointError(
             f"peft_type {kind} is not supported{reason}",
-            hint="LORA (with DoRA, rsLoRA) and IA3 are",
+            hint="merge the adapter in PyTorch and export again, if its method can be merged",
         )
     _refuse_settings(config)
     found = _sort_tensors(saved, kind, method)
@@ -93,6 +88,8 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
         match = known.match(path)
         if ".original_module." in path:
             continue  # PEFT's own copy of a module in modules_to_save, before training
+        if not set(method.training).isdisjoint(path.split(".")):
+            continue
         if (shared := _shared_name(key, method)) is not None:
             result.shared[shared] = value
             continue
@@ -105,19 +102,36 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
                 result.replaced.setdefault((edit.module, edit.parameter), edit)
             continue
         ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
-        if match["part"] not in method.parts:
+        part = match["part"] + ending
+        if part not in method.parts:
+            raise _of_another_method(key, part, kind)
+        parts = result.modules.setdefault(match["module"], {})
+        if part in parts:
             raise CheckpointError(
-                f"the checkpoint has {key!r}, but its configuration's peft_type {kind} is "
-                "another method",
-                hint="was adapter_config.json copied from another adapter?",
+                f"the checkpoint has {part} of module {match['module']!r} twice, the second "
+                f"time as {key!r}: it holds several adapters",
+                hint="save one alone: save_pretrained(folder, selected_adapters=[name])",
             )
-        result.modules.setdefault(match["module"], {})[match["part"] + ending] = value
+        parts[part] = value
     return result
+
+
+def _of_another_method(key: str, part: str, kind: str) -> CheckpointError:
+    """The error about a tensor that the method of the configuration does not have."""
+    others = [name for name, method in METHODS.items() if part in method.parts]
+    whose = f"a tensor of {' or '.join(others)}" if others else "no tensor of any known method"
+    return CheckpointError(
+        f"the checkpoint has {key!r}, which is {whose}, but its configuration's peft_type "
+        f"{kind} is another method",
+        hint="was adapter_config.json copied from another adapter, or were two adapters put "
+        "into one file?",
+    )
 
 
 def _shared_name(key: str, method: Method) -> str | None:
     """The name of a tensor that all modules share, such as `vera_A`; None for others."""
-    return next((name for name in key.split(".") if name in method.shared), None)
+    words = key.split(".")
+    return next((".".join(words[i:]) for i, w in enumerate(words) if w in method.shared), None)
 
 
 def _key_pattern() -> re.Pattern[str]:
@@ -146,8 +160,8 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    module = re.sub(r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)$", "", module)
-    return Replacement(module, parameter, value)
+    plain = re.sub(r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(plain, parameter, value, of_base=module.endswith(".base_layer"))
 
 
 def _parameter_edit(

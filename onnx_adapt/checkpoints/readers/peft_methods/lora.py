@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Scaling
+from onnx_adapt.checkpoints.readers.peft_methods.lora_variants import variant_of
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.peft_methods.tokens import TOKEN_ROWS, token_edits
 from onnx_adapt.checkpoints.readers.peft_settings import is_match, scale_of
@@ -17,7 +18,7 @@ _SETTINGS = {"use_dora": "a lora_magnitude_vector", "lora_bias": "a lora_B.bias"
 
 
 def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
-    """LoRA, rsLoRA and DoRA."""
+    """LoRA, rsLoRA and DoRA, and the variants of LoRA that a setting turns on."""
     module, parts, config = found.module, found.parts, found.config
     if TOKEN_ROWS in parts:
         yield from token_edits(found)
@@ -38,7 +39,7 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
                 f"{b.shape[0]} numbers; the checkpoint has {shown}"
             )
     scale = scale_of(module, a.shape[0], config)
-    yield LowRank(
+    edit = LowRank(
         module,
         a.astype(np.float64),
         b.astype(np.float64),
@@ -47,6 +48,7 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
         magnitude=None if magnitude is None else magnitude.reshape(-1),
         norm_scale=scale,
     )
+    yield variant_of(edit, found)
 
 
 def ia3_edits(found: ModuleTensors) -> Iterator[Edit]:
