@@ -173,6 +173,22 @@ def build_albert() -> nn.Module:
     return transformers.AlbertForSequenceClassification(config)
 
 
+def build_gemma() -> nn.Module:
+    """Return a Gemma with one layer, whose norms multiply by one plus their weight."""
+    config = transformers.GemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=16,
+        use_cache=False,
+    )
+    return transformers.GemmaForCausalLM(config)
+
+
 def build_undilated() -> nn.Module:
     """Return a ``ConvNet`` that ONNX Runtime can run when TorchScript exported it."""
     return ConvNet(dilation=1)
@@ -197,6 +213,7 @@ BASES = {
     "gpt2_torchscript": Base(build_gpt2, *TEXT, "torchscript", Positional),
     "llama_dynamo": Base(build_llama, *TEXT),
     "llama_torchscript": Base(build_llama, *TEXT, "torchscript", InModel),
+    "gemma_dynamo": Base(build_gemma, *TEXT),
     "vit_dynamo": Base(build_vit, *VIT),
     "vit_torchscript": Base(build_vit, *VIT, "torchscript"),
     "convnet_dynamo": Base(ConvNet, *IMAGE),
@@ -471,6 +488,11 @@ SUPPORTED = {
         "llama_dynamo",
         ia3("k_proj", "v_proj", "down_proj", feedforward=("down_proj",)),
         "IA3 of Linears without bias",
+    ),
+    "gemma_norms": Case(
+        "gemma_dynamo",
+        lora(*LLAMA_QV, modules_to_save=["norm"]),
+        "every RMSNorm replaced; the graph has 1 + weight",
     ),
     "vit_lora": Case(
         "vit_dynamo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -242,6 +243,17 @@ def _refuse_shifted(node: onnx.NodeProto) -> None:
         )
 
 
+_SUM = re.compile(r"(.*/)?[Aa]dd(_\d+)?(_output_0)?")
+"""What a folded sum is called after the node that made it: `add_4`, `/norm/Add_output_0`."""
+
+# How a normalisation that multiplies by 1 + weight is found, by example (Gemma):
+#
+#     as exported     s = Add(norm.weight, 1)    y = Mul(x, s)     the Add reads the weight
+#     folded          y = Mul(x, add_4)                            add_4 is 1 + weight
+#
+# The trained weight replaces what the Add reads, or 1 is added to it.
+
+
 def _norm_inputs(
     view: GraphView, nodes: list[onnx.NodeProto], parameter: str
 ) -> list[ParameterInput]:
@@ -251,18 +263,48 @@ def _norm_inputs(
     for node in whole:
         _refuse_shifted(node)
     if whole:
-        return [ParameterInput(view, node, position, False) for node in whole]
+        return [_norm_input(view, node, position, parameter) for node in whole]
     # Exporters make GroupNorm of this, and give the weight axes of 1 and a name of its own.
     by_group = any(node.op_type == "InstanceNormalization" for node in nodes)
-    op = "Mul" if parameter == "weight" else "Add"
-    for node in reversed([node for node in nodes if node.op_type == op]):
-        for i, name in enumerate(node.input):
-            weight = find_weight(view, name)
-            dims = weight.dims if weight else ()
-            if not 1 < max(dims, default=0) == prod(dims):
-                continue  # it is no vector
-            # A tensor with another name was computed, such as Gemma's 1 + weight.
-            named = weight is not None and weight.tensor.name.endswith(f".{parameter}")
-            if by_group if len(dims) > 1 else named:
-                return [ParameterInput(view, node, i, False)]
+    for op in ("Mul", "Add") if parameter == "weight" else ("Add",):
+        for node in reversed([node for node in nodes if node.op_type == op]):
+            for i, name in enumerate(node.input):
+                weight = find_weight(view, name)
+                dims = weight.dims if weight else ()
+                if weight is None or not 1 < max(dims, default=0) == prod(dims):
+                    continue  # it is no vector
+                if len(dims) == 1 and _is_named(weight.tensor.name, op, parameter):
+                    return [_norm_input(view, node, i, parameter)]
+                if len(dims) > 1 and by_group and op == _NORM_OPS[parameter]:
+                    return [ParameterInput(view, node, i, False)]
     return []
+
+
+_NORM_OPS = {"weight": "Mul", "bias": "Add"}
+"""The operator that applies each parameter of a normalisation in several nodes."""
+
+
+def _is_named(name: str, op: str, parameter: str) -> bool:
+    """Whether a vector is a parameter by its name, or a weight that was computed."""
+    computed = _SUM.fullmatch(name) is not None or name.startswith("onnx::")
+    return name.endswith(f".{parameter}") or (op == "Mul" and computed)
+
+
+def _norm_input(
+    view: GraphView, node: onnx.NodeProto, position: int, parameter: str
+) -> ParameterInput:
+    """Describe where a parameter of a normalisation enters, as it is or as a sum.
+
+    Raises:
+        CheckpointError: If TorchScript computed it, which drops its name.
+    """
+    weight = find_weight(view, str(node.input[position]))
+    name = weight.tensor.name if weight else ""
+    if name.startswith("onnx::"):
+        raise CheckpointError(
+            f"the exporter computed the {parameter} of node {text(node.name)!r}, so a trained "
+            "one cannot replace it: it may be 1 + weight, as Gemma's",
+            hint="give the base's weights with --base-weights model.safetensors",
+        )
+    added = 1.0 if parameter == "weight" and _SUM.fullmatch(name) else 0.0
+    return ParameterInput(view, node, position, False, added)

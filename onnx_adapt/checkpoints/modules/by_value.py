@@ -39,6 +39,7 @@ class ByValue:
         weights: The base's state dict.
         found: The calls of each module.
         norms: The calls of each normalisation.
+        sums: The normalisations that multiply by 1 + weight, which is what the graph has.
         alike: The modules that share their values with others, and which those are.
         free: The shapes of the layers that belong to no module of the file.
         inner: The weights of modules inside operators.
@@ -48,6 +49,7 @@ class ByValue:
     weights: Mapping[str, Array]
     found: Mapping[str, list[LayerCall]]
     norms: Mapping[str, list[BaseNorm]]
+    sums: frozenset[str]
     alike: Mapping[str, list[str]]
     free: frozenset[tuple[int, ...]]
     inner: InnerWeights
@@ -110,8 +112,11 @@ class ByValue:
             (norm.view, norm.weight if parameter == "weight" else norm.bias)
             for norm in self.norms[module]
         )
+        added = 1.0 if parameter == "weight" and module in self.sums else 0.0
         return [
-            ParameterInput(view, *place, False) for view, place in places if place is not None
+            ParameterInput(view, *place, False, added)
+            for view, place in places
+            if place is not None
         ]
 
     def output(self, module: str) -> list[tuple[GraphView, str]]:
@@ -201,7 +206,7 @@ def find_by_value(
             hint="give the weights of the very base that was exported, before any training "
             "or quantisation since",
         )
-    norms, unclear = norms_by_value(model, survey, weights, found, kinds)
+    norms, sums, unclear = norms_by_value(model, survey, weights, found, kinds)
     free = frozenset(
         weight.dims
         for calls in by_value.values()
@@ -209,7 +214,7 @@ def find_by_value(
         if id(call.node) not in claimed
         if (weight := find_weight(call.view, call.weight)) is not None
     )
-    return ByValue(label, weights, found, norms, {**alike, **unclear}, free, inner)
+    return ByValue(label, weights, found, norms, sums, {**alike, **unclear}, free, inner)
 
 
 def _inner_weights(

@@ -25,12 +25,15 @@ class ParameterInput:
         node: The node that reads it.
         position: Which input.
         transposed: Whether the graph has the transpose of PyTorch's layout.
+        added: What the graph's value has more than PyTorch's: 1 where it has the sum that a
+            normalisation such as Gemma's multiplies by, `1 + weight`.
     """
 
     view: GraphView
     node: onnx.NodeProto
     position: int
     transposed: bool
+    added: float = 0.0
 
     @property
     def index(self) -> int:

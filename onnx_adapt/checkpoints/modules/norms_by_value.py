@@ -46,8 +46,8 @@ def norms_by_value(
     weights: Mapping[str, Array],
     calls: Mapping[str, list[LayerCall]],
     kinds: Iterable[np.dtype[Any]],
-) -> tuple[dict[str, list[BaseNorm]], dict[str, list[str]]]:
-    """Find the calls of each normalisation, and the modules that are alike.
+) -> tuple[dict[str, list[BaseNorm]], frozenset[str], dict[str, list[str]]]:
+    """Find the calls of each normalisation, those of 1 + weight, and the modules alike.
 
     Modules with equal values are told apart by the layers beside them.
     """
@@ -59,8 +59,9 @@ def norms_by_value(
         *(DTYPES[FLOATS[w.elem_type]] for w in stored if w and w.elem_type in FLOATS),
     }
     wanted = {
-        key.removesuffix(".weight"): _variants(weights, key.removesuffix(".weight"), kinds)
+        module: _variants(weights, module, kinds) | _variants(weights, module, kinds, added=1)
         for key, array in weights.items()
+        for module in (key.removesuffix(".weight"),)
         if key.endswith(".weight") and array.ndim == 1
     }
     fitting = {
@@ -81,7 +82,14 @@ def norms_by_value(
     owners = Counter(id(norm) for norms in found.values() for norm in norms)
     shared = [m for m in found if any(owners[id(norm)] > 1 for norm in found[m])]
     alike |= {module: [other for other in shared if other != module] for module in shared}
-    return {module: found[module] for module in found if module not in alike}, alike
+    known = {module: found[module] for module in found if module not in alike}
+    sums = frozenset(
+        module
+        for module, norms in known.items()
+        if values[id(norms[0])] in _variants(weights, module, kinds, added=1)
+        and values[id(norms[0])] not in _variants(weights, module, kinds)
+    )
+    return known, sums, alike
 
 
 def _is_fresh(weights: Mapping[str, Array], module: str) -> bool:
@@ -96,10 +104,18 @@ def _value(model: Model, norm: BaseNorm) -> tuple[bytes, bytes]:
 
 
 def _variants(
-    weights: Mapping[str, Array], module: str, kinds: Iterable[np.dtype[Any]]
+    weights: Mapping[str, Array],
+    module: str,
+    kinds: Iterable[np.dtype[Any]],
+    added: float = 0.0,
 ) -> set[tuple[bytes, bytes]]:
-    """A normalisation's weight and bias in any precision of the graph."""
+    """A normalisation's weight and bias in any precision of the graph.
+
+    Gemma adds its 1 in float32, whatever the precision of the weight.
+    """
     weight, bias = weights[f"{module}.weight"], weights.get(f"{module}.bias", np.zeros(0))
+    if added:
+        weight = weight.astype(np.float32) + np.float32(added)
     return {(digest(weight.astype(kind)), digest(bias.astype(kind))) for kind in kinds}
 
 

@@ -102,6 +102,8 @@ def _laid_out(edit: Replacement, path: str, place: ParameterInput, current: Arra
         value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
     if value.shape != current.shape:
         _refuse_shape(edit, path, current.T if place.transposed else current)
+    if place.added:
+        value = _with_the_one(value, place, current, path)
     dtype = FLOATS[_elem_type(place)]
     with np.errstate(over="ignore"):
         value = np.ascontiguousarray(value, DTYPES[dtype])
@@ -156,6 +158,27 @@ def _refuse_shape(edit: Replacement, path: str, current: Array) -> NoReturn:
         f"{list(current.shape)}",
         hint="was the base exported with another head?",
     )
+
+
+def _with_the_one(value: Array, place: ParameterInput, current: Array, path: str) -> Array:
+    """A trained weight as 1 + weight, which is what the graph has.
+
+    Raises:
+        CheckpointError: If the graph's seems to be no such sum.
+    """
+    added = value.astype(np.float64) + place.added
+    if _fits_better(value, added, current):
+        raise CheckpointError(
+            f"the graph seems to have 1 + weight in {place.tensor!r}, and the trained "
+            f"{path!r} is nearer to it without the 1, so it is not clear what it has",
+            hint="give the base's weights with --base-weights model.safetensors",
+        )
+    return added
+
+
+def _fits_better(one: Array, other: Array, base: Array) -> bool:
+    """Whether one of two values is nearer to the base's: training moves a norm little."""
+    return bool(np.linalg.norm(one - base) < np.linalg.norm(other - base))
 
 
 def as_low_rank(placement: Placement, edit: Replacement) -> LowRank | None:

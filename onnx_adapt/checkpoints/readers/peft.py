@@ -23,7 +23,8 @@ from onnx_adapt.errors import CheckpointError
 
 _CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
-    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
+    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence, and "
+    "cannot be merged; a plain LoRA can be trained instead",
     "layer_replication": "layers of the base are repeated",
     "arrow_config": "adapters are routed at run time",
     "megatron_config": "the model is split over machines",
