@@ -43,6 +43,7 @@ class Checkpoint:
     replacements: tuple[ReplacementPlan, ...]
     base: str
     unfused: tuple[FusedPlace, ...] = ()
+    read: int = 0
 
 
 def load_checkpoint(
@@ -131,7 +132,8 @@ def place_edits(
         identity,
     )
     slots = tuple(placement.slots)
-    return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused))
+    read = sum(value.nbytes for value in trained.saved.tensors.values())
+    return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused), read)
 
 
 def adapter_name(saved: Saved, name: str) -> str:

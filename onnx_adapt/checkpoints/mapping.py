@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, Reweight
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
@@ -21,6 +21,7 @@ from onnx_adapt.checkpoints.modules.names import (
 from onnx_adapt.checkpoints.modules.packed import packed_layers, unpack, unpacked
 from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection, map_part
+from onnx_adapt.checkpoints.placing.reweighting import cut_reweight
 from onnx_adapt.checkpoints.readers.saved import Saved, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.dtypes import Array
@@ -137,7 +138,7 @@ def map_edits(trained: Trained, graph: Graph) -> tuple[list[Edit], Mapping[str, 
             wanted, names, known, kind=trained.kind, shown=graph.shown, file=label
         )
     refuse_unmapped(wanted, names, known, label)
-    return list(apart(edits, parts, names, finder)), names
+    return list(apart(edits, parts, names, graph)), names
 
 
 def names_in(trained: Trained, graph: Graph, wanted: Sequence[str]) -> dict[str, str]:
@@ -169,25 +170,29 @@ def apart(
     edits: Iterable[Edit],
     parts: Mapping[str, tuple[str, ...]],
     names: Mapping[str, str],
-    finder: ByName | ByValue,
+    graph: Graph,
 ) -> Iterator[Edit]:
     """Cut edits of packed modules into those of the modules that the graph has instead."""
     for edit in edits:
-        yield from _apart(edit, parts, names, finder)
+        yield from _apart(edit, parts, names, graph)
 
 
 def _apart(
     edit: Edit,
     parts: Mapping[str, tuple[str, ...]],
     names: Mapping[str, str],
-    finder: ByName | ByValue,
+    graph: Graph,
 ) -> Iterator[Edit]:
     """Cut an edit into those of the modules that the graph has in place of a packed one."""
     if parts[edit.module] == (edit.module,):
         yield edit
         return
-    calls = {module: finder.calls(names[module]) for module in parts[edit.module]}
+    calls = {module: graph.finder.calls(names[module]) for module in parts[edit.module]}
     for module, found in calls.items():
         if not found:
-            raise finder.missing(names[module])
+            raise graph.finder.missing(names[module])
+    if isinstance(edit, Reweight):
+        first = {module: found[0] for module, found in calls.items()}
+        yield from cut_reweight(graph.survey, edit, first)
+        return
     yield from unpack(edit, {module: found[0].sizes[1] for module, found in calls.items()})

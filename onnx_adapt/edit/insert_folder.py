@@ -63,10 +63,12 @@ class AdaptedFolder:
     Attributes:
         files: The model files, in order of their paths.
         adapter: The trained weights, for all of them.
+        read: How many bytes the tensors of the checkpoint have.
     """
 
     files: tuple[AdaptedFile, ...]
     adapter: Adapter
+    read: int
 
 
 def insert_folder(
@@ -126,7 +128,7 @@ def insert_folder(
             parts = {
                 edit.module: unpacked(edit.module, graph.finder.known()) for edit in edits
             }
-            pieces = list(apart(edits, parts, names, graph.finder))
+            pieces = list(apart(edits, parts, names, graph))
             found[short] = place_edits(
                 trained, graph, pieces, names, name=name, full_names=True
             )
@@ -142,7 +144,8 @@ def insert_folder(
         )
         for short, model in models.items()
     )
-    return AdaptedFolder(adapted, _united(found))
+    read = next(iter(found.values())).read
+    return AdaptedFolder(adapted, _united(found), read)
 
 
 def _model_files(folder: Path) -> list[Path]:
