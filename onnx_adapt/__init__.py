@@ -14,9 +14,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from onnx_adapt.adapter.blending import blend
+    from onnx_adapt.adapter.compressing import compress
     from onnx_adapt.adapter.data import Adapter
     from onnx_adapt.adapter.files import load_adapter, save_adapter
+    from onnx_adapt.adapter.inspecting import Inspection, inspect
+    from onnx_adapt.adapter.merging import merge
     from onnx_adapt.adapter.own_weights import make_adapter
+    from onnx_adapt.adapter.quantised import Quantised, quantize
+    from onnx_adapt.adapter.updates import measure_loss
     from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
     from onnx_adapt.edit.convert import convert
     from onnx_adapt.edit.export import export
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
     from onnx_adapt.edit.remove import remove
+    from onnx_adapt.edit.save_checkpoint import save_checkpoint
+    from onnx_adapt.edit.subtract import subtract
     from onnx_adapt.errors import AdaptError
     from onnx_adapt.graph.site import Site
     from onnx_adapt.graph.sites import find_sites
@@ -44,7 +51,9 @@ _HOMES = {
     "Adapter": "adapter.data",
     "AdapterSession": "session.adapter_session",
     "Checkpoint": "checkpoints.load",
+    "Inspection": "adapter.inspecting",
     "Model": "model.file",
+    "Quantised": "adapter.quantised",
     "Report": "proof.result",
     "Site": "graph.site",
     "Slot": "slot.manifest",
@@ -52,6 +61,7 @@ _HOMES = {
     "blend": "adapter.blending",
     "build_adapter": "slot.build",
     "calibrate": "proof.calibration",
+    "compress": "adapter.compressing",
     "convert": "edit.convert",
     "export": "edit.export",
     "extract": "edit.fill",
@@ -60,15 +70,21 @@ _HOMES = {
     "insert": "edit.insert",
     "insert_checkpoint": "edit.insert_checkpoint",
     "insert_folder": "edit.insert_folder",
+    "inspect": "adapter.inspecting",
     "list_slots": "edit.insert",
     "load_adapter": "adapter.files",
     "load_checkpoint": "checkpoints.load",
     "make_adapter": "adapter.own_weights",
+    "measure_loss": "adapter.updates",
+    "merge": "adapter.merging",
     "open_model": "model.file",
     "pack_rows": "session.mixing",
+    "quantize": "adapter.quantised",
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
+    "save_checkpoint": "edit.save_checkpoint",
     "save_model": "model.file",
+    "subtract": "edit.subtract",
     "verify": "proof.verify",
 }
 
@@ -78,7 +94,9 @@ __all__ = [
     "Adapter",
     "AdapterSession",
     "Checkpoint",
+    "Inspection",
     "Model",
+    "Quantised",
     "Report",
     "Site",
     "Slot",
@@ -86,6 +104,7 @@ __all__ = [
     "blend",
     "build_adapter",
     "calibrate",
+    "compress",
     "convert",
     "export",
     "extract",
@@ -94,15 +113,21 @@ __all__ = [
     "insert",
     "insert_checkpoint",
     "insert_folder",
+    "inspect",
     "list_slots",
     "load_adapter",
     "load_checkpoint",
     "make_adapter",
+    "measure_loss",
+    "merge",
     "open_model",
     "pack_rows",
+    "quantize",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "save_model",
+    "subtract",
     "verify",
 ]
 

@@ -29,6 +29,8 @@ class AdapterFormat:
         mapped: Whether ONNX Runtime maps such a file into memory itself.
         scalars: Whether it can hold a tensor without axes.
         most_bytes: How many bytes of weights it can hold, or None for any number.
+        quantised: Whether it can hold numbers of few bits: its module has
+            `write_quantised(quantised, path) -> bytes` and `read_bits(data) -> int` then.
     """
 
     name: str
@@ -41,6 +43,7 @@ class AdapterFormat:
     mapped: bool
     scalars: bool
     most_bytes: int | None
+    quantised: bool
 
 
 EXPORT = (
@@ -61,6 +64,7 @@ _ROWS = (
         mapped=False,
         scalars=True,
         most_bytes=None,
+        quantised=True,
     ),
     AdapterFormat(
         name="onnx_adapter",
@@ -74,6 +78,7 @@ _ROWS = (
         mapped=True,
         scalars=False,
         most_bytes=2**31 - 1 - (1 << 20),  # a FlatBuffers file ends at 2 GB, names included
+        quantised=False,
     ),
     AdapterFormat(
         name="npz",
@@ -87,6 +92,7 @@ _ROWS = (
         mapped=False,
         scalars=True,
         most_bytes=None,
+        quantised=False,
     ),
 )
 

@@ -15,6 +15,8 @@ script, from the root of the repository::
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,40 @@ class ConvNet(nn.Module):
         return self.head(self.features(image).mean(dim=(2, 3)))
 
 
+class Branches(nn.Module):
+    """Layers that read one tensor side by side, and convolutions of one to three dimensions.
+
+    Attributes:
+        left: A Conv2d on the image.
+        right: Another on the image.
+        volume: A Conv3d with groups.
+        signal: A Conv1d.
+        grouped: A Conv1d with groups on the same tensor.
+        one: A Linear.
+        two: Another on the same tensor.
+        head: A Linear that makes the logits.
+    """
+
+    def __init__(self) -> None:
+        """Make the modules."""
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = nn.Conv2d(3, 8, 1, bias=False)
+        self.volume = nn.Conv3d(2, 4, (3, 1, 1), padding=(1, 0, 0), groups=2)
+        self.signal = nn.Conv1d(16, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv1d(16, 8, 5, stride=2, padding=2, groups=4)
+        self.one = nn.Linear(8, 8)
+        self.two = nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[batch, 3]`` of an image ``[batch, 3, height, width]``."""
+        image = torch.tanh(self.left(image) + self.right(image)).unflatten(1, (2, 4))
+        signal = 2 * self.volume(image).flatten(1, 2).flatten(2)
+        states = (self.signal(signal) + self.grouped(signal)).amax(dim=-1)
+        return self.head(self.one(states) * torch.tanh(self.two(states)))
+
+
 class Embedded(nn.Module):
     """A base BERT, so that an adapter trained in a classifier meets a headless model.
 
@@ -165,6 +201,10 @@ BASES = {
     "vit_torchscript": Base(build_vit, *VIT, "torchscript"),
     "convnet_dynamo": Base(ConvNet, *IMAGE),
     "convnet_torchscript": Base(build_undilated, *IMAGE, "torchscript"),
+    "branches_dynamo": Base(Branches, image_inputs("image", 6), BATCH_AXES, LOGITS),
+    "branches_torchscript": Base(
+        Branches, image_inputs("image", 6), BATCH_AXES, LOGITS, "torchscript"
+    ),
     "repeated_dynamo": Base(Repeated, image_inputs("image", 4), BATCH_AXES, LOGITS),
     "repeated_unoptimized": Base(
         Repeated, image_inputs("image", 4), BATCH_AXES, LOGITS, "dynamo-unoptimized"
@@ -188,6 +228,8 @@ class Case:
         safe: Whether to save as safetensors.
         adapter_name: Name of the adapter; PEFT saves all but ``default`` in a sub-folder.
         part: Attribute of the model that is trained, or nothing for all of it.
+        change: What is done to the adapter after training, or nothing.
+        converted: Whether PEFT converts it to one of the base as it was before training.
     """
 
     base: str
@@ -198,6 +240,18 @@ class Case:
     safe: bool = True
     adapter_name: str = "default"
     part: str = ""
+    change: Callable[[peft.PeftModel], None] | None = None
+    converted: bool = False
+
+
+def prune(adapted: peft.PeftModel) -> None:
+    """Prune an AdaLoRA as its training does, to another rank in each module."""
+    config = adapted.peft_config["default"]
+    names = [name for name, _ in adapted.model.named_parameters() if "lora_E" in name]
+    config.rank_pattern = {
+        name: [number >= i % 5 for number in range(4)] for i, name in enumerate(names)
+    }
+    adapted.base_model.resize_modules_by_rank_pattern(config.rank_pattern, "default")
 
 
 def lora(*targets: str, **fields: Any) -> peft.LoraConfig:
@@ -322,6 +376,30 @@ SUPPORTED = {
         lora("word_embeddings", "value", use_dora=True),
         "DoRA of an embedding: the magnitude has the size of the embedding",
     ),
+    "bert_token_indices": Case(
+        "bert_dynamo",
+        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
+        "LoRA with trainable_token_indices of one embedding by name",
+    ),
+    "gpt2_tokens": Case(
+        "gpt2_dynamo",
+        peft.TrainableTokensConfig(token_indices=[31, 4, 57]),
+        "TRAINABLE_TOKENS; the head has the embedding's weight and follows",
+    ),
+    "gpt2_token_indices_ts": Case(
+        "gpt2_torchscript",
+        lora("c_attn", fan_in_fan_out=True, trainable_token_indices=[9, 2]),
+        "trainable_token_indices as a list, with a tied head, TorchScript",
+    ),
+    "gpt2_token_indices_apart": Case(
+        "gpt2_dynamo",
+        lora(
+            *("c_attn",),
+            fan_in_fan_out=True,
+            trainable_token_indices={"wte": [9, 2], "lm_head": [5]},
+        ),
+        "other tokens of the embedding than of the head, which is tied in the base only",
+    ),
     "bert_ia3": Case(
         "bert_torchscript",
         ia3("key", "value", "output.dense", feedforward=("output.dense",)),
@@ -441,6 +519,43 @@ SUPPORTED = {
         lora("features.0", "features.6", use_dora=True),
         "DoRA of Conv2d",
     ),
+    "branches_lora": Case(
+        "branches_dynamo",
+        lora("left", "volume", "signal", "grouped", "two"),
+        "LoRA of Conv1d and Conv3d, with groups and strides",
+        std=0.6,
+    ),
+    "branches_lora_ts": Case(
+        "branches_torchscript",
+        lora("volume", "signal", "grouped", use_rslora=True, bias="lora_only"),
+        "LoRA of Conv1d and Conv3d with groups, TorchScript; their biases replaced",
+        std=0.6,
+    ),
+    "branches_dora": Case(
+        "branches_torchscript",
+        lora("left", "signal", "one", use_dora=True),
+        "DoRA of Conv1d and Conv2d",
+        std=0.5,
+    ),
+    "branches_ia3": Case(
+        "branches_dynamo",
+        ia3("right", "volume", "two", "one", feedforward=("right", "volume", "two")),
+        "IA3 on inputs that other layers read too, one of them the input of the model",
+        std=0.6,
+    ),
+    "llama_ia3_inputs": Case(
+        "llama_dynamo",
+        ia3(
+            *("q_proj", "k_proj", "v_proj", "up_proj"),
+            feedforward=("q_proj", "v_proj", "up_proj"),
+        ),
+        "IA3 on the inputs of q_proj and v_proj, each with a vector of its own",
+    ),
+    "repeated_ia3": Case(
+        "repeated_torchscript",
+        ia3("shared", "project", "head", feedforward=("shared", "head")),
+        "IA3 on the input of a Linear that is called twice",
+    ),
     "repeated_lora": Case(
         "repeated_dynamo",
         lora("project", "shared", "pooled", "blocks.1.1", "head"),
@@ -452,6 +567,214 @@ SUPPORTED = {
         lora("project", "shared", "pooled", "blocks.1.1", "head", bias="lora_only"),
         "LoRA of a Linear that is called twice, TorchScript; its bias replaced",
         std=0.35,
+    ),
+    "bert_adalora": Case(
+        "bert_dynamo",
+        peft.AdaLoraConfig(target_modules=list(QV), init_r=4, target_r=2, total_step=10),
+        "AdaLoRA, before anything was pruned",
+        std=0.6,
+    ),
+    "llama_adalora_pruned": Case(
+        "llama_torchscript",
+        peft.AdaLoraConfig(
+            target_modules=[*LLAMA_QV, "down_proj"], init_r=4, total_step=10, lora_alpha=6
+        ),
+        "AdaLoRA, pruned to another rank in each module, in one of them to nothing",
+        std=0.8,
+        change=prune,
+    ),
+    "bert_loha": Case(
+        "bert_dynamo",
+        peft.LoHaConfig(r=3, alpha=6, target_modules=[*QV, "intermediate.dense"]),
+        "LoHa, whose rank is the square of r",
+        std=0.5,
+    ),
+    "convnet_loha": Case(
+        "convnet_dynamo",
+        peft.LoHaConfig(
+            r=2,
+            alpha=4,
+            target_modules=["features.0", "features.2", "features.4", "head"],
+            use_effective_conv2d=True,
+        ),
+        "LoHa of convolutions: with hada_t1, dilated, and with groups",
+        std=0.9,
+    ),
+    "convnet_adalora": Case(
+        "convnet_dynamo",
+        peft.AdaLoraConfig(
+            target_modules=["features.0", "features.2", "head"], init_r=3, total_step=10
+        ),
+        "AdaLoRA of convolutions, whose A has a flattened kernel, one of them dilated",
+        std=0.9,
+    ),
+    "bert_vera": Case(
+        "bert_dynamo",
+        peft.VeraConfig(r=4, target_modules=["query", "intermediate.dense", "output.dense"]),
+        "VeRA: layers of several sizes share two matrices",
+        std=1.0,
+    ),
+    "llama_vera": Case(
+        "llama_dynamo",
+        peft.VeraConfig(r=4, target_modules=["q_proj"]),
+        "VeRA of Linears without bias",
+        std=1.0,
+    ),
+    "gpt2_pvera": Case(
+        "gpt2_dynamo",
+        peft.PveraConfig(r=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+        "PVeRA of Conv1D: inference takes the mean",
+        std=1.0,
+    ),
+    "llama_miss": Case(
+        "llama_dynamo",
+        peft.MissConfig(r=5, target_modules=[*LLAMA_QV, "down_proj"]),
+        "MiSS whose groups do not divide the input",
+        std=0.1,
+    ),
+    "bert_miss_mini": Case(
+        "bert_torchscript",
+        peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=list(QV)),
+        "MiSS with init_weights mini: the block is repeated",
+        std=0.1,
+    ),
+    "llama_vblora": Case(
+        "llama_dynamo",
+        peft.VBLoRAConfig(
+            r=3, num_vectors=20, vector_length=8, topk=2, target_modules=[*LLAMA_QV, "up_proj"]
+        ),
+        "VB-LoRA: A and B are mixed from a bank of vectors",
+        std=0.5,
+    ),
+    "bert_vblora_topk": Case(
+        "bert_torchscript",
+        peft.VBLoRAConfig(
+            r=3,
+            num_vectors=20,
+            vector_length=8,
+            topk=3,
+            target_modules=["query", "intermediate.dense"],
+            save_only_topk_weights=True,
+        ),
+        "VB-LoRA with save_only_topk_weights",
+        std=0.5,
+    ),
+    "bert_delora": Case(
+        "bert_torchscript",
+        peft.DeloraConfig(
+            r=4, target_modules=["query", "output.dense"], rank_pattern={"query": 2}
+        ),
+        "DeLoRA with a rank pattern: the norms of the base's columns are in the file",
+        std=0.8,
+    ),
+    "llama_gralora": Case(
+        "llama_dynamo",
+        peft.GraloraConfig(
+            r=4, alpha=6, gralora_k=2, hybrid_r=2, target_modules=[*LLAMA_QV, "down_proj"]
+        ),
+        "GraLoRA in four blocks, with a LoRA of the whole weight beside them",
+    ),
+    "bert_beft": Case(
+        "bert_dynamo",
+        peft.BeftConfig(target_modules=["value", "output.dense"]),
+        "BEFT of Linears that have a bias",
+    ),
+    "llama_beft": Case(
+        "llama_torchscript",
+        peft.BeftConfig(target_modules=["v_proj", "down_proj"]),
+        "BEFT of Linears without bias",
+    ),
+    "bert_ln_tuning": Case(
+        "bert_dynamo",
+        peft.LNTuningConfig(target_modules=["LayerNorm"]),
+        "LN tuning: weight and bias of every LayerNorm",
+    ),
+    "llama_ln_tuning": Case(
+        "llama_torchscript",
+        peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+        "LN tuning of RMSNorms, which have no bias",
+    ),
+    "llama_unilora": Case(
+        "llama_dynamo",
+        peft.UniLoraConfig(
+            r=3, theta_d_length=50, target_modules=[*LLAMA_QV, "up_proj"], save_indices=True
+        ),
+        "Uni-LoRA: the numbers of A and B are of one vector",
+        std=2.0,
+    ),
+    "bert_tinylora": Case(
+        "bert_dynamo",
+        peft.TinyLoraConfig(
+            r=3, u=6, weight_tying=1.0, target_modules=["query", "output.dense"]
+        ),
+        "TinyLoRA whose modules share one vector",
+        std=0.8,
+    ),
+    "bert_olora_converted": Case(
+        "bert_dynamo",
+        lora(*QV, init_lora_weights="olora"),
+        "OLoRA that PEFT converted: a plain LoRA of twice the rank",
+        converted=True,
+    ),
+    "bert_pissa": Case(
+        "bert_dynamo",
+        lora(*QV, init_lora_weights="pissa"),
+        "PiSSA that was not converted: its singular values are taken from the base",
+    ),
+    "llama_olora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="olora", lora_alpha=6),
+        "OLoRA that was not converted: a part of a QR decomposition is taken from the base",
+    ),
+    "llama_kasa": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, kasa_config=peft.KasaConfig()),
+        "KaSA: the base loses its smallest singular values",
+    ),
+    "bert_deft": Case(
+        "bert_torchscript",
+        peft.DeftConfig(r=4, target_modules=["query", "output.dense"]),
+        "DEFT: a part of the outputs is taken away, and another put in its place",
+    ),
+    "llama_supertuning": Case(
+        "llama_torchscript",
+        peft.SupertuningConfig(
+            sparsity=0.9, r=2, lora_alpha=4, target_modules=[*LLAMA_QV, "down_proj"]
+        ),
+        "Super-Tuning with a LoRA beside the sparse values",
+    ),
+    "llama_mica": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="mica"),
+        "MiCA: B is of the base's minor singular vectors; the base is untouched",
+    ),
+    "llama_orthogonal": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, init_lora_weights="orthogonal", r=4),
+        "LoRA that starts from orthogonal matrices; the base is untouched",
+    ),
+    "bert_bdlora": Case(
+        "bert_dynamo",
+        lora(
+            *(*QV, "key"),
+            use_bdlora=peft.BdLoraConfig(
+                target_modules_bd_a=["query"],
+                target_modules_bd_b=["value"],
+                nblocks=2,
+                match_strict=False,
+            ),
+        ),
+        "BD-LoRA: A of one module and B of another are block-diagonal",
+    ),
+    "llama_velora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, velora_config=peft.VeloraConfig()),
+        "VeLoRA, which only changes the training",
+    ),
+    "llama_monteclora": Case(
+        "llama_dynamo",
+        lora(*LLAMA_QV, monteclora_config=peft.MontecloraConfig(num_samples=2, buffer_size=2)),
+        "MonteCLoRA, which samples in training only",
     ),
     "repeated_lora_unoptimized": Case(
         "repeated_unoptimized",
@@ -473,24 +796,6 @@ REFUSED = {
         "PREFIX_TUNING",
         "prefix tuning adds keys and values to the attention",
     ),
-    "llama_vera": Case(
-        "llama_dynamo",
-        peft.VeraConfig(r=4, target_modules=["q_proj"]),
-        "VERA",
-        "VeRA scales random matrices that all modules share",
-    ),
-    "bert_adalora": Case(
-        "bert_dynamo",
-        peft.AdaLoraConfig(target_modules=list(QV), init_r=4, target_r=2, total_step=10),
-        "ADALORA",
-        "AdaLoRA has three factors, and prunes them by module",
-    ),
-    "bert_loha": Case(
-        "bert_dynamo",
-        peft.LoHaConfig(r=4, alpha=4, target_modules=list(QV)),
-        "LOHA",
-        "LoHa multiplies two low-rank matrices element by element",
-    ),
     "llama_alora": Case(
         "llama_dynamo",
         lora(*LLAMA_QV, alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM"),
@@ -502,12 +807,6 @@ REFUSED = {
         lora(*LLAMA_QV, layer_replication=[(0, 2), (1, 2)]),
         "layer_replication",
         "layers of the base are repeated",
-    ),
-    "bert_token_indices": Case(
-        "bert_dynamo",
-        lora(*QV, trainable_token_indices={"word_embeddings": [3, 5]}),
-        "trainable_token_indices",
-        "single rows of the embedding were trained",
     ),
 }
 
@@ -530,9 +829,10 @@ def train_all(name: str, adapted: peft.PeftModel, std: float) -> None:
             train(parameter, f"{name}:{path}", std)
 
 
-def save(adapted: peft.PeftModel, case: Case, folder: Path) -> Path:
+def save(adapted: peft.PeftModel, case: Case, folder: Path, start: Path) -> Path:
     """Save the adapter without the model card, and return its own folder."""
-    adapted.save_pretrained(folder, safe_serialization=case.safe)
+    more = {"path_initial_model_for_weight_conversion": str(start)} if case.converted else {}
+    adapted.save_pretrained(folder, safe_serialization=case.safe, **more)
     (folder / "README.md").unlink(missing_ok=True)
     return folder if case.adapter_name == "default" else folder / case.adapter_name
 
@@ -561,9 +861,15 @@ def make_case(name: str, case: Case, cases: Path) -> None:
     base = BASES[case.base]
     folder = clean_folder(cases / name)
     model, adapted = attach(make(base), case)
-    train_all(name, adapted, case.std)
-    expected = compute(model.eval(), base)
-    adapter = save(adapted, case, folder / "adapter")
+    with tempfile.TemporaryDirectory() as start:
+        if case.converted:
+            case.config.init_lora_weights = True
+            adapted.save_pretrained(start)
+        train_all(name, adapted, case.std)
+        if case.change:
+            case.change(adapted)
+        expected = compute(model.eval(), base)
+        adapter = save(adapted, case, folder / "adapter", Path(start))
     if not case.reason:
         check_reloaded(name, case, expected, adapter)
     facts = CaseFacts(

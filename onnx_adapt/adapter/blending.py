@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,36 @@ def blend(
         >>> both.name, both.weights["fc"]["down"].shape
         ('0.7*fr + 0.3*fr', (8, 4))
     """
+    frame = blend_frame(adapters, weights, name=name, base=base)
+    if list(weights) == [1]:
+        return replace(frame, weights=adapters[0].weights)
+    shares = list(zip(adapters, map(float, weights), strict=True))
+    slots = dict.fromkeys(slot for adapter in adapters for slot in adapter.weights)
+    mixed = {
+        slot: blend_slot(slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights])
+        for slot in slots
+    }
+    return replace(frame, weights=mixed)
+
+
+def blend_frame(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    name: str = "",
+    base: Mapping[str, Array] | None = None,
+) -> Adapter:
+    """Blend all of several adapters but their slots: the arguments are those of `blend`.
+
+    Raises:
+        AdapterError: If the adapters do not belong together.
+    """
     _refuse_misuse(adapters, weights)
     recipe = name or " + ".join(
         f"{weight:g}*{adapter.name}" for adapter, weight in zip(adapters, weights, strict=True)
     )
     if list(weights) == [1]:
-        only = adapters[0]
-        return Adapter(recipe, only.weights, only.replaced, only.activations, only.fingerprint)
-    slots = dict.fromkeys(slot for adapter in adapters for slot in adapter.weights)
+        return replace(adapters[0], name=recipe, weights={}, extra={})
     activations: dict[str, str] = {}
     silent = {s for a in adapters for s in a.weights if s not in a.activations}
     for adapter in adapters:
@@ -66,20 +89,22 @@ def blend(
                     f"{adapter.name!r}, {activations[slot]} in another",
                     hint="adapters of one activation can be blended",
                 )
-    shares = list(zip(adapters, map(float, weights), strict=True))
     return Adapter(
         recipe,
-        {
-            slot: blend_slot(
-                slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights]
-            )
-            for slot in slots
-        },
-        _blend_replaced(shares, base),
+        {},
+        _blend_replaced(list(zip(adapters, map(float, weights), strict=True)), base),
         # One ingredient that tells nothing cannot be vouched for by the others.
         {slot: value for slot, value in activations.items() if slot not in silent},
         min((adapter.fingerprint for adapter in adapters), key=bool),
+        _common_bases(adapters),
+        stacks={slot: size for a in adapters for slot, size in a.stacks.items()},
     )
+
+
+def _common_bases(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The further models that all adapters are for."""
+    sets = [set(adapter.other_bases) for adapter in adapters]
+    return tuple(base for base in adapters[0].other_bases if all(base in s for s in sets))
 
 
 def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
@@ -279,7 +304,7 @@ def _blend_replaced(
             if base is None or key not in base:
                 raise AdapterError(
                     f"adapters replace {key!r} of the base, and their weights do not sum to 1",
-                    hint="give the base's own value with `base=`",
+                    hint="give the base's own value: `base=`, or `merge --for MODEL`",
                 )
             value = value + np.asarray(base[key], np.float64) * rest
         blended[key] = _narrowed(repr(key), value, given[0][0].dtype)

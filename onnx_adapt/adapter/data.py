@@ -30,6 +30,9 @@ class Adapter:
             model, each of which has some of its slots.
         extra: Slot -> keys of its record that this version does not know; those of the
             adapter's own record under ''.
+        stacks: Slot -> how many matrices the weight has that it is on, where it is a stack
+            (experts, the directions of an LSTM): `down` has the rows of all of them, `up`
+            the columns.
 
     Example:
         >>> import numpy as np
@@ -46,6 +49,7 @@ class Adapter:
     fingerprint: str = ""
     other_bases: tuple[str, ...] = ()
     extra: Mapping[str, Extra] = field(default_factory=dict)
+    stacks: Mapping[str, int] = field(default_factory=dict)
 
     def feeds(self) -> dict[str, Array]:
         """Every array by the name of the model input that takes it, sorted."""

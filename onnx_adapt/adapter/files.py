@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
+from onnx_adapt.adapter.quantised import Quantised
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.formats import FORMATS, AdapterFormat
@@ -86,10 +87,22 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
     return adapter
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+def stored_bits(path: Path) -> int:
+    """The bits of a number in an adapter file; 0 if its numbers are floats.
+
+    Raises:
+        AdapterError: If the file is damaged.
+    """
+    row = _format(path)
+    bits: int = import_module(row.module).read_bits(path.read_bytes()) if row.quantised else 0
+    return bits
+
+
+def save_adapter(adapter: Adapter | Quantised, path: str | os.PathLike[str]) -> Path:
     """Write an adapter file; its suffix tells the format.
 
     The file is written whole or not at all, and the same adapter always gives the same bytes.
+    What `quantize` returned is written as safetensors.
 
     Raises:
         AdapterError: If the format cannot hold the adapter.
@@ -109,13 +122,22 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def encode_adapter(adapter: Adapter, path: Path) -> bytes:
+def encode_adapter(adapter: Adapter | Quantised, path: Path) -> bytes:
     """Encode an adapter as the bytes of its file; the suffix tells the format.
 
     Raises:
         AdapterError: If the format cannot hold the adapter.
     """
     row = _format(path)
+    if isinstance(adapter, Quantised):
+        if not row.quantised:
+            raise AdapterError(
+                f"{path.name} would be {row.what}, which cannot hold quantised weights",
+                hint=f"use {next(iter(FORMATS))}, or save the adapter in floats",
+            )
+        adapter = replace(adapter, adapter=_plain(adapter.adapter))
+        encoded: bytes = import_module(row.module).write_quantised(adapter, path)
+        return encoded
     plain = _plain(adapter)
     _refuse_unheld(row, plain, path)
     data: bytes = import_module(row.module).write(plain, path)

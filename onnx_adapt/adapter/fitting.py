@@ -88,6 +88,7 @@ def for_file(manifest: Manifest, adapter: Adapter) -> Adapter:
         weights=weights,
         replaced={k: v for k, v in adapter.replaced.items() if k in known},
         activations={k: v for k, v in adapter.activations.items() if k in slots},
+        stacks={k: v for k, v in adapter.stacks.items() if k in slots},
         fingerprint=manifest.fingerprint,
         other_bases=(),
     )

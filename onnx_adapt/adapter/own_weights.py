@@ -16,7 +16,7 @@ from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.places import owners
-from onnx_adapt.slot.weights import bottleneck_axis, neutral_weights, part_shape
+from onnx_adapt.slot.weights import bottleneck_axis, neutral_weights, part_shape, stacks_of
 from onnx_adapt.words import nearest
 
 Weights = Mapping[str, Mapping[str, Any]]
@@ -75,7 +75,8 @@ def make_adapter(
             )
         made[label] = _slot_weights(slots[label], parts)
     activations = {label: slots[label].activation for label in made}
-    return Adapter(name, made, {}, activations, manifest.fingerprint)
+    stacks = stacks_of(slots[label] for label in made)
+    return Adapter(name, made, {}, activations, manifest.fingerprint, stacks=stacks)
 
 
 def _some(names: Mapping[str, object]) -> str:

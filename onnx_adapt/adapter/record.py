@@ -9,32 +9,44 @@ from pathlib import Path
 from typing import Any
 
 from onnx_adapt.adapter.data import Adapter, adapter_from_tensors
+from onnx_adapt.adapter.quantised import Quantised, dequantised
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.record import Extra, read_extra, write_extra
 
 KEY = "onnx_adapt"
-VERSION = 1
+VERSION = 2
+"""The newest format that is read. 1 is that of all files but those with quantised numbers,
+which readers of format 1 refuse by it."""
 
 
-def write_record(adapter: Adapter) -> str:
-    """Write the record of an adapter: its name, slots and fingerprint."""
+def write_record(adapter: Adapter, quantised: Quantised | None = None) -> str:
+    """Write the record of an adapter: its name, slots and fingerprint.
+
+    Args:
+        adapter: The adapter.
+        quantised: Its quantised form, if that is what the tensors beside the record are.
+    """
     slots = {
         slot: {
             "parts": sorted(parts),
             "activation": adapter.activations.get(slot, ""),
+            **({"stack": adapter.stacks[slot]} if slot in adapter.stacks else {}),
             **write_extra(adapter.extra.get(slot, ())),
         }
         for slot, parts in sorted(adapter.weights.items())
     }
     data = {
-        "format": VERSION,
+        "format": 1,
         "name": adapter.name,
         "fingerprint": adapter.fingerprint,
         "slots": slots,
         **({"other_bases": list(adapter.other_bases)} if adapter.other_bases else {}),
         **write_extra(adapter.extra.get("", ())),
     }
+    if quantised is not None:
+        data["format"] = 2
+        data["quantised"] = {"bits": quantised.bits, "tensors": dict(quantised.forms)}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
@@ -59,7 +71,10 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
         activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
         name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
         others = tuple(map(_text, data.get("other_bases", ())))
-        extra = _read_extra(data)
+        extra, stacks = _read_extra(data), _read_stacks(data)
+        if "quantised" in data:
+            form = data["quantised"]
+            tensors = dequantised(tensors, form["bits"], form["tensors"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -76,15 +91,25 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             f"the tensors in {path.name} are not those its record names",
             hint="the file is damaged or was edited; write it again",
         )
-    return replace(adapter, other_bases=others, extra=extra)
+    return replace(adapter, other_bases=others, extra=extra, stacks=stacks)
 
 
 def _read_extra(data: dict[str, Any]) -> dict[str, Extra]:
     """Return the unknown keys by slot, and those of the record itself under ''."""
-    known = ("format", "name", "fingerprint", "other_bases", "slots")
+    known = ("format", "name", "fingerprint", "other_bases", "slots", "quantised")
     extra = {"": read_extra(data, known)}
-    extra |= {s: read_extra(i, ("parts", "activation")) for s, i in data["slots"].items()}
+    of_slot = ("parts", "activation", "stack")
+    extra |= {s: read_extra(i, of_slot) for s, i in data["slots"].items()}
     return {slot: keys for slot, keys in extra.items() if keys}
+
+
+def _read_stacks(data: dict[str, Any]) -> dict[str, int]:
+    """Return how many matrices the weights have that slots are on, where several."""
+    found = {s: i["stack"] for s, i in data["slots"].items() if "stack" in i}
+    for groups in found.values():
+        if type(groups) is not int or groups < 2:
+            raise ValueError(f"a stack of {groups!r}")
+    return found
 
 
 def _text(value: object) -> str:

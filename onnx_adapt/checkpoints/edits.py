@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from onnx_adapt.dtypes import Array
 
@@ -22,6 +22,7 @@ class LowRank:
         norm_scale: What multiplies `BA` inside DoRA's norm.
         scales_bias: Whether DoRA's rescaling covers the module's bias.
         gate: `(1, in)` and `(1,)` of AdapterHub's gate, or None.
+        dilates: Whether A has the dilation of the Conv2d; LoRA's has none.
     """
 
     module: str
@@ -33,6 +34,20 @@ class LowRank:
     norm_scale: float = 1.0
     scales_bias: bool = False
     gate: tuple[Array, Array] | None = None
+    dilates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """A low-rank update that depends on the sizes of its module, which the files do not tell.
+
+    Attributes:
+        module: Path of the Linear or Conv1D.
+        make: The update from the module's `in` and `out`.
+    """
+
+    module: str
+    make: Callable[[int, int], LowRank | Reweight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +95,32 @@ class Replacement:
         module: Path of the module.
         parameter: `weight` or `bias`.
         value: In PyTorch's layout.
+        of_base: Whether the checkpoint calls it the base's own, so that it may be a copy.
     """
 
     module: str
     parameter: str
     value: Array
+    of_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding that were trained, one for each of some tokens.
+
+    Attributes:
+        module: Path of the Embedding, or of a Linear that has an output for each token.
+        tokens: The `k` tokens.
+        rows: `(k, width)`: their rows after training.
+        others: The tokens of other modules that have trained rows.
+        table: `(vocabulary, width)`: the base's weight as the checkpoint has it, or None.
+    """
+
+    module: str
+    tokens: tuple[int, ...]
+    rows: Array
+    others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    table: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,4 +186,35 @@ class Reweight:
     is_even: bool = False
 
 
-Edit = LowRank | ParameterLowRank | Scaling | Replacement | Reweight | Bottleneck | Coupling
+Edit = (
+    LowRank
+    | BySize
+    | ParameterLowRank
+    | Scaling
+    | Replacement
+    | Reweight
+    | TokenRows
+    | Bottleneck
+    | Coupling
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEdit:
+    """What the weights of one slot ask for.
+
+    Attributes:
+        slot: The name of the slot, or of the replaced weight.
+        edit: The edit.
+        layer: What the module is: `linear`, `conv`, `embedding`, or '' if it is no layer.
+        biased: Whether it is a layer with a bias.
+    """
+
+    slot: str
+    edit: Edit
+    layer: str = ""
+    biased: bool = False
+
+
+KEEP = "keep the adapter file, which needs no library"
+"""What to do with an adapter that a library cannot express: a hint."""

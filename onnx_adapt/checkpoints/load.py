@@ -1,10 +1,10 @@
-"""Load a trained checkpoint of PEFT or AdapterHub for one graph."""
+"""Load a trained checkpoint for one graph."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.checkpoints.edits import Edit
@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import without_copies
 from onnx_adapt.checkpoints.placing.sharing import share_weights
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.graph.fused_draft import FusedPlace
@@ -24,6 +25,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.weights import stacks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class Checkpoint:
         replacements: Weights of the base that the adapter replaces.
         unfused: Fused nodes of the graph that are to be written out first.
         base: Fingerprint of the graph it was placed in.
+        losses: How far each slot is from what it stands for, relative to that, where it is
+            an approximation.
+        read: How many bytes the tensors of the checkpoint have; the adapter may need more.
     """
 
     adapter: Adapter
@@ -43,6 +48,7 @@ class Checkpoint:
     replacements: tuple[ReplacementPlan, ...]
     base: str
     unfused: tuple[FusedPlace, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
     read: int = 0
 
 
@@ -54,22 +60,26 @@ def load_checkpoint(
     base_weights: str | os.PathLike[str] | None = None,
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> Checkpoint:
-    """Read a checkpoint folder of PEFT or AdapterHub and find its modules in a model.
+    """Read a trained adapter, as its library saved it, and find its modules in a model.
 
     Args:
-        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        path: The folder that `save_pretrained` (PEFT) or `save_adapter` (AdapterHub) wrote,
+            or a file or folder of another library.
         model: The base, exported without the adapter.
-        name: The adapter's name; by default AdapterHub's, or the folder's.
+        name: The adapter's name; by default AdapterHub's, or that of the folder or file.
         base_weights: The base's `.safetensors` or `.bin`, for a graph that lost its names.
         part: Only the checkpoint's modules under this path are wanted, such as
             `"model.encoder"`, and the graph is that part of the model.
         module_map: Beginnings of the checkpoint's module paths and what to call them
             instead, such as `{"model.text": "language"}`; in whole words, before `part`.
+        allow_missing: Globs of modules that the graph may lack; those that it lacks are left
+            out, with a warning.
 
     Raises:
         CheckpointError: If the method is not supported, modules are not in the graph, or
-            `part` or `module_map` fits no module.
+            `part` or `module_map` fits no module, or `allow_missing` none that is missing.
 
     Example:
         >>> import onnx_adapt as oa
@@ -78,7 +88,7 @@ def load_checkpoint(
         >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
         4
     """
-    trained = read_trained(path, Selection(part, module_map or {}))
+    trained = read_trained(path, Selection(part, module_map or {}, allow_missing))
     graph = find_graph(model, base_weights, trained.edits)
     edits, names = map_edits(trained, graph)
     return place_edits(trained, graph, edits, names, name=name)
@@ -120,7 +130,7 @@ def place_edits(
     placement = Placement(
         graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
     )
-    for edit in edits:
+    for edit in without_copies(placement, edits):
         with name_damage(trained.saved, edit.module):
             place(placement, edit)
     share_weights(placement)
@@ -130,12 +140,16 @@ def place_edits(
         placement.replaced,
         {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
+        stacks=stacks_of(placement.slots),
     )
     slots = tuple(placement.slots)
     read = sum(value.nbytes for value in trained.saved.tensors.values())
-    return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused), read)
+    plans = tuple(placement.plans)
+    return Checkpoint(adapter, slots, plans, identity, tuple(fused), read=read)
 
 
 def adapter_name(saved: Saved, name: str) -> str:
-    """The name of an adapter: as given, AdapterHub's, or the folder's."""
-    return name or str(saved.config.get("name") or "") or saved.path.resolve().name
+    """The name of an adapter: as given, AdapterHub's, or the folder's or file's."""
+    path = saved.path.resolve()
+    own = path.name if path.is_dir() else path.stem
+    return name or str(saved.config.get("name") or "") or own

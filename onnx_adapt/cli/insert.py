@@ -13,9 +13,9 @@ from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
 from onnx_adapt.cli.insert_folder import insert_into_folder
 from onnx_adapt.cli.inserted import show_inserted, tell_growth, tell_update_cost
-from onnx_adapt.cli.outputs import file_label, output_path, say, say_next, tell_thin
+from onnx_adapt.cli.outputs import adapter_beside, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import format_names, suffix_of
+from onnx_adapt.formats import format_names
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Checkpoint, Model, Report
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _ONLY_WITH_AFTER = (
     *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
 )
-_ONLY_WITH_CHECKPOINT = ("name", "base_weights", "part", "module_map", "file_format")
-_READING = ("name", "base_weights", "part", "module_map")
+_READING = ("name", "base_weights", "part", "module_map", "allow_missing")
+_ONLY_WITH_CHECKPOINT = (*_READING, "file_format")
 _NOT_WITH_BATCHED = ("swappable", "bottleneck")
 """The options that have no effect without another one, or with it."""
 
@@ -49,7 +49,8 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @click.option(
     "--adapter",
     type=click.Path(),
-    help="A PEFT or AdapterHub folder: insert the slots that it needs.",
+    help="A trained adapter as its library saved it, a folder or a file: insert the slots "
+    "that it needs.",
 )
 @click.option(
     "--calibrate",
@@ -62,6 +63,7 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @options.base_weights
 @options.part
 @options.module_map
+@options.allow_missing
 @click.option(
     "--format",
     "file_format",
@@ -185,7 +187,7 @@ def command(
         given = base, adapted, inputs or calibrate or None, used, provider
         proof = None if no_verify else _prove(*given, stage)
         cost = update_cost(*given[:2], trained, given[2], provider) if proof else None
-        weights = _weights_beside(path, checkpoint, file_format) if swappable else []
+        weights = adapter_beside(path, checkpoint, file_format) if swappable else []
         saved = oa.save_model(
             adapted,
             path,
@@ -298,16 +300,3 @@ def _prove(
     for text in report.warnings:
         say(f"warning: {text}")
     return report.raise_for_mismatch()
-
-
-def _weights_beside(
-    path: Path, checkpoint: Checkpoint | None, file_format: str
-) -> list[tuple[Path, Any]]:
-    """The file for a checkpoint's weights beside the output, with its contents."""
-    from onnx_adapt.adapter.files import encode_adapter
-
-    if checkpoint is None:
-        return []
-    label = file_label(checkpoint.adapter)
-    file = path.absolute().parent / f"{path.stem}.{label}{suffix_of(file_format)}"
-    return [(file, [encode_adapter(checkpoint.adapter, file)])]

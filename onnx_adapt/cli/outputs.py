@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from onnx_adapt.errors import AdaptError, SaveError
+from onnx_adapt.formats import suffix_of
 from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
-    from onnx_adapt import Adapter, Model
+    from onnx_adapt import Adapter, Checkpoint, Model
     from onnx_adapt.model.file import Saved
 
 _QUIET = "onnx_adapt.quiet"
@@ -202,6 +203,19 @@ def size_text(size: int) -> str:
 def file_label(adapter: Adapter) -> str:
     """An adapter's name as part of a file name, without path separators."""
     return re.sub(r"[^\w.-]+", "_", adapter.name).strip(".") or "adapter"
+
+
+def adapter_beside(
+    path: Path, checkpoint: Checkpoint | None, file_format: str
+) -> list[tuple[Path, Any]]:
+    """The file for a checkpoint's weights beside the model, with its contents."""
+    from onnx_adapt.adapter.files import encode_adapter
+
+    if checkpoint is None:
+        return []
+    label = file_label(checkpoint.adapter)
+    file = path.absolute().parent / f"{path.stem}.{label}{suffix_of(file_format)}"
+    return [(file, [encode_adapter(checkpoint.adapter, file)])]
 
 
 def output_path(model: str, output: str | None, kind: str) -> Path:

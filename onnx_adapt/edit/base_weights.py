@@ -12,12 +12,31 @@ from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.weights import drop_named
+from onnx_adapt.errors import AdapterError
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
-from onnx_adapt.model.tensors import tensor_of
+from onnx_adapt.model.tensors import read_tensor, tensor_of
 from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.manifest import write_manifest
+from onnx_adapt.slot.required import default_tensors
+
+
+def base_values(model: Model) -> dict[str, Array]:
+    """The base's own values of the weights that adapters may replace, by name.
+
+    Raises:
+        AdapterError: If the model holds trained values instead.
+        SlotError: If it has no slots.
+    """
+    manifest = required_manifest(model)
+    if trained := [weight.name for weight in manifest.weights if weight.trained]:
+        raise AdapterError(
+            f"{trained[0]!r} of {model.label} has a trained value, not the base's",
+            hint="give the model from before it was filled",
+        )
+    found = default_tensors(model.proto, manifest.weights)
+    return {name: read_tensor(model, tensor) for name, tensor in found.items()}
 
 
 def make_replaceable(proto: onnx.ModelProto, plans: Iterable[ReplacementPlan]) -> None:

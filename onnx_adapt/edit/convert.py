@@ -17,7 +17,7 @@ from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
-from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
+from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
 
 def convert(
@@ -28,18 +28,20 @@ def convert(
     base_weights: str | os.PathLike[str] | None = None,
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
     allow_partial: bool = False,
 ) -> Adapter:
     """Read a checkpoint as an adapter for a model that has slots for it.
 
     Args:
-        path: The folder that `save_pretrained` or `save_adapter` wrote.
+        path: The checkpoint, a folder or a file, as `load_checkpoint` takes it.
         model: The model with slots.
-        name: The adapter's name; by default AdapterHub's, or the folder's.
+        name: The adapter's name; by default AdapterHub's, or that of the folder or file.
         base_weights: The base's weights, for a graph that lost its names.
         part: Only the checkpoint's modules under this path are wanted, and the graph is that
             part of the model.
         module_map: Beginnings of the checkpoint's module paths, and what to call them.
+        allow_missing: Globs of the checkpoint's modules that the model may lack.
         allow_partial: Leave slots off that the checkpoint has nothing for.
 
     Raises:
@@ -58,7 +60,13 @@ def convert(
     manifest = required_manifest(model)
     base = remove(model)
     checkpoint = load_checkpoint(
-        path, base, name=name, base_weights=base_weights, part=part, module_map=module_map
+        path,
+        base,
+        name=name,
+        base_weights=base_weights,
+        part=part,
+        module_map=module_map,
+        allow_missing=allow_missing,
     )
     found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
@@ -84,6 +92,7 @@ def convert(
         weights=weights,
         activations=activations,
         fingerprint=manifest.fingerprint,
+        stacks=stacks_of(slot for _, slot in found),
     )
     require_fit(model, adapter, allow_partial=allow_partial)
     return adapter
@@ -136,7 +145,17 @@ def _counterpart(wanted: Slot, slots: Sequence[Slot], owner: str) -> Slot | None
 
 def _same_form(wanted: Slot, slot: Slot) -> bool:
     ours, theirs = (
-        (s.graph, s.tensor, s.axis, s.width, s.source_width, s.norm, s.norm_after, s.window)
+        (
+            s.graph,
+            s.tensor,
+            s.axis,
+            s.width,
+            s.source_width,
+            s.norm,
+            s.norm_after,
+            s.window,
+            s.readers,
+        )
         for s in (slot, wanted)
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)

@@ -74,7 +74,7 @@ def foreign_readers(proto: onnx.ModelProto, slots: Sequence[Slot]) -> list[str]:
     marks = {slot_of(node) for scope in scopes for node in scope.graph.node}
     marked = [slot for slot in slots if slot.name in marks]
     inside = {slot.weight(part): slot.owner for slot in marked for part in slot.parts}
-    inside |= {slot.inner: slot.name for slot in marked if not slot.on_weight}
+    inside |= {slot.inner: slot.name for slot in marked if not slot.on_edge}
     last, named = {slot.output for slot in marked}, {slot.name for slot in marked}
     for scope in scopes:
         for node in scope.graph.node:
@@ -158,14 +158,15 @@ def _changed_nodes(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[st
 
 
 def _unread_weights(proto: onnx.ModelProto, slots: Sequence[Slot]) -> Iterator[str]:
-    """Find slots on weights whose changed weight no node reads."""
+    """Find slots on weights, or on the input of one layer, whose output no node reads."""
     nodes = [node for scope in walk.scopes(proto.graph) for node in scope.graph.node]
     read = {name for node in nodes for name in node.input}
     for slot in slots:
-        if slot.on_weight and slot.output not in read:
+        if slot.on_edge and slot.output not in read:
+            what = "the weight " if slot.on_weight else ""
             yield (
                 f"slot {slot.name!r} has no effect: nothing reads {slot.output!r}, what it "
-                f"makes of the weight {slot.tensor!r}"
+                f"makes of {what}{slot.tensor!r}"
             )
 
 

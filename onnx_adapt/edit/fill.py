@@ -21,7 +21,7 @@ from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.places import owners
-from onnx_adapt.slot.weights import is_empty
+from onnx_adapt.slot.weights import is_empty, stacks_of
 
 
 def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:
@@ -105,6 +105,7 @@ def extract(model: Model, *, name: str = "") -> Adapter:
         {w.name: read_tensor(model, stored[w.name]) for w in manifest.weights},
         {slot.name: slot.activation for slot in owners(manifest.slots)},
         manifest.fingerprint,
+        stacks=stacks_of(manifest.slots),
     )
 
 

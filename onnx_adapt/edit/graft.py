@@ -2,8 +2,8 @@
 
 A slot goes in by a rename: the producer's output gets a new name and the slot's output
 the old one. No consumer is touched, so graph outputs, bodies that capture the tensor,
-recorded types and the order of nodes all stay right. A slot on a weight makes a new tensor
-instead, which the weight's readers read (`weight_readers.py`).
+recorded types and the order of nodes all stay right. A slot on a weight, or on what one layer
+of several reads, makes a new tensor instead, which its readers read (`edge_readers.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 
 from onnx_adapt.dtypes import ELEM_TYPES, Array
 from onnx_adapt.edit.damage import foreign_readers
+from onnx_adapt.edit.edge_readers import redirect_readers, restore_readers
 from onnx_adapt.edit.plan import norm_nodes
-from onnx_adapt.edit.weight_readers import redirect_readers, restore_readers
 from onnx_adapt.edit.weights import add_weights, check_model_weights, drop_named
 from onnx_adapt.errors import ManifestError, SlotError
 from onnx_adapt.graph.index import UNKNOWN, GraphView, ModelIndex, default_opset
@@ -178,7 +178,7 @@ def _record_targets(index: ModelIndex, slots: Sequence[Slot]) -> None:
     typed = typed_tensors(proto)
     graphs = {scope.path: scope.graph for scope in walk.scopes(proto.graph)}
     for slot in slots:
-        if not slot.on_weight and slot.inner not in typed.get(slot.graph, ()):
+        if not slot.on_edge and slot.inner not in typed.get(slot.graph, ()):
             view = index.views[slot.graph]
             _record(view, graphs[slot.graph], slot, slot.inner, None)
 
@@ -213,13 +213,14 @@ def _insert_nodes(
             continue
         maker: dict[str, onnx.NodeProto] = {}
         added: dict[int, list[onnx.NodeProto]] = {}
-        placed: dict[str, int] = {}  # what new slots on weights make
+        behind: dict[int, list[onnx.NodeProto]] = {}  # after the slots on what they read
+        placed: dict[str, int] = {}  # what new slots on edges make
         for slot in here:
-            if slot.on_weight:
+            if slot.on_edge:
                 position = placed.get(slot.inner, view.producers.get(slot.inner, _FRONT))
                 placed[slot.output] = position
                 outputs[path, slot.output] = slot
-                added.setdefault(position, []).extend(slot_nodes(slot, opset))
+                behind.setdefault(position, []).extend(slot_nodes(slot, opset))
                 continue
             position = view.producers[slot.tensor]
             producer = maker.get(slot.tensor, view.nodes[position])
@@ -235,6 +236,8 @@ def _insert_nodes(
                 _declare_shapes(index, slot, nodes)
             maker[slot.tensor] = nodes[-1]
             outputs[path, slot.tensor] = slot
+            added.setdefault(position, []).extend(nodes)
+        for position, nodes in behind.items():
             added.setdefault(position, []).extend(nodes)
         merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
         _set_nodes(view.scope.graph, [*added.get(_FRONT, ()), *merged])
@@ -289,7 +292,7 @@ def remove_nodes(
         makers = {name: node for node in nodes for name in node.output}
         for name in here:
             gone = current.pop(name)
-            if gone.on_weight:
+            if gone.on_edge:
                 continue
             if gone.inner not in makers:
                 raise _damaged(gone)

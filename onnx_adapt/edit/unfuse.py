@@ -102,8 +102,8 @@ def names_now(manifest: Manifest) -> NamesNow:
     """What tensors of the base are called in a model with this manifest."""
     read = {item.original: item.name for item in manifest.weights}
     read |= {item.original: item.name for item in manifest.widened}
-    weights = {slot.tensor: slot.output for slot in manifest.slots if slot.on_weight}
-    made = {slot.output: slot.inner for slot in manifest.slots if not slot.on_weight}
+    weights = {slot.tensor: slot.output for slot in manifest.slots if slot.on_edge}
+    made = {slot.output: slot.inner for slot in manifest.slots if not slot.on_edge}
     return NamesNow(read | weights, made)
 
 

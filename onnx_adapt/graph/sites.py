@@ -120,6 +120,8 @@ def survey_model(model: Model) -> Survey:
     slot_outputs: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
+        if slot.on_edge and not slot.on_weight:
+            continue  # others read the tensor itself
         if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
             slot_outputs.setdefault(slot.graph, {})[slot.inner] = slot.output
     layout = find_layout(index, slot_outputs)

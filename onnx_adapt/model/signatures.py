@@ -36,6 +36,11 @@ _TRAINED = (
     "give it with its model: `onnx-adapt insert MODEL.onnx --adapter FOLDER`, where FOLDER "
     "holds it beside its adapter_config.json"
 )
+_CONVERT_FILE = (
+    "make an adapter file of it: `onnx-adapt convert {name} --for MODEL.onnx -o "
+    "OUT.safetensors`"
+)
+_TRAINED_FILE = "give it with its model: `onnx-adapt insert MODEL.onnx --adapter {name}`"
 _TF = "make an ONNX model of it with tf2onnx: `python -m tf2onnx.convert"
 _AGAIN = "download the file itself again"
 
@@ -56,6 +61,16 @@ _WEIGHTS_OF_TRAINING = _signatures(
         rb"|\x80[\x02-\x05]\x8a\x0al\xfc\x9cF\xf9 j",
         EXPORT,
         _CONVERT,
+    ),
+    (
+        "an adapter for image generation",
+        rb'.{7}\x00\{(?!"__metadata__":\{"onnx_adapt")'
+        rb'.*?"(ss_network_module|ss_base_model_version|lora_adapter_metadata'
+        rb'|(lora_(unet|te\d?)_|lycoris_)[^"]*'
+        rb'|(unet|text_encoder|transformer)\.[^"]*lora[_.][^"]*'
+        rb'|(?!base_model)[^"]*(\.lora_down|_lora\.down|\.hada_w1_a|\.lokr_w[12])[^"]*)"\s*:',
+        _TRAINED_FILE,
+        _CONVERT_FILE,
     ),
     (
         "the weights of a PEFT or AdapterHub adapter",

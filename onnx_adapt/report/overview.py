@@ -291,9 +291,9 @@ def _in_order(index: ModelIndex, view: GraphView | None = None) -> list[tuple[Gr
 
 
 def _slot_depths(index: ModelIndex, slots: Sequence[Slot]) -> dict[str, int]:
-    """How many nodes of the base run before each slot, or what reads its weight, by slot."""
+    """How many nodes of the base run before each slot, or what reads its output, by slot."""
     depth, found = 0, dict[str, int]()
-    changed = {slot.output: slot.name for slot in slots if slot.on_weight}
+    changed = {slot.output: slot.name for slot in slots if slot.on_edge}
     for view, number in _in_order(index):
         node = view.nodes[number]
         owner = slot_of(node)

@@ -69,7 +69,7 @@ def surroundings_before(view: GraphView | None, slot: Slot) -> Surroundings | No
     """The base's graph around a slot's site, or None if the base has no such tensor."""
     if view is None:
         return None
-    if slot.tensor not in (view.consumers if slot.on_weight else view.producers):
+    if slot.tensor not in (view.consumers if slot.on_edge else view.producers):
         return None
     return _around(view, slot, _site(view, slot.tensor), slot.tensor)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.names import changed_weight, inner_name
+from onnx_adapt.slot.names import changed_input, changed_weight, inner_name
 from onnx_adapt.slot.weights import matrices
 
 
@@ -99,6 +99,50 @@ class WeightTarget:
     node: str
     readers: tuple[str, ...]
     module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InputTarget:
+    """What one layer reads, as the place of a slot that changes it for this layer alone.
+
+    Attributes:
+        graph: Path of the graph that makes the tensor, or has it as an input.
+        tensor: Name of the tensor.
+        width: Size of its feature axis.
+        dtype: Its element type.
+        axis: The feature axis: -1, or 1 for channels.
+        rank: Number of its axes if the feature axis is 1.
+        node: Name of the layer's node.
+        module: PyTorch module path of the layer, or ''.
+        readers: Address of the first output of the node that reads the tensor for the layer.
+    """
+
+    graph: str
+    tensor: str
+    width: int
+    dtype: str
+    axis: int
+    rank: int
+    node: str
+    module: str
+    readers: tuple[str, ...]
+
+
+def new_input_slot(name: str, target: InputTarget, form: Form) -> Slot:
+    """Describe a slot on what one layer reads.
+
+    Args:
+        name: The slot's name; it must be unique in the model.
+        target: The layer's input.
+        form: What the slot computes.
+    """
+    return replace(
+        new_slot(name, target, form),
+        inner=target.tensor,
+        source=target.tensor,
+        output=changed_input(name),
+        readers=target.readers,
+    )
 
 
 def new_weight_slot(name: str, target: WeightTarget, parts: tuple[str, ...]) -> Slot:

@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
 KEY = "onnx_adapt"
 FORMAT = 2
-"""Version of the record. Format 1, of onnx-adapt 0.1.0, has every key of a slot; it is read as
-format 2 is. A version refuses records of a newer format, and keeps the keys of its own that it
-does not know.
-"""
+"""Version of the record. Format 1, of onnx-adapt 0.1.0, has every key of a slot and is read
+alike. Records of a newer format are refused; keys of its own that are not known are kept."""
 
 SLOT_KEY = "pkg.onnx_adapt.slot"
 """Key in a node's `metadata_props`: the slot the node was inserted for."""
@@ -75,8 +73,7 @@ class Slot:
         rank: Number of axes of the tensor if the axis is 1 or the slot is batched, else 0.
         activation: Name of the activation between the projections.
         parts: Names of the weights, in the order of the formula.
-        norm: Output tensor of a normalisation of the base that is re-applied to the
-            source, or ''.
+        norm: Output of a normalisation of the base that is re-applied to the source, or ''.
         norm_after: What the slot's own normalisation wraps: `term`, `sum` or ''.
         module: PyTorch module path of the site, or ''.
         swappable: Whether the weights can be fed at inference time.
@@ -89,7 +86,7 @@ class Slot:
             side, in the order of their columns; else empty.
         columns: Where the columns of these modules start, and at last where they end.
         weight_shape: The shape of the weight that the slot is on; else empty.
-        readers: The nodes that read that weight, as addresses of their first outputs.
+        readers: The nodes that alone read what it makes, as addresses of their first outputs.
         shares: The slot whose weights it uses, as a further place of that; '' for its own.
         required: Whether its weights must be fed: the model has no default for them.
         extra: Keys of its record that this version does not know, with JSON texts.
@@ -147,6 +144,11 @@ class Slot:
     def on_weight(self) -> bool:
         """Whether it changes a weight that nodes read, not what a node makes."""
         return bool(self.weight_shape)
+
+    @property
+    def on_edge(self) -> bool:
+        """Whether it changes what its readers read, and its tensor for no others."""
+        return bool(self.readers)
 
     @property
     def symbol(self) -> str:

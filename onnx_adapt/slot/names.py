@@ -50,6 +50,16 @@ def changed_weight(slot: str) -> str:
     return node_name(slot, "weight")
 
 
+def changed_input(slot: str) -> str:
+    """The name of what a slot on the input of one layer makes of it.
+
+    Example:
+        >>> changed_input("encoder.0.input")
+        'adapter.encoder.0.input/input'
+    """
+    return node_name(slot, "input")
+
+
 def split_weight(name: str) -> tuple[str, str] | None:
     """The slot and part of a weight's name; None if it is no name of a slot's weight.
 

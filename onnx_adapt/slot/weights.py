@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,12 @@ def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
     """
     *groups, rows, columns = (1, 1, *shape)
     return math.prod(groups), rows, columns
+
+
+def stacks_of(slots: Iterable[Slot]) -> dict[str, int]:
+    """How many matrices the weight has that a slot is on, by slot, where it is a stack."""
+    counted = {slot.owner: matrices(slot.weight_shape)[0] for slot in slots}
+    return {name: groups for name, groups in counted.items() if groups > 1}
 
 
 def part_shape(slot: Slot, part: str, bottleneck: int) -> tuple[int, ...]:

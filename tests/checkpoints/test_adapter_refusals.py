@@ -69,8 +69,8 @@ def _config_is_a_folder(path: Path) -> None:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "missing": (lambda path: None, ["no folder", "trained", "save_pretrained"]),
-    "a file": (lambda path: path.write_text("hello"), ["no folder", "trained"]),
+    "missing": (lambda path: None, ["no file or folder", "trained", "save_pretrained"]),
+    "a file": (lambda path: path.write_text("hello"), ["no file of weights", "trained"]),
     "an empty folder": (Path.mkdir, ["no adapter_config.json", "save_adapter"]),
     "folders of checkpoints": (
         _folder_of_folders,

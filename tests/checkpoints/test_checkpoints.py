@@ -72,7 +72,7 @@ def test_a_method_that_is_not_supported_is_refused_with_the_case_s_reason(name: 
     ["ah_bert_seq_bn", "ah_bert_post_add", "ah_bert_ln_after_residual", "ah_gpt2_lora",
      "ah_bert_double_seq_bn_inv_ts", "peft_convnet_lora", "peft_bert_lora_embedding",
      "peft_bert_dora", "peft_repeated_lora_ts", "ah_bert_opset14_seq_bn",
-     "ah_bert_opset14_flags"],
+     "ah_bert_opset14_flags", "peft_gpt2_token_indices_ts"],
 )  # fmt: skip
 def test_the_slots_of_a_checkpoint_verify(name: str) -> None:
     case = CASES[name]

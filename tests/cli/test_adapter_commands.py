@@ -217,6 +217,45 @@ def model(work: Path, capsys: Capture) -> Path:
     return work / "a.onnx"
 
 
+def test_convert_to_a_library_is_the_way_back(
+    work: Path, model: Path, capsys: Capture
+) -> None:
+    file, back = work / "a.fr.safetensors", work / "back"
+    args = ("convert", file, "--for", model, "--to", "peft", "-o", back)
+    found = _document(capsys, *args, "--map", "fc1=body.fc1")
+    expected = {"output": str(back), "name": "fr", "slots": ["fc1", "fc2"], "replaced": []}
+    assert found == expected
+    config = json.loads((back / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["body.fc1", "fc2"]
+    again = work / "again.safetensors"
+    names = ("--name", "fr", "--map", "body.fc1=fc1")
+    _document(capsys, "convert", back, "--for", model, "-o", again, *names)
+    for key, value in oa.load_adapter(file).feeds().items():
+        _close(oa.load_adapter(again).feeds()[key], value)
+    assert "has adapter_" in _refused(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        (("--to", "keras"), "'keras' is not one of"),
+        (("--to", "peft", "--part", "fc1"), "--part is not for --to"),
+        (("--to", "peft", "--allow-partial"), "--allow-partial is not for --to"),
+        (("--to", "kohya"), "is no .safetensors file, and kohya loads one"),
+        (("--to", "adapterhub"), "of none of the model types that AdapterHub has"),
+        (("--to", "peft", "--map", "fc3=x"), "no module of the checkpoint begins with 'fc3'"),
+    ],
+)
+def test_convert_to_a_library_refuses_what_it_cannot_do_and_writes_nothing(
+    rest: tuple[str, ...], said: str, work: Path, model: Path, capsys: Capture
+) -> None:
+    before = _names(work)
+    file = work / "a.fr.safetensors"
+    err = _refused(capsys, "convert", file, "--for", model, "-o", work / "out", *rest)
+    assert said in err
+    assert _names(work) == before
+
+
 def test_a_checkpoint_that_needs_other_slots_is_refused(
     work: Path, model: Path, capsys: Capture
 ) -> None:

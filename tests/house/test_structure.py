@@ -34,10 +34,11 @@ FLOORS = (
 CHECKPOINT_FLOORS = (
     ("edits",),
     ("readers",),
+    ("writers",),
     ("modules",),
     ("placing",),
     ("mapping",),
-    ("load",),
+    ("load", "unplacing"),
 )
 """The floors inside `checkpoints/`, from the ground up."""
 
@@ -341,7 +342,8 @@ def test_every_error_says_what_to_do_about_it() -> None:
 
 PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
-    *("Report", "Site"),
+    *("Inspection", "Quantised", "Report", "Site"),
+    *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
     *("export", "fill"),
     *(
@@ -353,7 +355,8 @@ PUBLIC = [
         "load_adapter",
         "load_checkpoint",
     ),
-    *("make_adapter", "open_model", "pack_rows", "remove", "save_adapter", "save_model"),
+    *("make_adapter", "open_model", "pack_rows", "remove", "save_adapter"),
+    *("save_checkpoint", "save_model"),
     "verify",
 ]
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.calls import (
+    ParameterInput,
+    is_attention_projection,
+    refuse_uncalled,
+)
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight, InnerWeights
 from onnx_adapt.checkpoints.modules.packed import PackedLayer
 from onnx_adapt.errors import CheckpointError
@@ -22,7 +27,10 @@ from onnx_adapt.graph.sites import Survey
 _SHOWN = 3
 _INTEGERS = ("QLinearMatMul", "QLinearConv", "QGemm", "QAttention")
 """Layers of the QOperator format, whose outputs are integers that others read."""
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+_NORMS = (
+    *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
+    "GroupNormalization",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,18 @@ class ByName:
                         found.append(call)
         found = found or [layer.part(module) for layer in self.packed.get(module, ())]
         return found or _calls_by_name(self.survey, module, called)
+
+    def is_uncalled(self, module: str) -> bool:
+        """Whether a module's weight is used by the torch.nn.MultiheadAttention around it.
+
+        The node that reads the weight is in the scope of the attention then.
+        """
+        around = module.rpartition(".")[0]
+        names = (name for view in self.survey.index.views.values() for name in view.constants)
+        return is_attention_projection(module, names) and any(
+            scope is not None and f".{around}".endswith(f".{scope}")
+            for _, scope in _layers_named(self.survey, module)
+        )
 
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
@@ -124,17 +144,7 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
             the weight, or the weight is used without a call of its module.
     """
-    found: list[tuple[LayerCall, str | None]] = []
-    for path, view in survey.index.views.items():
-        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if not is_module_call(view, node):
-                continue
-            call = survey.call(view, node)
-            if call is None:
-                continue
-            named = f"{module}.bias" in _bias_names(survey, call)
-            if named or _weight_name(call) == f"{module}.weight":
-                found.append((call, scope))
+    found = _layers_named(survey, module)
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
     own = [
         call
@@ -156,6 +166,22 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for call in [call for call, scope in found if scope is None]:
             _refuse_unsure(call, module)
     return own
+
+
+def _layers_named(survey: Survey, module: str) -> list[tuple[LayerCall, str | None]]:
+    """The layers whose stored weight or bias has a module's name, each with its scope."""
+    found: list[tuple[LayerCall, str | None]] = []
+    for path, view in survey.index.views.items():
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
+            if not is_module_call(view, node):
+                continue
+            call = survey.call(view, node)
+            if call is None:
+                continue
+            named = f"{module}.bias" in _bias_names(survey, call)
+            if named or _weight_name(call) == f"{module}.weight":
+                found.append((call, scope))
+    return found
 
 
 def _bias_names(survey: Survey, call: LayerCall) -> list[str]:
@@ -226,12 +252,17 @@ def _norm_inputs(
         _refuse_shifted(node)
     if whole:
         return [ParameterInput(view, node, position, False) for node in whole]
+    # Exporters make GroupNorm of this, and give the weight axes of 1 and a name of its own.
+    by_group = any(node.op_type == "InstanceNormalization" for node in nodes)
     op = "Mul" if parameter == "weight" else "Add"
     for node in reversed([node for node in nodes if node.op_type == op]):
         for i, name in enumerate(node.input):
             weight = find_weight(view, name)
-            vector = weight is not None and len(weight.dims) == 1 and weight.dims[0] > 1
+            dims = weight.dims if weight else ()
+            if not 1 < max(dims, default=0) == prod(dims):
+                continue  # it is no vector
             # A tensor with another name was computed, such as Gemma's 1 + weight.
-            if vector and weight and weight.tensor.name.endswith(f".{parameter}"):
+            named = weight is not None and weight.tensor.name.endswith(f".{parameter}")
+            if by_group if len(dims) > 1 else named:
                 return [ParameterInput(view, node, i, False)]
     return []

@@ -74,6 +74,17 @@ _ENCODER_ONLY = frozenset(
 """Architectures that are one encoder, so that the word names no part of them."""
 
 
+def architecture_of(paths: Iterable[str]) -> str:
+    """The architecture that a word of some paths names, or ''.
+
+    Example:
+        >>> architecture_of(["bert.encoder.layer.0.output.dense"])
+        'bert'
+    """
+    words = (word for path in paths for word in path.split("."))
+    return next((word for word in words if word in _ENCODER_ONLY), "")
+
+
 def parts_of(path: str, kind: str = "") -> dict[str, str]:
     """Find the parts that a path names, each with the path's own word for it.
 
@@ -208,8 +219,44 @@ def lost_parts(
     return [word for part, word in named.items() if part not in known | set(shown)]
 
 
+def is_renamed_away(
+    found: Mapping[str, str],
+    renamed: Mapping[str, str],
+    known: Iterable[str],
+    shown: Collection[str],
+) -> bool:
+    """Whether other names than the checkpoint's own hide of which part its modules are.
+
+    Before transformers 4.52 `model.language_model.layers.0` of Qwen2-VL was `model.layers.0`,
+    beside `visual.blocks.0`. A graph with both is the whole model, and those are its layers of
+    language. Without `visual`, or as those of `vision.model.layers.0`, they may be others.
+
+    Args:
+        found: The graph's path for modules of the checkpoint.
+        renamed: The other name of each module.
+        known: The graph's modules.
+        shown: The parts that the graph shows itself to be.
+    """
+    hidden = {one: _kinds(one) - _kinds(renamed[one]) - {*shown} for one in found}
+    if not any(hidden.values()):
+        return False
+    if any(_kinds(found[one]) - parts for one, parts in hidden.items() if parts):
+        return True
+    return not any(map(_kinds, known))  # the graph may be any part
+
+
+def _kinds(path: str) -> set[str]:
+    """Which of vision, language and audio a path names."""
+    return {*parts_of(path)} & {*_SAME}
+
+
 def other_part(
-    removed: str, parts: Sequence[str], found: Mapping[str, str], wanted: int, file: str
+    removed: str,
+    parts: Sequence[str],
+    found: Mapping[str, str],
+    wanted: int,
+    file: str,
+    shown: Collection[str],
 ) -> CheckpointError:
     """The error that says why modules of one part of a model are not looked for in a graph.
 
@@ -219,6 +266,7 @@ def other_part(
         found: The graph's paths that they would have.
         wanted: The number of the checkpoint's modules.
         file: The file of the base's weights, if modules are found by value.
+        shown: The parts that the graph shows itself to be.
     """
     module, path = next(iter(found.items()))
     known = file or "the graph"
@@ -228,12 +276,17 @@ def other_part(
         else "give --base-weights model.safetensors of the whole model, which tells by value"
     )
     part = removed.removesuffix(".")
-    folder = (
-        "; if the model is in several files, give their folder: `onnx-adapt insert FOLDER "
+    several = (
+        "if the model is in several files, give their folder: `onnx-adapt insert FOLDER "
         "--adapter DIR -o OUT`"
-        if len(found) < wanted
-        else ""
     )
+    if contradicts(removed, shown):
+        return CheckpointError(
+            f"the checkpoint is of {' and '.join(map(repr, parts))}, a part of a model; the "
+            f"graph shows by its class or inputs that it is of {' and '.join(sorted(shown))}",
+            hint=f"export the part that the adapter is for; {several}",
+        )
+    folder = f"; {several}" if len(found) < wanted else ""
     return CheckpointError(
         f"the checkpoint is of {' and '.join(map(repr, parts))}, a part of a model; {known} "
         f"does not name the part it is: {module!r} would be {path!r} there, which may be "

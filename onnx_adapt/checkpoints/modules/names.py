@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx_adapt.checkpoints.modules.model_parts import (
+    is_renamed_away,
     lost_parts,
     other_part,
     part_of_path,
     parts_of,
 )
+from onnx_adapt.checkpoints.modules.renames import NAMINGS
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.words import nearest
 
-# transformers 5 renamed the modules of ViT and its kin: 4 -> 5.
-_RENAMED = (
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.query", r"layers.\1.attention.q_proj"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.key", r"layers.\1.attention.k_proj"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.value", r"layers.\1.attention.v_proj"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense", r"layers.\1.attention.o_proj"),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense", r"layers.\1.mlp.fc1"),
-    (r"encoder\.layer\.(\d+)\.output\.dense", r"layers.\1.mlp.fc2"),
-)
 _SHOWN = 3
-
-
-def _newer(path: str) -> str:
-    for old, new in _RENAMED:
-        changed, count = re.subn(old, new, path)
-        if count:
-            return changed
-    return path
-
-
-def _older(path: str) -> str:
-    for old, new in _RENAMED:
-        pattern = new.replace(".", r"\.").replace(r"\1", r"(\d+)").replace("\\\\.", "\\.")
-        template = old.replace("\\.", ".").replace(r"(\d+)", r"\1")
-        changed, count = re.subn(pattern, template, path)
-        if count:
-            return changed
-    return path
-
-
-def _built(path: str) -> str:
-    """The name that onnxruntime-genai's builder gives to a module."""
-    return re.sub(r"(^|\.)self_attn\.", r"\1attn.", path)
 
 
 # How names are mapped, by example. A checkpoint was trained on a model with a head, and the
@@ -66,7 +35,7 @@ def _built(path: str) -> str:
 # A change does not count if the prefix that it drops names a part of the model that the graph
 # may not be (`model.decoder.` onto a graph with `encoder.`; see `model_parts`), and a short
 # ending such as `dense`, which many modules share, counts only if it finds all of them. The
-# same is then tried with the names that other versions have (`_newer`, `_older`, `_built`).
+# same is then tried with the names that other releases have (`renames.NAMINGS`).
 
 
 def map_modules(
@@ -100,7 +69,7 @@ def map_modules(
     needed = set(wanted) - set(optional)
     best: dict[str, str] = {}
     likeliest, rival = 0, best
-    for mappings in _mappings(wanted, there, needed, kind):
+    for mappings in _mappings(wanted, there, needed, kind, shown):
         for change, found in mappings:
             whole = needed <= found.keys()
             if lost_parts(change.removed, found, shown, kind):
@@ -144,17 +113,26 @@ def beginnings(module: str, path: str) -> tuple[str, str]:
 
 
 def _mappings(
-    wanted: Sequence[str], there: Collection[str], needed: Collection[str], kind: str
+    wanted: Sequence[str],
+    there: Collection[str],
+    needed: Collection[str],
+    kind: str,
+    shown: Collection[str],
 ) -> Iterator[list[tuple[_Change, dict[str, str]]]]:
     """Yield the changes of prefix of each naming scheme, and the modules that each finds."""
-    for rename in (str, _newer, _older, _built):
-        names = {module: rename(module) for module in wanted}
+    tried = []
+    for naming in NAMINGS:
+        names = {module: naming.renamed(module) for module in wanted}
+        if names in tried or len({*names.values()}) < len(names):
+            continue
+        tried.append(names)
         changes = _changes(list(names.values()), there, kind)
         pairs = [(change, change.applied(names, there)) for change in changes]
         yield [
             (change, found)
             for change, found in pairs
             if found and (not change.only_whole or change.is_whole(names, found, needed))
+            if not is_renamed_away(found, names, there, shown)
         ]
 
 
@@ -183,15 +161,16 @@ def refuse_other_part(
     there = dict.fromkeys(known)
     lost = [
         (change.removed, paths, words)
-        for mappings in _mappings(wanted, there, wanted, kind)
+        for mappings in _mappings(wanted, there, wanted, kind, shown)
         for change, paths in mappings
         if len(paths) > len(found)
         if (words := lost_parts(change.removed, paths, shown, kind))
+        if any(one.startswith(change.removed) for one in paths)
     ]
     if lost:
         removed, paths, _ = max(lost, key=lambda item: len(item[1]))
         parts = list(dict.fromkeys(word for *_, words in lost for word in words))
-        raise other_part(removed, parts, paths, len(wanted), file)
+        raise other_part(removed, parts, paths, len(wanted), file, shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +307,8 @@ def refuse_unmapped(
         f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "
         f"{theirs}{', ...' if len(left) > _SHOWN else ''}; the graph has {ours}, ...",
         hint="the base has fewer layers, is of another architecture, or was optimised; "
-        f"{_renaming(left, paths)}; --part takes one part of the checkpoint alone",
+        f"{_renaming(left, paths)}; --part takes one part of the checkpoint alone, and "
+        "--allow-missing GLOB leaves out what the graph lacks",
     )
 
 

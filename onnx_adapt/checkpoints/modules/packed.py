@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Reweight, Scaling
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.column_spans import column_spans, spans_of
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
@@ -29,6 +29,8 @@ _PACKED = {
     "Wqkv": ("Wq", "Wk", "Wv"),
     "query_key_value": ("query", "key", "value"),
     "to_qkv": ("to_q", "to_k", "to_v"),
+    "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "kv_proj": ("k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
@@ -126,9 +128,24 @@ def unpacked(module: str, known: Collection[str]) -> tuple[str, ...]:
     around, dot, leaf = module.rpartition(".")
     leaves = {path.rpartition(".")[2] for path in known}
     names = _PACKED.get(leaf, ())
-    if leaf in leaves or not names or not leaves.issuperset(names):
+    apart = {name.rpartition(".")[2] for name in names}
+    if leaf in leaves or not names or not leaves >= apart:
         return (module,)
     return tuple(f"{around}{dot}{name}" for name in names)
+
+
+def packed_names(known: Collection[str]) -> Iterator[str]:
+    """The paths that packed modules would have where a graph has those inside them."""
+    there = set(known)
+    for leaf, names in _PACKED.items():
+        for path in known:
+            around = path.removesuffix(names[0])
+            if (
+                path != around
+                and around[-1:] in (".", "")
+                and {f"{around}{name}" for name in names} <= there
+            ):
+                yield f"{around}{leaf}"
 
 
 def unpack(edit: Edit, sizes: Mapping[str, int]) -> Iterator[Edit]:
@@ -161,6 +178,13 @@ def unpack(edit: Edit, sizes: Mapping[str, int]) -> Iterator[Edit]:
                 yield replace(edit, module=module, vector=np.ravel(edit.vector)[start:end])
             case Replacement() if edit.value.shape[0] == total:
                 yield replace(edit, module=module, value=edit.value[start:end])
+            case Reweight():
+                raise CheckpointError(
+                    f"{edit.module!r} of the checkpoint has a method that computes the whole "
+                    f"weight at once; the graph has {', '.join(sizes)} instead of that layer",
+                    hint="give the adapter with the names of these layers, as diffusers or "
+                    "transformers calls them",
+                )
             case _:
                 raise CheckpointError(
                     f"{edit.module!r} of the checkpoint does not fit the layers that the "

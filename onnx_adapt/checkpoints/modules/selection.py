@@ -1,4 +1,4 @@
-"""Choose and rename the modules of a checkpoint: `--part` and `--map`.
+"""Choose and rename the modules of a checkpoint: `--part`, `--map` and `--allow-missing`.
 
 Both speak of the paths that the checkpoint gives to its modules, which error messages show.
 `--map` comes first, so `--part` and every message after it speak of the new names.
@@ -22,16 +22,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which modules of a checkpoint are wanted, and what they are called.
+    """Which modules of a checkpoint are wanted, under which names, and which may be missing.
 
     Attributes:
         part: Only the modules under this path are wanted; all if it is empty.
         module_map: What paths of modules begin with, and what they begin with instead. The
             longest beginning that fits a path is the one.
+        allow_missing: Globs of modules that the graph may lack.
     """
 
     part: str = ""
     module_map: Mapping[str, str] = field(default_factory=dict)
+    allow_missing: Sequence[str] = ()
 
     def edits(self, edits: Sequence[Edit]) -> list[Edit]:
         """Rename the modules of edits, and keep those under the part.
@@ -41,7 +43,7 @@ class Selection:
                 gives two modules one name.
         """
         modules = list(dict.fromkeys(edit.module for edit in edits))
-        names = {module: self._renamed(module) for module in modules}
+        names = {module: self.renamed(module) for module in modules}
         self._refuse_idle_map(modules)
         _refuse_twins(names)
         chosen = [replace(edit, module=names[edit.module]) for edit in edits]
@@ -57,10 +59,11 @@ class Selection:
 
     def head(self, head: Mapping[str, Array]) -> dict[str, Array]:
         """Rename the keys of a head, and keep those under the part."""
-        renamed = {self._renamed(key): value for key, value in head.items()}
+        renamed = {self.renamed(key): value for key, value in head.items()}
         return {k: v for k, v in renamed.items() if not self.part or is_under(k, self.part)}
 
-    def _renamed(self, path: str) -> str:
+    def renamed(self, path: str) -> str:
+        """What a path, of a module or a tensor, is called."""
         fitting = [old for old in self.module_map if is_under(path, old)]
         if not fitting:
             return path

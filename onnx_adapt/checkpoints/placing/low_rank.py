@@ -7,6 +7,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import LowRank
 from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.vocabulary import refuse_other_vocabulary
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import attribute
@@ -36,7 +37,9 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
     if operator.embeds:
         parts = {"table": a.T, "up": b.T}
     elif operator.convolves:
-        window = _window(call, a)
+        _refuse_padding_mode(placement, edit.module, call)
+        a, b = _with_kernel(call, a, b, own=edit.dilates)
+        window = kernel_window(call, a, dilates=edit.dilates)
         b = _dense(b, attribute(call.node, "group", 1))
         parts = {"down": a, "up": b}
     else:
@@ -114,6 +117,11 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
     if OPERATORS[call.node.op_type].convolves:
         fits = fits and a.shape[2:] == dims[2:]
     if not fits or a.shape[0] != b.shape[1]:
+        (reads, makes), theirs = call.sizes, (a.shape[1], b.shape[0])
+        if theirs[1] == makes:
+            refuse_other_vocabulary(edit.module, theirs[0], reads)
+        elif theirs[0] == reads:
+            refuse_other_vocabulary(edit.module, theirs[1], makes)
         raise CheckpointError(
             f"module {edit.module!r}: A {list(edit.a.shape)} and B {list(edit.b.shape)} do "
             f"not fit the base's weight {list(dims)}",
@@ -121,11 +129,56 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
         )
 
 
-def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
+def _with_kernel(call: LayerCall, a: Array, b: Array, *, own: bool) -> tuple[Array, Array]:
+    """Give A and B the axes of the Conv's weight where they are matrices.
+
+    Args:
+        call: The call of the Conv.
+        a: `(r, in, kh, kw)`, or `(r, in * kh * kw)`.
+        b: `(out, r, 1, 1)`, or `(out, r)`.
+        own: Whether A also has the Conv's groups: `in` is that of one group then.
+    """
+    weight = find_weight(call.view, call.weight)
+    dims = tuple(weight.dims[1:]) if weight else ()
+    if len(a) and a[0].size == int(np.prod(dims)):
+        a = a.reshape(len(a), *dims)
+    groups = attribute(call.node, "group", 1)
+    if own and groups != 1:
+        apart = np.zeros((groups, len(a), groups, *a.shape[1:]))
+        for i in range(groups):
+            apart[i, :, i] = a
+        a = apart.reshape(groups * len(a), groups * a.shape[1], *a.shape[2:])
+    return a, b.reshape(*b.shape[:2], *(1,) * (a.ndim - 2)) if b.ndim == 2 else b
+
+
+def _refuse_padding_mode(placement: Placement, module: str, call: LayerCall) -> None:
+    """Refuse a convolution that pads by other values than zero; PEFT's A pads by zeros.
+
+    Exporters write its padding as nodes of the module in front of the Conv: a Pad, or a
+    Concat of Slices for `circular`.
+    """
+    view, made = call.view, call.view.producers.get(call.source)
+    if (
+        made is None
+        or placement.survey.modules.scopes[view.scope.path][made] != (placement.names[module])
+    ):
+        return
+    node = view.nodes[made]
+    mode = next((item.s for item in node.attribute if item.name == "mode"), b"constant")
+    if node.op_type == "Concat" or (node.op_type == "Pad" and mode != b"constant"):
+        raise CheckpointError(
+            f"module {module!r} does not pad by zeros (node {call.label!r} reads what a "
+            f"{node.op_type} of the module makes), and the adapter does",
+            hint="merge this adapter in PyTorch and export again",
+        )
+
+
+def kernel_window(call: LayerCall, a: Array, *, dilates: bool = False) -> tuple[int, ...]:
     """Find the window of A on a Conv: the Conv's own kernel, strides and pads.
 
-    PEFT gives A no dilation; where the Conv has one, only padding="same" lines up, and A
-    is padded by the same rule for its own kernel.
+    PEFT gives LoRA's A no dilation; where the Conv has one, only padding="same" lines up, and
+    A is padded by the same rule for its own kernel. Where A has the Conv's own dilation, all
+    lines up.
     """
     n = a.ndim - 2
     kernel = a.shape[2:]
@@ -133,7 +186,9 @@ def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
     automatic = next((i.s for i in call.node.attribute if i.name == "auto_pad"), b"NOTSET")
     strides = lists.get("strides", [1] * n)
     pads = lists.get("pads", [0] * 2 * n)
-    dilated = any(step != 1 for step in lists.get("dilations", ()))
+    dilations = lists.get("dilations", [1] * n)
+    steps = dilations if dilates else [1] * n
+    dilated = dilations != steps
     if automatic == b"VALID":
         pads = [0] * 2 * n
     elif automatic == b"SAME_UPPER" or dilated:
@@ -142,11 +197,12 @@ def _window(call: LayerCall, a: Array) -> tuple[int, ...]:
                 f"{call.node.name!r}: LoRA on a Conv with strides and dilation or automatic "
                 "padding is not supported"
             )
-        before = [(size - 1) // 2 for size in kernel]
-        pads = before + [size - 1 - left for size, left in zip(kernel, before, strict=True)]
+        reach = [(size - 1) * step for size, step in zip(kernel, steps, strict=True)]
+        before = [both // 2 for both in reach]
+        pads = before + [both - left for both, left in zip(reach, before, strict=True)]
     elif automatic not in (b"NOTSET", b""):
         raise CheckpointError(f"{call.node.name!r}: auto_pad {automatic!r} is not supported")
-    window = (*kernel, *strides, *pads, *(1,) * n)
+    window = (*kernel, *strides, *pads, *steps)
     return () if window == (1,) * 2 * n + (0,) * 2 * n + (1,) * n else window
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from onnx_adapt.checkpoints.edits import (
     Bottleneck,
     Coupling,
@@ -13,12 +11,9 @@ from onnx_adapt.checkpoints.edits import (
     Replacement,
     Reweight,
     Scaling,
+    TokenRows,
 )
-from onnx_adapt.checkpoints.modules.calls import (
-    block_output,
-    norm_behind,
-    residual_add,
-)
+from onnx_adapt.checkpoints.placing.bottleneck_places import bottleneck_place
 from onnx_adapt.checkpoints.placing.low_rank import place_low_rank
 from onnx_adapt.checkpoints.placing.on_weights import (
     place_low_rank_on_weights,
@@ -28,6 +23,8 @@ from onnx_adapt.checkpoints.placing.on_weights import (
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, place_replacement
 from onnx_adapt.checkpoints.placing.reweighting import place_reweight
+from onnx_adapt.checkpoints.placing.scaling import place_scaling
+from onnx_adapt.checkpoints.placing.token_rows import place_token_rows
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.slot.form import Form
@@ -50,6 +47,9 @@ def place(placement: Placement, edit: Edit) -> None:
     if isinstance(edit, ParameterLowRank):
         place_parameter(placement, edit)
         return
+    if isinstance(edit, TokenRows):
+        place_token_rows(placement, edit)
+        return
     inner = placement.inner_weights(edit.module)
     if isinstance(edit, LowRank):
         if inner:
@@ -60,7 +60,7 @@ def place(placement: Placement, edit: Edit) -> None:
         if inner:
             place_scaling_on_weights(placement, edit, inner)
         for call in placement.calls(edit.module, needed=not inner):
-            _place_scaling(placement, edit, call)
+            place_scaling(placement, edit, call)
     elif isinstance(edit, Bottleneck):
         for call in placement.calls(edit.module):
             _place_bottleneck(placement, edit, call)
@@ -68,67 +68,23 @@ def place(placement: Placement, edit: Edit) -> None:
         _place_coupling(placement, edit)
 
 
-def _place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None:
-    name = placement.slot_name(edit.module)
-    parts = {"scale": edit.vector.astype(np.float64)}
-    size = call.sizes[not edit.on_input]
-    if edit.vector.size != size:
-        raise CheckpointError(
-            f"module {edit.module!r}: {edit.vector.size} factors do not fit the {size} "
-            f"{'inputs' if edit.on_input else 'outputs'} of the layer",
-            hint="is it an adapter for another size of this model?",
-        )
-    if not edit.on_input:
-        parts["scale"] = call.spread(parts["scale"], fill=1)
-        target = placement.with_bias(edit.module, call)
-        if call.packing is None:
-            placement.add(target, name, parts)
-        else:
-            placement.add_beside(edit.module, target, call.packing, parts)
-        return
-    tensor = placement.survey.after_slots(call.view.scope.path, call.source)
-    readers = call.view.readers(tensor)
-    made = call.view.home(tensor)
-    alone = len(readers) == 1 and call.span is None
-    if alone and made is call.view and tensor in call.view.producers:
-        placement.add(placement.survey.site(call.view, tensor), f"{name}.input", parts)
-        return
-    raise CheckpointError(
-        f"module {edit.module!r}: its input {tensor!r} is read by "
-        f"{f'{len(readers)} nodes' if call.span is None else 'other modules as well'} and "
-        "cannot be scaled for one of them alone",
-        hint="merge this adapter in PyTorch and export again",
-    )
-
-
 def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -> None:
     module, name = placement.names[edit.module], placement.slot_name(edit.module)
     view = call.view
     placement.with_bias(edit.module, call)
-    output = block_output(placement.survey, call, module)
-    target, source, plus, norm, width = output, "", "", "", 0
-    if edit.place != "output" or edit.reads != "target":
-        total, residual = residual_add(view, output)
-        if edit.place == "norm":
-            target = norm_behind(placement.survey, view, total)
-        elif edit.place == "residual":
-            target = total
-        if edit.reads == "residual_input":
-            source, width = residual, edit.parts["down"].shape[0]
-        elif edit.reads in ("sum", "normed_sum"):
-            plus = residual
-        if edit.reads in ("norm", "normed_sum"):
-            norm = norm_behind(placement.survey, view, total)
+    place = bottleneck_place(placement.survey, call, module, edit.place, edit.reads)
+    width = edit.parts["down"].shape[0] if place.source else 0
+    target = placement.survey.after_slots(view.scope.path, place.target)
     placement.add(
-        placement.survey.site(view, placement.survey.after_slots(view.scope.path, target)),
+        placement.survey.site(view, target),
         name if edit.place == "output" else f"{name}.{edit.place}",
         edit.parts,
         Form(
             activation=edit.activation,
-            source=source,
+            source=place.source,
             source_width=width,
-            plus=plus,
-            norm=norm,
+            plus=place.plus,
+            norm=place.norm,
             norm_after=edit.norm_after,
         ),
     )

@@ -23,7 +23,14 @@ from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.form import Form, WeightTarget, new_slot, new_weight_slot
+from onnx_adapt.slot.form import (
+    Form,
+    InputTarget,
+    WeightTarget,
+    new_input_slot,
+    new_slot,
+    new_weight_slot,
+)
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS, in_order
 from onnx_adapt.slot.weights import bottleneck_of, part_shape
@@ -225,6 +232,22 @@ class Placement:
         slot = self.slots[-1]
         self.beside[key] = slot.name
         self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)
+
+    def add_on_input(self, target: InputTarget, name: str, parts: Mapping[str, Array]) -> None:
+        """Add a slot with its weights on what one layer reads.
+
+        Args:
+            target: The layer's input.
+            name: What to call the slot; a number is added if another has the name.
+            parts: The weights by part.
+        """
+        unique = free_name(name, self.taken)
+        self.taken.add(unique)
+        self.wanted[unique] = name
+        slot = new_input_slot(unique, target, Form(parts=in_order(parts)))
+        self.slots.append(slot)
+        shaped = {part: _laid_out(slot, part, value) for part, value in parts.items()}
+        self._set_weights(unique, shaped)
 
     def add_on_weight(
         self,

@@ -20,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank, Replacement, Reweight, Weighed
+from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
 from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix, read_weight
 from onnx_adapt.checkpoints.placing.changes import (
@@ -54,6 +55,12 @@ def place_reweight(placement: Placement, edit: Reweight) -> None:
             place for it.
     """
     inner = placement.inner_weights(edit.module)
+    path = placement.names[edit.module]
+    if not inner and not placement.finder.calls(path, called=False):
+        norms = placement.finder.norm_inputs(path, "weight")
+        if norms:
+            _place_norm(placement, edit, norms[0])
+            return
     for tensor in dict.fromkeys(weight.tensor for weight in inner):
         _place_inside(placement, edit, [w for w in inner if w.tensor == tensor])
     calls = placement.calls(edit.module, needed=not inner)
@@ -67,6 +74,20 @@ def place_reweight(placement: Placement, edit: Reweight) -> None:
         return
     for call, slot, change in zip(calls, slots, changes, strict=True):
         place_low_rank(placement, slot or _whole_slot(edit, call, change), call)
+
+
+def _place_norm(placement: Placement, edit: Reweight, scale: ParameterInput) -> None:
+    """Replace the weight and the bias of a normalisation by what is computed from them."""
+    shifts = placement.finder.norm_inputs(placement.names[edit.module], "bias")
+    weight, *bias = (
+        read_weight(placement.model, place.view, place.tensor).reshape(-1)
+        for place in (scale, *shifts[:1])
+    )
+    change = change_of(edit, weight, bias[0] if bias else None)
+    if change.added.any():
+        place_replacement(placement, Replacement(edit.module, "weight", change.weight))
+    if change.bias is not None:
+        place_replacement(placement, Replacement(edit.module, "bias", change.bias))
 
 
 def _changes(

@@ -18,6 +18,7 @@ from onnx_adapt.checkpoints.edits import (
     Scaling,
 )
 from onnx_adapt.checkpoints.readers.adapterhub_places import bottleneck_place, sub_layer
+from onnx_adapt.checkpoints.readers.factors import spread_groups
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -281,13 +282,7 @@ def _fused_matrix(b: Array, rows: int, config: Mapping[str, Any]) -> Array:
     count, rank = sum(enabled), b.shape[1]
     if count * rank != rows:
         raise CheckpointError(f"lora_A has {rows} rows, which is not {count} x {rank}")
-    third = b.shape[0] // count
-    dense = np.zeros((3 * third, rows))
-    for block, position in enumerate(i for i, on in enumerate(enabled) if on):
-        rows_of = slice(position * third, (position + 1) * third)
-        taken = b[block * third : (block + 1) * third]
-        dense[rows_of, block * rank : (block + 1) * rank] = taken
-    return dense
+    return spread_groups(b, enabled)
 
 
 def _coupling(location: str, parts: dict[str, Array], trained: Trained) -> Coupling:

@@ -43,6 +43,11 @@ _PRE_LN = {
 }
 
 
+def places_of(kind: str) -> Mapping[str, str]:
+    """Where bottlenecks sit: the end of a location -> that of its output Linear."""
+    return _POST_LN.get(kind) or _PRE_LN.get(kind) or {}
+
+
 def bottleneck_place(
     config: Mapping[str, Any], norm_after: str, *, post_ln: bool
 ) -> tuple[str, str, dict[str, Array]]:
@@ -86,8 +91,8 @@ def bottleneck_place(
 def sub_layer(location: str, saved: Saved) -> tuple[str, bool]:
     """Find the output Linear of a bottleneck's sub-layer, and whether a LayerNorm follows."""
     kind = str(saved.config.get("model_type"))
-    table = _POST_LN.get(kind) or _PRE_LN.get(kind)
-    if table is None or (saved.path / "adapter_interface.json").exists():
+    table = places_of(kind)
+    if not table or (saved.path / "adapter_interface.json").exists():
         known = ", ".join(sorted({*_POST_LN, *_PRE_LN}))
         raise CheckpointError(
             f"bottleneck adapters of model type {kind!r} are not supported",

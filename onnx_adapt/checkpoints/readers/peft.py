@@ -1,4 +1,4 @@
-"""Read checkpoints of PEFT: LoRA, DoRA and IA3 (Hugging Face peft 0.21 and older)."""
+"""Read checkpoints of PEFT (Hugging Face peft 0.21 and older), whatever their method."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnx_adapt.checkpoints.edits import Edit, Replacement
-from onnx_adapt.checkpoints.readers.peft_methods.residuals import taken_out
 from onnx_adapt.checkpoints.readers.peft_methods.table import (
     METHODS,
     REFUSED_METHODS,
     Method,
 )
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import settle_tables
 from onnx_adapt.checkpoints.readers.peft_parameters import parameter_edit, split_parameters
 from onnx_adapt.checkpoints.readers.peft_settings import by_pattern, scale_of
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
+_CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "the adapter switches on in the middle of a sequence",
     "layer_replication": "layers of the base are repeated",
-    "trainable_token_indices": "single rows of the embedding were trained",
-    "use_qalora": "the input is pooled before the adapter",
-    "use_bdlora": "the matrices are block-diagonal",
     "arrow_config": "adapters are routed at run time",
-    "kasa_config": "the base weights were truncated before training",
-    "monteclora_config": "the adapter is sampled",
-    "velora_config": "the adapter is of another form",
     "megatron_config": "the model is split over machines",
 }
 
@@ -48,7 +43,7 @@ def peft_edits(saved: Saved) -> list[Edit]:
         reason = f": {REFUSED_METHODS[kind]}" if kind in REFUSED_METHODS else ""
         raise CheckpointError(
             f"peft_type {kind} is not supported{reason}",
-            hint="LORA (with DoRA, rsLoRA) and IA3 are",
+            hint="merge the adapter in PyTorch and export again, if its method can be merged",
         )
     _refuse_settings(config)
     found = _sort_tensors(saved, kind, method)
@@ -60,7 +55,7 @@ def peft_edits(saved: Saved) -> list[Edit]:
     for module, named in parameters.items():
         with name_damage(saved, module):
             edits += (_parameter_edit(module, name, parts, config) for name, parts in named)
-    return [*edits, *found.replaced.values()]
+    return settle_tables([*edits, *found.replaced.values()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +87,8 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
         match = known.match(path)
         if ".original_module." in path:
             continue  # PEFT's own copy of a module in modules_to_save, before training
+        if not set(method.training).isdisjoint(path.split(".")):
+            continue
         if (shared := _shared_name(key, method)) is not None:
             result.shared[shared] = value
             continue
@@ -104,19 +101,36 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
                 result.replaced.setdefault((edit.module, edit.parameter), edit)
             continue
         ending = ".bias" if (match["rest"] or "").endswith("bias") else ""
-        if match["part"] not in method.parts:
+        part = match["part"] + ending
+        if part not in method.parts:
+            raise _of_another_method(key, part, kind)
+        parts = result.modules.setdefault(match["module"], {})
+        if part in parts:
             raise CheckpointError(
-                f"the checkpoint has {key!r}, but its configuration's peft_type {kind} is "
-                "another method",
-                hint="was adapter_config.json copied from another adapter?",
+                f"the checkpoint has {part} of module {match['module']!r} twice, the second "
+                f"time as {key!r}: it holds several adapters",
+                hint="save one alone: save_pretrained(folder, selected_adapters=[name])",
             )
-        result.modules.setdefault(match["module"], {})[match["part"] + ending] = value
+        parts[part] = value
     return result
+
+
+def _of_another_method(key: str, part: str, kind: str) -> CheckpointError:
+    """The error about a tensor that the method of the configuration does not have."""
+    others = [name for name, method in METHODS.items() if part in method.parts]
+    whose = f"a tensor of {' or '.join(others)}" if others else "no tensor of any known method"
+    return CheckpointError(
+        f"the checkpoint has {key!r}, which is {whose}, but its configuration's peft_type "
+        f"{kind} is another method",
+        hint="was adapter_config.json copied from another adapter, or were two adapters put "
+        "into one file?",
+    )
 
 
 def _shared_name(key: str, method: Method) -> str | None:
     """The name of a tensor that all modules share, such as `vera_A`; None for others."""
-    return next((name for name in key.split(".") if name in method.shared), None)
+    words = key.split(".")
+    return next((".".join(words[i:]) for i, w in enumerate(words) if w in method.shared), None)
 
 
 def _key_pattern() -> re.Pattern[str]:
@@ -127,7 +141,12 @@ def _key_pattern() -> re.Pattern[str]:
 
 
 def _refuse_settings(config: Mapping[str, Any]) -> None:
-    taken_out(config)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"init_lora_weights={start!r}: training changed the base model's own weights",
+            hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
     for name, reason in _REFUSED_SETTINGS.items():
         if config.get(name):
             raise CheckpointError(
@@ -140,8 +159,8 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
-    return Replacement(module, parameter, value)
+    plain = re.sub(r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(plain, parameter, value, of_base=module.endswith(".base_layer"))
 
 
 def _parameter_edit(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from onnx_adapt.checkpoints.readers.saved import number
+from onnx_adapt.checkpoints.readers.saved import number, refuse_rank_zero
 from onnx_adapt.errors import CheckpointError
 
 
@@ -24,15 +24,31 @@ def by_pattern(path: str, config: Mapping[str, Any], setting: str, default: Any)
 
 def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """Compute alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may differ by module."""
-    alpha = by_pattern(module, config, "alpha_pattern", config.get("lora_alpha", 8))
+    alpha = alpha_of(module, config, "lora_alpha")
     rooted = config.get("use_rslora", False)
     if not isinstance(rooted, bool | None):
         raise CheckpointError(f"use_rslora {rooted!r} is no setting")
+    check_rank(module, rank, config)
+    return alpha / (math.sqrt(rank) if rooted else rank)
+
+
+def alpha_of(module: str, config: Mapping[str, Any], setting: str) -> float:
+    """Alpha of a module: that of the first `alpha_pattern` that fits, or a setting."""
+    alpha = by_pattern(module, config, "alpha_pattern", config.get(setting, 8))
+    return number(alpha, setting)
+
+
+def check_rank(module: str, rank: int, config: Mapping[str, Any]) -> None:
+    """Refuse a rank of 0, or another than the configuration's, if it has one for all modules.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    refuse_rank_zero(module, rank)
     if not config.get("rank_pattern") and config.get("r", rank) != rank:
         raise CheckpointError(
             f"module {module!r} has rank {rank}; the configuration says r={config['r']}"
         )
-    return number(alpha, "lora_alpha") / (math.sqrt(rank) if rooted else rank)
 
 
 def is_match(whole: str, pattern: str, module: str, setting: str) -> bool:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,9 +56,29 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
         CheckpointError: If the file is damaged, of another kind, or holds anything but
             tensors.
     """
+    found = _state_dict(io.BytesIO(data), path, _Machine, _EXPANSION * len(data))
+    # One tensor can be given many names, and each is worked on by itself.
+    if sum(value.nbytes for value in found.values()) > _EXPANSION * len(data):
+        raise CheckpointError(f"{path.name}: its tensors are far larger than the file")
+    return found
+
+
+def read_pickled_shapes(stream: BinaryIO, path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the tensors of such a file by key, and none of their values.
+
+    Raises:
+        CheckpointError: As for `read_pickled_tensors`.
+    """
+    found = _state_dict(stream, path, _Glance, 0)
+    return {key: value.shape for key, value in found.items()}
+
+
+def _state_dict(
+    stream: BinaryIO, path: Path, machine: type[_Machine], budget: int
+) -> dict[str, Array]:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            found = _load(archive, _EXPANSION * len(data))
+        with zipfile.ZipFile(stream) as archive:
+            found = _load(archive, machine, budget)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error.message}", hint=error.hint) from error
     except zipfile.BadZipFile as error:
@@ -70,6 +90,8 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
         raise CheckpointError(
             f"{path.name} is damaged: {error}", hint="save the adapter again"
         ) from error
+    if isinstance(found, dict) and [*found] == ["model"]:
+        found = found["model"]  # LitGPT wraps its state dict
     if not isinstance(found, dict) or not all(
         isinstance(value, np.ndarray) for value in found.values()
     ):
@@ -77,9 +99,6 @@ def read_pickled_tensors(data: bytes, path: Path) -> dict[str, Array]:
             f"{path.name} holds something else than named tensors",
             hint="give the state dict that the training library saved",
         )
-    # One tensor can be given many names, and each is worked on by itself.
-    if sum(value.nbytes for value in found.values()) > _EXPANSION * len(data):
-        raise CheckpointError(f"{path.name}: its tensors are far larger than the file")
     return dict(found)
 
 
@@ -90,7 +109,7 @@ _DAMAGE = (
 """The errors that zipfile, pickletools and numpy raise on damaged bytes."""
 
 
-def _load(archive: zipfile.ZipFile, budget: int) -> Any:
+def _load(archive: zipfile.ZipFile, machine: type[_Machine], budget: int) -> Any:
     members = archive.infolist()
     names = [member.filename for member in members]
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -102,8 +121,7 @@ def _load(archive: zipfile.ZipFile, budget: int) -> Any:
     order = f"{prefix}byteorder"
     if order in names and archive.read(order) != b"little":
         raise CheckpointError("the file was written on a big-endian machine")
-    machine = _Machine(archive, prefix, budget)
-    return machine.run(archive.read(pickles[0]))
+    return machine(archive, prefix, budget).run(archive.read(pickles[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +219,15 @@ class _Machine:
         kind, storage, key, _, count = description
         if kind != "storage" or not isinstance(storage, _Name) or type(key) is not str:
             raise ValueError("a storage is described wrongly")
+        return self.values(key, _STORAGES[storage.name], count)
+
+    def values(self, key: str, dtype: np.dtype[Any], count: Any) -> Array:
+        """Read the values of one storage by its key."""
         if key not in self.storages:
             data = self.archive.read(f"{self.prefix}data/{key}")
             self.spend(len(data))
             self.storages[key] = np.frombuffer(data, np.uint8)
-        values = self.storages[key].view(_STORAGES[storage.name])
+        values = self.storages[key].view(dtype)
         if type(count) is not int or count != values.size:
             raise ValueError(f"storage {key} has {values.size} elements, not as described")
         return values
@@ -226,10 +248,27 @@ class _Machine:
             return arguments[0]
         # A seventh argument marks a tensor as conjugated or negated.
         if what.name == _TENSOR and len(arguments) in (6, 7) and not any(arguments[6:]):
-            tensor = _view(*arguments[:4])
-            self.spend(tensor.nbytes)
-            return np.ascontiguousarray(tensor).reshape(tensor.shape)
+            storage = arguments[0]
+            if not isinstance(storage, np.ndarray) or storage.ndim != 1:
+                raise ValueError("a tensor views something other than a storage")
+            return self.tensor(storage, *arguments[1:4])
         raise ValueError(f"{what.name} is called in an unknown way")
+
+    def tensor(self, storage: Array, offset: Any, size: Any, stride: Any) -> Array:
+        """Copy a tensor out of its storage."""
+        tensor = _view(storage, offset, size, stride)
+        self.spend(tensor.nbytes)
+        return np.ascontiguousarray(tensor).reshape(tensor.shape)
+
+
+class _Glance(_Machine):
+    """The same machine for names and shapes alone: it reads no storage."""
+
+    def values(self, key: str, dtype: np.dtype[Any], count: Any) -> Array:
+        return np.zeros(1, dtype)
+
+    def tensor(self, storage: Array, offset: Any, size: Any, stride: Any) -> Array:
+        return np.broadcast_to(storage[:1].reshape(()), _shape(size))
 
 
 def _known(module: str, name: str = "") -> _Name:
@@ -241,24 +280,27 @@ def _known(module: str, name: str = "") -> _Name:
     return _Name(_KNOWN[module, name])
 
 
-def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Array:
+def _view(storage: Array, offset: Any, size: Any, stride: Any) -> Array:
     """Make a view of a storage, and check that it lies inside."""
-    if not isinstance(storage, np.ndarray) or storage.ndim != 1:
-        raise ValueError("a tensor views something other than a storage")
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
-        raise ValueError("a tensor has a broken shape")
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) > 32:
+    size, stride = _shape(size), _shape(stride)
+    if len(size) != len(stride) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor has a broken shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count and (last >= storage.size or count > storage.size):
         raise ValueError("a tensor goes past its storage")
-    if any(n >= 2**31 for n in size):
-        raise ValueError("a tensor has a broken shape")
     if not count:
         return np.zeros(size, storage.dtype)
     steps = tuple(step * storage.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+def _shape(size: Any) -> tuple[int, ...]:
+    if type(size) is not tuple or len(size) > 32:
+        raise ValueError("a tensor has a broken shape")
+    if any(type(n) is not int or not 0 <= n < 2**31 for n in size):
+        raise ValueError("a tensor has a broken shape")
+    return size
 
 
 _VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}

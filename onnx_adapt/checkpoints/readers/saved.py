@@ -9,13 +9,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt.adapter.safetensors import read_tensors
+from onnx_adapt.checkpoints.readers.headers import (
+    is_safetensors,
+    is_zip,
+    no_weights,
+    unreadable,
+)
 from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError, CheckpointError
 from onnx_adapt.model.payloads import Source
-from onnx_adapt.model.signatures import HEAD, recognised
-from onnx_adapt.words import beside
+from onnx_adapt.model.signatures import HEAD
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What an adapter for image generation is for: several models at once.
+
+    Attributes:
+        parts: The parts of the pipeline that its modules are of, such as `unet`. Each module's
+            path begins with its part; underscores in the path may stand for dots.
+        base: The model that it was trained for, such as `SDXL`, or '' if that is not known.
+    """
+
+    parts: tuple[str, ...]
+    base: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +50,7 @@ class Saved:
         tensors: Its weights by key.
         head: Weights of a head saved beside the adapter, by key.
         head_config: The head's configuration.
+        pipeline: What it is for, if it is an adapter for image generation.
     """
 
     path: Path
@@ -37,10 +59,11 @@ class Saved:
     tensors: Mapping[str, Array]
     head: Mapping[str, Array] = field(default_factory=dict)
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
 
 
 def read_state_dict(path: Path) -> dict[str, Array]:
-    """Read the tensors of a `.safetensors` or `.bin` file.
+    """Read the tensors of a file of safetensors or of `torch.save`; its content tells which.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -49,27 +72,51 @@ def read_state_dict(path: Path) -> dict[str, Array]:
         Source.of(path)  # of a device there is no end
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror or error}", hint=beside(path)
-        ) from error
+        raise unreadable(path, error) from error
+    start = data[:HEAD]
+    pickled = is_zip(start) or (path.suffix != ".safetensors" and not is_safetensors(start))
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(data, path)
-        return read_pickled_tensors(data, path)
-    except (AdapterError, CheckpointError) as error:
-        found = recognised(data[:HEAD], path.name)
-        if found and found[0] not in _WEIGHTS:
-            raise CheckpointError(f"{path} is {found[0]}", hint=found[1]) from error
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        return read_pickled_tensors(data, path) if pickled else read_tensors(data, path)
+    except CheckpointError as error:
+        raise no_weights(path, start, error) from error
+    except AdapterError as error:
+        damaged = CheckpointError(f"cannot read {path}: {error}")
+        raise no_weights(path, start, damaged) from error
 
 
-_WEIGHTS = {
-    *("a PyTorch file", "a pickle of Python", "a zip archive", "a safetensors file"),
-    "the weights of a PEFT or AdapterHub adapter",
-}
-"""Kinds of files that hold weights, as `recognised` names them: their readers say more."""
+def refuse_damaged(saved: Saved) -> None:
+    """Refuse a checkpoint with tensors that no training gives.
+
+    Raises:
+        CheckpointError: If a tensor is empty, or has NaN or infinity in it.
+    """
+    for key, value in (*saved.tensors.items(), *saved.head.items()):
+        if value.shape == (0,):
+            raise CheckpointError(
+                f"{key!r} is empty: the checkpoint was saved under DeepSpeed ZeRO-3 or FSDP, "
+                "where each process holds a part of the weights",
+                hint="gather the weights before saving: deepspeed.zero.GatheredParameters, or "
+                "FullyShardedDataParallel.summon_full_params",
+            )
+        if value.dtype.kind not in "biu" and not np.isfinite(value).all():
+            raise CheckpointError(
+                f"{key!r} holds NaN or infinity",
+                hint="the training diverged; load an earlier one",
+            )
+
+
+def refuse_rank_zero(module: str, rank: int) -> None:
+    """Refuse an update of a module that has rank 0.
+
+    Raises:
+        CheckpointError: If the rank is 0.
+    """
+    if not rank:
+        raise CheckpointError(
+            f"the update of module {module!r} has rank 0, so it changes nothing",
+            hint="was the checkpoint saved under DeepSpeed ZeRO-3? Gather the weights before "
+            "saving",
+        )
 
 
 def number(value: Any, name: str) -> float:

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, LowRank, Scaling
-from onnx_adapt.checkpoints.readers.peft_methods.residuals import (
-    taken_out,
-    trained_residual,
-)
+from onnx_adapt.checkpoints.readers.peft_methods.lora_variants import variant_of
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
+from onnx_adapt.checkpoints.readers.peft_methods.tokens import TOKEN_ROWS, token_edits
 from onnx_adapt.checkpoints.readers.peft_settings import is_match, scale_of
 from onnx_adapt.errors import CheckpointError
 
@@ -20,8 +18,11 @@ _SETTINGS = {"use_dora": "a lora_magnitude_vector", "lora_bias": "a lora_B.bias"
 
 
 def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
-    """LoRA, rsLoRA, DoRA, PiSSA and OLoRA."""
+    """LoRA, rsLoRA and DoRA, and the variants of LoRA that a setting turns on."""
     module, parts, config = found.module, found.parts, found.config
+    if TOKEN_ROWS in parts:
+        yield from token_edits(found)
+        return
     names = ("lora_A", "lora_B")
     if "lora_embedding_A" in parts:
         names = ("lora_embedding_A", "lora_embedding_B")
@@ -47,8 +48,7 @@ def lora_edits(found: ModuleTensors) -> Iterator[Edit]:
         magnitude=None if magnitude is None else magnitude.reshape(-1),
         norm_scale=scale,
     )
-    start = taken_out(config)
-    yield trained_residual(edit, start, config) if start else edit
+    yield variant_of(edit, found)
 
 
 def ia3_edits(found: ModuleTensors) -> Iterator[Edit]:

@@ -1,0 +1,1 @@
+"""Turn the slots of a graph back into edits, by modules of PyTorch."""

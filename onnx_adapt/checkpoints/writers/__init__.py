@@ -1,0 +1,1 @@
+"""Write edits in the files of each training library. A writer imports no graph."""
