@@ -40,6 +40,7 @@ class Checkpoint:
         base: Fingerprint of the graph it was placed in.
         losses: How far each slot is from what it stands for, relative to that, where it is
             an approximation.
+        read: How many bytes the tensors of the checkpoint have; the adapter may need more.
     """
 
     adapter: Adapter
@@ -48,6 +49,7 @@ class Checkpoint:
     base: str
     unfused: tuple[FusedPlace, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
+    read: int = 0
 
 
 def load_checkpoint(
@@ -141,7 +143,9 @@ def place_edits(
         stacks=stacks_of(placement.slots),
     )
     slots = tuple(placement.slots)
-    return Checkpoint(adapter, slots, tuple(placement.plans), identity, tuple(fused))
+    read = sum(value.nbytes for value in trained.saved.tensors.values())
+    plans = tuple(placement.plans)
+    return Checkpoint(adapter, slots, plans, identity, tuple(fused), read=read)
 
 
 def adapter_name(saved: Saved, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, Reweight
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
@@ -29,6 +29,7 @@ from onnx_adapt.checkpoints.modules.parameters import refuse_inner_experts
 from onnx_adapt.checkpoints.modules.selection import Selection, is_under, map_part
 from onnx_adapt.checkpoints.modules.sized import sized
 from onnx_adapt.checkpoints.modules.underscored import spelled
+from onnx_adapt.checkpoints.placing.reweighting import cut_reweight
 from onnx_adapt.checkpoints.readers.saved import Pipeline, Saved, read_state_dict
 from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.dtypes import Array
@@ -240,7 +241,7 @@ def map_edits(trained: Trained, graph: Graph) -> tuple[list[Edit], Mapping[str, 
         )
     refuse_unmapped(wanted, names, known, label)
     edits = with_effect(edits, names, finder)
-    return list(apart(edits, parts, names, finder)), names
+    return list(apart(edits, parts, names, graph)), names
 
 
 def _head_left_out(
@@ -292,28 +293,32 @@ def apart(
     edits: Iterable[Edit],
     parts: Mapping[str, tuple[str, ...]],
     names: Mapping[str, str],
-    finder: ByName | ByValue,
+    graph: Graph,
 ) -> Iterator[Edit]:
     """Cut edits of packed modules into those of the modules that the graph has instead.
 
     Updates that depend on the sizes of their modules are made first.
     """
-    for edit in sized(edits, parts, names, finder):
-        yield from _apart(edit, parts, names, finder)
+    for edit in sized(edits, parts, names, graph.finder):
+        yield from _apart(edit, parts, names, graph)
 
 
 def _apart(
     edit: Edit,
     parts: Mapping[str, tuple[str, ...]],
     names: Mapping[str, str],
-    finder: ByName | ByValue,
+    graph: Graph,
 ) -> Iterator[Edit]:
     """Cut an edit into those of the modules that the graph has in place of a packed one."""
     if parts[edit.module] == (edit.module,):
         yield edit
         return
-    calls = {module: finder.calls(names[module]) for module in parts[edit.module]}
+    calls = {module: graph.finder.calls(names[module]) for module in parts[edit.module]}
     for module, found in calls.items():
         if not found:
-            raise finder.missing(names[module])
+            raise graph.finder.missing(names[module])
+    if isinstance(edit, Reweight):
+        first = {module: found[0] for module, found in calls.items()}
+        yield from cut_reweight(graph.survey, edit, first)
+        return
     yield from unpack(edit, {module: found[0].sizes[1] for module, found in calls.items()})

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
 from onnx_adapt.cli.insert_folder import insert_into_folder
-from onnx_adapt.cli.inserted import show_inserted, tell_update_cost
+from onnx_adapt.cli.inserted import show_inserted, tell_growth, tell_update_cost
 from onnx_adapt.cli.outputs import adapter_beside, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.formats import format_names
@@ -256,6 +256,7 @@ def _read_adapter(
         return None, oa.load_adapter(adapter)
     reading = {key: params[key] for key in _READING}
     checkpoint = oa.load_checkpoint(adapter, base, **reading)
+    tell_growth(checkpoint.adapter, checkpoint.read)
     return checkpoint, checkpoint.adapter
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnx_adapt.cli.inserted import tell_growth
 from onnx_adapt.cli.outputs import file_label, print_json, print_table, say
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.slots import slot_dict
@@ -53,6 +54,7 @@ def insert_into_folder(ctx: click.Context) -> None:
             baked=not given["swappable"],
             batched=given["batched"],
         )
+    tell_growth(made.adapter, made.read)
     proofs: dict[Path, Report] = {}
     with patience() as (_, stage):
         for file in made.files if not given["no_verify"] else ():

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_adapt.cli.outputs import print_json, print_table, say, tell_saved
+from onnx_adapt.cli.outputs import print_json, print_table, say, size_text, tell_saved
 from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
 from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
-    from onnx_adapt import Model, Report, Slot
+    from onnx_adapt import Adapter, Model, Report, Slot
     from onnx_adapt.model.file import Saved
     from onnx_adapt.report.costs import UpdateCost
     from onnx_adapt.slot.base_changes import Unfused
@@ -96,6 +96,27 @@ def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
             f"wrote out {count(len(new), 'fused node')} of {base.label} ({listed}), which "
             "held what the slots need; `onnx-adapt remove` puts them back"
         )
+
+
+_GROWN = 3
+"""How many times its checkpoint's size an adapter may have before that is said."""
+
+
+def tell_growth(adapter: Adapter, read: int) -> None:
+    """Print how large an adapter is, where that is much more than what was read.
+
+    Args:
+        adapter: The adapter.
+        read: How many bytes the tensors of its checkpoint have.
+    """
+    if adapter.size <= _GROWN * read:
+        return
+    replaced = count(len(adapter.replaced), "whole weight")
+    why = f": it has {replaced} of the base" if adapter.replaced else ""
+    say(
+        f"note: the adapter needs {size_text(adapter.size)}, not the {size_text(read)} of its "
+        f"checkpoint{why}"
+    )
 
 
 _MUCH = 0.05

@@ -12,7 +12,7 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import ModelIndex, index_model
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.written_out import unfuse
-from onnx_adapt.model.file import Model
+from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.places import owners
@@ -38,8 +38,8 @@ def insert_checkpoint(
         batched: Let one run give each row of a batch another adapter.
 
     Raises:
-        SlotError: If the checkpoint was loaded for another model, or the slots cannot be
-            batched.
+        SlotError: If the checkpoint was loaded for another model, the slots cannot be
+            batched, or the weights to bake in pass 2 GB.
 
     Example:
         >>> import onnx_adapt as oa
@@ -54,6 +54,8 @@ def insert_checkpoint(
         raise SlotError(
             "the checkpoint was loaded for another model", hint="load it for this one"
         )
+    if baked:
+        _refuse_large(checkpoint.adapter)
     result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots, known.unfused)
     known = replace(known, unfused=unfused)
     adapter = checkpoint.adapter
@@ -73,6 +75,16 @@ def insert_checkpoint(
     make_replaceable(result.proto, plans)
     weights_of_base = (*known.weights, *(plan.weight for plan in plans))
     return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)
+
+
+def _refuse_large(adapter: Adapter) -> None:
+    """Refuse trained weights that no model file holds."""
+    if adapter.size > PROTOBUF_LIMIT:
+        raise SlotError(
+            f"the trained weights are {adapter.size / 1e9:.1f} GB, and a model that they are "
+            "baked into cannot pass protobuf's 2 GB",
+            hint="insert them swappable: then they are a file of their own",
+        )
 
 
 def _rank(index: ModelIndex, slot: Slot) -> int:

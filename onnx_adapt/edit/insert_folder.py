@@ -70,10 +70,12 @@ class AdaptedFolder:
     Attributes:
         files: The model files, in order of their paths.
         adapter: The trained weights, for all of them.
+        read: How many bytes the tensors of the checkpoint have.
     """
 
     files: tuple[AdaptedFile, ...]
     adapter: Adapter
+    read: int
 
 
 def insert_folder(
@@ -138,7 +140,7 @@ def insert_folder(
                 edit.module: unpacked(edit.module, graph.finder.known()) for edit in edits
             }
             edits = with_effect(edits, names, graph.finder)
-            cuts = list(apart(edits, parts, names, graph.finder))
+            cuts = list(apart(edits, parts, names, graph))
             found[short] = place_edits(trained, graph, cuts, names, name=name, full_names=True)
     refuse_missing(needed, held, graphs)
     _tell_left_out(wanted, spare, held, allow_missing)
@@ -153,7 +155,8 @@ def insert_folder(
         )
         for short, model in models.items()
     )
-    return AdaptedFolder(adapted, _united(found))
+    read = next(iter(found.values())).read
+    return AdaptedFolder(adapted, _united(found), read)
 
 
 def _tell_left_out(

@@ -81,7 +81,15 @@ def test_on_integers_an_adapter_changes_what_it_changes_in_pytorch(
 @pytest.mark.parametrize("quantise", [_blocks, _bnb4])
 @pytest.mark.parametrize(
     "name",
-    ["peft_bert_dora", "peft_bert_lora_all_linear", "ah_gpt2_par_bn", "peft_llama_lora_ts"],
+    [
+        "peft_bert_dora",
+        "peft_bert_lora_all_linear",
+        "ah_gpt2_par_bn",
+        "peft_llama_lora_ts",
+        "peft_bert_oft",
+        "peft_bert_road",
+        "peft_bert_pissa",
+    ],
 )
 def test_on_packed_weights_an_adapter_gives_what_it_gives_on_floats_of_their_values(
     name: str, quantise: Quantise, tmp_path: Path

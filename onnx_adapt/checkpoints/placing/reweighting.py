@@ -14,9 +14,12 @@ of whatever rank: B is W' - W and A the identity, or the other way round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from onnx_adapt.checkpoints.edits import LowRank, Replacement, Reweight
+import numpy as np
+
+from onnx_adapt.checkpoints.edits import LowRank, Replacement, Reweight, Weighed
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight
 from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix, read_weight
@@ -33,11 +36,13 @@ from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import place_replacement
 from onnx_adapt.dtypes import FLOATS, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.column_spans import spans_of
 from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import attribute
 from onnx_adapt.graph.layer_calls import LayerCall
 from onnx_adapt.graph.layers import bias_add, find_weight, weight_width
 from onnx_adapt.graph.operators import OPERATORS
+from onnx_adapt.graph.sites import Survey
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +96,7 @@ def _changes(
     """What each call is trained to be; computed once where they read one weight."""
     known: dict[object, Change] = {}
     for call in calls:
-        bias = _bias_of(placement, call)
+        bias = _bias_of(placement.survey, call)
         given = None if bias is None else bias.tobytes()
         key = call.view.scope.path, call.weight, call.span, given
         if key not in known:
@@ -99,16 +104,52 @@ def _changes(
         yield known[key]
 
 
-def _bias_of(placement: Placement, call: LayerCall) -> Array | None:
+def cut_reweight(
+    survey: Survey, edit: Reweight, calls: Mapping[str, LayerCall]
+) -> Iterator[Reweight]:
+    """Cut an edit of a packed module into those of the modules that the graph has instead.
+
+    What a method makes of the packed weight may mix the rows of all, so each of them is cut
+    out of the whole.
+
+    Args:
+        survey: The survey of the graph.
+        edit: The edit.
+        calls: The modules in the graph with a call of each, in the order of their rows.
+    """
+
+    def trained() -> Weighed:
+        model = survey.index.model
+        weights = [read_matrix(model, call) for call in calls.values()]
+        found = [_bias_of(survey, call) for call in calls.values()]
+        some = any(bias is not None for bias in found)
+        biases = [
+            np.zeros(call.sizes[1]) if bias is None else bias
+            for call, bias in zip(calls.values(), found, strict=True)
+        ]
+        bias = np.concatenate(biases) if some else None
+        return edit.compute(np.concatenate(weights), bias)
+
+    sizes = [call.sizes[1] for call in calls.values()]
+    for module, span in zip(calls, spans_of(sizes), strict=True):
+
+        def compute(_: Array, __: Array | None, span: tuple[int, int] = span) -> Weighed:
+            weight, bias = trained()
+            return weight[slice(*span)], None if bias is None else bias[slice(*span)]
+
+        yield replace(edit, module=module, compute=compute)
+
+
+def _bias_of(survey: Survey, call: LayerCall) -> Array | None:
     """Read the bias of a call, `(out,)`, wherever it is added; None if it has none."""
-    model, view = placement.model, call.view
+    model, view = survey.index.model, call.view
     width = weight_width(view, call.node)
     bias = read_bias(model, call)
     if bias is None:
-        shown = placement.survey.after_slots(view.scope.path, call.raw)
+        shown = survey.after_slots(view.scope.path, call.raw)
         added = bias_add(view, call.node, shown, width)
         made = view.producer(added) if added else None
-        behind = bias_behind(placement.survey.index, view, call.output, width)
+        behind = bias_behind(survey.index, view, call.output, width)
         if made is not None:
             name = next(n for n in made[1].input if find_weight(view, n) is not None)
             bias = read_weight(model, view, name)

@@ -124,9 +124,9 @@ def boft_edits(found: ModuleTensors) -> Iterator[Edit]:
 def hra_edits(found: ModuleTensors) -> Iterator[Edit]:
     """HRA (arXiv 2405.17484): the inputs are mirrored, once for each column of `hra_u`."""
     columns = found.part("hra_u")
-    mirrors = columns / np.linalg.norm(columns, axis=0)
-    if found.config.get("apply_GS"):
-        for i in range(1, mirrors.shape[1]):
+    with np.errstate(all="ignore"):  # a column of zeros gives NaN, which is refused later
+        mirrors = columns / np.linalg.norm(columns, axis=0)
+        for i in range(1, mirrors.shape[1]) if found.config.get("apply_GS") else ():
             before = mirrors[:, :i]
             rest = columns[:, i] - before @ (before.T @ columns[:, i])
             mirrors[:, i] = rest / np.linalg.norm(rest)
