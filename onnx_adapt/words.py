@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import heapq
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -17,6 +17,25 @@ def plain(text: str) -> str:
 def count(number: int, thing: str) -> str:
     """A number of things: `1 slot`, `2 slots`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def glob_matcher(pattern: str, separator: str) -> Callable[[str], bool]:
+    """What tells whether a name matches a glob: `*` stays within one part, `**` does not.
+
+    Args:
+        pattern: The glob; `*` alone matches all names.
+        separator: What is between the parts of a name.
+
+    Example:
+        >>> matches = glob_matcher("layers.*.fc", ".")
+        >>> matches("layers.0.fc"), matches("layers.0.mlp.fc")
+        (True, False)
+    """
+    parts = {"**": ".*", "*": f"[^{re.escape(separator)}]*", "?": "."}
+    pieces = re.split(r"(\*\*|\*|\?)", "**" if pattern == "*" else pattern)
+    text = "".join(parts.get(piece) or re.escape(piece) for piece in pieces)
+    expression = re.compile(text, re.DOTALL)
+    return lambda name: expression.fullmatch(name) is not None
 
 
 _SHORTLIST = 100

@@ -547,19 +547,18 @@ SUPPORTED = {
         "VB-LoRA: A and B are mixed from a bank of vectors",
         std=0.5,
     ),
-    "gpt2_vblora_topk": Case(
-        "gpt2_dynamo",
+    "bert_vblora_topk": Case(
+        "bert_torchscript",
         peft.VBLoRAConfig(
             r=3,
             num_vectors=20,
             vector_length=8,
             topk=3,
-            target_modules=["c_attn"],
+            target_modules=["query", "intermediate.dense"],
             save_only_topk_weights=True,
-            fan_in_fan_out=True,
         ),
-        "VB-LoRA with save_only_topk_weights, of Conv1D",
-        std=0.15,
+        "VB-LoRA with save_only_topk_weights",
+        std=0.5,
     ),
     "bert_delora": Case(
         "bert_torchscript",

@@ -95,11 +95,13 @@ class Replacement:
         module: Path of the module.
         parameter: `weight` or `bias`.
         value: In PyTorch's layout.
+        of_base: Whether the checkpoint calls it the base's own, so that it may be a copy.
     """
 
     module: str
     parameter: str
     value: Array
+    of_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)

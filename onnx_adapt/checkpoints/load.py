@@ -14,6 +14,7 @@ from onnx_adapt.checkpoints.modules.selection import Selection
 from onnx_adapt.checkpoints.placing.fused import fused_nodes
 from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.replacing import without_copies
 from onnx_adapt.checkpoints.placing.sharing import share_weights
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.graph.fused_draft import FusedPlace
@@ -53,6 +54,7 @@ def load_checkpoint(
     base_weights: str | os.PathLike[str] | None = None,
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
 ) -> Checkpoint:
     """Read a trained adapter, as its library saved it, and find its modules in a model.
 
@@ -66,10 +68,12 @@ def load_checkpoint(
             `"model.encoder"`, and the graph is that part of the model.
         module_map: Beginnings of the checkpoint's module paths and what to call them
             instead, such as `{"model.text": "language"}`; in whole words, before `part`.
+        allow_missing: Globs of modules that the graph may lack; those that it lacks are left
+            out, with a warning.
 
     Raises:
         CheckpointError: If the method is not supported, modules are not in the graph, or
-            `part` or `module_map` fits no module.
+            `part` or `module_map` fits no module, or `allow_missing` none that is missing.
 
     Example:
         >>> import onnx_adapt as oa
@@ -78,7 +82,7 @@ def load_checkpoint(
         >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
         4
     """
-    trained = read_trained(path, Selection(part, module_map or {}))
+    trained = read_trained(path, Selection(part, module_map or {}, allow_missing))
     graph = find_graph(model, base_weights, trained.edits)
     edits, names = map_edits(trained, graph)
     return place_edits(trained, graph, edits, names, name=name)
@@ -120,7 +124,7 @@ def place_edits(
     placement = Placement(
         graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
     )
-    for edit in edits:
+    for edit in without_copies(placement, edits):
         with name_damage(trained.saved, edit.module):
             place(placement, edit)
     share_weights(placement)

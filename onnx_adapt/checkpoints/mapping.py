@@ -12,6 +12,12 @@ from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.modules.by_name import ByName
 from onnx_adapt.checkpoints.modules.by_value import ByValue, find_by_value
 from onnx_adapt.checkpoints.modules.inner_weights import attention_weights
+from onnx_adapt.checkpoints.modules.left_out import (
+    may_be_missing,
+    refuse_idle,
+    tell_missing,
+    with_effect,
+)
 from onnx_adapt.checkpoints.modules.model_parts import architecture_of, parts_shown
 from onnx_adapt.checkpoints.modules.names import (
     map_modules,
@@ -43,12 +49,14 @@ class Trained:
         edits: What it asks for, by the modules' new names.
         part: The path that all of them are under, or ''.
         head: Weights of a head saved beside the adapter, by key.
+        allow_missing: Globs of modules that a graph may lack.
     """
 
     saved: Saved
     edits: list[Edit]
     part: str
     head: Mapping[str, Array]
+    allow_missing: Sequence[str] = ()
 
     @property
     def kind(self) -> str:
@@ -85,7 +93,8 @@ def read_trained(path: str | os.PathLike[str], selection: Selection) -> Trained:
     edits = read_edits(saved)
     if not edits:
         raise CheckpointError(f"{saved.path} asks for nothing")
-    return Trained(saved, selection.edits(edits), selection.part, selection.head(saved.head))
+    chosen, head = selection.edits(edits), selection.head(saved.head)
+    return Trained(saved, chosen, selection.part, head, selection.allow_missing)
 
 
 def spell_out(trained: Trained, graphs: Iterable[Graph]) -> Trained:
@@ -120,11 +129,14 @@ def _own_part(trained: Trained, graph: Graph) -> Trained:
         part: [edit for edit in trained.edits if is_under(edit.module, part)]
         for part in pipeline.parts
     }
-    found: dict[str, int] = {}
+    known = graph.finder.known()
+    fits: dict[str, tuple[bool, int]] = {}
     for part, edits in by_part.items():
-        parts = [one for edit in edits for one in unpacked(edit.module, graph.finder.known())]
-        found[part] = len(names_in(replace(trained, part=part), graph, parts))
-    best = [part for part in found if found[part] and found[part] == max(found.values())]
+        wanted = {one for edit in edits for one in unpacked(edit.module, known)}
+        found = names_in(replace(trained, part=part), graph, sorted(wanted))
+        if found:
+            fits[part] = len(found) == len(wanted), len(found)
+    best = [part for part, fit in fits.items() if fit == max(fits.values())]
     if len(best) > 1:
         raise CheckpointError(
             f"the graph may be each of {', '.join(best)}, which the checkpoint has modules of",
@@ -132,15 +144,12 @@ def _own_part(trained: Trained, graph: Graph) -> Trained:
         )
     if not best:
         raise _other_base(trained, pipeline, graph)
-    for part, edits in by_part.items():
-        if part not in best and edits:
-            _log.warning(
-                "left out %s of %s: the graph is %s alone",
-                count(len(edits), "module"),
-                part,
-                best[0],
-            )
-    return replace(trained, edits=by_part[best[0]], part=best[0])
+    elsewhere = [part for part in by_part if part not in best]
+    for part in elsewhere:
+        left_out = count(len(by_part[part]), "module")
+        _log.warning("left out %s of %s: the graph is %s alone", left_out, part, best[0])
+    own = [e for e in trained.edits if not any(is_under(e.module, part) for part in elsewhere)]
+    return replace(trained, edits=own, part=best[0])
 
 
 def _other_base(trained: Trained, pipeline: Pipeline, graph: Graph) -> CheckpointError:
@@ -187,34 +196,60 @@ def find_graph(
 
 
 def map_edits(trained: Trained, graph: Graph) -> tuple[list[Edit], Mapping[str, str]]:
-    """Map the modules of all edits; a head that the graph does not have is left out."""
+    """Map the modules of all edits; a head that the graph does not have is left out.
+
+    So are modules without effect, and those that are allowed to be missing.
+
+    Raises:
+        CheckpointError: If the graph lacks others, or nothing is left.
+    """
     trained = _own_part(spell_out(trained, [graph]), graph)
     edits, finder = trained.edits, graph.finder
     known = finder.known()
     parts = {edit.module: unpacked(edit.module, known) for edit in edits}
     wanted = list(dict.fromkeys(part for edit in edits for part in parts[edit.module]))
     head = {key.rpartition(".")[0] for key in trained.head}
-    names = _mapped(trained, graph, wanted, known, head)
+    spare = may_be_missing(wanted, trained.allow_missing)
+    optional = head | spare.keys()
+    names = _mapped(trained, graph, wanted, known, optional)
     if not set(wanted) <= names.keys() and (stored := finder.stored()):
         known = [*known, *stored]
-        names = _mapped(trained, graph, wanted, known, head)
-    left_out = sorted(head - set(names))
-    if isinstance(finder, ByValue):
-        left_out = sorted(head) if finder.lacks_head(trained.head, names) else []
-    if left_out and any(module in names for module in wanted if module not in head):
-        _log.warning(
-            "left out the head saved beside the adapter: the graph has no %s",
-            ", ".join(left_out),
-        )
-        edits = [edit for edit in edits if edit.module not in left_out]
-        wanted = [module for module in wanted if module not in left_out]
+        names = _mapped(trained, graph, wanted, known, optional)
+    missing = [module for module in spare if module not in names and module not in head]
+    refuse_idle(trained.allow_missing, missing, wanted)
+    if len(missing) < len(wanted):
+        tell_missing(spare, missing)
+        missing += _head_left_out(trained, graph, wanted, names, head)
+        edits = [edit for edit in edits if set(parts[edit.module]).isdisjoint(missing)]
+        wanted = [module for module in wanted if module not in missing]
     label = finder.label if isinstance(finder, ByValue) else ""
     if not trained.part:
         refuse_other_part(
             wanted, names, known, kind=trained.kind, shown=graph.shown, file=label
         )
     refuse_unmapped(wanted, names, known, label)
+    edits = with_effect(edits, names, finder)
     return list(apart(edits, parts, names, finder)), names
+
+
+def _head_left_out(
+    trained: Trained,
+    graph: Graph,
+    wanted: Sequence[str],
+    names: Mapping[str, str],
+    head: Collection[str],
+) -> list[str]:
+    """The modules of a head that the graph does not have, with a warning."""
+    left_out = sorted(set(head) - set(names))
+    if isinstance(graph.finder, ByValue):
+        lacks = graph.finder.lacks_head(trained.head, names)
+        left_out = sorted(head) if lacks else []
+    if not left_out or not any(one in names for one in wanted if one not in head):
+        return []
+    _log.warning(
+        "left out the head saved beside the adapter: the graph has no %s", ", ".join(left_out)
+    )
+    return left_out
 
 
 def names_in(trained: Trained, graph: Graph, wanted: Sequence[str]) -> dict[str, str]:

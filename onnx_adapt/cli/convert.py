@@ -33,6 +33,7 @@ from onnx_adapt.words import count
 @options.base_weights
 @options.part
 @options.module_map
+@options.allow_missing
 @options.allow_partial
 @options.as_json
 def command(
@@ -43,6 +44,7 @@ def command(
     base_weights: str | None,
     part: str,
     module_map: dict[str, str],
+    allow_missing: tuple[str, ...],
     allow_partial: bool,
     as_json: bool,
 ) -> None:
@@ -69,6 +71,7 @@ def command(
             base_weights=base_weights,
             part=part,
             module_map=module_map,
+            allow_missing=allow_missing,
             allow_partial=allow_partial,
         )
     path = oa.save_adapter(adapter, output)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _ONLY_WITH_AFTER = (
     *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
 )
-_ONLY_WITH_CHECKPOINT = ("name", "base_weights", "part", "module_map", "file_format")
-_READING = ("name", "base_weights", "part", "module_map")
+_READING = ("name", "base_weights", "part", "module_map", "allow_missing")
+_ONLY_WITH_CHECKPOINT = (*_READING, "file_format")
 _NOT_WITH_BATCHED = ("swappable", "bottleneck")
 """The options that have no effect without another one, or with it."""
 
@@ -63,6 +63,7 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @options.base_weights
 @options.part
 @options.module_map
+@options.allow_missing
 @click.option(
     "--format",
     "file_format",

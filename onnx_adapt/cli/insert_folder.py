@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from onnx_adapt import AdaptedFolder, Report
 
 _COLUMNS = ("file", "slots", "proof")
-_HERE = ("name", "part", "module_map", "file_format", "output", "swappable", "batched")
+_HERE = (
+    *("name", "part", "module_map", "allow_missing", "file_format", "output", "swappable"),
+    "batched",
+)
 """The options of `insert` that mean something for a folder, beside those of the proof."""
 _ALSO = ("model", "adapter", "no_verify", "provider", "force", "as_json")
 
@@ -46,6 +49,7 @@ def insert_into_folder(ctx: click.Context) -> None:
             name=given["name"],
             part=given["part"],
             module_map=given["module_map"],
+            allow_missing=given["allow_missing"],
             baked=not given["swappable"],
             batched=given["batched"],
         )

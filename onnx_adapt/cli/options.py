@@ -88,4 +88,12 @@ module_map = click.option(
     "Repeatable.",
 )
 
+allow_missing = click.option(
+    "--allow-missing",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out the checkpoint's modules that match GLOB and that the graph lacks. "
+    "Repeatable.",
+)
+
 adapter_name = click.option("--name", default="", help="The name to give the adapter.")

@@ -28,6 +28,7 @@ def convert(
     base_weights: str | os.PathLike[str] | None = None,
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
     allow_partial: bool = False,
 ) -> Adapter:
     """Read a checkpoint as an adapter for a model that has slots for it.
@@ -40,6 +41,7 @@ def convert(
         part: Only the checkpoint's modules under this path are wanted, and the graph is that
             part of the model.
         module_map: Beginnings of the checkpoint's module paths, and what to call them.
+        allow_missing: Globs of the checkpoint's modules that the model may lack.
         allow_partial: Leave slots off that the checkpoint has nothing for.
 
     Raises:
@@ -58,7 +60,13 @@ def convert(
     manifest = required_manifest(model)
     base = remove(model)
     checkpoint = load_checkpoint(
-        path, base, name=name, base_weights=base_weights, part=part, module_map=module_map
+        path,
+        base,
+        name=name,
+        base_weights=base_weights,
+        part=part,
+        module_map=module_map,
+        allow_missing=allow_missing,
     )
     found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}

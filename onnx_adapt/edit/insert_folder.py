@@ -30,6 +30,12 @@ from onnx_adapt.checkpoints.mapping import (
     read_trained,
     spell_out,
 )
+from onnx_adapt.checkpoints.modules.left_out import (
+    may_be_missing,
+    refuse_idle,
+    tell_missing,
+    with_effect,
+)
 from onnx_adapt.checkpoints.modules.model_parts import family_of, part_of_path, parts_of
 from onnx_adapt.checkpoints.modules.packed import unpacked
 from onnx_adapt.checkpoints.modules.selection import Selection, is_under
@@ -77,6 +83,7 @@ def insert_folder(
     name: str = "",
     part: str = "",
     module_map: Mapping[str, str] | None = None,
+    allow_missing: Sequence[str] = (),
     baked: bool = False,
     batched: bool = False,
 ) -> AdaptedFolder:
@@ -93,6 +100,7 @@ def insert_folder(
             folder or file.
         part: Only the checkpoint's modules under this path are wanted.
         module_map: What the checkpoint's module paths begin with, and what instead.
+        allow_missing: Globs of modules that all files may lack.
         baked: Put the trained weights into the models as constants.
         batched: Let one run give each row of a batch another adapter.
 
@@ -108,12 +116,14 @@ def insert_folder(
         >>> [file.path.stem for file in adapted.files if file.adapted]
         ['decoder_model', 'decoder_model_merged', 'decoder_with_past_model', 'encoder_model']
     """
-    trained = read_trained(checkpoint, Selection(part, module_map or {}))
+    trained = read_trained(checkpoint, Selection(part, module_map or {}, allow_missing))
     files = {path.relative_to(folder): path for path in _model_files(Path(folder))}
     models = {short: open_model(path) for short, path in files.items()}
     graphs = {short: find_graph(model, None, trained.edits) for short, model in models.items()}
     trained = spell_out(trained, graphs.values())
     wanted = list(dict.fromkeys(edit.module for edit in trained.edits))
+    spare = may_be_missing(wanted, allow_missing)
+    needed = [m for m in wanted if m not in spare]
     found: dict[Path, Checkpoint] = {}
     held: dict[Path, set[str]] = {}
     paths: dict[Path, Mapping[str, str]] = {}
@@ -122,16 +132,16 @@ def insert_folder(
         edits, names = _edits_for(trained, graph, short, named)
         held[short] = {edit.module for edit in edits}
         paths[short] = names
-        refuse_half(short, wanted, held[short], graph)
+        refuse_half(short, needed, held[short], graph)
         if edits:
             parts = {
                 edit.module: unpacked(edit.module, graph.finder.known()) for edit in edits
             }
-            pieces = list(apart(edits, parts, names, graph.finder))
-            found[short] = place_edits(
-                trained, graph, pieces, names, name=name, full_names=True
-            )
-    refuse_missing(wanted, held, graphs)
+            edits = with_effect(edits, names, graph.finder)
+            cuts = list(apart(edits, parts, names, graph.finder))
+            found[short] = place_edits(trained, graph, cuts, names, name=name, full_names=True)
+    refuse_missing(needed, held, graphs)
+    _tell_left_out(wanted, spare, held, allow_missing)
     refuse_two_models(graphs, paths)
     adapted = tuple(
         AdaptedFile(
@@ -144,6 +154,22 @@ def insert_folder(
         for short, model in models.items()
     )
     return AdaptedFolder(adapted, _united(found))
+
+
+def _tell_left_out(
+    wanted: Sequence[str],
+    spare: Mapping[str, str],
+    held: Mapping[Path, set[str]],
+    allow_missing: Sequence[str],
+) -> None:
+    """Warn of the modules that no file has, and that may be missing.
+
+    Raises:
+        CheckpointError: If a glob for such modules matches none of them.
+    """
+    missing = [m for m in spare if not any(m in modules for modules in held.values())]
+    refuse_idle(allow_missing, missing, wanted)
+    tell_missing(spare, missing)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -168,18 +194,21 @@ def _edits_for(
     known = graph.finder.known()
     parts = {edit.module: unpacked(edit.module, known) for edit in trained.edits}
     wanted = list(dict.fromkeys(one for edit in trained.edits for one in parts[edit.module]))
-    names = names_in(trained, graph, wanted)
+    elsewhere = {part for part, files in named.items() if path not in files}
+
+    def own(names: Mapping[str, str]) -> dict[str, str]:
+        return {
+            module: found
+            for module, found in names.items()
+            if (part := part_of_path(module)) not in elsewhere
+            or part.rpartition(".")[2] in found.split(".")
+        }
+
+    names = own(names_in(trained, graph, wanted))
     if not names:
         part = _part_of_file(path, list(dict.fromkeys(map(part_of_path, wanted))))
         inside = [one for one in wanted if part and is_under(one, part)]
-        names = names_in(replace(trained, part=part), graph, inside) if inside else {}
-    elsewhere = {part for part, files in named.items() if path not in files}
-    names = {
-        module: found
-        for module, found in names.items()
-        if (part := part_of_path(module)) not in elsewhere
-        or part.rpartition(".")[2] in found.split(".")
-    }
+        names = own(names_in(replace(trained, part=part), graph, inside)) if inside else {}
     edits = [edit for edit in trained.edits if all(n in names for n in parts[edit.module])]
     return edits, names
 
@@ -187,7 +216,11 @@ def _edits_for(
 def _files_by_part(files: Collection[Path], wanted: Sequence[str]) -> dict[str, list[Path]]:
     """The parts of the model that files are named after, each with those files."""
     parts = [part for part in dict.fromkeys(map(part_of_path, wanted)) if parts_of(part)]
-    claims = {part: [path for path in files if _part_of_file(path, [part])] for part in parts}
+    alone = {path: _part_of_file(path, parts) for path in files}
+    claims = {
+        part: [path for path in files if (alone[path] or _part_of_file(path, [part])) == part]
+        for part in parts
+    }
     return {part: found for part, found in claims.items() if found}
 
 

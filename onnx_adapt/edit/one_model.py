@@ -63,7 +63,7 @@ def refuse_missing(
         f"{', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}; nearest to "
         f"{missing[0]}: {'; '.join(nearby) or 'none'}",
         hint="if the files call them otherwise, rename them: --map OLD=NEW; --part takes one "
-        "part of the checkpoint alone",
+        "part of the checkpoint alone, and --allow-missing GLOB leaves out what they lack",
     )
 
 

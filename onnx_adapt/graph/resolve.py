@@ -8,7 +8,7 @@ between two dots. It means one module in each layer, and of each module the last
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_adapt.errors import (
@@ -32,7 +32,7 @@ from onnx_adapt.graph.sites import Survey, hidden, survey_model
 from onnx_adapt.graph.unfusing import can_write_out, is_known
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import slot_of
-from onnx_adapt.words import nearest
+from onnx_adapt.words import glob_matcher, nearest
 
 _GLOB = re.compile(r"[*?]")
 
@@ -151,7 +151,7 @@ def select_sites(
     if pattern is None:
         return sites
     if _GLOB.search(pattern):
-        plain, path = _matcher(pattern, "/"), _matcher(pattern, ".")
+        plain, path = glob_matcher(pattern, "/"), glob_matcher(pattern, ".")
         inside = {choice.site.address for choice in _module_hits(survey, pattern)}
         found = [
             site
@@ -267,7 +267,7 @@ def _is_layer_of(survey: Survey, site: Site, path: str) -> bool:
 
 
 def _glob(survey: Survey, pattern: str) -> list[Choice]:
-    plain = _matcher(pattern, "/")
+    plain = glob_matcher(pattern, "/")
 
     def named(sites: Iterable[Site]) -> list[Choice]:
         return [
@@ -289,20 +289,12 @@ def _glob(survey: Survey, pattern: str) -> list[Choice]:
 
 
 def _module_hits(survey: Survey, pattern: str) -> list[Choice]:
-    for match in (_matcher(pattern, "."), _matcher("**." + pattern, ".")):
+    for match in (glob_matcher(pattern, "."), glob_matcher("**." + pattern, ".")):
         paths = [path for path in survey.modules.paths if match(path)]
         hits = {c.site.address: c for path in paths for c in _module_choices(survey, path)}
         if hits:
             return list(hits.values())
     return []
-
-
-def _matcher(pattern: str, separator: str) -> Callable[[str], bool]:
-    parts = {"**": ".*", "*": f"[^{re.escape(separator)}]*", "?": "."}
-    pieces = re.split(r"(\*\*|\*|\?)", "**" if pattern == "*" else pattern)
-    text = "".join(parts.get(piece) or re.escape(piece) for piece in pieces)
-    expression = re.compile(text, re.DOTALL)
-    return lambda name: expression.fullmatch(name) is not None
 
 
 def _not_found(survey: Survey, name: str) -> SiteNotFoundError:

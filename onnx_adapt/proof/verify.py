@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import require_fit, required_manifest
+from onnx_adapt.adapter.fitting import for_file, require_fit, required_manifest
 from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
 from onnx_adapt.edit.remove import remove, written_out_base
@@ -97,6 +97,7 @@ def verify(
         before = remove(before)
     if adapter is not None:
         require_fit(after, adapter)
+        adapter = for_file(manifest, adapter)
     tell("comparing the interfaces")
     checks = [
         check_interface(before.proto, after.proto, manifest),

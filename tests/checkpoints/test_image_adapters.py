@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,65 @@ def test_a_pipeline_takes_an_adapter_part_by_part(
         found = first_output(path, graph, out / "locon.safetensors")
         assert distance(found, "locon", graph) < TOLERANCE
     assert not oa.list_slots(oa.open_model(out / "vae_decoder" / "model.onnx"))
+
+
+def test_a_pipeline_can_have_an_adapter_baked_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "baked"
+    command = ("insert", PIPELINE, "--adapter", file_of("diffusers"), "-o", out, "--baked")
+    code, _, err = cli(capsys, *map(str, command))
+    assert code == 0, err
+    for graph in ("unet", "text_encoder"):
+        found = first_output(out / graph / "model.onnx", graph)
+        assert distance(found, "diffusers", graph) < TOLERANCE
+
+
+def _of_two_encoders(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As SDXL has it: an adapter of two text encoders, the second's twice as strong."""
+    own = {key: value for key, value in tensors.items() if "lora_te_" in key}
+    first = {key.replace("lora_te_", "lora_te1_"): value for key, value in own.items()}
+    second = {
+        key.replace("lora_te_", "lora_te2_"): np.asarray(value * (1 + key.endswith(".alpha")))
+        for key, value in own.items()
+    }
+    return first | second
+
+
+def test_two_text_encoders_are_told_apart_by_part_or_by_folder(tmp_path: Path) -> None:
+    path = renamed(file_of("locon"), tmp_path / "style.safetensors", _of_two_encoders)
+    model = base("text_encoder")
+    with pytest.raises(CheckpointError) as caught:
+        oa.load_checkpoint(path, model)
+    assert "may be each of text_encoder, text_encoder_2" in caught.value.message
+    one, two = (oa.load_checkpoint(path, model, part=part).adapter for part in ENCODERS)
+    for part in ENCODERS:
+        (tmp_path / "pipeline" / part).mkdir(parents=True)
+        shutil.copy(GRAPHS["text_encoder"], tmp_path / "pipeline" / part / "model.onnx")
+    made = oa.insert_folder(tmp_path / "pipeline", path).adapter
+    assert len(made.weights) == len(one.weights) + len(two.weights)
+    for slot, parts in one.weights.items():
+        first, second = (made.weights[f"{part}.{slot}"]["up"] for part in ENCODERS)
+        np.testing.assert_array_equal(first, parts["up"])
+        np.testing.assert_allclose(second, 2 * first, rtol=1e-6)
+
+
+def test_of_two_encoders_that_fit_the_one_that_fits_whole_is_meant(tmp_path: Path) -> None:
+    def longer(tensors: dict[str, Any]) -> dict[str, Any]:
+        both = _of_two_encoders(tensors)
+        more = {k.replace("layers_0", "layers_1"): v for k, v in both.items() if "te2" in k}
+        return both | more
+
+    path = renamed(file_of("locon"), tmp_path / "style.safetensors", longer)
+    model = base("text_encoder")
+    found, wanted = (
+        oa.load_checkpoint(path, model, part=part).adapter for part in ("", "text_encoder")
+    )
+    for name, value in wanted.feeds().items():
+        np.testing.assert_array_equal(found.feeds()[name], value)
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def test_what_a_graph_is_not_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -201,6 +261,13 @@ def _each(name: str, change: Any) -> Any:
     }
 
 
+def _with_ghost(tensors: dict[str, Any]) -> dict[str, Any]:
+    ghost = {
+        f"lora_ghost_x.lora_{name}.weight": np.ones((2, 2), "f4") for name in ("up", "down")
+    }
+    return tensors | ghost
+
+
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DAMAGED = {
     "up is missing": (_without("lora_up.weight"), ["lora_up is not there"]),
@@ -214,6 +281,7 @@ DAMAGED = {
     "a vector": (_each("lora_up.weight", lambda a: a.ravel()), ["has to be a matrix"]),
     "mid of other sizes": (_each("lora_mid.weight", lambda a: a[:1]), ["lora_mid"]),
     "an unknown tensor": (_with("bundle_emb.x.clip_l", np.ones(3)), ["bundle_emb", "kind"]),
+    "modules of an unknown part": (_with_ghost, ["lora_ghost_x", "not in the graph"]),
     "a larger base": (_with(f"{Q}.reshape_weight", [8, 8]), ["reshape_weight"]),
     "no such module": (
         lambda tensors: {k.replace("attn1", "attn9"): v for k, v in tensors.items()},
@@ -266,6 +334,18 @@ def test_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
     )
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_fused_layer_whose_weight_is_computed_whole_is_refused(tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{key}.lokr_w1": np.ones((3, 1), "f4"),
+        f"{key}.lokr_w2": np.ones((8, 8), "f4"),
+    }
+    path = renamed(file_of("flux"), tmp_path / "style.safetensors", lambda _: tensors)
+    with pytest.raises(CheckpointError, match="instead of that layer") as caught:
+        oa.load_checkpoint(path, base("transformer"))
+    assert "to_q, " in caught.value.message
 
 
 def test_metadata_of_diffusers_that_is_no_json_is_refused(tmp_path: Path) -> None:

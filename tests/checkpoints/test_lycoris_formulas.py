@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from onnx_adapt.checkpoints.edits import LowRank, Reweight
 from onnx_adapt.checkpoints.readers.image_keys import sort_tensors
-from onnx_adapt.checkpoints.readers.lycoris import module_edits
+from onnx_adapt.checkpoints.readers.lycoris.table import module_edits
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -55,6 +55,45 @@ def test_the_cases_have_every_method() -> None:
     assert {case.partition("_")[2].partition("_")[0] for case in CASES} == {
         *("lora", "loha", "lokr", "oft", "boft", "glora", "ia3", "full")
     }
+
+
+def test_biases_beside_lora_are_added_and_that_of_b_is_scaled() -> None:
+    case = _tensors("linear_lora")
+    first, second = np.arange(8.0), np.ones(8)
+    parts = {**case.parts, "lora_up.bias": first, "diff_b": second}
+    (edit,) = module_edits(ModuleTensors("m", parts, {}))
+    assert isinstance(edit, LowRank)
+    assert edit.bias is not None
+    alpha, rank = float(case.parts["alpha"]), 2
+    np.testing.assert_allclose(edit.scale * edit.bias, alpha / rank * first + second)
+    (plain,) = module_edits(case)
+    assert isinstance(plain, LowRank)
+    np.testing.assert_allclose(edit.scale * edit.b @ edit.a, plain.scale * plain.b @ plain.a)
+
+
+HUGE = np.ones((1, 200_000), np.float32)
+FAR_TOO_LARGE = {
+    "LoHa": {f"hada_w{n}_{x}": HUGE.T if x == "a" else HUGE for n in "12" for x in "ab"},
+    "LoKr": {f"lokr_w{n}_{x}": HUGE.T if x == "a" else HUGE for n in "12" for x in "ab"},
+    "DoRA by input": {"lora_up": HUGE.T, "lora_down": HUGE, "dora_scale": HUGE},
+    "LoCon": {
+        "lora_up": HUGE[:, :1],
+        "lora_down": HUGE,
+        "lora_mid": HUGE.reshape(1, 1, 1, -1),
+    },
+}
+
+
+@pytest.mark.parametrize("what", FAR_TOO_LARGE)
+def test_what_would_not_fit_into_memory_is_never_computed(what: str) -> None:
+    with pytest.raises(CheckpointError, match=r"does not fit|larger than any"):
+        _computed_for_a_small_base(FAR_TOO_LARGE[what])
+
+
+def _computed_for_a_small_base(parts: dict[str, Array]) -> None:
+    for edit in module_edits(ModuleTensors("m", parts, {})):
+        assert isinstance(edit, Reweight)
+        edit.compute(np.zeros((5, 7)), None)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "lora" not in case])

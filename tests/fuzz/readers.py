@@ -25,7 +25,10 @@ import onnx
 from google.protobuf.message import DecodeError
 
 import onnx_adapt as oa
-from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
+from onnx_adapt.checkpoints.readers.pickles import (
+    read_pickled_shapes,
+    read_pickled_tensors,
+)
 from onnx_adapt.checkpoints.readers.table import read_edits, read_saved
 from onnx_adapt.cli.run import read_choice
 from onnx_adapt.edit.damage import damages
@@ -196,8 +199,11 @@ def pickle(data: bytes) -> None:
     if not odd:
         stored = {f"archive/data/{i}": bytes(4 * size) for i, size in enumerate(_STORAGES)}
         data = _archive({"archive/data.pkl": data} | stored)
-    for value in read_pickled_tensors(data, Path("a.bin")).values():
+    tensors = read_pickled_tensors(data, Path("a.bin"))
+    for value in tensors.values():
         value.tobytes()
+    shapes = read_pickled_shapes(io.BytesIO(data), Path("a.bin"))
+    assert shapes == {name: value.shape for name, value in tensors.items()}
 
 
 _TRAINED = (

@@ -8,7 +8,11 @@ from math import prod
 
 import onnx
 
-from onnx_adapt.checkpoints.modules.calls import ParameterInput, refuse_uncalled
+from onnx_adapt.checkpoints.modules.calls import (
+    ParameterInput,
+    is_attention_projection,
+    refuse_uncalled,
+)
 from onnx_adapt.checkpoints.modules.inner_weights import InnerWeight, InnerWeights
 from onnx_adapt.checkpoints.modules.packed import PackedLayer
 from onnx_adapt.errors import CheckpointError
@@ -72,6 +76,18 @@ class ByName:
         found = found or [layer.part(module) for layer in self.packed.get(module, ())]
         return found or _calls_by_name(self.survey, module, called)
 
+    def is_uncalled(self, module: str) -> bool:
+        """Whether a module's weight is used by the torch.nn.MultiheadAttention around it.
+
+        The node that reads the weight is in the scope of the attention then.
+        """
+        around = module.rpartition(".")[0]
+        names = (name for view in self.survey.index.views.values() for name in view.constants)
+        return is_attention_projection(module, names) and any(
+            scope is not None and f".{around}".endswith(f".{scope}")
+            for _, scope in _layers_named(self.survey, module)
+        )
+
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph."""
         found: list[ParameterInput] = []
@@ -128,17 +144,7 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         CheckpointError: If they are of other modules: an exporter folded a BatchNorm into
             the weight, or the weight is used without a call of its module.
     """
-    found: list[tuple[LayerCall, str | None]] = []
-    for path, view in survey.index.views.items():
-        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
-            if not is_module_call(view, node):
-                continue
-            call = survey.call(view, node)
-            if call is None:
-                continue
-            named = f"{module}.bias" in _bias_names(survey, call)
-            if named or _weight_name(call) == f"{module}.weight":
-                found.append((call, scope))
+    found = _layers_named(survey, module)
     # TorchScript leaves a ModuleDict's name out of the scopes of what is in it.
     own = [
         call
@@ -160,6 +166,22 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for call in [call for call, scope in found if scope is None]:
             _refuse_unsure(call, module)
     return own
+
+
+def _layers_named(survey: Survey, module: str) -> list[tuple[LayerCall, str | None]]:
+    """The layers whose stored weight or bias has a module's name, each with its scope."""
+    found: list[tuple[LayerCall, str | None]] = []
+    for path, view in survey.index.views.items():
+        for scope, node in zip(survey.modules.scopes[path], view.nodes, strict=True):
+            if not is_module_call(view, node):
+                continue
+            call = survey.call(view, node)
+            if call is None:
+                continue
+            named = f"{module}.bias" in _bias_names(survey, call)
+            if named or _weight_name(call) == f"{module}.weight":
+                found.append((call, scope))
+    return found
 
 
 def _bias_names(survey: Survey, call: LayerCall) -> list[str]:

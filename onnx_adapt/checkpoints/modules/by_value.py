@@ -94,6 +94,10 @@ class ByValue:
                 )
         return value
 
+    def is_uncalled(self, _module: str) -> bool:
+        """False: without scopes a graph does not tell whether PyTorch calls a module."""
+        return False
+
     def norm_inputs(self, module: str, parameter: str) -> list[ParameterInput]:
         """Where a parameter of a normalisation enters the graph.
 

@@ -53,13 +53,23 @@ def refuse_uncalled(module: str, parameters: Iterable[str]) -> None:
     Raises:
         CheckpointError: If it is one.
     """
-    parent, _, name = module.rpartition(".")
-    if name == "out_proj" and any(p.startswith(f"{parent}.in_proj_") for p in parameters):
+    if is_attention_projection(module, parameters):
         raise CheckpointError(
             f"module {module!r} belongs to a torch.nn.MultiheadAttention, which uses its "
             "weights without calling the module: in PyTorch an adapter there has no effect",
             hint="train the adapter again without out_proj",
         )
+
+
+def is_attention_projection(module: str, parameters: Iterable[str]) -> bool:
+    """Whether a module may be the out_proj of a torch.nn.MultiheadAttention.
+
+    Args:
+        module: The module.
+        parameters: Names of the base's weights.
+    """
+    parent, _, name = module.rpartition(".")
+    return name == "out_proj" and any(p.startswith(f"{parent}.in_proj_") for p in parameters)
 
 
 _PASS_ON = {"Reshape", "Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze"}

@@ -220,7 +220,12 @@ def lost_parts(
 
 
 def other_part(
-    removed: str, parts: Sequence[str], found: Mapping[str, str], wanted: int, file: str
+    removed: str,
+    parts: Sequence[str],
+    found: Mapping[str, str],
+    wanted: int,
+    file: str,
+    shown: Collection[str],
 ) -> CheckpointError:
     """The error that says why modules of one part of a model are not looked for in a graph.
 
@@ -230,6 +235,7 @@ def other_part(
         found: The graph's paths that they would have.
         wanted: The number of the checkpoint's modules.
         file: The file of the base's weights, if modules are found by value.
+        shown: The parts that the graph shows itself to be.
     """
     module, path = next(iter(found.items()))
     known = file or "the graph"
@@ -239,12 +245,17 @@ def other_part(
         else "give --base-weights model.safetensors of the whole model, which tells by value"
     )
     part = removed.removesuffix(".")
-    folder = (
-        "; if the model is in several files, give their folder: `onnx-adapt insert FOLDER "
+    several = (
+        "if the model is in several files, give their folder: `onnx-adapt insert FOLDER "
         "--adapter DIR -o OUT`"
-        if len(found) < wanted
-        else ""
     )
+    if contradicts(removed, shown):
+        return CheckpointError(
+            f"the checkpoint is of {' and '.join(map(repr, parts))}, a part of a model; the "
+            f"graph shows by its class or inputs that it is of {' and '.join(sorted(shown))}",
+            hint=f"export the part that the adapter is for; {several}",
+        )
+    folder = f"; {several}" if len(found) < wanted else ""
     return CheckpointError(
         f"the checkpoint is of {' and '.join(map(repr, parts))}, a part of a model; {known} "
         f"does not name the part it is: {module!r} would be {path!r} there, which may be "

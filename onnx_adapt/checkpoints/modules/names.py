@@ -191,7 +191,7 @@ def refuse_other_part(
     if lost:
         removed, paths, _ = max(lost, key=lambda item: len(item[1]))
         parts = list(dict.fromkeys(word for *_, words in lost for word in words))
-        raise other_part(removed, parts, paths, len(wanted), file)
+        raise other_part(removed, parts, paths, len(wanted), file, shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +328,8 @@ def refuse_unmapped(
         f"{len(left)} of {len(wanted)} modules of the checkpoint are not in the graph: "
         f"{theirs}{', ...' if len(left) > _SHOWN else ''}; the graph has {ours}, ...",
         hint="the base has fewer layers, is of another architecture, or was optimised; "
-        f"{_renaming(left, paths)}; --part takes one part of the checkpoint alone",
+        f"{_renaming(left, paths)}; --part takes one part of the checkpoint alone, and "
+        "--allow-missing GLOB leaves out what the graph lacks",
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Scaling
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement, Reweight, Scaling
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.column_spans import column_spans, spans_of
 from onnx_adapt.graph.layer_calls import LayerCall, Packing
@@ -178,6 +178,13 @@ def unpack(edit: Edit, sizes: Mapping[str, int]) -> Iterator[Edit]:
                 yield replace(edit, module=module, vector=np.ravel(edit.vector)[start:end])
             case Replacement() if edit.value.shape[0] == total:
                 yield replace(edit, module=module, value=edit.value[start:end])
+            case Reweight():
+                raise CheckpointError(
+                    f"{edit.module!r} of the checkpoint has a method that computes the whole "
+                    f"weight at once; the graph has {', '.join(sizes)} instead of that layer",
+                    hint="give the adapter with the names of these layers, as diffusers or "
+                    "transformers calls them",
+                )
             case _:
                 raise CheckpointError(
                     f"{edit.module!r} of the checkpoint does not fit the layers that the "

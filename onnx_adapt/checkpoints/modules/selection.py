@@ -1,4 +1,4 @@
-"""Choose and rename the modules of a checkpoint: `--part` and `--map`.
+"""Choose and rename the modules of a checkpoint: `--part`, `--map` and `--allow-missing`.
 
 Both speak of the paths that the checkpoint gives to its modules, which error messages show.
 `--map` comes first, so `--part` and every message after it speak of the new names.
@@ -22,16 +22,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which modules of a checkpoint are wanted, and what they are called.
+    """Which modules of a checkpoint are wanted, under which names, and which may be missing.
 
     Attributes:
         part: Only the modules under this path are wanted; all if it is empty.
         module_map: What paths of modules begin with, and what they begin with instead. The
             longest beginning that fits a path is the one.
+        allow_missing: Globs of modules that the graph may lack.
     """
 
     part: str = ""
     module_map: Mapping[str, str] = field(default_factory=dict)
+    allow_missing: Sequence[str] = ()
 
     def edits(self, edits: Sequence[Edit]) -> list[Edit]:
         """Rename the modules of edits, and keep those under the part.

@@ -7,6 +7,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import LowRank
 from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.vocabulary import refuse_other_vocabulary
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import attribute
@@ -115,6 +116,11 @@ def _check_sizes(edit: LowRank, call: LayerCall, a: Array, b: Array) -> None:
     if OPERATORS[call.node.op_type].convolves:
         fits = fits and a.shape[2:] == dims[2:]
     if not fits or a.shape[0] != b.shape[1]:
+        (reads, makes), theirs = call.sizes, (a.shape[1], b.shape[0])
+        if theirs[1] == makes:
+            refuse_other_vocabulary(edit.module, theirs[0], reads)
+        elif theirs[0] == reads:
+            refuse_other_vocabulary(edit.module, theirs[1], makes)
         raise CheckpointError(
             f"module {edit.module!r}: A {list(edit.a.shape)} and B {list(edit.b.shape)} do "
             f"not fit the base's weight {list(dims)}",

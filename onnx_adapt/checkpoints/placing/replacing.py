@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import onnx
 
-from onnx_adapt.checkpoints.edits import LowRank, Replacement
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Replacement
 from onnx_adapt.checkpoints.modules.calls import ParameterInput
 from onnx_adapt.checkpoints.modules.weights import read_matrix, read_weight
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.vocabulary import refuse_other_vocabulary
 from onnx_adapt.dtypes import DTYPES, FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.fused_bias import bias_behind
@@ -96,11 +99,7 @@ def _laid_out(edit: Replacement, path: str, place: ParameterInput, current: Arra
     if is_vector:
         value = value.reshape(current.shape)  # with axes of 1 for the places of a picture
     if value.shape != current.shape:
-        raise CheckpointError(
-            f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
-            f"{list(current.T.shape if place.transposed else current.shape)}",
-            hint="was the base exported with another head?",
-        )
+        _refuse_shape(edit, path, current.T if place.transposed else current)
     dtype = FLOATS[_elem_type(place)]
     with np.errstate(over="ignore"):
         value = np.ascontiguousarray(value, DTYPES[dtype])
@@ -110,6 +109,51 @@ def _laid_out(edit: Replacement, path: str, place: ParameterInput, current: Arra
             hint="the training diverged, or a setting of the checkpoint is out of range",
         )
     return value
+
+
+def without_copies(placement: Placement, edits: Sequence[Edit]) -> list[Edit]:
+    """Leave out the base's own weights that a checkpoint has copies of, with a warning.
+
+    A state dict that was saved whole has `q_proj.base_layer.weight` beside `q_proj.lora_A`.
+    """
+    copies = [e for e in edits if isinstance(e, Replacement) and _is_copy(placement, e)]
+    if copies:
+        _log.warning(
+            "left out base_layer.weight of %s: the base has the same weights",
+            ", ".join(edit.module for edit in copies),
+        )
+    return [edit for edit in edits if not any(edit is copy for copy in copies)]
+
+
+def _is_copy(placement: Placement, edit: Replacement) -> bool:
+    """Whether a weight that the checkpoint calls the base's own is what the graph has.
+
+    Equal is what bfloat16 rounds to the same number; the base may be stored in it.
+    """
+    if not edit.of_base or edit.parameter != "weight":
+        return False
+    for call in placement.finder.calls(placement.names[edit.module], called=False):
+        base = read_matrix(placement.model, call)
+        value = edit.value.T if OPERATORS[call.node.op_type].embeds else edit.value
+        if base.shape != value.shape:
+            return False
+        return bool((np.abs(value - base) <= _BFLOAT16 * np.abs(base)).all())
+    return False
+
+
+_BFLOAT16 = 2.0**-8
+"""How far apart, as a part of itself, a number is from its bfloat16."""
+
+
+def _refuse_shape(edit: Replacement, path: str, current: Array) -> NoReturn:
+    """Refuse a trained weight of another shape than the graph's."""
+    if edit.value.shape[1:] == current.shape[1:]:
+        refuse_other_vocabulary(edit.module, len(edit.value), len(current))
+    raise CheckpointError(
+        f"the checkpoint's {path!r} has shape {list(edit.value.shape)}; the graph's is "
+        f"{list(current.shape)}",
+        hint="was the base exported with another head?",
+    )
 
 
 def as_low_rank(placement: Placement, edit: Replacement) -> LowRank | None:

@@ -51,10 +51,11 @@ def place_reweight(placement: Placement, edit: Reweight) -> None:
     """
     inner = placement.inner_weights(edit.module)
     path = placement.names[edit.module]
-    norms = placement.finder.norm_inputs(path, "weight")
-    if norms and not inner and not placement.finder.calls(path, called=False):
-        _place_norm(placement, edit, norms[0])
-        return
+    if not inner and not placement.finder.calls(path, called=False):
+        norms = placement.finder.norm_inputs(path, "weight")
+        if norms:
+            _place_norm(placement, edit, norms[0])
+            return
     for tensor in dict.fromkeys(weight.tensor for weight in inner):
         _place_inside(placement, edit, [w for w in inner if w.tensor == tensor])
     calls = placement.calls(edit.module, needed=not inner)

@@ -61,7 +61,8 @@ def read_header(path: Path) -> Header:
         raise no_weights(path, start, error) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}", hint="write it again"
+            f"{path} is not a whole safetensors file: {error}",
+            hint="download or save it again",
         ) from error
     texts = header.pop("__metadata__", None)
     try:
@@ -70,7 +71,7 @@ def read_header(path: Path) -> Header:
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is a damaged safetensors file: its header is not of names and shapes",
-            hint="write it again",
+            hint="download or save it again",
         ) from error
     return Header(start, shapes, metadata)
 

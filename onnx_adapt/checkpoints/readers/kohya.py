@@ -15,7 +15,7 @@ from onnx_adapt.checkpoints.readers.image_keys import (
     sort_tensors,
     tensor_of,
 )
-from onnx_adapt.checkpoints.readers.lycoris import module_edits
+from onnx_adapt.checkpoints.readers.lycoris.table import module_edits
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.saved import (
     Pipeline,

@@ -104,7 +104,14 @@ def _sort_tensors(saved: Saved, kind: str, method: Method) -> _Sorted:
         part = match["part"] + ending
         if part not in method.parts:
             raise _of_another_method(key, part, kind)
-        result.modules.setdefault(match["module"], {})[part] = value
+        parts = result.modules.setdefault(match["module"], {})
+        if part in parts:
+            raise CheckpointError(
+                f"the checkpoint has {part} of module {match['module']!r} twice, the second "
+                f"time as {key!r}: it holds several adapters",
+                hint="save one alone: save_pretrained(folder, selected_adapters=[name])",
+            )
+        parts[part] = value
     return result
 
 
@@ -152,8 +159,8 @@ def _replacement(path: str, key: str, value: Array) -> Replacement:
     module, _, parameter = path.rpartition(".")
     if parameter not in ("weight", "bias") or not module:
         raise CheckpointError(f"the checkpoint has {key!r}, which is of no known kind")
-    module = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
-    return Replacement(module, parameter, value)
+    plain = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", module)
+    return Replacement(plain, parameter, value, of_base=module == f"{plain}.base_layer")
 
 
 def _parameter_edit(

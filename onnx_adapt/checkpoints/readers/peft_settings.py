@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from onnx_adapt.checkpoints.readers.saved import number
+from onnx_adapt.checkpoints.readers.saved import number, refuse_rank_zero
 from onnx_adapt.errors import CheckpointError
 
 
@@ -39,11 +39,12 @@ def alpha_of(module: str, config: Mapping[str, Any], setting: str) -> float:
 
 
 def check_rank(module: str, rank: int, config: Mapping[str, Any]) -> None:
-    """Refuse a rank that is another than the configuration's, if it has one for all modules.
+    """Refuse a rank of 0, or another than the configuration's, if it has one for all modules.
 
     Raises:
         CheckpointError: If it is.
     """
+    refuse_rank_zero(module, rank)
     if not config.get("rank_pattern") and config.get("r", rank) != rank:
         raise CheckpointError(
             f"module {module!r} has rank {rank}; the configuration says r={config['r']}"

@@ -22,6 +22,7 @@ from onnx_adapt.checkpoints.readers.keras_hub import (
     keras_hub_edits,
     read_keras_hub,
 )
+from onnx_adapt.checkpoints.readers.keys import with_plain_keys
 from onnx_adapt.checkpoints.readers.kohya import is_kohya, kohya_edits, read_kohya
 from onnx_adapt.checkpoints.readers.litgpt import is_litgpt, litgpt_edits, read_litgpt
 from onnx_adapt.checkpoints.readers.loralib import is_loralib, loralib_edits, read_loralib
@@ -201,9 +202,9 @@ def read_edits(saved: Saved) -> list[Edit]:
     refuse_damaged(saved)
     with name_damage(saved):
         edits = READERS[saved.library].edits(saved)
-    for edit in edits:
-        if isinstance(edit, LowRank):
-            refuse_rank_zero(edit.module, len(edit.a))
+        for edit in edits:
+            if isinstance(edit, LowRank):
+                refuse_rank_zero(edit.module, len(edit.a))
     return edits
 
 
@@ -217,7 +218,7 @@ def read_saved(path: Path) -> Saved:
     library = next((name for name, row in READERS.items() if row.recognises(files)), "")
     if not library:
         raise _unknown_folder(files) if files.is_folder else _unknown_file(files)
-    return replace(READERS[library].read(files), path=path)
+    return with_plain_keys(replace(READERS[library].read(files), path=path))
 
 
 def _unknown_folder(files: Files) -> CheckpointError:

@@ -61,18 +61,25 @@ def _block_diagonal(edit: LowRank, found: ModuleTensors) -> Edit:
         raise CheckpointError(f"use_bdlora {settings!r} is no setting")
     blocks = int(number(settings.get("nblocks"), "nblocks"))
     target = edit.module.rpartition(".")[2]
-    if any(name in target for name in settings.get("target_modules_bd_a") or ()):
-        return replace(edit, a=_diagonal(edit.a, blocks, edit.module))
-    if any(name in target for name in settings.get("target_modules_bd_b") or ()):
-        return replace(edit, b=_diagonal(edit.b, blocks, edit.module))
-    return edit
+    on_a, on_b = (
+        any(name in target for name in settings.get(f"target_modules_bd_{part}") or ())
+        for part in "ab"
+    )
+
+    def make(inputs: int, _: int) -> LowRank:
+        if on_a:
+            return replace(edit, a=_diagonal(edit.a, blocks, inputs, edit.module))
+        return replace(edit, b=_diagonal(edit.b, blocks, len(edit.a), edit.module))
+
+    return BySize(edit.module, make) if on_a or on_b else edit
 
 
-def _diagonal(stacked: Array, blocks: int, module: str) -> Array:
-    """Lay blocks along the diagonal: `(rows, columns / blocks)` becomes `(rows, columns)`."""
-    if blocks < 1 or len(stacked) % blocks:
+def _diagonal(stacked: Array, blocks: int, width: int, module: str) -> Array:
+    """Lay blocks along the diagonal: `(rows, width / blocks)` becomes `(rows, width)`."""
+    if blocks < 1 or len(stacked) % blocks or blocks * stacked.shape[1] != width:
         raise CheckpointError(
-            f"module {module!r}: {len(stacked)} rows cannot be cut into nblocks={blocks}"
+            f"module {module!r}: {list(stacked.shape)} is not {blocks} blocks (nblocks) of a "
+            f"matrix with {width} columns"
         )
     rows, columns = len(stacked) // blocks, stacked.shape[1]
     result = np.zeros((blocks, rows, blocks, columns))
@@ -89,13 +96,12 @@ def _of_singular_values(edit: LowRank, found: ModuleTensors) -> Edit:
 
 def _on_residual(edit: LowRank, taken: Callable[[Array, LowRank], Array]) -> Reweight:
     """A LoRA for which a part of the base is taken away: `W' = W - taken(W) + scale * BA`."""
-    change = edit.scale * (edit.b @ edit.a)
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
-        check_weight(edit.module, weight, *change.shape)
-        return weight - taken(weight, edit) + change, bias
+        check_weight(edit.module, weight, len(edit.b), edit.a.shape[1])
+        return weight - taken(weight, edit) + edit.scale * (edit.b @ edit.a), bias
 
-    return Reweight(edit.module, compute)
+    return Reweight(edit.module, compute, 2 * len(edit.a))
 
 
 def _minor(weight: Array, edit: LowRank) -> Array:

@@ -6,6 +6,7 @@ Each function brings its method to LoRA's form, `y += scale * B (A x)`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,8 +33,8 @@ def adalora_edits(found: ModuleTensors) -> Iterator[Edit]:
     first = number(found.config.get("init_r"), "init_r")
     if rank > first or (rank < first and not found.config.get("rank_pattern")):
         raise CheckpointError(
-            f"module {found.module!r} has rank {rank}; the configuration says init_r={first:g}, "
-            "and names no pruned ranks"
+            f"module {found.module!r} has rank {rank}; the configuration says "
+            f"init_r={first:g}, and names no pruned ranks"
         )
     alpha = number(found.config.get("lora_alpha", 8), "lora_alpha")
     scale = (alpha if alpha > 0 else rank) / (first + 1e-5)
@@ -42,12 +43,26 @@ def adalora_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def loha_edits(found: ModuleTensors) -> Iterator[Edit]:
     """LoHa (arXiv 2108.06098): the product, element by element, of two updates of rank r."""
-    w1, w2 = (hadamard_factor(found, number) for number in ("1", "2"))
-    rank = w1[0].shape[1]
+    (b1, a1), (b2, a2) = (hadamard_factor(found, number) for number in ("1", "2"))
+    if len(b1) != len(b2) or a1.shape[1:] != a2.shape[1:]:
+        raise CheckpointError(
+            f"module {found.module!r}: the two updates that LoHa multiplies have the sizes "
+            f"{[len(b1), *a1.shape[1:]]} and {[len(b2), *a2.shape[1:]]}"
+        )
+    rank = b1.shape[1]
     check_rank(found.module, rank, found.config)
     scale = alpha_of(found.module, found.config, "alpha") / rank
-    b, a = hadamard_product(*w1, *w2)
-    yield smaller(LowRank(found.module, a, b, scale, dilates=True))
+
+    def low_rank() -> LowRank:
+        b, a = hadamard_product(b1, a1, b2, a2)
+        return LowRank(found.module, a, b, scale, dilates=True)
+
+    def change() -> Array:
+        whole = (b @ a.reshape(len(a), -1) for b, a in ((b1, a1), (b2, a2)))
+        return np.asarray(scale * np.multiply(*whole))
+
+    sizes = rank * b2.shape[1], len(b1), int(np.prod(a1.shape[1:]))
+    yield smaller(found.module, sizes, low_rank, change)
 
 
 def hadamard_factor(found: ModuleTensors, number: str) -> tuple[Array, Array]:
@@ -69,7 +84,34 @@ def hadamard_factor(found: ModuleTensors, number: str) -> tuple[Array, Array]:
             "first two sizes have to be the rank"
         )
     right = found.read(second, rank, None)
-    return found.read(first, rank, None).T, np.einsum("ijkl,jn->inkl", kernel, right)
+    return found.read(first, rank, None).T, tucker_kernel(found.module, kernel, right)
+
+
+def tucker_kernel(module: str, core: Array, inputs: Array) -> Array:
+    """The kernel of a convolution to r channels: `sum over j of core[i, j] * inputs[j]`.
+
+    Args:
+        module: The module.
+        core: `(r, r, kh, kw)`: the core of a Tucker decomposition.
+        inputs: `(r, in)`.
+
+    Returns:
+        `(r, in, kh, kw)`.
+
+    Raises:
+        CheckpointError: If it would be larger than any kernel is.
+    """
+    if core.size // max(1, len(core)) * inputs.shape[1] > _LARGEST_KERNEL:
+        raise CheckpointError(
+            f"module {module!r}: a kernel of {list(core.shape)} and {list(inputs.shape)} "
+            "would be larger than any convolution's",
+            hint="the file is damaged: download or save it again",
+        )
+    return np.asarray(np.einsum("ij...,jn->in...", core, inputs))
+
+
+_LARGEST_KERNEL = 2**28
+"""Numbers in the kernel of an update; those of Stable Diffusion have some millions."""
 
 
 def hadamard_product(b1: Array, a1: Array, b2: Array, a2: Array) -> tuple[Array, Array]:
@@ -89,15 +131,7 @@ def hadamard_product(b1: Array, a1: Array, b2: Array, a2: Array) -> tuple[Array,
 
     Returns:
         `(out, r1 * r2)` and `(r1 * r2, in, ...)`.
-
-    Raises:
-        CheckpointError: If they are of different sizes.
     """
-    if len(b1) != len(b2) or a1.shape[1:] != a2.shape[1:]:
-        raise CheckpointError(
-            f"the two updates to multiply have the sizes {[len(b1), *a1.shape[1:]]} and "
-            f"{[len(b2), *a2.shape[1:]]}"
-        )
     rank = b1.shape[1] * b2.shape[1]
     b = (b1[:, :, None] * b2[:, None, :]).reshape(-1, rank)
     return b, (a1[:, None] * a2[None]).reshape(rank, *a1.shape[1:])
@@ -138,6 +172,30 @@ def gralora_edits(found: ModuleTensors) -> Iterator[Edit]:
             f"module {found.module!r}: the rank {rank} of gralora_A cannot be cut into its "
             f"{blocks} blocks"
         )
+    outputs, inputs = blocks * second.shape[2], blocks * width
+    general = _general_part(found, outputs, inputs)
+    hybrid = len(general[1])
+    scale = number(found.config["alpha"], "alpha") / (rank + hybrid)
+
+    def low_rank() -> LowRank:
+        b, a = _scattered(first, second)
+        both = np.concatenate([a, general[1]]), np.concatenate([b, general[0]], axis=1)
+        return LowRank(found.module, *both, scale)
+
+    def change() -> Array:
+        units = first.reshape(blocks, width, blocks, -1)  # [n, :, m] goes from n to m
+        rows = second.reshape(blocks, blocks, -1, second.shape[2])  # [m, n] as well
+        by_block = np.einsum("nims,mnso->moni", units, rows, optimize=True)
+        whole = by_block.reshape(outputs, inputs) + general[0] @ general[1]
+        return np.asarray(scale * whole)
+
+    sizes = blocks * rank + hybrid, outputs, inputs
+    yield smaller(found.module, sizes, low_rank, change)
+
+
+def _scattered(first: Array, second: Array) -> tuple[Array, Array]:
+    """GraLoRA's blocks as B `(out, k * r)` and A `(k * r, in)`, zero between them."""
+    blocks, width, rank = first.shape
     part, height = rank // blocks, second.shape[2]
     a = np.zeros((blocks, rank, blocks, width))
     b = np.zeros((blocks, height, blocks, rank))
@@ -146,20 +204,21 @@ def gralora_edits(found: ModuleTensors) -> Iterator[Edit]:
         for m in range(blocks):
             units = slice(m * part, (m + 1) * part)
             b[m, :, n, units] = second[m, n * part : (n + 1) * part].T
-    a, b = a.reshape(blocks * rank, -1), b.reshape(-1, blocks * rank)
-    hybrid = 0
-    if "gralora_A_general" in found.parts:
-        general = found.read("gralora_A_general", None, a.shape[1])
-        hybrid = len(general)
-        a = np.concatenate([a, general])
-        b = np.concatenate([b, found.read("gralora_B_general", len(b), hybrid)], axis=1)
-    if found.config.get("hybrid_r", hybrid) != hybrid:
+    return b.reshape(-1, blocks * rank), a.reshape(blocks * rank, -1)
+
+
+def _general_part(found: ModuleTensors, outputs: int, inputs: int) -> tuple[Array, Array]:
+    """The LoRA of the whole weight beside GraLoRA's blocks; of rank 0 without one."""
+    b, a = np.zeros((outputs, 0)), np.zeros((0, inputs))
+    if {"gralora_A_general", "gralora_B_general"} & found.parts.keys():
+        a = found.read("gralora_A_general", None, inputs)
+        b = found.read("gralora_B_general", outputs, len(a))
+    if found.config.get("hybrid_r", len(a)) != len(a):
         raise CheckpointError(
-            f"module {found.module!r} has a general rank of {hybrid}; the configuration says "
+            f"module {found.module!r} has a general rank of {len(a)}; the configuration says "
             f"hybrid_r={found.config['hybrid_r']}"
         )
-    alpha = number(found.config["alpha"], "alpha")
-    yield smaller(LowRank(found.module, a, b, alpha / (rank + hybrid)))
+    return b, a
 
 
 def miss_edits(found: ModuleTensors) -> Iterator[Edit]:
@@ -184,3 +243,8 @@ def miss_edits(found: ModuleTensors) -> Iterator[Edit]:
         return LowRank(found.module, a.astype(np.float64), b, 1.0)
 
     yield BySize(found.module, make)
+
+
+def bone_edits(found: ModuleTensors) -> Iterator[Edit]:
+    """Bone, which is what older releases of PEFT call MiSS."""
+    yield from miss_edits(replace(found, parts={"miss_block": found.parts["bone_block"]}))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_adapt.checkpoints.edits import Edit, Reweight, Weighed
+from onnx_adapt.checkpoints.edits import Edit, LowRank, Reweight, Weighed
 from onnx_adapt.checkpoints.readers.peft_methods.sizes import check_weight
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
-from onnx_adapt.checkpoints.readers.saved import number
+from onnx_adapt.checkpoints.readers.saved import number, refuse_rank_zero
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def deft_edits(found: ModuleTensors) -> Iterator[Edit]:
             change += scale * added
         return weight + q @ change, bias
 
-    yield Reweight(module, compute)
+    yield Reweight(module, compute, rank)
 
 
 def _projection(p: Array, method: str) -> tuple[Array, Array]:
@@ -72,17 +72,18 @@ def supertuning_edits(found: ModuleTensors) -> Iterator[Edit]:
             )
         trained[indices] += values
         if low_rank is not None:
-            check_weight(module, weight, *low_rank.shape)
-            trained += low_rank.reshape(-1)
+            check_weight(module, weight, len(low_rank.b), low_rank.a.shape[1])
+            trained += low_rank.scale * (low_rank.b @ low_rank.a).reshape(-1)
         return trained.reshape(weight.shape), bias
 
     yield Reweight(module, compute)
 
 
-def _added_lora(found: ModuleTensors) -> Array | None:
-    """The LoRA beside the sparse values, as a matrix `(out, in)`; None without one."""
-    if "supertuning_lora_A" not in found.parts:
+def _added_lora(found: ModuleTensors) -> LowRank | None:
+    """The LoRA beside the sparse values; None without one."""
+    if not {"supertuning_lora_A", "supertuning_lora_B"} & found.parts.keys():
         return None
     a = found.read("supertuning_lora_A", None, None)
     b = found.read("supertuning_lora_B", None, len(a))
-    return number(found.config["lora_alpha"], "lora_alpha") / len(a) * (b @ a)
+    refuse_rank_zero(found.module, len(a))
+    return LowRank(found.module, a, b, number(found.config["lora_alpha"], "alpha") / len(a))

@@ -63,8 +63,13 @@ def _scaled_projections(
                 f"{[outputs, inputs]}",
                 hint="is it an adapter for another size of this model?",
             )
-        own = a[:, :inputs] * d[:, None], b[:outputs] * vector[:, None]
-        return smaller(LowRank(found.module, *own, 1.0))
+        own_a, own_b = a[:, :inputs] * d[:, None], b[:outputs] * vector[:, None]
+        return smaller(
+            found.module,
+            (len(d), outputs, inputs),
+            lambda: LowRank(found.module, own_a, own_b, 1.0),
+            lambda: own_b @ own_a,
+        )
 
     return BySize(found.module, make)
 
@@ -76,29 +81,52 @@ def vblora_edits(found: ModuleTensors) -> Iterator[Edit]:
     logits of A are `(r, in / length, vectors)`, those of B `(out / length, r, vectors)`.
     """
     bank = found.read_shared("vblora_vector_bank", None, None)
-    a, b = (_pieces(found, f"vblora_logits_{name}", bank) for name in "AB")
-    b = np.swapaxes(b, 1, 2).reshape(-1, b.shape[1])  # (out / length, r, length) before
-    yield LowRank(found.module, a.reshape(len(a), -1), b, 1.0)
+    length = bank.shape[1]
+    (of_a, shares_a), (of_b, shares_b) = (
+        _shares(found, f"vblora_logits_{name}", len(bank)) for name in "AB"
+    )
+
+    def make(inputs: int, outputs: int) -> LowRank:
+        rank, pieces = of_a.shape[:2]
+        if (pieces * length, len(of_b) * length, of_b.shape[1]) != (inputs, outputs, rank):
+            raise CheckpointError(
+                f"module {found.module!r}: logits for {len(of_b)} x {pieces} pieces of "
+                f"{length} numbers do not fit the base's weight {[outputs, inputs]}",
+                hint="is it an adapter for another size of this model?",
+            )
+        a, b = _mixed(bank, of_a, shares_a), _mixed(bank, of_b, shares_b)
+        b = np.swapaxes(b, 1, 2).reshape(outputs, rank)  # (out / length, r, length) before
+        return LowRank(found.module, a.reshape(rank, inputs), b, 1.0)
+
+    yield BySize(found.module, make)
 
 
-def _pieces(found: ModuleTensors, part: str, bank: Array) -> Array:
-    """Mix vectors of the bank for each piece: `(n, m, vectors)` becomes `(n, m, length)`."""
+def _mixed(bank: Array, chosen: Array, shares: Array) -> Array:
+    """Mix vectors for each piece: `(n, m, topk)` choices become `(n, m, length)`."""
+    mixed = np.zeros((*chosen.shape[:2], bank.shape[1]))
+    for i in range(chosen.shape[2]):
+        mixed += shares[..., i, None] * bank[chosen[..., i]]
+    return mixed
+
+
+def _shares(found: ModuleTensors, part: str, vectors: int) -> tuple[Array, Array]:
+    """Which vectors each piece mixes, and how much of each: both `(n, m, topk)`."""
     if f"{part}_topk_indices" in found.parts:  # save_only_topk_weights
         chosen = found.read(f"{part}_topk_indices", None, None, None).astype(np.int64)
         n, m, topk = chosen.shape
         but_one = found.read(f"{part}_topk_weights", n, m, topk - 1)
-        weights = np.concatenate([but_one, 1 - but_one.sum(-1, keepdims=True)], axis=-1)
+        shares = np.concatenate([but_one, 1 - but_one.sum(-1, keepdims=True)], axis=-1)
     else:
-        logits = found.read(part, None, None, len(bank))
+        logits = found.read(part, None, None, vectors)
         topk = int(found.config["topk"])
-        if not 0 < topk <= len(bank):
-            raise CheckpointError(f"topk={topk} of {len(bank)} vectors is no setting")
+        if not 0 < topk <= vectors:
+            raise CheckpointError(f"topk={topk} of {vectors} vectors is no setting")
         chosen = np.argsort(-logits, axis=-1, kind="stable")[..., :topk]
         best = np.take_along_axis(logits, chosen, axis=-1)
-        weights = np.exp(best - best.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-    _check_indices(found, part, chosen, len(bank))
-    return np.asarray((weights[..., None] * bank[chosen]).sum(axis=-2))
+        shares = np.exp(best - best.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+    _check_indices(found, part, chosen, vectors)
+    return chosen, shares
 
 
 def unilora_edits(found: ModuleTensors) -> Iterator[Edit]:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
 from onnx_adapt.checkpoints.edits import LowRank, Reweight, Weighed
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
 
 
-def smaller(edit: LowRank) -> LowRank | Reweight:
-    """A low-rank update as it is, or as a weight where its factors have more numbers.
+def smaller(
+    module: str,
+    sizes: tuple[int, int, int],
+    low_rank: Callable[[], LowRank],
+    change: Callable[[], Array],
+) -> LowRank | Reweight:
+    """Ask for an update in its smaller form: its factors, or the weight that it makes.
 
     For example LoHa of rank 16 has factors of rank 256. On a layer of 384 x 384 they have
-    196608 numbers, and the weight has 147456.
+    196608 numbers, and the weight has 147456. The other form is not computed.
+
+    Args:
+        module: The module.
+        sizes: The rank, `out`, and `in`, for a Conv2d `in * kh * kw`.
+        low_rank: Makes the factors.
+        change: Makes what is added to the weight.
     """
-    inputs, outputs = int(np.prod(edit.a.shape[1:])), len(edit.b)
-    if len(edit.a) * (inputs + outputs) <= inputs * outputs:
-        return edit
-    change = edit.scale * (edit.b.reshape(outputs, -1) @ edit.a.reshape(-1, inputs))
+    rank, outputs, inputs = sizes
+    if rank * (inputs + outputs) <= inputs * outputs:
+        return low_rank()
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
-        check_weight(edit.module, weight, outputs, inputs)
-        return weight + change.reshape(weight.shape), bias
+        check_weight(module, weight, outputs, inputs)
+        return weight + change().reshape(weight.shape), bias
 
-    return Reweight(edit.module, compute)
+    return Reweight(module, compute)
 
 
 def check_weight(module: str, weight: Array, outputs: int, inputs: int) -> None:

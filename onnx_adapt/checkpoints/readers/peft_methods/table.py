@@ -13,6 +13,7 @@ from onnx_adapt.checkpoints.readers.peft_methods.biases_and_norms import (
 from onnx_adapt.checkpoints.readers.peft_methods.lora import ia3_edits, lora_edits
 from onnx_adapt.checkpoints.readers.peft_methods.low_rank import (
     adalora_edits,
+    bone_edits,
     delora_edits,
     gralora_edits,
     loha_edits,
@@ -62,6 +63,7 @@ METHODS: dict[str, Method] = {
     "IA3": Method(parts=("ia3_l",), edits=ia3_edits),
     "ADALORA": Method(parts=("lora_A", "lora_B", "lora_E"), edits=adalora_edits),
     "BEFT": Method(parts=("beft_bias",), edits=beft_edits),
+    "BONE": Method(parts=("bone_block",), edits=bone_edits),
     "DEFT": Method(parts=("deft_P", "deft_R"), edits=deft_edits),
     "DELORA": Method(
         parts=("delora_A", "delora_B", "delora_lambda", "delora_w_norm"), edits=delora_edits

@@ -1,0 +1,1 @@
+"""The methods of LyCORIS and sd-scripts: what the tensors of one module ask for."""
