@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -223,6 +224,31 @@ def config(data: bytes) -> None:
     read_edits(read_saved(place))
 
 
+def gguf(data: bytes) -> None:
+    """A GGUF file of a LoRA, beside the configuration of its base."""
+    place = FOLDER / "gguf"
+    place.mkdir(exist_ok=True)
+    base = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    (place / "config.json").write_text(json.dumps(base))
+    (place / "a.gguf").write_bytes(data)
+    read_edits(read_saved(place))
+
+
+def nemo(data: bytes) -> None:
+    """A `.nemo` archive, or after an even byte the settings of one."""
+    odd, data = _told(data)
+    path = FOLDER / "a.nemo"
+    path.write_bytes(data)
+    if not odd:
+        weights = CORPUS.parent / "nemo_weights.ckpt"
+        with tarfile.open(path, "w") as archive:
+            archive.add(weights, "model_weights.ckpt")
+            info = tarfile.TarInfo("model_config.yaml")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    read_edits(read_saved(path))
+
+
 def choice(data: bytes) -> None:
     """What `run --blend` and `run --rows` are given."""
     from click import UsageError
@@ -241,7 +267,19 @@ def choice(data: bytes) -> None:
 READERS: dict[str, Callable[[bytes], None]] = {
     reader.__name__: reader
     for reader in (
-        *(model, graph, manifest, onnx_adapter, safetensors, npz, pickle, config, choice),
+        *(
+            model,
+            graph,
+            manifest,
+            onnx_adapter,
+            safetensors,
+            npz,
+            pickle,
+            config,
+            gguf,
+            nemo,
+            choice,
+        ),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import Edit
 from onnx_adapt.checkpoints.readers.factors import low_rank, refuse_others, sort_by_module
 from onnx_adapt.checkpoints.readers.files import Files
+from onnx_adapt.checkpoints.readers.gguf_file import MAGIC, TensorPlace, read_gguf_header
 from onnx_adapt.checkpoints.readers.head_rows import count_heads, halves_of_pairs
 from onnx_adapt.checkpoints.readers.optional import optional_library
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
@@ -93,7 +95,7 @@ def is_gguf(files: Files) -> bool:
 def _file(files: Files) -> Path | None:
     """The GGUF file among files: by its name in a folder, by its first bytes alone."""
     if not files.is_folder:
-        return files.path if files.header(files.file).start[:4] == b"GGUF" else None
+        return files.path if files.header(files.file).start[:4] == MAGIC else None
     found = [name for name in sorted(files.names) if name.endswith(".gguf")]
     if len(found) > 1:
         raise CheckpointError(
@@ -113,10 +115,10 @@ def read_gguf(files: Files) -> Saved:
     assert path is not None  # is_gguf
     library = optional_library("gguf", "gguf", str(path))
     try:
-        reader = library.GGUFReader(path)
-        settings = {name: _value(field) for name, field in reader.fields.items()}
-        tensors = {tensor.name: _dequantised(library, tensor) for tensor in reader.tensors}
-    except (ValueError, LookupError, TypeError, OSError, OverflowError, MemoryError) as error:
+        data = memoryview(path.read_bytes())
+        settings, places = read_gguf_header(data)
+        tensors = {name: _dequantised(library, data, place) for name, place in places.items()}
+    except (ValueError, LookupError, TypeError, OSError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is a damaged GGUF file: {error}", hint="convert the adapter again"
         ) from error
@@ -128,13 +130,12 @@ def read_gguf(files: Files) -> Saved:
     return Saved(files.path, "gguf", {**settings, _BASE: files.config("config.json")}, tensors)
 
 
-def _value(field: Any) -> Any:
-    """A text or a number of the file; of an array only that it is one."""
-    return field.contents() if len(field.types) == 1 else "an array"
-
-
-def _dequantised(library: Any, tensor: Any) -> Array:
-    return np.array(library.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+def _dequantised(library: Any, data: memoryview, place: TensorPlace) -> Array:
+    """The numbers of a tensor of any type that the package knows, as float32."""
+    kind = library.GGMLQuantizationType(place.kind)
+    shape = library.quant_shape_to_byte_shape(place.shape, kind)
+    raw = np.frombuffer(data[place.start : place.start + math.prod(shape)], np.uint8)
+    return np.array(library.dequantize(raw.reshape(shape), kind), np.float32)
 
 
 def gguf_edits(saved: Saved) -> list[Edit]:
