@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from slot_models import cli, run
 
 import onnx_adapt as oa
+from onnx_adapt.checkpoints.edits import LowRank
+from onnx_adapt.checkpoints.modules.packed import unpack
 from onnx_adapt.errors import CheckpointError
 
 WIDTHS = {"q_proj": 8, "k_proj": 4, "v_proj": 4}
@@ -222,3 +224,10 @@ def test_the_modules_of_a_packed_layer_are_found_by_their_weights(tmp_path: Path
     made = _on(oa.insert_checkpoint(base, checkpoint), checkpoint.adapter)
     for output, expected in zip(made, _peft(lora), strict=True):
         np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_may_go_through_the_heads_are_not_cut() -> None:
+    edit = LowRank("attention.query_key_value", np.ones((2, 6)), np.ones((12, 2)), 1.0)
+    sizes = {f"attention.{name}": 4 for name in ("query", "key", "value")}
+    with pytest.raises(CheckpointError, match="the file does not tell which"):
+        list(unpack(edit, sizes))

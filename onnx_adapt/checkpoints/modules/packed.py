@@ -37,6 +37,10 @@ _PACKED = {
 """Names of modules whose columns are those of others, one after the other, and their names."""
 
 
+_INTERLEAVED = ("query_key_value",)
+"""Names of packed modules whose rows some models order by heads."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
     """A layer that computes several modules side by side.
@@ -162,6 +166,13 @@ def unpack(edit: Edit, sizes: Mapping[str, int]) -> Iterator[Edit]:
         CheckpointError: If they are not as many as the edit is for.
     """
     total = sum(sizes.values())
+    if edit.module.rpartition(".")[2] in _INTERLEAVED:
+        raise CheckpointError(
+            f"{edit.module!r} of the checkpoint is {len(sizes)} modules in the graph; rows "
+            "may go through the heads (GPT-NeoX, BLOOM, Falcon) or through the modules "
+            "(ChatGLM), and the file does not tell which",
+            hint="export the base with this module in one piece",
+        )
     for module, (start, end) in zip(sizes, spans_of(list(sizes.values())), strict=True):
         match edit:
             case LowRank() if edit.b.shape[0] == total and edit.gate is None:
