@@ -159,7 +159,7 @@ def glora_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     def path(name: str) -> Array:
         """A product of two, a vector, a number, or the zeros of what was not trained."""
-        if f"{name}.Xd" in found.parts:
+        if {f"{name}.Xd", f"{name}.Xu"} & found.parts.keys():
             return found.part(f"{name}.Xd") @ found.part(f"{name}.Xu")
         given = [part for part in (f"{name}.X", f"{name}.zeros") if part in found.parts]
         return found.part(given[0]) if given else np.zeros(1)
