@@ -147,6 +147,8 @@ def bat_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     def added(weight: Array) -> Array:
         makes, reads = weight.shape
+        if len(trained) * size != makes:
+            raise ValueError(f"{len(trained)} blocks of {size}")
         blocks = weight.reshape(makes // size, size, reads // size, size).transpose(2, 0, 1, 3)
         result = blocks @ trained + trained
         return np.asarray(result.transpose(1, 2, 0, 3).reshape(weight.shape))
@@ -210,6 +212,8 @@ def osf_edits(found: ModuleTensors) -> Iterator[Edit]:
     def added(weight: Array) -> Array:
         left, sizes, right = np.linalg.svd(weight, full_matrices=False)
         kept = len(sizes) - len(s)
+        if not len(s) or (u.shape[0], v.shape[1]) != weight.shape:
+            raise ValueError(f"{len(s)} singular values of {u.shape}")
         return np.asarray((u * s) @ v - (left[:, kept:] * sizes[kept:]) @ right[kept:])
 
     yield adding(found.module, added, 2 * len(s))
