@@ -13,6 +13,7 @@ from onnx_adapt.checkpoints.placing.changes import as_low_rank_slot, change_of
 from onnx_adapt.checkpoints.readers.peft import peft_edits
 from onnx_adapt.checkpoints.readers.saved import Saved
 from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import CheckpointError
 
 FILE = Path(__file__).parents[1] / "cases/peft_deltas.npz"
 
@@ -76,3 +77,23 @@ def test_a_change_of_low_rank_is_a_slot_that_is_as_exact() -> None:
     assert isinstance(slot, LowRank)
     assert slot.a.shape[0] <= 4
     np.testing.assert_allclose(slot.b @ slot.a, change.added, atol=1e-12)
+
+
+@pytest.mark.parametrize("damage", ["empty", "scalar", "nan", "half"])
+@pytest.mark.parametrize(
+    "name", ["oft", "boft", "hra", "road_1", "lokr", "hira", "shira", "c3a_tall", "miss_bat",
+             "glora_lora", "peanut_1", "osf_tall", "fourierft", "waveft"]
+)  # fmt: skip
+def test_damaged_tensors_are_refused(name: str, damage: str) -> None:
+    def damaged(value: Array) -> Array:
+        if damage == "nan":
+            return np.full_like(value, np.nan) if value.dtype.kind == "f" else value
+        made = {"empty": np.zeros(0), "scalar": np.zeros(()), "half": value[: len(value) // 2]}
+        return made[damage].astype(value.dtype)
+
+    variant = VARIANTS[name]
+    tensors = {key: damaged(value) for key, value in variant["tensors"].items()}
+    with pytest.raises(
+        (CheckpointError, ValueError, IndexError, TypeError, ZeroDivisionError)
+    ):
+        change_of(_edit({**variant, "tensors": tensors}), *_given(variant))

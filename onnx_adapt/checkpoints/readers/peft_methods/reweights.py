@@ -147,6 +147,8 @@ def bat_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     def added(weight: Array) -> Array:
         makes, reads = weight.shape
+        if len(trained) * size != makes:
+            raise ValueError(f"{len(trained)} blocks of {size}")
         blocks = weight.reshape(makes // size, size, reads // size, size).transpose(2, 0, 1, 3)
         result = blocks @ trained + trained
         return np.asarray(result.transpose(1, 2, 0, 3).reshape(weight.shape))
@@ -159,7 +161,7 @@ def glora_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     def path(name: str) -> Array:
         """A product of two, a vector, a number, or the zeros of what was not trained."""
-        if f"{name}.Xd" in found.parts:
+        if {f"{name}.Xd", f"{name}.Xu"} & found.parts.keys():
             return found.part(f"{name}.Xd") @ found.part(f"{name}.Xu")
         given = [part for part in (f"{name}.X", f"{name}.zeros") if part in found.parts]
         return found.part(given[0]) if given else np.zeros(1)
@@ -210,6 +212,8 @@ def osf_edits(found: ModuleTensors) -> Iterator[Edit]:
     def added(weight: Array) -> Array:
         left, sizes, right = np.linalg.svd(weight, full_matrices=False)
         kept = len(sizes) - len(s)
+        if not len(s) or (u.shape[0], v.shape[1]) != weight.shape:
+            raise ValueError(f"{len(s)} singular values of {u.shape}")
         return np.asarray((u * s) @ v - (left[:, kept:] * sizes[kept:]) @ right[kept:])
 
     yield adding(found.module, added, 2 * len(s))

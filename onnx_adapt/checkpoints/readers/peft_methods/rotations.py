@@ -46,6 +46,8 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
                 hint="train the adapter without this module, or merge it in PyTorch",
             )
         groups = weight.reshape(len(weight), -1, turns.shape[-1])
+        if not config.get("block_share") and len(turns) != groups.shape[1]:
+            raise ValueError(f"{len(turns)} blocks for {groups.shape[1]}")
         each = np.broadcast_to(turns, (groups.shape[1], *turns.shape[1:]))
         equation = "ogk,gkc->ogc" if embeds else "ogc,gkc->ogk"
         return np.einsum(equation, groups, each, optimize=True).reshape(weight.shape), bias

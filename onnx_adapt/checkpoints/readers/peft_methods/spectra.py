@@ -109,6 +109,15 @@ def _scaling(found: ModuleTensors, default: float) -> float:
 
 
 def _seed(found: ModuleTensors) -> int:
+    """The seed of the places, of which there are as many as values in a whole file."""
+    config = found.config
+    (values,) = found.parts.values()
+    varies = config.get("n_frequency_pattern") or config.get("proportional_parameters")
+    if not varies and config.get("n_frequency", values.size) != values.size:
+        raise CheckpointError(
+            f"module {found.module!r} has {values.size} coefficients; the configuration says "
+            f"n_frequency={config['n_frequency']}"
+        )
     seed = found.config.get("random_loc_seed", 777)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise CheckpointError(f"random_loc_seed is {seed!r}, which is no seed")
