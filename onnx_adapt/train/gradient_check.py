@@ -1,0 +1,126 @@
+"""Hold the gradients of a step model against differences of its loss, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import GradientError
+from onnx_adapt.train.data import Dataset
+from onnx_adapt.train.engine import Engine
+
+# A gradient g says that a small move d of a weight changes the loss by the sum of g * d. The
+# check moves each weight both ways, along its own gradient and in a random direction, and
+# compares the change of the loss, `L(w + d) - L(w - d)`, with twice that sum. The loss is
+# computed in float32, so a move has to be large enough for its change to stand out, and small
+# enough that the loss is straight: the steps are tried from large to small, and the best
+# agreement counts. A wrong gradient agrees at no step.
+
+STEPS = (3e-2, 1e-2, 3e-3, 1e-3)
+"""How far a weight is moved, relative to its norm."""
+
+TOLERANCE = 0.05
+"""How far the two may be apart, relative to the larger; rounding comes on top of it."""
+
+_NOISE = 16 * float(np.finfo(np.float32).eps)
+"""How far apart two losses in float32 may be that ought to be equal, relative to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How well the gradient of one weight agrees with differences.
+
+    Attributes:
+        weight: The weight.
+        expected: The change of the loss that the gradient tells.
+        found: The change of the loss.
+        noise: How far rounding may have taken it.
+    """
+
+    weight: str
+    expected: float
+    found: float
+    noise: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two are as close as they have to be."""
+        largest = max(abs(self.expected), abs(self.found))
+        return abs(self.expected - self.found) <= TOLERANCE * largest + self.noise
+
+
+def check_gradients(
+    engine: Engine, weights: Mapping[str, Array], batch: Dataset, seed: int = 0
+) -> list[Checked]:
+    """Compare the gradient of each weight with differences of the loss.
+
+    Args:
+        engine: The step model.
+        weights: Where to check; small random numbers are added, because some gradients are
+            zero where an adapter starts.
+        batch: Samples.
+        seed: Seed of the random numbers.
+
+    Raises:
+        GradientError: If a gradient does not agree.
+    """
+    rng = np.random.default_rng(seed)
+    moved = {name: _moved(value, rng) for name, value in weights.items()}
+    grads = engine.run(moved, batch).grads
+    checks = []
+    for name, grad in grads.items():
+        random = np.asarray(rng.standard_normal(grad.shape), np.float32)
+        for direction in (grad, random):
+            if np.any(direction):
+                checks.append(_checked(engine, moved, batch, name, grad, direction))
+    if wrong := [item for item in checks if not item.agrees]:
+        raise GradientError(
+            f"the gradient of {wrong[0].weight!r} says that the loss changes by "
+            f"{wrong[0].expected:.3g}, and it changes by {wrong[0].found:.3g}",
+            hint="please report this model; `--no-check` trains all the same",
+        )
+    return checks
+
+
+def _moved(value: Array, rng: np.random.Generator) -> Array:
+    scale = max(float(np.abs(value).mean()), 0.02)
+    return np.asarray(value + scale * rng.standard_normal(value.shape), value.dtype)
+
+
+def _checked(
+    engine: Engine,
+    weights: Mapping[str, Array],
+    batch: Dataset,
+    name: str,
+    grad: Array,
+    direction: Array,
+) -> Checked:
+    """The best agreement of all steps."""
+    weight = weights[name]
+    unit = direction / np.linalg.norm(direction)
+    size = max(float(np.linalg.norm(weight)), 1e-3)
+    tried = []
+    for step in STEPS:
+        move = (step * size * unit).astype(np.float32)
+        losses = [
+            engine.loss({**weights, name: weight + sign * move}, batch) for sign in (1, -1)
+        ]
+        expected = 2 * float(np.vdot(grad.astype(np.float64), move))
+        noise = _NOISE * max(abs(loss) for loss in losses)
+        tried.append(Checked(name, expected, losses[0] - losses[1], noise))
+        if tried[-1].agrees:
+            return tried[-1]
+    return min(tried, key=_apart)
+
+
+def _apart(item: Checked) -> float:
+    return abs(item.expected - item.found) / max(abs(item.expected), abs(item.found), 1e-30)
+
+
+def worst(checks: Sequence[Checked]) -> float:
+    """The largest relative distance of a gradient from differences that stand out."""
+    clear = [item for item in checks if abs(item.expected) > 100 * item.noise]
+    return max(map(_apart, clear), default=0.0)
