@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnx_adapt.graph.gradients.convolutions import CONVOLUTIONS
 from onnx_adapt.graph.gradients.moving import MOVING
 from onnx_adapt.graph.gradients.norms import NORMS
 from onnx_adapt.graph.gradients.pointwise import POINTWISE
@@ -9,7 +10,14 @@ from onnx_adapt.graph.gradients.products import PRODUCTS
 from onnx_adapt.graph.gradients.reductions import REDUCTIONS
 from onnx_adapt.graph.gradients.rule import Rule
 
-RULES: dict[str, Rule] = {**POINTWISE, **PRODUCTS, **REDUCTIONS, **NORMS, **MOVING}
+RULES: dict[str, Rule] = {
+    **POINTWISE,
+    **PRODUCTS,
+    **REDUCTIONS,
+    **NORMS,
+    **CONVOLUTIONS,
+    **MOVING,
+}
 """The rules by operator. To add an operator is to add a row to one of these."""
 
 FLAT = frozenset(

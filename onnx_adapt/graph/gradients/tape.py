@@ -117,8 +117,7 @@ class Tape:
 
     def number(self, value: float, like: str) -> str:
         """A scalar constant of the element type of a tensor."""
-        dtype = helper.tensor_dtype_to_np_dtype(self.elem_type(like))
-        return self.constant(np.array(value).astype(dtype))
+        return self.constant(np.array(value).astype(self.dtype(like)))
 
     # What is known of a tensor.
 
@@ -132,6 +131,10 @@ class Tape:
         if not found:
             raise GradientError(f"the element type of tensor {tensor!r} is not known")
         return found
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """The numpy type of a tensor's numbers."""
+        return helper.tensor_dtype_to_np_dtype(self.elem_type(tensor))
 
     def shape(self, tensor: str) -> Shape:
         """The shape of a tensor of the forward graph, as far as it is known.
