@@ -93,10 +93,16 @@ def _spread(
     return tape.add("Pad", whole, tape.joined(none, start, none, end))
 
 
-def conv(tape: Tape, step: Step) -> Grads:
-    """Convolution over any number of axes, grouped or not."""
-    x, weight = step.input(0), step.input(1)
-    shape = tape.shape(weight)
+def conv(tape: Tape, step: Step, weight: str = "") -> Grads:
+    """Convolution over any number of axes, grouped or not.
+
+    Args:
+        tape: Where nodes are added.
+        step: The node.
+        weight: The kernel in floats, if the node's own is not.
+    """
+    x, weight = step.input(0), weight or step.input(1)
+    shape = tape.shape(step.input(1))
     kernel = tuple(size for size in shape[2:] if isinstance(size, int))
     if len(kernel) < len(shape) - 2:
         raise step.refuse("the size of its kernel is not known")

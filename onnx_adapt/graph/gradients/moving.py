@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.gradients.rule import Grads, Rule, Step, only
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 
@@ -20,8 +21,11 @@ def transpose(tape: Tape, step: Step) -> Grads:
 
 
 def cast(tape: Tape, step: Step) -> Grads:
-    """Cast and CastLike between floats."""
-    return only(tape.cast(step.grad, tape.elem_type(step.input())))
+    """Cast and CastLike: to integers there is no gradient, from them it stays as it is."""
+    if tape.elem_type(step.output) not in FLOATS:
+        return only(None)
+    kind = tape.elem_type(step.input())
+    return only(tape.cast(step.grad, kind) if kind in FLOATS else step.grad)
 
 
 def expand(tape: Tape, step: Step) -> Grads:

@@ -132,7 +132,7 @@ def _go_back(
     if not any(grads):
         return
     rule = RULES.get(node.op_type)
-    wanted = tuple(name in changing and _is_float(tape, name) for name in node.input)
+    wanted = tuple(name in changing and _has_gradient(tape, name) for name in node.input)
     step = Step(node, grads, wanted)
     if rule is None:
         raise GradientError(
@@ -158,5 +158,14 @@ def _total(tape: Tape, collected: dict[str, list[str]], tensor: str) -> str:
     return grads[0] if grads else ""
 
 
-def _is_float(tape: Tape, tensor: str) -> bool:
-    return tape.elem_type(tensor) in FLOATS
+def _has_gradient(tape: Tape, tensor: str) -> bool:
+    """Whether a tensor holds floats, or the integers of a quantised layer."""
+    kind = tape.elem_type(tensor)
+    return kind in FLOATS or kind in _QUANTISED
+
+
+_QUANTISED = {
+    *(onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT16),
+    *(onnx.TensorProto.UINT16, onnx.TensorProto.INT32),
+}
+"""Types of the integers that quantised layers read and make."""

@@ -7,6 +7,7 @@ from onnx_adapt.graph.gradients.moving import MOVING
 from onnx_adapt.graph.gradients.norms import NORMS
 from onnx_adapt.graph.gradients.pointwise import POINTWISE
 from onnx_adapt.graph.gradients.products import PRODUCTS
+from onnx_adapt.graph.gradients.quantised import QUANTISED
 from onnx_adapt.graph.gradients.reductions import REDUCTIONS
 from onnx_adapt.graph.gradients.rule import Rule
 
@@ -16,6 +17,7 @@ RULES: dict[str, Rule] = {
     **REDUCTIONS,
     **NORMS,
     **CONVOLUTIONS,
+    **QUANTISED,
     **MOVING,
 }
 """The rules by operator. To add an operator is to add a row to one of these."""
