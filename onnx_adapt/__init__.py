@@ -69,6 +69,7 @@ _HOMES = {
     "remove": "edit.remove",
     "save_adapter": "adapter.files",
     "save_model": "model.file",
+    "train": "training.train",
     "verify": "proof.verify",
 }
 
@@ -103,6 +104,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "save_model",
+    "train",
     "verify",
 ]
 

@@ -17,7 +17,18 @@ from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
-    *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "export"),
+    *(
+        "report",
+        "convert",
+        "fill",
+        "extract",
+        "run",
+        "build",
+        "pack",
+        "pack-rows",
+        "export",
+        "train",
+    ),
     *("serve", "completion"),
 )
 

@@ -9,15 +9,16 @@ import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import GradientError
-from onnx_adapt.train.data import Dataset
-from onnx_adapt.train.engine import Engine
+from onnx_adapt.training.data import Dataset
+from onnx_adapt.training.engine import Engine
 
 # A gradient g says that a small move d of a weight changes the loss by the sum of g * d. The
 # check moves each weight both ways along its gradient, then a random half of its numbers, then
 # the other half, and compares the change of the loss, `L(w + d) - L(w - d)`, with twice that
-# sum. In these directions the terms of the sum do not cancel. The loss is computed in float32, so a move has to be large enough for its change to stand out, and small
-# enough that no ReLU on the way changes sides: steps are tried from large to small, and the
-# first that agrees counts. A wrong gradient agrees at none of those that stand out.
+# sum. In these directions the terms of the sum do not cancel. The loss is computed in float32,
+# so a move has to be large enough for its change to stand out, and small enough that no ReLU
+# on the way changes sides: steps are tried from large to small, and the first that agrees
+# counts. A wrong gradient agrees at none of those that stand out.
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 """How far a weight is moved, relative to its norm."""

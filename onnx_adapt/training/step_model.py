@@ -15,7 +15,7 @@ from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import default_opset, index_model
 from onnx_adapt.model.file import Model
-from onnx_adapt.train.losses import FLOAT, LOSSES, Settings, settings_of
+from onnx_adapt.training.losses import FLOAT, LOSSES, Settings, settings_of
 
 LABELS = "labels"
 """The input of a step model that takes the labels."""

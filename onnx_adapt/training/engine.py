@@ -12,8 +12,8 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.model.runtime_bytes import model_bytes
 from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session
-from onnx_adapt.train.data import Dataset, in_order
-from onnx_adapt.train.step_model import StepModel
+from onnx_adapt.training.data import Dataset, in_order
+from onnx_adapt.training.step_model import StepModel
 
 Arrays = Mapping[str, Array]
 

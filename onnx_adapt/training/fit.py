@@ -9,10 +9,10 @@ import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.train.data import Dataset, batches
-from onnx_adapt.train.engine import Engine
-from onnx_adapt.train.metrics import read_metric
-from onnx_adapt.train.optimisers import Optimiser, State, rate_at
+from onnx_adapt.training.data import Dataset, batches
+from onnx_adapt.training.engine import Engine
+from onnx_adapt.training.metrics import read_metric
+from onnx_adapt.training.optimisers import Optimiser, State, rate_at
 
 Weights = dict[str, Array]
 

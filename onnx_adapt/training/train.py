@@ -22,11 +22,11 @@ from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.required import default_tensors
 from onnx_adapt.slot.weights import fresh_weights, is_off
-from onnx_adapt.train.data import DataArgument, Dataset, read_dataset, split
-from onnx_adapt.train.engine import Engine
-from onnx_adapt.train.fit import Epoch, Progress, Report, Settings, fit, start
-from onnx_adapt.train.gradient_check import Checked, check_gradients
-from onnx_adapt.train.step_model import LossFunction, StepModel, make_step
+from onnx_adapt.training.data import DataArgument, Dataset, read_dataset, split
+from onnx_adapt.training.engine import Engine
+from onnx_adapt.training.fit import Epoch, Progress, Report, Settings, fit, start
+from onnx_adapt.training.gradient_check import Checked, check_gradients
+from onnx_adapt.training.step_model import LossFunction, StepModel, make_step
 
 BOTTLENECK = 16
 """The bottleneck of slots that have none of their own."""
@@ -73,7 +73,7 @@ def train(
         model: A model with swappable slots.
         data: A `.npz` file, a folder of `.npy` files, or arrays, with the model's inputs by
             name and the labels.
-        loss: A name in `onnx_adapt.train.losses.LOSSES`, or a function that adds its nodes.
+        loss: A name in `onnx_adapt.training.losses.LOSSES`, or a function that adds its nodes.
         name: What to call the adapter.
         output: The output that the loss is on; by default the only float output.
         labels: What the labels are called in the data.

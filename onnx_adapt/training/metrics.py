@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.train.losses import IGNORED
+from onnx_adapt.training.losses import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
