@@ -15,7 +15,8 @@ from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import default_opset, index_model
 from onnx_adapt.model.file import Model
-from onnx_adapt.training.losses import FLOAT, LOSSES, Settings, settings_of
+from onnx_adapt.training.data import Dataset
+from onnx_adapt.training.losses import FLOAT, IGNORED, LOSSES, Settings, settings_of
 
 LABELS = "labels"
 """The input of a step model that takes the labels."""
@@ -37,6 +38,8 @@ class StepModel:
         output: The output of the base that the loss is on.
         grads: The output with the gradient of each weight, by the weight's name.
         labels: The input with the labels.
+        label_axes: How many axes the labels have.
+        classes: How many classes there are; 0 if it is not known, or labels are no classes.
     """
 
     model: Model
@@ -44,6 +47,8 @@ class StepModel:
     output: str
     grads: Mapping[str, str]
     labels: str
+    label_axes: int
+    classes: int
 
 
 def make_step(
@@ -79,7 +84,36 @@ def make_step(
     for weight in weights:
         kind = index.main.type_of(weight).elem_type
         graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
-    return StepModel(result, LOSS, chosen, found.grads, LABELS)
+    row = LOSSES.get(loss) if isinstance(loss, str) else None
+    shape = index.main.type_of(chosen).shape or ()
+    axes = len(shape) - (row.fewer_axes if row is not None else 0)
+    last = shape[-1] if shape else None
+    counted = loss == "cross_entropy" and isinstance(last, int)
+    classes = int(last) if counted and last is not None else 0
+    return StepModel(result, LOSS, chosen, found.grads, LABELS, axes, classes)
+
+
+def check_labels(step: StepModel, data: Dataset) -> None:
+    """Check that labels are what the loss of a step model takes.
+
+    Raises:
+        TrainingError: If they have another number of axes, or there is no such class.
+    """
+    labels = data.labels
+    if labels.ndim != step.label_axes:
+        raise TrainingError(
+            f"the labels of {data.label} have {labels.ndim} axes, {list(labels.shape)}; for "
+            f"output {step.output!r} this loss takes {step.label_axes}",
+            hint="the first axis is that of the samples",
+        )
+    if step.classes:
+        counted = labels[labels != IGNORED]
+        if counted.size and not 0 <= counted.min() <= counted.max() < step.classes:
+            raise TrainingError(
+                f"the labels of {data.label} are {counted.min()} to {counted.max()}, and "
+                f"output {step.output!r} has the classes 0 to {step.classes - 1}",
+                hint=f"{IGNORED} is the label of what does not count",
+            )
 
 
 def choose_output(model: Model, output: str) -> str:

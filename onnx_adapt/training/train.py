@@ -26,7 +26,7 @@ from onnx_adapt.training.data import DataArgument, Dataset, read_dataset, split
 from onnx_adapt.training.engine import Engine
 from onnx_adapt.training.fit import Epoch, Progress, Report, Settings, fit, start
 from onnx_adapt.training.gradient_check import Checked, check_gradients
-from onnx_adapt.training.step_model import LossFunction, StepModel, make_step
+from onnx_adapt.training.step_model import LossFunction, StepModel, check_labels, make_step
 
 BOTTLENECK = 16
 """The bottleneck of slots that have none of their own."""
@@ -108,6 +108,9 @@ def train(
     slots, weights = _weights_to_train(model, bottleneck, start_from, settings.seed)
     step = make_step(model, list(weights), loss=loss, output=output, settings=loss_settings)
     samples, held_back = _samples(data, validation, labels, step, settings.seed)
+    for part in (samples, held_back):
+        if part is not None and part.size:
+            check_labels(step, part)
     engine = Engine(step, read_providers(provider))
     checks: Sequence[Checked] = ()
     if check:
