@@ -85,6 +85,7 @@ _HOMES = {
     "save_checkpoint": "edit.save_checkpoint",
     "save_model": "model.file",
     "subtract": "edit.subtract",
+    "train": "training.train",
     "verify": "proof.verify",
 }
 
@@ -128,6 +129,7 @@ __all__ = [
     "save_checkpoint",
     "save_model",
     "subtract",
+    "train",
     "verify",
 ]
 

@@ -13,6 +13,8 @@ AdaptError
 │   └── AdapterNotFoundError  no adapter of this name is loaded
 ├── CheckpointError       a trained checkpoint that cannot be read, mapped or supported
 ├── ManifestError         the record of slots in a model is unreadable or too new
+├── GradientError         a graph that cannot be differentiated where it is asked for
+├── TrainingError         an adapter that cannot be trained as asked
 ├── RunError              ONNX Runtime, the checker or the inliner refused a model
 ├── RequestError          a request that a server refuses, with its HTTP status
 ├── UnprovableError       nothing can be proven: the base does not run here
@@ -30,6 +32,7 @@ __all__ = [
     "AmbiguousSiteError",
     "CheckpointError",
     "ExternalDataError",
+    "GradientError",
     "ManifestError",
     "MismatchError",
     "ModelFileError",
@@ -40,6 +43,7 @@ __all__ = [
     "SiteNotFoundError",
     "SiteRefusedError",
     "SlotError",
+    "TrainingError",
     "UncheckedWarning",
     "UnprovableError",
 ]
@@ -131,6 +135,18 @@ class ManifestError(AdaptError, ValueError):
     """The record of the slots inside a model cannot be used."""
 
     advice = "insert into the base model again"
+
+
+class GradientError(AdaptError, ValueError):
+    """A graph cannot be differentiated between a loss and the weights that are to train."""
+
+    advice = "export the model in opset 17 or newer, without fusing its nodes"
+
+
+class TrainingError(AdaptError, ValueError):
+    """An adapter cannot be trained with this model, data or setting."""
+
+    advice = "docs/train.md tells what training needs"
 
 
 class RunError(AdaptError, RuntimeError):

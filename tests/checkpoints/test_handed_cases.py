@@ -20,11 +20,14 @@ from onnx_adapt.errors import CheckpointError
 
 HANDED = ROOT / "handed"
 RIGHT: dict[str, dict[str, Any]] = {
+    "adalora": {},
     "checkpoint_wrapped": {},
     "extra_optimizer_keys": {"warns": "left out v_head.summary: a value head"},
+    "ia3_attention_qkv_input": {},
     "phi3_unfused_keys": {},
     "siglip_all_linear": {"warns": "left out head.attention.out_proj: torch.nn.Multihead"},
     "split_whisper_root_both": {"part": "model.encoder"},
+    "trainable_token_indices": {},
     "vlm_lora_before_4_52": {},
 }
 """What is to be right, with the warning, and the arguments that `load_checkpoint` needs."""

@@ -24,6 +24,7 @@ FLOORS = (
     ("checkpoints",),
     ("edit",),
     ("graphsurgeon", "proof"),
+    ("training",),
     ("report",),
     ("__init__",),
     ("serve",),

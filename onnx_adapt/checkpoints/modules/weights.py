@@ -10,6 +10,7 @@ import onnx
 
 from onnx_adapt.dtypes import FLOATS, Array
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.graph.bnb4 import BNB4_VALUES
 from onnx_adapt.graph.index import GraphView, attribute
 from onnx_adapt.graph.layer_calls import LayerCall, weight_scales
 from onnx_adapt.graph.layers import find_weight
@@ -169,22 +170,6 @@ def _unpacked(array: Array, bits: int) -> Array:
     return numbers.reshape(*array.shape[:-1], -1).astype(np.float64)
 
 
-_BNB4 = {
-    # bitsandbytes' tables of FP4 and NF4 (Dettmers et al., 2023, arXiv 2305.14314).
-    0: (
-        *(0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25),
-        *(-0.0, -5.208333333e-03, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25),
-    ),
-    1: (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ),
-}
-"""The sixteen values of a MatMulBnb4's numbers, by its attribute quant_type."""
-
-
 def _read_bnb4(model: Model, call: LayerCall) -> Array:
     """Read the weight of a MatMulBnb4: `(out, in)`, in blocks that run over its rows."""
     shape = attribute(call.node, "N", 0), attribute(call.node, "K", 0)
@@ -192,7 +177,9 @@ def _read_bnb4(model: Model, call: LayerCall) -> Array:
     packed = _stored(model, call, call.weight)
     numbers = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: math.prod(shape)]
     scales = np.repeat(read_weight(model, call.view, _input(call, 2)).reshape(-1), block)
-    return np.asarray((np.array(_BNB4[kind])[numbers] * scales[: numbers.size]).reshape(shape))
+    return np.asarray(
+        (np.array(BNB4_VALUES[kind])[numbers] * scales[: numbers.size]).reshape(shape)
+    )
 
 
 def _stored(model: Model, call: LayerCall, name: str) -> Array:

@@ -1,0 +1,1 @@
+"""The gradient of a graph as more ONNX nodes: reverse mode, one rule for each operator."""

@@ -1,0 +1,159 @@
+"""Training on the model's file: it learns, it is the same again, and it says what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import onnx_adapt as oa
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import GradientError, TrainingError
+from onnx_adapt.graph.gradients import table
+from onnx_adapt.graph.gradients.rule import Grads, Step
+from onnx_adapt.graph.gradients.tape import Tape
+from onnx_adapt.training.fit import Settings
+from onnx_adapt.training.gradient_check import worst
+from onnx_adapt.training.optimisers import Optimiser
+
+CASE = Path(__file__).parents[1] / "cases/peft_bert_lora_default_ts"
+QUICK = Settings(epochs=30, rate=1e-2, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def model() -> oa.Model:
+    base = oa.open_model(CASE / "base.onnx")
+    return oa.insert(base, after="bert.encoder.layer.1.output.dense", activation="gelu")
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Array]:
+    """Sentences whose class is whether their first word is odd."""
+    ids = np.random.default_rng(0).integers(1, 60, (64, 6))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids[:, 0] % 2}
+
+
+def _losses(model: oa.Model, adapter: oa.Adapter, data: dict[str, Array]) -> float:
+    """The cross entropy of the adapted model, in numpy on ONNX Runtime's outputs."""
+    inputs = {name: value for name, value in data.items() if name != "labels"}
+    with oa.AdapterSession(model, {"mine": adapter}) as session:
+        logits = session.run(inputs, "mine")["logits"].astype(np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return float(-logs[np.arange(len(logs)), data["labels"]].mean())
+
+
+def test_a_trained_adapter_fits_what_it_was_trained_on(
+    model: oa.Model, data: dict[str, Array]
+) -> None:
+    trained = oa.train(model, data, loss="cross_entropy", settings=QUICK, validation=0)
+    first, last = trained.epochs[0].loss, trained.epochs[-1].loss
+    assert last < 0.6 * first
+    assert _losses(model, trained.adapter, data) == pytest.approx(last, abs=0.05)
+    assert worst(trained.checks) < 0.05
+    base = oa.remove(model)
+    assert base.proto == oa.open_model(CASE / "base.onnx").proto
+
+
+def test_the_same_seed_trains_the_same_adapter(
+    model: oa.Model, data: dict[str, Array]
+) -> None:
+    short = Settings(epochs=2, batch_size=16)
+    one, two = (
+        oa.train(model, data, loss="cross_entropy", settings=short, check=False).adapter
+        for _ in range(2)
+    )
+    for name, value in one.feeds().items():
+        np.testing.assert_array_equal(value, two.feeds()[name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "lion"])
+def test_every_optimiser_lowers_the_loss(
+    name: str, model: oa.Model, data: dict[str, Array]
+) -> None:
+    settings = Settings(epochs=10, batch_size=16, optimiser=Optimiser(name))
+    trained = oa.train(
+        model, data, loss="cross_entropy", settings=settings, validation=0, check=False
+    )
+    assert trained.epochs[-1].loss < trained.epochs[0].loss
+
+
+def test_the_best_weights_are_kept(model: oa.Model, data: dict[str, Array]) -> None:
+    settings = Settings(epochs=6, rate=0.3, batch_size=16, schedule="constant")
+    trained = oa.train(
+        model, data, loss="cross_entropy", settings=settings, validation=data, check=False
+    )
+    best = min(epoch.validation_loss or np.inf for epoch in trained.epochs)
+    assert _losses(model, trained.adapter, data) == pytest.approx(best, rel=1e-3)
+
+
+def test_a_wrong_gradient_is_found_before_training(
+    model: oa.Model, data: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = table.RULES["Gelu"] if "Gelu" in table.RULES else table.RULES["Erf"]
+
+    def twice(tape: Tape, step: Step) -> Grads:
+        return [tape.times(str(grad), 2) for grad in right(tape, step)]
+
+    for name in ("Gelu", "Erf"):
+        monkeypatch.setitem(table.RULES, name, twice)
+    with pytest.raises(GradientError, match="changes by"):
+        oa.train(model, data, loss="cross_entropy", settings=QUICK)
+
+
+def _without(data: dict[str, Array], name: str) -> dict[str, Array]:
+    return {key: value for key, value in data.items() if key != name}
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no labels": (lambda d: _without(d, "labels"), {}, "has no 'labels'"),
+    "fewer labels": (lambda d: {**d, "labels": d["labels"][:5]}, {}, "has 64 samples"),
+    "no samples": (lambda d: {**d, "labels": d["labels"][:0]}, {}, "no samples"),
+    "texts": (lambda d: {**d, "input_ids": np.array(["a"] * 64)}, {}, "not numbers"),
+    "a class too many": (lambda d: {**d, "labels": d["labels"] + 2}, {}, "classes 0 to 2"),
+    "labels of another shape": (lambda d: d, {"loss": "mse"}, "this loss takes 2"),
+    "an unknown loss": (lambda d: d, {"loss": "hinge"}, "unknown loss"),
+    "an unknown output": (lambda d: d, {"output": "scores"}, "no output 'scores'"),
+    "an unknown optimiser": (
+        lambda d: d,
+        {"settings": Settings(optimiser=Optimiser("adam2"))},
+        "unknown optimiser",
+    ),
+    "an unknown metric": (
+        lambda d: d,
+        {"settings": Settings(metric="bleu")},
+        "unknown metric",
+    ),
+    "an unknown schedule": (
+        lambda d: d,
+        {"settings": Settings(schedule="up")},
+        "unknown schedule",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_trained_is_said(
+    what: str, model: oa.Model, data: dict[str, Array]
+) -> None:
+    change, options, words = WRONG[what]
+    given = {"loss": "cross_entropy", "check": False, **options}
+    with pytest.raises(TrainingError, match=words):
+        oa.train(model, change(data), **given)
+
+
+def test_a_model_without_slots_or_with_baked_ones_is_refused(data: dict[str, Array]) -> None:
+    base = oa.open_model(CASE / "base.onnx")
+    with pytest.raises(oa.AdaptError, match="no slots"):
+        oa.train(base, data, loss="cross_entropy")
+    baked = oa.insert(base, after="bert.encoder.layer.1.output.dense", baked=True)
+    with pytest.raises(TrainingError, match="baked"):
+        oa.train(baked, data, loss="cross_entropy")
+
+
+def test_a_batch_with_nan_is_named(data: dict[str, Array]) -> None:
+    model = oa.insert(
+        oa.open_model(CASE / "base.onnx"), after="bert.encoder.layer.1.output.dense"
+    )
+    labels = np.full((64, 3), np.nan, np.float32)
+    with pytest.raises(TrainingError, match="the loss of a batch"):
+        oa.train(model, {**data, "labels": labels}, loss="mse")
