@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from onnx_adapt.session.mixing import pack_rows
     from onnx_adapt.slot.build import build_adapter
     from onnx_adapt.slot.manifest import Slot
+    from onnx_adapt.training.train import train
 
 # Where each public name lives: `import onnx_adapt` itself imports nothing heavy.
 _HOMES = {

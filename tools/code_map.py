@@ -18,7 +18,8 @@ START, END = "<!-- code map -->\n", "<!-- end of code map -->\n"
 
 ROOMS = (
     *("errors", "dtypes", "words", "formats", "model", "ort", "slot", "adapter", "session"),
-    *("graph", "checkpoints", "edit", "graphsurgeon", "proof", "report", "serve", "cli"),
+    *("graph", "checkpoints", "edit", "graphsurgeon", "proof", "training"),
+    *("report", "serve", "cli"),
 )
 """Rooms and files of the package from the ground up."""
 

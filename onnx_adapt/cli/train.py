@@ -14,7 +14,10 @@ from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnx_adapt.training.fit import Epoch, Report
+    from onnx_adapt.training.train import Trained
 
 
 @click.command("train", short_help="Train an adapter on the model's file alone.")
@@ -102,12 +105,26 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
       onnx-adapt train adapted.onnx --data train.npz --loss cross_entropy -o mine.safetensors
     """
     import onnx_adapt as oa
-    from onnx_adapt.training.fit import Settings
-    from onnx_adapt.training.optimisers import Optimiser
 
     read = [Path(model), Path(given["data"])]
     read += [Path(given[key]) for key in ("validation", "start_from") if given[key]]
     refuse_to_replace(output, *read)
+    trained = _train(model, given["name"] or Path(output).stem, given)
+    path = oa.save_adapter(trained.adapter, output)
+    if as_json:
+        epochs = [_epoch_fields(epoch) for epoch in trained.epochs]
+        print_json({"output": str(path), "name": trained.adapter.name, "epochs": epochs})
+    slots = count(len(trained.adapter.weights), "slot")
+    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
+    say_next("run", model, "--inputs", "x.npz", "--adapter", output, "--compare", "base")
+
+
+def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
+    """Train, and tell of each epoch."""
+    import onnx_adapt as oa
+    from onnx_adapt.training.fit import Settings
+    from onnx_adapt.training.optimisers import Optimiser
+
     settings = Settings(
         epochs=given["epochs"],
         batch_size=given["batch_size"],
@@ -126,11 +143,11 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
             if report.epoch is not None:
                 say(_epoch_text(report.epoch, settings.epochs, settings.metric))
 
-        trained = oa.train(
+        return oa.train(
             oa.open_model(model),
             given["data"],
             loss=given["loss"],
-            name=given["name"] or Path(output).stem,
+            name=name,
             output=given["model_output"],
             labels=given["labels"],
             loss_settings=_settings(given["loss_settings"]),
@@ -142,13 +159,6 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
             provider=given["provider"],
             on_step=watch,
         )
-    path = oa.save_adapter(trained.adapter, output)
-    if as_json:
-        epochs = [_epoch_fields(epoch) for epoch in trained.epochs]
-        print_json({"output": str(path), "name": trained.adapter.name, "epochs": epochs})
-    slots = count(len(trained.adapter.weights), "slot")
-    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
-    say_next("run", model, "--inputs", "x.npz", "--adapter", output, "--compare", "base")
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -344,7 +344,7 @@ def test_every_error_says_what_to_do_about_it() -> None:
 PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
     *("Inspection", "Quantised", "Report", "Site"),
-    *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract"),
+    *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract", "train"),
     *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
     *("export", "fill"),
     *(
