@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained_cases import CASES, ROOT, run
 
+import onnx_adapt as oa
 from onnx_adapt.checkpoints.edits import BySize, Edit, LowRank, Replacement, Reweight
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS, REFUSED_METHODS
 from onnx_adapt.checkpoints.readers.saved import Saved
@@ -566,6 +568,10 @@ DAMAGED: dict[str, Damage] = {
         *("LORA", LORA, {}, {"use_qalora": True, "kasa_config": {"beta": 1}}),
         ["use_qalora", "kasa_config"],
     ),
+    "an OLoRA of Conv1D": (
+        *("LORA", LORA, {}, {"init_lora_weights": "olora", "fan_in_fan_out": True}),
+        ["olora", "Conv1D"],
+    ),
     "a fast PiSSA": (
         *("LORA", LORA, {}, {"init_lora_weights": "pissa_niter_4"}),
         ["pissa_niter_4", "changed the base"],
@@ -596,3 +602,16 @@ def test_what_depends_on_the_size_of_a_layer_is_refused_on_another() -> None:
     (sparse,) = edits_of("SUPERTUNING", {**SPARSE, "supertuning_indices": np.array([0, 40])})
     with pytest.raises(CheckpointError, match="outside of the base's weight"):
         trained(sparse, np.ones((4, 6)))
+
+
+@pytest.mark.parametrize("name", ["vera", "miss_mini", "loha", "vblora_topk"])
+def test_a_method_goes_inside_attention_as_lora_does(name: str, tmp_path: Path) -> None:
+    """The sizes that BySize asks for are those of a module's columns in Attention's weight."""
+    case = CASES[f"peft_bert_{name}"]
+    base = oa.open_model(ROOT / "bases/bert_optimised/base.onnx")
+    checkpoint = oa.load_checkpoint(case.adapter, base)
+    assert any(slot.name.endswith("self.qkv") for slot in checkpoint.slots)
+    model = tmp_path / "adapted.onnx"
+    oa.save_model(oa.insert_checkpoint(base, checkpoint), model)
+    outputs = run(model, {**case.inputs(), **checkpoint.adapter.feeds()})
+    assert case.distance(outputs) < case.tolerance

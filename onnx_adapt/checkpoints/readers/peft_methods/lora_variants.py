@@ -33,6 +33,12 @@ def variant_of(edit: LowRank, found: ModuleTensors) -> Edit:
             "lora_bias is not supported",
             hint="merge the adapter in PyTorch and export again",
         )
+    if on[0] == "olora" and found.config.get("fan_in_fan_out"):
+        raise CheckpointError(
+            f"module {edit.module!r}: init_lora_weights='olora' on a Conv1D is not supported: "
+            "PEFT decomposes its weight the other way round",
+            hint="convert the adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
     if on[0] in _RESIDUALS:
         return _on_residual(edit, _RESIDUALS[on[0]])
     return _VARIANTS[on[0]](edit, found)
