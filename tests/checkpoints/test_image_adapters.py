@@ -336,16 +336,24 @@ def test_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_a_fused_layer_whose_weight_is_computed_whole_is_refused(tmp_path: Path) -> None:
+def test_a_fused_layer_whose_weight_is_computed_whole_is_cut_into_its_parts(
+    tmp_path: Path,
+) -> None:
+    """`kron(w1, w2)` of ones is 1 in the rows of all three modules."""
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {
         f"{key}.lokr_w1": np.ones((3, 1), "f4"),
         f"{key}.lokr_w2": np.ones((8, 8), "f4"),
     }
     path = renamed(file_of("flux"), tmp_path / "style.safetensors", lambda _: tensors)
-    with pytest.raises(CheckpointError, match="instead of that layer") as caught:
-        oa.load_checkpoint(path, base("transformer"))
-    assert "to_q, " in caught.value.message
+    found = oa.load_checkpoint(path, base("transformer")).adapter
+    added = {
+        name.rpartition(".")[2]: parts["down"] @ parts["up"]
+        for name, parts in found.weights.items()
+    }
+    assert sorted(added) == ["to_k", "to_q", "to_v"]
+    for value in added.values():
+        np.testing.assert_allclose(value, np.ones((8, 8)), atol=1e-6)
 
 
 def test_metadata_of_diffusers_that_is_no_json_is_refused(tmp_path: Path) -> None:
