@@ -54,6 +54,7 @@ def command(
       onnx-adapt fill adapted.onnx fr.safetensors -o french.onnx --baked
     """
     import onnx_adapt as oa
+    from onnx_adapt.slot.weights import is_off
 
     adapter = oa.load_adapter(file)
     opened = oa.open_model(model)
@@ -75,6 +76,8 @@ def command(
         slots = sorted(adapter.weights)
         print_json({"output": str(saved.path), "adapter": adapter.name, "slots": slots})
     say(f"filled {count(len(adapter.weights), 'slot')} with {adapter.name!r}")
+    if adapter.weights and all(map(is_off, adapter.weights.values())):
+        say(f"note: {adapter.name!r} turns all of its slots off: they change nothing")
     tell_saved(saved)
     if thin:
         tell_thin(opened, saved)

@@ -110,6 +110,25 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         assert _names(work) == before
 
 
+def test_sites_of_an_exported_model_are_not_offered(work: Path, capsys: Capture) -> None:
+    assert _export(capsys, work, "-o", str(work / "required.onnx"))[0] == 0
+    code, _, err = cli(capsys, "sites", str(work / "required.onnx"))
+    assert code == 0
+    assert "insert into the model that it was exported from" in err
+    assert "next: " not in err
+
+
+def test_fill_says_that_the_neutral_adapter_changes_nothing(
+    work: Path, capsys: Capture
+) -> None:
+    assert _export(capsys, work, "-o", str(work / "required.onnx"))[0] == 0
+    given = ["fill", str(work / "required.onnx"), "-o", str(work / "filled.onnx")]
+    _, _, err = cli(capsys, *given, str(work / "required.safetensors"))
+    assert "note: 'required' turns all of its slots off" in err
+    _, _, err = cli(capsys, *given, str(work / "fr.safetensors"))
+    assert "turns all" not in err
+
+
 def test_export_says_that_it_needs_to_know_how(work: Path, capsys: Capture) -> None:
     code, _, err = cli(capsys, "export", str(work / "adapted.onnx"))
     assert code == 2

@@ -49,7 +49,8 @@ def _feeds(model: oa.Model, name: str, seed: int, size: int = 3) -> oa.Adapter:
 def test_an_exported_model_refuses_to_run_until_its_weights_are_fed() -> None:
     model, neutral = oa.export(adapted())
     assert_sound(model)
-    assert _inputs(model) == ["x", *(f"adapter.{s}.{p}" for s in ("fc1", "fc2") for p in ("down", "up"))]  # fmt: skip # noqa: E501
+    fed = [f"adapter.{slot}.{part}" for slot in ("fc1", "fc2") for part in ("down", "up")]
+    assert _inputs(model) == ["x", *fed]
     with pytest.raises(ValueError, match="Required inputs"):
         run(model, {"x": X})
     off = run(model, {"x": X, **neutral.feeds()})[0]
