@@ -31,6 +31,7 @@ import onnx_adapt as oa
 from onnx_adapt.checkpoints.modules.original_names import unet_in_diffusers
 from onnx_adapt.checkpoints.modules.underscored import spelled
 from onnx_adapt.errors import AdapterError, CheckpointError
+from onnx_adapt.model.tensors import read_tensor
 
 CASES = [
     *(("locon", graph) for graph in ("unet", "text_encoder")),
@@ -346,10 +347,12 @@ def test_a_fused_layer_whose_weight_is_computed_whole_is_cut_into_its_parts(
         f"{key}.lokr_w2": np.ones((8, 8), "f4"),
     }
     path = renamed(file_of("flux"), tmp_path / "style.safetensors", lambda _: tensors)
-    found = oa.load_checkpoint(path, base("transformer")).adapter
+    model = base("transformer")
+    found = oa.load_checkpoint(path, model)
     added = {
-        name.rpartition(".")[2]: parts["down"] @ parts["up"]
-        for name, parts in found.weights.items()
+        plan.weight.name.split(".")[-2]: found.adapter.replaced[plan.weight.name]
+        - read_tensor(model, plan.default)
+        for plan in found.replacements
     }
     assert sorted(added) == ["to_k", "to_q", "to_v"]
     for value in added.values():
