@@ -1,6 +1,10 @@
 """`onnx-adapt train`: from a model and data to an adapter file."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +86,60 @@ def test_bad_input_is_said_and_nothing_is_written(
     assert code == 2
     assert words in said
     assert not out.exists()
+
+
+def _interrupt_when(log: Path) -> threading.Thread:
+    """Press Ctrl-C once a log has changed."""
+    before = log.read_bytes() if log.exists() else b""
+
+    def press() -> None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and (not log.exists() or log.read_bytes() == before):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    return thread
+
+
+def test_ctrl_c_saves_and_the_training_goes_on(
+    model: Path, data: Path, capsys: Capture
+) -> None:
+    out, state, log = (model.with_name(n) for n in ("mine.safetensors", "s.npz", "log.csv"))
+    given = [model, "--data", data, "--loss", "cross_entropy", "-o", out, "--batch-size", 2]
+    given += ["--checkpoint", state, "--log", log, "--epochs", 100, "--no-check"]
+    thread = _interrupt_when(log)
+    code, _, said = _train(capsys, *given)
+    thread.join()
+    assert code == 130, said
+    assert "--resume goes on from" in said
+    assert out.exists()
+    done = len(log.read_text().splitlines())
+    assert 1 < done < 1401
+    thread = _interrupt_when(log)
+    code, _, said = _train(capsys, *given, "--resume")
+    thread.join()
+    assert code == 130, said
+    steps = [int(line.split(",")[0]) for line in log.read_text().splitlines()[1:]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= done
+    code, _, said = _train(capsys, *given, "--resume", "--lr", 0.5)
+    assert code == 2
+    assert "another rate: 0.0 there, 0.5 now" in said
+
+
+def test_what_was_trained_before_nan_is_written_and_said(
+    model: Path, data: Path, capsys: Capture
+) -> None:
+    arrays = dict(np.load(data))
+    labels = np.zeros((32, 3), np.float32)
+    labels[7] = np.nan
+    np.savez(data, **{**arrays, "labels": labels})
+    out = model.with_name("mine.safetensors")
+    given = [model, "--data", data, "--loss", "mse", "--batch-size", 2, "-o", out]
+    code, _, said = _train(capsys, *given, "--no-check", "--held-back", 0)
+    assert code == 1, said
+    assert "'labels' of sample 7" in said
+    assert f"{out} has the best weights before that" in said
+    assert oa.load_adapter(out).weights

@@ -12,9 +12,9 @@ from onnx_adapt.errors import GradientError, TrainingError
 from onnx_adapt.graph.gradients import table
 from onnx_adapt.graph.gradients.rule import Grads, Step
 from onnx_adapt.graph.gradients.tape import Tape
-from onnx_adapt.training.fit import Settings
 from onnx_adapt.training.gradient_check import worst
 from onnx_adapt.training.optimisers import Optimiser
+from onnx_adapt.training.settings import Settings
 
 CASE = Path(__file__).parents[1] / "cases/peft_bert_lora_default_ts"
 QUICK = Settings(epochs=30, rate=1e-2, batch_size=16)
@@ -150,10 +150,15 @@ def test_a_model_without_slots_or_with_baked_ones_is_refused(data: dict[str, Arr
         oa.train(baked, data, loss="cross_entropy")
 
 
-def test_a_batch_with_nan_is_named(data: dict[str, Array]) -> None:
+def test_a_sample_with_nan_is_named(data: dict[str, Array]) -> None:
     model = oa.insert(
         oa.open_model(CASE / "base.onnx"), after="bert.encoder.layer.1.output.dense"
     )
-    labels = np.full((64, 3), np.nan, np.float32)
-    with pytest.raises(TrainingError, match="the loss of a batch"):
-        oa.train(model, {**data, "labels": labels}, loss="mse")
+    labels = np.zeros((64, 3), np.float32)
+    labels[17] = np.nan
+    message = "'labels' of sample 17 of the data holds NaN"
+    with pytest.raises(TrainingError, match=message) as caught:
+        oa.train(model, {**data, "labels": labels}, loss="mse", check=False, validation=0)
+    # It may be in any step; what was trained until then is given.
+    first = "step 1:" in str(caught.value)
+    assert (caught.value.trained is None) == first
