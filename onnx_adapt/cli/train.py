@@ -18,6 +18,8 @@ from onnx_adapt.words import count
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from onnx_adapt import Model
+    from onnx_adapt.training.data import Dataset
     from onnx_adapt.training.progress import Epoch
     from onnx_adapt.training.train import Trained
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     type=click.Path(),
-    help="An .npz with an array for each input and the labels, or a folder of .npy files.",
+    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
+    ".npy files.",
 )
 @click.option(
     "--loss",
@@ -45,6 +48,16 @@ if TYPE_CHECKING:
 @options.adapter_name
 @click.option(
     "--labels", default="labels", show_default=True, help="What the labels are called."
+)
+@click.option(
+    "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="COLUMN",
+    help="The column with the texts; twice for pairs. By default the only one with texts.",
 )
 @click.option(
     "--on", "model_output", default="", help="The model's output that the loss is on."
@@ -141,8 +154,9 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
     path = oa.save_adapter(trained.adapter, output)
     if as_json:
         epochs = [_epoch_fields(epoch) for epoch in trained.epochs]
-        named = {"output": str(path), "name": trained.adapter.name}
-        print_json({**named, "finished": trained.finished, "epochs": epochs})
+        named: dict[str, Any] = {"output": str(path), "name": trained.adapter.name}
+        named |= {"classes": list(trained.classes), "finished": trained.finished}
+        print_json({**named, "epochs": epochs})
     slots = count(len(trained.adapter.weights), "slot")
     say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
     if failure is not None:
@@ -164,8 +178,30 @@ def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
     return {"epoch": fields.pop("number"), **fields}
 
 
-_READ = ("validation", "start_from")
+_READ = ("validation", "start_from", "tokenizer")
 """Options that name files which are read."""
+
+
+def _read(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Dataset | float]:
+    """The samples to train with, and those to validate with or their share."""
+    from onnx_adapt.training.reading import read_dataset
+    from onnx_adapt.training.texts import texts_for
+
+    text = None
+    if given["tokenizer"]:
+        text = texts_for(model, given["tokenizer"], given["texts"])
+    elif given["texts"]:
+        raise click.UsageError("--text needs --tokenizer")
+    samples = read_dataset(given["data"], given["labels"], text=text)
+    if samples.classes:
+        named = (f"{number} {name}" for number, name in enumerate(samples.classes))
+        say(f"classes: {', '.join(named)}")
+    if not given["validation"]:
+        return samples, given["held_back"]
+    held_back = read_dataset(
+        given["validation"], given["labels"], text=text, classes=samples.classes
+    )
+    return samples, held_back
 
 
 def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
@@ -188,19 +224,20 @@ def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
         seed=given["seed"],
     )
     begin = given["start_from"]
+    opened = oa.open_model(model)
+    samples, held_back = _read(opened, given)
     log = Log(given["log"], resume=given["resume"]) if given["log"] else None
     with patience("checking gradients") as (_, stage), Watch(settings, log, stage) as watch:
         return oa.train(
-            oa.open_model(model),
-            given["data"],
+            opened,
+            samples,
             loss=given["loss"],
             name=name,
             output=given["model_output"],
-            labels=given["labels"],
             loss_settings=read_settings(given["loss_settings"]),
             bottleneck=given["bottleneck"],
             start_from=oa.load_adapter(begin) if begin else None,
-            validation=given["validation"] or given["held_back"],
+            validation=held_back,
             settings=settings,
             check=not given["no_check"],
             provider=given["provider"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -78,18 +77,3 @@ def _check_labels(step: StepModel, data: Dataset, group: Group) -> None:
             f"{step.classes - 1}",
             hint=f"{step.ignored} is the label of what does not count",
         )
-
-
-def require_same_inputs(groups: Iterable[Mapping[str, Array]], label: str) -> None:
-    """Refuse samples that do not all have the same inputs.
-
-    Raises:
-        TrainingError: If one has others.
-    """
-    names = [sorted(group) for group in groups]
-    for other in names[1:]:
-        if other != names[0]:
-            raise TrainingError(
-                f"the samples of {label} have different inputs: {', '.join(names[0])}, and "
-                f"{', '.join(other)}"
-            )

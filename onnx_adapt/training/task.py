@@ -112,7 +112,8 @@ def _samples(
     """The samples to train with, and those to validate with."""
     samples = for_step(step, read_dataset(data, labels))
     if not isinstance(validation, int | float):
-        return samples, for_step(step, read_dataset(validation, labels))
+        held_back = read_dataset(validation, labels, classes=samples.classes)
+        return samples, for_step(step, held_back)
     if not 0 <= validation < 1:
         raise TrainingError(
             f"a validation share of {validation} is not possible", hint="give 0 to 0.99"

@@ -1,9 +1,11 @@
 """Training on the model's file: it learns, it is the same again, and it says what is wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import onnx_adapt as oa
@@ -148,6 +150,56 @@ def test_a_model_without_slots_or_with_baked_ones_is_refused(data: dict[str, Arr
     baked = oa.insert(base, after="bert.encoder.layer.1.output.dense", baked=True)
     with pytest.raises(TrainingError, match="baked"):
         oa.train(baked, data, loss="cross_entropy")
+
+
+def test_samples_of_several_lengths_train(model: oa.Model) -> None:
+    rng = np.random.default_rng(0)
+    feeds = []
+    for length in (6, 5, 6, 4):
+        ids = rng.integers(1, 60, (12, length))
+        feeds.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        feeds[-1]["labels"] = ids[:, 0] % 2
+    settings = replace(QUICK, epochs=20, batch_size=8, metric="accuracy")
+    trained = oa.train(model, iter(feeds), loss="cross_entropy", settings=settings)
+    assert trained.epochs[-1].loss < 0.7 * trained.epochs[0].loss
+    assert trained.epochs[-1].score is not None
+
+
+def test_further_inputs_are_left_out_and_missing_ones_named(
+    model: oa.Model, data: dict[str, Array], caplog: pytest.LogCaptureFixture
+) -> None:
+    short = Settings(epochs=1)
+    given = {**data, "comment": np.zeros(64)}
+    oa.train(model, given, loss="cross_entropy", settings=short, check=False)
+    assert "left out comment of the data" in caplog.text
+    with pytest.raises(TrainingError, match="no 'attention_mask', which"):
+        oa.train(model, _without(data, "attention_mask"), loss="cross_entropy")
+    with pytest.raises(TrainingError, match="'input_ids' of the data holds fractions"):
+        oa.train(model, {**data, "input_ids": data["input_ids"] + 0.5}, loss="cross_entropy")
+
+
+def test_an_exported_model_trains_as_the_one_it_was_exported_from(
+    model: oa.Model, data: dict[str, Array]
+) -> None:
+    short = Settings(epochs=1)
+    exported, _ = oa.export(model)
+    one, two = (
+        oa.train(m, data, loss="cross_entropy", settings=short, check=False).adapter
+        for m in (model, exported)
+    )
+    for name, value in one.feeds().items():
+        np.testing.assert_array_equal(value, two.feeds()[name])
+
+
+def test_an_output_that_does_not_depend_on_a_slot_is_refused() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n,4] x) => (float[n,4] y, float[n,4] z)
+      <float[4,4] w = {1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}> {
+      [first] y = MatMul(x, w)  [second] z = MatMul(x, w) }"""
+    model = oa.insert(oa.Model(onnx.parser.parse_model(text)), after=["first", "second"])
+    data = {"x": np.zeros((4, 4), np.float32), "labels": np.zeros((4, 4), np.float32)}
+    with pytest.raises(GradientError, match=r"does not depend on 'adapter\.second\.down'"):
+        oa.train(model, data, loss="mse", output="y")
 
 
 def test_a_sample_with_nan_is_named(data: dict[str, Array]) -> None:
