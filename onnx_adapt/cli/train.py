@@ -11,15 +11,14 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.training_watch import Watch, read_settings
+from onnx_adapt.cli.training_data import read_samples, read_settings
+from onnx_adapt.cli.training_watch import Watch
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from onnx_adapt import Model
-    from onnx_adapt.training.data import Dataset
     from onnx_adapt.training.progress import Epoch
     from onnx_adapt.training.train import Trained
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--loss",
     required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive or kl.",
+    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
 )
 @click.option(
     "-o",
@@ -61,6 +60,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--on", "model_output", default="", help="The model's output that the loss is on."
+)
+@click.option(
+    "--teacher",
+    type=click.Path(),
+    help="A model whose output for the same samples is what to learn, as with kl.",
 )
 @click.option(
     "--set",
@@ -178,30 +182,8 @@ def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
     return {"epoch": fields.pop("number"), **fields}
 
 
-_READ = ("validation", "start_from", "tokenizer")
+_READ = ("validation", "start_from", "tokenizer", "teacher")
 """Options that name files which are read."""
-
-
-def _read(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Dataset | float]:
-    """The samples to train with, and those to validate with or their share."""
-    from onnx_adapt.training.reading import read_dataset
-    from onnx_adapt.training.texts import texts_for
-
-    text = None
-    if given["tokenizer"]:
-        text = texts_for(model, given["tokenizer"], given["texts"])
-    elif given["texts"]:
-        raise click.UsageError("--text needs --tokenizer")
-    samples = read_dataset(given["data"], given["labels"], text=text)
-    if samples.classes:
-        named = (f"{number} {name}" for number, name in enumerate(samples.classes))
-        say(f"classes: {', '.join(named)}")
-    if not given["validation"]:
-        return samples, given["held_back"]
-    held_back = read_dataset(
-        given["validation"], given["labels"], text=text, classes=samples.classes
-    )
-    return samples, held_back
 
 
 def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
@@ -225,7 +207,7 @@ def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
     )
     begin = given["start_from"]
     opened = oa.open_model(model)
-    samples, held_back = _read(opened, given)
+    samples, held_back = read_samples(opened, given)
     log = Log(given["log"], resume=given["resume"]) if given["log"] else None
     with patience("checking gradients") as (_, stage), Watch(settings, log, stage) as watch:
         return oa.train(

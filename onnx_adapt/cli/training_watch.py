@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING
 
 from onnx_adapt.cli.outputs import say
 
@@ -104,19 +101,3 @@ def epoch_text(epoch: Epoch, settings: Settings) -> str:
     if epoch.score is not None and settings.metric != "loss":
         text += f", {settings.metric} {epoch.score:.4f}"
     return f"{text}, best so far" if epoch.best and epoch.score is not None else text
-
-
-def read_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a loss: numbers, lists of numbers, true or false."""
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            found[key] = json.loads(value)
-        except ValueError as error:
-            raise click.BadParameter(
-                f"{pair!r}: give KEY=VALUE with a number, [1, 2, ...], true or false"
-            ) from error
-        if not equals:
-            raise click.BadParameter(f"{pair!r}: give KEY=VALUE")
-    return found

@@ -58,10 +58,13 @@ def _require_integers(values: Array, name: str, label: str) -> None:
 
 def _check_labels(step: StepModel, data: Dataset, group: Group) -> None:
     labels = group.labels
-    if labels.ndim != step.label_axes:
+    known = zip(labels.shape[1:], step.label_shape[1:], strict=False)
+    fits = all(ours == size for ours, size in known if isinstance(size, int))
+    if labels.ndim != len(step.label_shape) or not fits:
+        wanted = ["samples", *("any" if s is None else s for s in step.label_shape[1:])]
         raise TrainingError(
-            f"the labels of {data.label} have {labels.ndim} axes, {list(labels.shape)}; for "
-            f"output {step.output!r} this loss takes {step.label_axes}",
+            f"the labels of {data.label} have the shape {list(labels.shape)}; for output "
+            f"{step.output!r} this loss takes ({', '.join(map(str, wanted))})",
             hint="the first axis is that of the samples",
         )
     if step.integers:

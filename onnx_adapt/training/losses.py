@@ -166,6 +166,39 @@ def contrastive(tape: Tape, output: str, labels: str, settings: Settings) -> str
     return tape.add("Neg", _ratio(tape, each, tape.add("Max", paired, tape.number(0, count))))
 
 
+def triplet(tape: Tape, output: str, labels: str, settings: Settings) -> str:
+    """Each row is nearer to its label than to others, by a margin (Hermans et al., 2017).
+
+    For each row of `(batch, width)` the farthest row of its label and the nearest of another
+    are taken: the mean of `max(0, farthest - nearest + margin)` over rows that have both.
+    """
+    apart = tape.add("Sub", tape.unsqueezed(output, 0), tape.unsqueezed(output, 1))
+    square = tape.add("ReduceSum", tape.add("Mul", apart, apart), tape.integers(2), keepdims=0)
+    distance = tape.add("Sqrt", tape.add("Max", square, tape.constant(_TINY)))
+    alike = tape.compare("Equal", tape.unsqueezed(labels, 0), tape.unsqueezed(labels, 1))
+    # A row is at no distance from itself, so it is never the farthest if there is another.
+    far = tape.where(alike, distance, tape.number(0, distance))
+    near = tape.where(alike, tape.number(_FAR, distance), distance)
+    farthest, nearest = _extreme(tape, "ReduceMax", far), _extreme(tape, "ReduceMin", near)
+    wanted = tape.plus(tape.add("Sub", farthest, nearest), float(settings["margin"]))
+    same = tape.add("ReduceSum", tape.cast(alike, FLOAT), tape.integers(1), keepdims=0)
+    others = tape.compare("Less", nearest, tape.number(_FAR, nearest))
+    both = tape.add("And", tape.compare("Greater", same, tape.number(1, same)), others)
+    counts = tape.cast(both, FLOAT)
+    return _ratio(tape, tape.add("Mul", tape.add("Relu", wanted), counts), counts)
+
+
+_FAR = 1e9
+"""Farther than any row is."""
+
+
+def _extreme(tape: Tape, op: str, tensor: str) -> str:
+    """The largest or smallest number of each row of `(rows, columns)`: `(rows,)`."""
+    if tape.opset >= 18:
+        return tape.add(op, tensor, tape.integers(1), keepdims=0)
+    return tape.add(op, tensor, axes=[1], keepdims=0)
+
+
 def distillation(tape: Tape, output: str, labels: str, settings: Settings) -> str:
     """`t ** 2 KL(softmax(y / t) || softmax(x / t))` (Hinton et al., 2015); y are logits."""
     temperature = float(settings["temperature"])
@@ -205,6 +238,14 @@ LOSSES: dict[str, Loss] = {
         {"temperature": 0.05},
         paired=True,
     ),
+    "triplet": Loss(
+        triplet,
+        True,
+        1,
+        "embeddings that group by label, by their distance",
+        {"margin": 1.0},
+        paired=True,
+    ),
     "kl": Loss(distillation, False, 0, "the logits of another model", {"temperature": 1.0}),
 }
 """The losses by name; to add one, add a row."""
@@ -233,6 +274,8 @@ def _checked(loss: str, key: str, default: Any, value: Any) -> Any:
     Raises:
         TrainingError: If it is of another kind, or not possible.
     """
+    if default is None and value is None:
+        return None
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value

@@ -38,8 +38,9 @@ def read_dataset(
     Args:
         data: A `.npz`, `.csv`, `.jsonl` or `.parquet` file, a folder with one `.npy` file for
             each input, which stay on disk, arrays by name, or an iterable of batches.
-        labels: The name of the labels among them. With texts `input_ids` means that the
-            tokens are the labels, as for causal language models.
+        labels: The name of the labels among them; '' if there are none, as for a teacher.
+            With texts `input_ids` means that the tokens are the labels, as for causal
+            language models.
         text: How texts become inputs.
         classes: The names of the classes, where labels are texts; by default those that
             occur, in the order of the alphabet.
@@ -187,6 +188,8 @@ def _grouped(
     if not items:
         raise TrainingError(f"{label} has no samples")
     by_shape: dict[tuple[object, ...], list[tuple[Feeds, Array]]] = {}
+    if not labels:
+        items, labels = [_unlabelled(item) for item in items], _NO_LABELS
     at = 0
     for item in items:
         _check(item, labels, label)
@@ -200,6 +203,15 @@ def _grouped(
         by_shape.setdefault(_shape_of(item), []).append((item, numbers))
     groups = tuple(_group(found, labels) for found in by_shape.values())
     return Dataset(groups, label, sources, classes)
+
+
+_NO_LABELS = "labels"
+
+
+def _unlabelled(item: Feeds) -> Feeds:
+    """The same with labels that mean nothing."""
+    rows = max((len(value) for value in item.values() if value.ndim), default=0)
+    return {**item, _NO_LABELS: np.zeros(rows)}
 
 
 def _shape_of(item: Feeds) -> tuple[object, ...]:

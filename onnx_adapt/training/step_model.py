@@ -37,7 +37,7 @@ class StepModel:
         output: The output of the base that the loss is on.
         grads: The output with the gradient of each weight, by the weight's name.
         labels: The input with the labels.
-        label_axes: How many axes the labels have.
+        label_shape: The shape of the labels, as far as it is known.
         integers: Whether the labels are integers.
         classes: How many classes there are; 0 if it is not known, or labels are no classes.
         ignored: The label of what does not count.
@@ -51,7 +51,7 @@ class StepModel:
     output: str
     grads: Mapping[str, str]
     labels: str
-    label_axes: int
+    label_shape: Shape
     integers: bool = False
     classes: int = 0
     ignored: int = IGNORED
@@ -102,7 +102,7 @@ def make_step(
         kind = index.main.type_of(weight).elem_type
         graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
     shape = index.main.type_of(chosen).shape or ()
-    made = StepModel(result, LOSS, chosen, found.grads, LABELS, len(shape))
+    made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
     made = replace(made, rows=_fixed_rows(made))
     return _with_labels(made, loss, settings or {}, shape) if isinstance(loss, str) else made
 
@@ -111,6 +111,12 @@ def _with_labels(step: StepModel, loss: str, settings: Settings, shape: Shape) -
     """A step model with what is known of the labels of its loss."""
     row, chosen = LOSSES[loss], settings_of(loss, settings)
     last = shape[-1] if shape else None
+    if row.paired and len(shape) != 2:
+        raise TrainingError(
+            f"loss {loss!r} compares one vector for each sample, and output {step.output!r} "
+            f"has {len(shape)} axes",
+            hint="choose an output of two axes, (samples, width)",
+        )
     weights = chosen.get("class_weights")
     if weights is not None and isinstance(last, int) and len(weights) != last:
         raise TrainingError(
@@ -120,7 +126,7 @@ def _with_labels(step: StepModel, loss: str, settings: Settings, shape: Shape) -
         )
     return replace(
         step,
-        label_axes=len(shape) - row.fewer_axes,
+        label_shape=shape[: len(shape) - row.fewer_axes],
         integers=row.integers,
         classes=last if row.classes and isinstance(last, int) else 0,
         ignored=chosen.get("ignore_index", IGNORED),
@@ -212,8 +218,10 @@ def _add_loss(model: Model, output: str, loss: str | LossFunction, settings: Set
     declared = helper.make_tensor_value_info(LABELS, tape.elem_types[LABELS], dims)
     logits = tape.cast(output, FLOAT)
     if isinstance(loss, str):
-        chosen = settings_of(loss, settings)
-        made = LOSSES[loss].emit(tape, logits, LABELS, chosen)
+        chosen, wanted = settings_of(loss, settings), LABELS
+        if not LOSSES[loss].fewer_axes:  # so that labels of another shape are not repeated
+            wanted = tape.add("Reshape", LABELS, tape.once("Shape", output, elem_type=INT64))
+        made = LOSSES[loss].emit(tape, logits, wanted, chosen)
     else:
         made = loss(tape, logits, LABELS)
     single = tape.add("Reshape", made, tape.constant(_NO_AXES))

@@ -90,7 +90,7 @@ def prepare(
     require_labels(
         settings.metric,
         classes=step.integers and not step.paired,
-        groups=step.integers and step.label_axes == 1,
+        groups=step.integers and len(step.label_shape) == 1,
     )
     samples, held_back = _samples(data, validation, labels, step, settings.seed)
     size = settings.batch_size

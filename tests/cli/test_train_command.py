@@ -68,6 +68,14 @@ BAD = {
     "a setting of no loss": (["--loss", "mse", "--set", "delta=1"], "no setting 'delta'"),
     "no number": (["--loss", "huber", "--set", "delta=x"], "KEY=VALUE"),
     "other labels": (["--loss", "mse", "--labels", "y"], "has no 'y'"),
+    "text of no tokenizer": (["--loss", "mse", "--text", "x"], "--text needs --tokenizer"),
+    "a tokenizer for a model of numbers": (
+        ["--loss", "mse", "--tokenizer", "nowhere.json", "--data", "t.csv"],
+        "no file or folder t.csv",
+    ),
+    "no teacher": (["--loss", "kl", "--teacher", "nowhere.onnx"], "nowhere.onnx"),
+    "nothing to resume": (["--loss", "cross_entropy", "--resume"], "no checkpoint"),
+    "another log": (["--loss", "cross_entropy", "--log", "x.txt"], "cannot be written as"),
     "another optimiser": (
         ["--loss", "cross_entropy", "--optimiser", "x"],
         "unknown optimiser",

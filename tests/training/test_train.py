@@ -16,7 +16,9 @@ from onnx_adapt.graph.gradients.rule import Grads, Step
 from onnx_adapt.graph.gradients.tape import Tape
 from onnx_adapt.training.gradient_check import worst
 from onnx_adapt.training.optimisers import Optimiser
+from onnx_adapt.training.reading import read_dataset
 from onnx_adapt.training.settings import Settings
+from onnx_adapt.training.teacher import taught
 
 CASE = Path(__file__).parents[1] / "cases/peft_bert_lora_default_ts"
 QUICK = Settings(epochs=30, rate=1e-2, batch_size=16)
@@ -102,6 +104,20 @@ def test_a_wrong_gradient_is_found_before_training(
         oa.train(model, data, loss="cross_entropy", settings=QUICK)
 
 
+def test_a_model_learns_what_a_teacher_says(model: oa.Model, data: dict[str, Array]) -> None:
+    rng = np.random.default_rng(1)
+    (slot,) = oa.list_slots(model)
+    parts = {"down": (slot.width, 4), "up": (4, slot.width)}
+    adapter = {part: rng.standard_normal(shape) for part, shape in parts.items()}
+    teacher = oa.fill(model, oa.make_adapter(model, "teacher", {slot.name: adapter}))
+    samples = taught(read_dataset(_without(data, "labels"), ""), teacher)
+    settings = replace(QUICK, epochs=40)
+    trained = oa.train(model, samples, loss="kl", settings=settings, validation=0)
+    assert trained.epochs[-1].loss < 0.1 * trained.epochs[0].loss
+    with pytest.raises(TrainingError, match="no 'attention_mask', which the teacher"):
+        taught(read_dataset({"input_ids": data["input_ids"]}, ""), teacher)
+
+
 def _without(data: dict[str, Array], name: str) -> dict[str, Array]:
     return {key: value for key, value in data.items() if key != name}
 
@@ -111,8 +127,12 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "fewer labels": (lambda d: {**d, "labels": d["labels"][:5]}, {}, "has 64 samples"),
     "no samples": (lambda d: {**d, "labels": d["labels"][:0]}, {}, "no samples"),
     "texts": (lambda d: {**d, "input_ids": np.array(["a"] * 64)}, {}, "not numbers"),
-    "a class too many": (lambda d: {**d, "labels": d["labels"] + 2}, {}, "classes 0 to 2"),
-    "labels of another shape": (lambda d: d, {"loss": "mse"}, "this loss takes 2"),
+    "a class too many": (
+        lambda d: {**d, "labels": d["labels"] + 2},
+        {},
+        "has the label 3, and .* classes 0 to 2",
+    ),
+    "labels of another shape": (lambda d: d, {"loss": "mse"}, "this loss takes .samples, 3"),
     "an unknown loss": (lambda d: d, {"loss": "hinge"}, "unknown loss"),
     "an unknown output": (lambda d: d, {"output": "scores"}, "no output 'scores'"),
     "an unknown optimiser": (
