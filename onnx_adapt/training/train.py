@@ -97,7 +97,7 @@ def train(
         >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
         >>> model = oa.insert(base, after="bert.encoder.layer.1.output.dense")
         >>> ids = np.random.default_rng(0).integers(1, 60, (32, 6))
-        >>> data = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids[:, 0] % 2}
+        >>> data = {"input_ids": ids, "attention_mask": np.sign(ids), "labels": ids[:, 0] % 2}
         >>> trained = oa.train(model, data, loss="cross_entropy")
         >>> trained.epochs[-1].loss < trained.epochs[0].loss
         True
