@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnx_adapt import Model
     from onnx_adapt.training.data import Dataset
     from onnx_adapt.training.progress import Epoch
+    from onnx_adapt.training.settings import Settings
     from onnx_adapt.training.train import Trained
 
 
@@ -224,20 +225,12 @@ _READ = ("validation", "start_from", "tokenizer", "teacher")
 """Options that name files which are read."""
 
 
-def _train(
-    base: Model,
-    model: Model,
-    samples: tuple[Dataset, Dataset | float],
-    name: str,
-    given: Mapping[str, Any],
-) -> Trained:
-    """Train, and tell of each epoch; a model that was made of the base is verified first."""
-    import onnx_adapt as oa
-    from onnx_adapt.training.log import Log
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """The settings that the options say."""
     from onnx_adapt.training.optimisers import Optimiser
     from onnx_adapt.training.settings import Settings
 
-    settings = Settings(
+    return Settings(
         epochs=given["epochs"],
         batch_size=given["batch_size"],
         accumulate=given["accumulate"],
@@ -249,7 +242,21 @@ def _train(
         patience=given["patience_"],
         seed=given["seed"],
     )
-    begin = given["start_from"]
+
+
+def _train(
+    base: Model,
+    model: Model,
+    samples: tuple[Dataset, Dataset | float],
+    name: str,
+    given: Mapping[str, Any],
+) -> Trained:
+    """Train, and tell of each epoch; a model that was made of the base is verified first."""
+    import onnx_adapt as oa
+    from onnx_adapt.training.log import Log
+
+    settings = _settings(given)
+    begin = oa.load_adapter(given["start_from"]) if given["start_from"] else None
     log = Log(given["log"], resume=given["resume"]) if given["log"] else None
     with patience("verifying") as (_, stage), Watch(settings, log, stage) as watch:
         if model is not base:
@@ -263,7 +270,7 @@ def _train(
             output="" if given["head"] else given["model_output"],
             loss_settings=read_settings(given["loss_settings"]),
             bottleneck=given["bottleneck"],
-            start_from=oa.load_adapter(begin) if begin else None,
+            start_from=begin,
             validation=samples[1],
             settings=settings,
             check=not given["no_check"],

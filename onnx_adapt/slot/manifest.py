@@ -347,5 +347,4 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
         data["base"]["inputs"] = manifest.inputs
     lists = {key: [write_object(each) for each in getattr(manifest, key)] for key in _LISTS}
     data |= {key: records for key, records in lists.items() if records}
-    text = to_text(data | write_extra(manifest.extra))
-    proto.metadata_props.add(key=KEY, value=text)
+    proto.metadata_props.add(key=KEY, value=to_text(data | write_extra(manifest.extra)))
