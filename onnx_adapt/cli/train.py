@@ -146,6 +146,11 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on with the training in --checkpoint.")
 @click.option("--log", type=click.Path(), help="Write each step to this file, .csv or .jsonl.")
+@click.option(
+    "--forward-only",
+    is_flag=True,
+    help="Train without gradients, for models that have none; slow.",
+)
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
 @options.provider
@@ -241,6 +246,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         metric=given["metric"],
         patience=given["patience_"],
         seed=given["seed"],
+        forward_only=given["forward_only"],
     )
 
 

@@ -15,7 +15,8 @@ class Settings:
         epochs: How often to go through the samples.
         batch_size: Samples in one run of the model.
         accumulate: How many batches make one step; the gradient is their mean.
-        rate: The largest learning rate; 0 for the optimiser's own.
+        rate: The largest learning rate; 0 for the optimiser's own, or without gradients 20
+            times that.
         optimiser: The optimiser.
         schedule: The schedule of the rate after the warm-up.
         warm_up: The share of the steps in which the rate rises.
@@ -24,6 +25,8 @@ class Settings:
         metric: What to choose the best weights by: `loss`, `accuracy`, `f1` or `recall@K`.
         patience: After how many epochs that are no better to stop; 0 for never.
         seed: Seed of all random numbers.
+        forward_only: Whether the loss is tried on both sides of random moves of the weights,
+            in place of gradients: slow, for models that have none.
     """
 
     epochs: int = 3
@@ -37,3 +40,9 @@ class Settings:
     metric: str = "loss"
     patience: int = 0
     seed: int = 0
+    forward_only: bool = False
+
+    @property
+    def largest_rate(self) -> float:
+        """The largest learning rate, also where none is given."""
+        return self.rate or self.optimiser.rule.rate * (20 if self.forward_only else 1)

@@ -10,7 +10,7 @@ from onnx import helper
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.edit.export import require_feeds
-from onnx_adapt.errors import TrainingError
+from onnx_adapt.errors import GradientError, TrainingError
 from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import Shape, default_opset, index_model
@@ -92,9 +92,14 @@ def make_step(
     """
     chosen = choose_output(model, output)
     result = raise_opset(require_feeds(model))
-    _add_loss(result, chosen, loss, settings or {})
+    add_loss(result, chosen, loss, settings or {})
     index = index_model(result)
     found = differentiate(index, LOSS, weights)
+    if flat := [weight for weight in weights if not found.grads[weight]]:
+        raise GradientError(
+            f"the loss has no gradient for {flat[0]!r}: what is behind it is made of steps",
+            hint="put the slot behind the steps, nearer to the output",
+        )
     graph = result.proto.graph
     graph.node.extend(found.nodes)
     graph.initializer.extend(found.constants)
@@ -104,13 +109,24 @@ def make_step(
         graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
     shape = index.main.type_of(chosen).shape or ()
     made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
-    made = replace(made, rows=_fixed_rows(made))
-    return _with_labels(made, loss, settings or {}, shape) if isinstance(loss, str) else made
+    return with_labels(made, loss, settings or {})
 
 
-def _with_labels(step: StepModel, loss: str, settings: Settings, shape: Shape) -> StepModel:
-    """A step model with what is known of the labels of its loss."""
-    row, chosen = LOSSES[loss], settings_of(loss, settings)
+def with_labels(step: StepModel, loss: str | LossFunction, settings: Settings) -> StepModel:
+    """A step model with what is known of its rows, and of the labels of its loss.
+
+    Args:
+        step: A step model whose labels have the shape of its output.
+        loss: The loss.
+        settings: Its settings.
+
+    Raises:
+        TrainingError: If the loss or a setting is unknown, or does not fit the output.
+    """
+    step, shape = replace(step, rows=_fixed_rows(step)), step.label_shape
+    if not isinstance(loss, str):
+        return step
+    chosen, row = settings_of(loss, settings), LOSSES[loss]
     last = shape[-1] if shape else None
     if row.paired and len(shape) != 2:
         raise TrainingError(
@@ -208,8 +224,12 @@ def raise_opset(model: Model) -> Model:
     return result
 
 
-def _add_loss(model: Model, output: str, loss: str | LossFunction, settings: Settings) -> None:
-    """Add the labels as an input, and the nodes of a loss in float32."""
+def add_loss(model: Model, output: str, loss: str | LossFunction, settings: Settings) -> None:
+    """Add the labels as an input and the nodes of a loss in float32, in place.
+
+    Raises:
+        TrainingError: If the loss or a setting is unknown, or the names are taken.
+    """
     view = index_model(model).main
     if LABELS in {*view.inferred, *view.producers} or LOSS in view.producers:
         raise TrainingError(f"{model.label} has a tensor {LABELS!r} or {LOSS!r} of its own")

@@ -10,10 +10,11 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.required import with_defaults
-from onnx_adapt.errors import TrainingError
+from onnx_adapt.errors import GradientError, TrainingError
 from onnx_adapt.model.file import Model
 from onnx_adapt.training.data import Dataset, Order, split
 from onnx_adapt.training.fitting_data import for_step
+from onnx_adapt.training.forward_only import forward_model
 from onnx_adapt.training.metrics import require_labels
 from onnx_adapt.training.optimisers import require_rule, require_schedule
 from onnx_adapt.training.reading import DataArgument, read_dataset
@@ -35,7 +36,8 @@ class Task:
         held_back: The samples to choose the best weights by, if any.
         settings: How to train.
         order: The order of the samples.
-        loss: The loss and its settings, as texts.
+        loss: The loss.
+        loss_settings: Its settings.
     """
 
     model: Model
@@ -45,16 +47,19 @@ class Task:
     held_back: Dataset | None
     settings: Settings
     order: Order
-    loss: tuple[str, str]
+    loss: str | LossFunction
+    loss_settings: Mapping[str, object]
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when the training is resumed, by what people call it."""
         held_back = fingerprint_data(self.held_back) if self.held_back is not None else ""
-        settings = asdict(self.settings)
+        settings, loss = asdict(self.settings), self.loss
+        name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
         return {
             "base": required_manifest(self.model).fingerprint,
             "model output": self.step.output,
-            "loss": list(self.loss),
+            "loss": str(name),
+            "setting of the loss": repr(sorted(self.loss_settings.items())),
             "data": fingerprint_data(self.samples),
             "validation data": held_back,
             **{key.replace("_", " "): value for key, value in settings.items()},
@@ -86,7 +91,11 @@ def prepare(
     require_schedule(settings.schedule)
     model = with_defaults(model)
     begun = weights_to_train(model, bottleneck, start_from, settings.seed)
-    step = make_step(model, list(begun), loss=loss, output=output, settings=loss_settings)
+    asked: dict[str, Any] = {"loss": loss, "output": output, "settings": loss_settings}
+    if settings.forward_only:
+        step = forward_model(model, **asked)
+    else:
+        step = _differentiable(model, list(begun), asked)
     require_labels(
         settings.metric,
         classes=step.integers and not step.paired,
@@ -97,9 +106,16 @@ def prepare(
     if step.rows > 1:
         size = max(1, size // step.rows) * step.rows
     order = Order(size, settings.seed, step.paired, step.rows > 1)
-    name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
-    chosen = (str(name), repr(sorted(loss_settings.items())))
-    return Task(model, begun, step, samples, held_back, settings, order, chosen)
+    parts = (model, begun, step, samples, held_back, settings, order)
+    return Task(*parts, loss, loss_settings)
+
+
+def _differentiable(model: Model, weights: list[str], asked: Mapping[str, Any]) -> StepModel:
+    try:
+        return make_step(model, weights, **asked)
+    except GradientError as error:
+        hint = f"{error.hint}; --forward-only trains without gradients, slowly"
+        raise GradientError(error.message, hint=hint) from error
 
 
 def _samples(

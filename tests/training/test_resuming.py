@@ -12,7 +12,7 @@ import onnx_adapt as oa
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.training.data import Batch
-from onnx_adapt.training.engine import require_finite_loss
+from onnx_adapt.training.evaluation import require_finite_loss
 from onnx_adapt.training.log import Log
 from onnx_adapt.training.optimisers import Optimiser
 from onnx_adapt.training.progress import Report
@@ -80,7 +80,10 @@ OTHERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
         "another optimiser",
     ),
     "bottleneck": (lambda d: {"bottleneck": 4}, "another set of weights"),
-    "loss": (lambda d: {"loss_settings": {"label_smoothing": 0.1}}, "another loss"),
+    "loss": (
+        lambda d: {"loss_settings": {"label_smoothing": 0.1}},
+        "another setting of the loss",
+    ),
     "validation": (lambda d: {"validation": d}, "another data"),
 }
 
