@@ -12,6 +12,7 @@ from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.training_data import read_samples, read_settings
+from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
 from onnx_adapt.cli.training_watch import Watch
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
@@ -19,7 +20,10 @@ from onnx_adapt.words import count
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from onnx_adapt import Model
+    from onnx_adapt.training.data import Dataset
     from onnx_adapt.training.progress import Epoch
+    from onnx_adapt.training.settings import Settings
     from onnx_adapt.training.train import Trained
 
 
@@ -44,6 +48,19 @@ if TYPE_CHECKING:
     type=click.Path(),
     help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
 )
+@click.option(
+    "--model-output",
+    "model_path",
+    type=click.Path(),
+    help="Where the model goes if it gets slots, a head or norms; by default "
+    "MODEL.adapted.onnx.",
+)
+@click.option(
+    "--head",
+    metavar="classes=N[,pooling=mean|cls]",
+    help="Add a linear layer on the output, and train it too.",
+)
+@click.option("--train-norms", is_flag=True, help="Train the base's normalisations too.")
 @options.adapter_name
 @click.option(
     "--labels", default="labels", show_default=True, help="What the labels are called."
@@ -134,47 +151,69 @@ if TYPE_CHECKING:
 @options.provider
 @options.as_json
 def command(model: str, output: str, as_json: bool, **given: Any) -> None:
-    """Train an adapter for the slots of MODEL, without PyTorch.
+    """Train an adapter for MODEL, without PyTorch.
 
-    The gradients are computed by ONNX Runtime. The base and MODEL stay as they are.
+    The gradients are computed by ONNX Runtime. MODEL stays as it is. If it has no slots yet,
+    they are inserted in the usual places, and the adapted model is written as well.
 
     \b
-      onnx-adapt insert base.onnx --after 'encoder.layer.*.output.dense' -o adapted.onnx
+      onnx-adapt train base.onnx --data train.npz --loss cross_entropy -o mine.safetensors
       onnx-adapt train adapted.onnx --data train.npz --loss cross_entropy -o mine.safetensors
     """
     import onnx_adapt as oa
     from onnx_adapt.errors import TrainingError
 
     read = [Path(model), Path(given["data"])]
-    read += [Path(given[key]) for key in _READ if given[key]]
-    refuse_to_replace(output, *read)
-    ctx, failure = click.get_current_context(), None
+    refuse_to_replace(output, *read, *(given[key] for key in _READ if given[key]))
+    opened = oa.open_model(model)
+    ready = with_what_trains(opened, given)
+    if given["model_path"] and ready is opened:
+        raise click.UsageError("--model-output has no effect: MODEL stays as it is")
+    samples = read_samples(ready, given)
+    failure = None
     try:
-        trained = _train(model, given["name"] or Path(output).stem, given)
+        trained = _train(opened, ready, samples, given["name"] or Path(output).stem, given)
     except TrainingError as error:
         if error.trained is None:
             raise
         trained, failure = cast("Trained", error.trained), error
-    path = oa.save_adapter(trained.adapter, output)
-    if as_json:
-        epochs = [_epoch_fields(epoch) for epoch in trained.epochs]
-        named: dict[str, Any] = {"output": str(path), "name": trained.adapter.name}
-        named |= {"classes": list(trained.classes), "finished": trained.finished}
-        print_json({**named, "epochs": epochs})
-    slots = count(len(trained.adapter.weights), "slot")
-    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
+    if ready is opened:
+        oa.save_adapter(trained.adapter, output)
+    else:
+        with patience() as (progress, _):
+            to = given["model_path"]
+            model = save_both(model, to, ready, trained.adapter, Path(output), progress)
+    _tell(model, output, trained, as_json=as_json)
     if failure is not None:
-        say(f"error: {failure.message}; {path} has the best weights before that")
+        say(f"error: {failure.message}; {output} has the best weights before that")
         say(f"hint: {failure.hint}")
-        ctx.exit(1)
+        click.get_current_context().exit(1)
     if not trained.finished:
         kept = given["checkpoint"]
         say("stopped; it has the best weights until now")
         say(
             f"--resume goes on from {kept}" if kept else "--checkpoint FILE makes it resumable"
         )
-        ctx.exit(130)
+        click.get_current_context().exit(130)
     say_next("run", model, "--inputs", "x.npz", "--adapter", output, "--compare", "base")
+
+
+def _tell(model: str, output: str, trained: Trained, *, as_json: bool) -> None:
+    """Print what was written."""
+    slots = count(len(trained.adapter.weights), "slot")
+    say(f"wrote {output} ({size_text(Path(output).stat().st_size)}, {slots})")
+    if not as_json:
+        return
+    print_json(
+        {
+            "output": output,
+            "model": model,
+            "name": trained.adapter.name,
+            "classes": list(trained.classes),
+            "finished": trained.finished,
+            "epochs": [_epoch_fields(epoch) for epoch in trained.epochs],
+        }
+    )
 
 
 def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
@@ -186,14 +225,12 @@ _READ = ("validation", "start_from", "tokenizer", "teacher")
 """Options that name files which are read."""
 
 
-def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
-    """Train, and tell of each epoch."""
-    import onnx_adapt as oa
-    from onnx_adapt.training.log import Log
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """The settings that the options say."""
     from onnx_adapt.training.optimisers import Optimiser
     from onnx_adapt.training.settings import Settings
 
-    settings = Settings(
+    return Settings(
         epochs=given["epochs"],
         batch_size=given["batch_size"],
         accumulate=given["accumulate"],
@@ -205,21 +242,36 @@ def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
         patience=given["patience_"],
         seed=given["seed"],
     )
-    begin = given["start_from"]
-    opened = oa.open_model(model)
-    samples, held_back = read_samples(opened, given)
+
+
+def _train(
+    base: Model,
+    model: Model,
+    samples: tuple[Dataset, Dataset | float],
+    name: str,
+    given: Mapping[str, Any],
+) -> Trained:
+    """Train, and tell of each epoch; a model that was made of the base is verified first."""
+    import onnx_adapt as oa
+    from onnx_adapt.training.log import Log
+
+    settings = _settings(given)
+    begin = oa.load_adapter(given["start_from"]) if given["start_from"] else None
     log = Log(given["log"], resume=given["resume"]) if given["log"] else None
-    with patience("checking gradients") as (_, stage), Watch(settings, log, stage) as watch:
+    with patience("verifying") as (_, stage), Watch(settings, log, stage) as watch:
+        if model is not base:
+            prove(base, model, samples[0], given["provider"], stage)
+        stage("checking gradients")
         return oa.train(
-            opened,
-            samples,
+            model,
+            samples[0],
             loss=given["loss"],
             name=name,
-            output=given["model_output"],
+            output="" if given["head"] else given["model_output"],
             loss_settings=read_settings(given["loss_settings"]),
             bottleneck=given["bottleneck"],
-            start_from=oa.load_adapter(begin) if begin else None,
-            validation=held_back,
+            start_from=begin,
+            validation=samples[1],
             settings=settings,
             check=not given["no_check"],
             provider=given["provider"],

@@ -15,6 +15,7 @@ from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import Shape, default_opset, index_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.slot.manifest import read_manifest
 from onnx_adapt.training.losses import FLOAT, IGNORED, LOSSES, Settings, settings_of
 
 LABELS = "labels"
@@ -145,7 +146,7 @@ def _fixed_rows(step: StepModel) -> int:
 
 
 def choose_output(model: Model, output: str) -> str:
-    """The output that a loss is on: the one named, or the only one with floats.
+    """The output that a loss is on: the one named, a head's, or the only one with floats.
 
     Raises:
         TrainingError: If there is no such output, or none or several to choose from.
@@ -163,6 +164,9 @@ def choose_output(model: Model, output: str) -> str:
         if output not in floats:
             raise TrainingError(f"output {output!r} of {model.label} has no floats")
         return output
+    manifest = read_manifest(model.proto)
+    heads = [head.name for head in manifest.heads] if manifest else []
+    floats = heads if len(heads) == 1 else floats
     if len(floats) != 1:
         raise TrainingError(
             f"{model.label} has {len(floats)} outputs with floats",

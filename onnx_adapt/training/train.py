@@ -22,7 +22,7 @@ from onnx_adapt.training.resuming import ProgressFile
 from onnx_adapt.training.settings import Settings
 from onnx_adapt.training.starting import as_adapter
 from onnx_adapt.training.step_model import LossFunction
-from onnx_adapt.training.task import prepare
+from onnx_adapt.training.task import Task, prepare
 
 BOTTLENECK = 16
 """The bottleneck of slots that have none of their own."""
@@ -128,14 +128,7 @@ def train(
         start_from=start_from,
         validation=validation,
     )
-    progress = start(task.begun, settings.optimiser)
-    file = ProgressFile(Path(checkpoint), task.identity()) if checkpoint is not None else None
-    if file is None and resume:
-        raise TrainingError("there is no checkpoint to resume", hint="say which: --checkpoint")
-    if file is not None and resume:
-        progress = file.load()
-    elif file is not None:
-        file.require_new()
+    file, progress = _first_progress(task, checkpoint, resume=resume)
     engine = Engine(task.step, read_providers(provider))
     checks: Sequence[Checked] = ()
     if check and not resume:
@@ -155,6 +148,23 @@ def train(
         failure.trained = trained if progress.step else None
         raise failure
     return trained
+
+
+def _first_progress(
+    task: Task, checkpoint: str | os.PathLike[str] | None, *, resume: bool
+) -> tuple[ProgressFile | None, Progress]:
+    """The file that keeps how far a training is, and where it begins."""
+    begun = start(task.begun, task.settings.optimiser)
+    if checkpoint is None:
+        if resume:
+            hint = "say which with --checkpoint"
+            raise TrainingError("there is no checkpoint to resume", hint=hint)
+        return None, begun
+    file = ProgressFile(Path(checkpoint), task.identity())
+    if resume:
+        return file, file.load()
+    file.require_new()
+    return file, begun
 
 
 def _follow(

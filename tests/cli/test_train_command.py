@@ -151,3 +151,87 @@ def test_what_was_trained_before_nan_is_written_and_said(
     assert "'labels' of sample 7" in said
     assert f"{out} has the best weights before that" in said
     assert oa.load_adapter(out).weights
+
+
+HEADLESS = Path(__file__).parents[1] / "cases/bases/bert_headless/base.onnx"
+
+
+@pytest.fixture
+def headless(tmp_path: Path) -> tuple[Path, Path]:
+    """A base without a head, and lines of text."""
+    (tmp_path / "base.onnx").write_bytes(HEADLESS.read_bytes())
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(24):
+        ids = rng.integers(1, 60, rng.integers(4, 6)).tolist()
+        kind = "odd" if ids[0] % 2 else "even"
+        row = {"input_ids": ids, "attention_mask": [1] * len(ids), "kind": kind}
+        rows.append({**row, "token_type_ids": [0] * len(ids)})
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "train.jsonl").write_text(text)
+    return tmp_path / "base.onnx", tmp_path / "train.jsonl"
+
+
+def test_one_command_trains_slots_and_a_head_on_a_base(
+    headless: tuple[Path, Path], capsys: Capture
+) -> None:
+    base, data = headless
+    out = base.with_name("mine.safetensors")
+    code, shown, said = _train(
+        capsys,
+        *(base, "--data", data, "--labels", "kind", "--loss", "cross_entropy", "-o", out),
+        *("--head", "classes=2", "--on", "last_hidden_state", "--train-norms", "--json"),
+        *("--metric", "accuracy", "--epochs", 2),
+    )
+    assert code == 0, said
+    document = json.loads(shown)
+    assert document["classes"] == ["even", "odd"]
+    adapted = base.with_name("base.adapted.onnx")
+    assert document["model"] == str(adapted)
+    assert "slots after 2 layers, the usual places: linear_5, linear_11" in said
+    assert "verified" in said
+    adapter = oa.load_adapter(out)
+    assert len(adapter.weights) == 2
+    assert {"head.weight", "base.encoder.layer.0.output.LayerNorm.bias"} <= set(
+        adapter.replaced
+    )
+    ids = np.ones((1, 4), np.int64)
+    feeds = {"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids}
+    with oa.AdapterSession(adapted, {"mine": adapter}) as session:
+        assert session.run(feeds, "mine")["head"].shape == (1, 2)
+    assert oa.remove(oa.open_model(adapted)).proto == oa.open_model(base).proto
+
+
+HEADS = {
+    "no number": (["--head", "classes=x"], "give classes=N"),
+    "no classes": (["--head", "pooling=cls"], "say how many classes"),
+    "another pooling": (
+        ["--head", "classes=2,pooling=max", "--on", "pooler_output"],
+        "unknown pooling 'max'",
+    ),
+    "which output": (["--head", "classes=2"], "say which the head reads"),
+    "too few classes": (["--head", "classes=1", "--on", "pooler_output"], "has the label 1"),
+}
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_a_bad_head_is_said_and_nothing_is_written(
+    what: str, headless: tuple[Path, Path], capsys: Capture
+) -> None:
+    base, data = headless
+    options, words = HEADS[what]
+    given = [base, "--data", data, "--labels", "kind", "--loss", "cross_entropy"]
+    given += ["-o", base.with_name("mine.safetensors"), *options]
+    code, _, said = _train(capsys, *given)
+    assert code == 2
+    assert words in said
+    assert {path.name for path in base.parent.iterdir()} == {"base.onnx", "train.jsonl"}
+
+
+def test_a_model_path_for_a_model_that_stays_is_refused(
+    model: Path, data: Path, capsys: Capture
+) -> None:
+    given = [model, "--data", data, "--loss", "cross_entropy", "-o", "x.safetensors"]
+    code, _, said = _train(capsys, *given, "--model-output", "y.onnx")
+    assert code == 2
+    assert "has no effect" in said
