@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnx_adapt.edit.convert import convert
     from onnx_adapt.edit.export import export
     from onnx_adapt.edit.fill import bake, extract, fill
+    from onnx_adapt.edit.heads import add_head
     from onnx_adapt.edit.insert import insert, list_slots
     from onnx_adapt.edit.insert_checkpoint import insert_checkpoint
     from onnx_adapt.edit.insert_folder import AdaptedFolder, insert_folder
@@ -58,6 +59,7 @@ _HOMES = {
     "Report": "proof.result",
     "Site": "graph.site",
     "Slot": "slot.manifest",
+    "add_head": "edit.heads",
     "bake": "edit.fill",
     "blend": "adapter.blending",
     "build_adapter": "slot.build",
@@ -102,6 +104,7 @@ __all__ = [
     "Report",
     "Site",
     "Slot",
+    "add_head",
     "bake",
     "blend",
     "build_adapter",

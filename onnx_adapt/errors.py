@@ -144,9 +144,18 @@ class GradientError(AdaptError, ValueError):
 
 
 class TrainingError(AdaptError, ValueError):
-    """An adapter cannot be trained with this model, data or setting."""
+    """An adapter cannot be trained with this model, data or setting.
+
+    Attributes:
+        trained: What was trained before a loss was not finite, as `train` returns it; None
+            if nothing was.
+    """
 
     advice = "docs/train.md tells what training needs"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.trained: object | None = None
 
 
 class RunError(AdaptError, RuntimeError):

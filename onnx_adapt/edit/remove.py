@@ -8,6 +8,7 @@ from dataclasses import replace
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
+from onnx_adapt.edit.heads import remove_heads
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.required import with_defaults
@@ -64,6 +65,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         write_manifest(result.proto, remaining)
         return result
     undo_unfusing(result.proto, manifest.unfused)
+    remove_heads(result.proto, manifest.heads)
     undo_replaceable(result.proto, manifest.weights)
     undo_widening(result.proto, manifest.widened)
     undo_dropped_inputs(result.proto, manifest.inputs)

@@ -20,7 +20,7 @@ class Check:
 
     Attributes:
         name: `interface`, `graph`, `fused`, `off`, `ranges`, `rows`, `on`, `effect`,
-            `saturation` or `checker`.
+            `saturation`, `checker` or `gradients`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.

@@ -345,7 +345,7 @@ PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
     *("Inspection", "Quantised", "Report", "Site"),
     *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract", "train"),
-    *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
+    *("Slot", "add_head", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
     *("export", "fill"),
     *(
         "find_sites",
