@@ -74,7 +74,6 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.model.file import protect_files
-    from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.report.overview import overview
 
     path = Path(output or f"{Path(adapted).with_suffix('')}.report.html")
@@ -105,14 +104,21 @@ def command(
         print_json(found.as_dict())
     else:
         write_page(found, path)
-    for check in found.report.checks:
-        if not check.passed:
-            say(f"{check.name} FAILED: {check.detail}")
-    say(verdict(found.report))
-    if saturates(found.report):
-        say(f"hint: {CALIBRATE}")
+    _say_verdict(found.report)
     if not found.report.passed:
         ctx.exit(1)
+
+
+def _say_verdict(report: Report) -> None:
+    """Say which checks failed, and the verdict."""
+    from onnx_adapt.proof.result import CALIBRATE
+
+    for check in report.checks:
+        if not check.passed:
+            say(f"{check.name} FAILED: {check.detail}")
+    say(verdict(report))
+    if saturates(report):
+        say(f"hint: {CALIBRATE}")
 
 
 def saturates(report: Report) -> bool:
