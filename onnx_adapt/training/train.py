@@ -9,11 +9,13 @@ import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import required_manifest
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.weights import read_weights
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument
@@ -48,7 +50,7 @@ class Trained:
 
 
 def train(
-    model: Model,
+    model: ModelLike,
     data: DataArgument,
     *,
     loss: str | LossFunction,
@@ -57,7 +59,7 @@ def train(
     labels: str = "labels",
     loss_settings: Mapping[str, object] | None = None,
     bottleneck: int = BOTTLENECK,
-    start_from: Adapter | None = None,
+    start_from: AdapterLike | None = None,
     validation: float | DataArgument = 0.1,
     settings: Settings | None = None,
     check: bool = True,
@@ -103,9 +105,11 @@ def train(
         >>> trained.epochs[-1].loss < trained.epochs[0].loss
         True
     """
+    model = as_model(model)
     settings = settings or Settings()
     model = with_defaults(model)
-    slots, weights = _weights_to_train(model, bottleneck, start_from, settings.seed)
+    begin = None if start_from is None else as_adapter(start_from)
+    slots, weights = _weights_to_train(model, bottleneck, begin, settings.seed)
     step = make_step(model, list(weights), loss=loss, output=output, settings=loss_settings)
     samples, held_back = _samples(data, validation, labels, step, settings.seed)
     for part in (samples, held_back):
