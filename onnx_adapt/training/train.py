@@ -96,12 +96,11 @@ def train(
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> model = oa.insert(base, after="mos_estimator_small_1/dense_3/MatMul_add")
-        >>> rng = np.random.default_rng(0)
-        >>> sounds = rng.standard_normal((8, 900, 120)).astype("float32")
-        >>> data = {"input_1": sounds, "labels": np.full((8, 1), 3, "float32")}
-        >>> trained = oa.train(model, data, loss="mse")
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> model = oa.insert(base, after="bert.encoder.layer.1.output.dense")
+        >>> ids = np.random.default_rng(0).integers(1, 60, (32, 6))
+        >>> data = {"input_ids": ids, "attention_mask": np.sign(ids), "labels": ids[:, 0] % 2}
+        >>> trained = oa.train(model, data, loss="cross_entropy")
         >>> trained.epochs[-1].loss < trained.epochs[0].loss
         True
     """
