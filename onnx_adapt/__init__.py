@@ -4,7 +4,7 @@ The functions, in the order in which people need them. Wherever a model is asked
 `Model` or an `onnx.ModelProto` will do; wherever an adapter is, a path or an `Adapter`.
 
     look        open_model, find_sites, list_slots
-    insert      insert (after places that you name), save_model, remove
+    insert      insert (after places that you name), add_head, save_model, remove
     prove       verify, which returns a Report; calibrate (ranges of quantised models)
     run         AdapterSession: run, async_run, load, unload
     weights     load_adapter, save_adapter, make_adapter (of arrays), train (on the ONNX file)

@@ -118,7 +118,6 @@ def train(
         >>> trained.epochs[-1].loss < trained.epochs[0].loss
         True
     """
-    model = as_model(model)
     settings = settings or Settings()
     task = prepare(
         *(as_model(model), data, settings),
