@@ -117,27 +117,12 @@ def _with_gradients(
 
 
 def _show(report: Report) -> None:
-    marks = {True: "ok", False: "FAILED"}
-    print_table(
-        ("check", "result", "measured"),
-        [(check.name, marks[check.passed], check.detail) for check in report.checks],
-    )
+    from onnx_adapt.proof.result import CHECK_COLUMNS, SLOT_COLUMNS
+
+    print_table(CHECK_COLUMNS, report.check_rows())
     if report.slots:
         emit()
-        print_table(
-            ("slot", "error", "tolerance", "ratio", "bottlenecks", "effect"),
-            [
-                (
-                    slot.name,
-                    "not reached" if slot.error is None else f"{slot.error:.1e}",
-                    "" if slot.tolerance is None else f"{slot.tolerance:.1e}",
-                    "" if slot.ratio is None else f"{slot.ratio:.2f}",
-                    " ".join(map(str, slot.bottlenecks)),
-                    f"{slot.effect:.1e}" if slot.effect else "none",
-                )
-                for slot in report.slots
-            ],
-        )
+        print_table(SLOT_COLUMNS, report.slot_rows())
     for text in report.warnings:
         say(f"warning: {text}")
     shapes = "; ".join(

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 
 from onnx_adapt.errors import MismatchError
+from onnx_adapt.tables import html_table, text_table
+from onnx_adapt.words import count
 
 CALIBRATE = (
     "`onnx-adapt insert BASE --adapter DIR --calibrate INPUTS.npz` widens the ranges for the "
@@ -84,6 +86,10 @@ class Saturation:
     high: float
 
 
+CHECK_COLUMNS = ("check", "result", "measured")
+SLOT_COLUMNS = ("slot", "error", "tolerance", "ratio", "bottlenecks", "effect")
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The result of `verify`.
@@ -142,6 +148,42 @@ class Report:
             + "; ".join(reasons or list(self.warnings)),
             hint=hint,
         )
+
+    def __repr__(self) -> str:
+        """Whether it passed, and what was checked."""
+        failed = [check.name for check in self.checks if not check.passed]
+        verdict = "passed" if self.passed else f"FAILED ({', '.join(failed) or 'strict'})"
+        checks, slots = count(len(self.checks), "check"), count(len(self.slots), "slot")
+        return f"<Report {verdict}: {self.adapted} against {self.base}, {checks}, {slots}>"
+
+    def __str__(self) -> str:
+        """The tables that `onnx-adapt verify` prints, and the warnings."""
+        tables = [text_table(CHECK_COLUMNS, self.check_rows())]
+        tables += [text_table(SLOT_COLUMNS, self.slot_rows())] if self.slots else []
+        return "\n\n".join([*tables, *(f"warning: {text}" for text in self.warnings)])
+
+    def _repr_html_(self) -> str:
+        slots = html_table("", SLOT_COLUMNS, self.slot_rows()) if self.slots else ""
+        return html_table(repr(self), CHECK_COLUMNS, self.check_rows()) + slots
+
+    def check_rows(self) -> list[tuple[str, str, str]]:
+        """The checks, by `CHECK_COLUMNS`."""
+        marks = {True: "ok", False: "FAILED"}
+        return [(check.name, marks[check.passed], check.detail) for check in self.checks]
+
+    def slot_rows(self) -> list[tuple[str, ...]]:
+        """What was measured at the slots, by `SLOT_COLUMNS`."""
+        return [
+            (
+                slot.name,
+                "not reached" if slot.error is None else f"{slot.error:.1e}",
+                "" if slot.tolerance is None else f"{slot.tolerance:.1e}",
+                "" if slot.ratio is None else f"{slot.ratio:.2f}",
+                " ".join(map(str, slot.bottlenecks)),
+                f"{slot.effect:.1e}" if slot.effect else "none",
+            )
+            for slot in self.slots
+        ]
 
     def as_dict(self) -> dict[str, object]:
         """The report for `--json`."""

@@ -22,9 +22,9 @@ from onnx_adapt.slot.record import (
     SameAs,
     absent,
     read_extra,
+    read_input,
     read_object,
     to_text,
-    typed,
     write_extra,
     write_object,
 )
@@ -121,6 +121,10 @@ class Slot:
     shares: str = ""
     required: bool = False
     extra: Extra = ()
+
+    def __repr__(self) -> str:
+        """Its name, its place and its width."""
+        return f"<Slot {self.name!r} at {self.graph}:{self.tensor}, {self.width} wide>"
 
     @property
     def owner(self) -> str:
@@ -282,20 +286,13 @@ def _read(data: dict[str, Any]) -> Manifest:
         inlined=known.inlined,
         slots=tuple(_read_slot(item) for item in data["slots"]),
         weights=tuple(read_object(ReplaceableWeight, item) for item in listed["weights"]),
-        inputs=tuple(_read_input(i, text) for i, text in inputs),
+        inputs=tuple(read_input(i, text) for i, text in inputs),
         widened=tuple(read_object(Widened, item) for item in listed["widened"]),
         unfused=tuple(read_object(Unfused, item) for item in listed["unfused"]),
         heads=tuple(read_object(Head, item) for item in listed["heads"]),
         extra=read_extra(data, ("format", "base", "slots", *_LISTS)),
         base_extra=known.extra,
     )
-
-
-def _read_input(place: Any, declared: Any) -> tuple[int, str]:
-    if not 0 <= typed(place, int) < 2**31:
-        raise ValueError(f"no input is at {place}")
-    bytes.fromhex(typed(declared, str))
-    return place, declared
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:

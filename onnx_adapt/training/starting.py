@@ -78,7 +78,7 @@ def _replaceable(model: Model, manifest: Manifest, begin: Adapter | None) -> dic
     }
 
 
-def as_adapter(
+def adapter_of(
     name: str, weights: Mapping[str, Array], begun: Mapping[str, Array], model: Model
 ) -> Adapter:
     """Trained weights as an adapter.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument
 from onnx_adapt.training.engine import Engine
@@ -20,7 +21,7 @@ from onnx_adapt.training.progress import Epoch, Progress, Report, start
 from onnx_adapt.training.reading import DataArgument
 from onnx_adapt.training.resuming import ProgressFile
 from onnx_adapt.training.settings import Settings
-from onnx_adapt.training.starting import as_adapter
+from onnx_adapt.training.starting import adapter_of
 from onnx_adapt.training.step_model import LossFunction
 from onnx_adapt.training.task import Task, prepare
 
@@ -54,7 +55,7 @@ class Trained:
 
 
 def train(
-    model: Model,
+    model: ModelLike,
     data: DataArgument,
     *,
     loss: str | LossFunction,
@@ -63,7 +64,7 @@ def train(
     labels: str = "labels",
     loss_settings: Mapping[str, object] | None = None,
     bottleneck: int = BOTTLENECK,
-    start_from: Adapter | None = None,
+    start_from: AdapterLike | None = None,
     validation: float | DataArgument = 0.1,
     settings: Settings | None = None,
     check: bool = True,
@@ -119,13 +120,13 @@ def train(
     """
     settings = settings or Settings()
     task = prepare(
-        *(model, data, settings),
+        *(as_model(model), data, settings),
         loss=loss,
         output=output,
         labels=labels,
         loss_settings=loss_settings or {},
         bottleneck=bottleneck,
-        start_from=start_from,
+        start_from=None if start_from is None else as_adapter(start_from),
         validation=validation,
     )
     file, progress = _first_progress(task, checkpoint, resume=resume)
@@ -138,7 +139,7 @@ def train(
     progress, finished, failure = _follow(steps, progress, file, on_step, stop)
     best = progress.best or progress.current
     trained = Trained(
-        as_adapter(name, best, task.begun, task.model),
+        adapter_of(name, best, task.begun, task.model),
         progress.history,
         tuple(checks),
         finished,

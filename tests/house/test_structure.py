@@ -16,7 +16,9 @@ from onnx_adapt import errors
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
+    ("spelling",),
     ("errors", "dtypes", "formats", "words"),
+    ("tables",),
     ("model",),
     ("ort", "slot"),
     ("adapter",),

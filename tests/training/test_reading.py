@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow
 import pytest
 from onnx import helper
+from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -49,6 +51,21 @@ def _by_number(data: Dataset) -> dict[int, dict[str, list[int]]]:
         for group in data.groups
         for row, number in enumerate(group.numbers)
     }
+
+
+def test_a_parquet_gives_the_samples_that_its_csv_gives(tmp_path: Path) -> None:
+    rows = _table(tmp_path, "x,labels\n1.5,0\n-2,1\n0.25,1\n")
+    columns = {"x": [1.5, -2.0, 0.25], "labels": [0, 1, 1]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+    written, read = (read_dataset(path) for path in (rows, tmp_path / "data.parquet"))
+    assert _by_number(written) == _by_number(read)
+    lacking = {"x": [1.5, None], "labels": [0, 1]}
+    parquet.write_table(pyarrow.table(lacking), tmp_path / "lacking.parquet")
+    with pytest.raises(TrainingError, match=r"row 1 of .* has no 'x'"):
+        read_dataset(tmp_path / "lacking.parquet")
+    broken = _table(tmp_path, "no parquet", "broken.parquet")
+    with pytest.raises(TrainingError, match="cannot read"):
+        read_dataset(broken)
 
 
 def test_a_csv_of_texts_becomes_tokens_and_classes(tmp_path: Path, tokenizer: Path) -> None:

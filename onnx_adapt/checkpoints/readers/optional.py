@@ -28,6 +28,7 @@ def optional_library(
         ...
         onnx_adapt.errors.CheckpointError: a GGUF file is read with no_such_reader, which is \
 not installed
+        hint: pip install 'onnx-adapt[gguf]'
     """
     try:
         return import_module(name)
