@@ -13,7 +13,7 @@ from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import GradientError, SiteError, TrainingError
 from onnx_adapt.graph.gradients.reverse import weights_on_way
 from onnx_adapt.graph.index import index_model
-from onnx_adapt.graph.sites import find_sites
+from onnx_adapt.graph.resolve import find_sites
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument
