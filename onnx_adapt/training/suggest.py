@@ -1,4 +1,4 @@
-"""Which places of a model are worth a slot, from the gradients of one pass."""
+"""Which places of a model are worth a slot, from the gradients of one pass over samples."""
 
 from __future__ import annotations
 
