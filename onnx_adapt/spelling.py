@@ -76,6 +76,7 @@ _OPTIONS = {
     "--bottleneck": "bottleneck={}",
     "--checkpoint": 'checkpoint="{}"',
     "--force": "overwrite=True",
+    "--forward-only": "settings=Settings(forward_only=True)",
     "--inline-functions": "inline_functions=True",
     "--inputs": 'inputs="{}"',
     "--labels": 'labels="{}"',

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from onnx_adapt.cli import options
-from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
+from onnx_adapt.cli.outputs import print_json, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.training_data import read_samples, read_settings
 from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
+from onnx_adapt.cli.training_paths import check_paths
 from onnx_adapt.cli.training_watch import Watch
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
@@ -168,8 +169,7 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
     import onnx_adapt as oa
     from onnx_adapt.errors import TrainingError
 
-    read = [Path(model), Path(given["data"])]
-    refuse_to_replace(output, *read, *(given[key] for key in _READ if given[key]))
+    check_paths(model, output, given)
     opened = oa.open_model(model)
     ready = with_what_trains(opened, given)
     if given["model_path"] and ready is opened:
@@ -224,10 +224,6 @@ def _tell(model: str, output: str, trained: Trained, *, as_json: bool) -> None:
 def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
     fields = asdict(epoch)
     return {"epoch": fields.pop("number"), **fields}
-
-
-_READ = ("validation", "start_from", "tokenizer", "teacher")
-"""Options that name files which are read."""
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

@@ -119,7 +119,7 @@ class Engine:
             self._session,
             outputs,
             typed,
-            label=self.step.model.label,
+            label=f"{self.step.model.label} on {batch.name}",
             run_options=self._forward,
         )
         return dict(zip(outputs, values, strict=True))

@@ -75,6 +75,19 @@ BAD = {
     ),
     "no teacher": (["--loss", "kl", "--teacher", "nowhere.onnx"], "nowhere.onnx"),
     "nothing to resume": (["--loss", "cross_entropy", "--resume"], "no checkpoint"),
+    "another form of adapter": (["--loss", "mse", "-o", "x.xyz"], "no known adapter format"),
+    "a folder for a checkpoint": (
+        ["--loss", "mse", "--checkpoint", "/"],
+        "/ cannot be written",
+    ),
+    "a file for two things": (
+        ["--loss", "mse", "--log", "x.csv", "--checkpoint", "x.csv"],
+        "--checkpoint and --log are one file",
+    ),
+    "the base as a log": (
+        ["--loss", "mse", "--log", str(BASE), "--teacher", str(BASE)],
+        "which is read",
+    ),
     "another log": (["--loss", "cross_entropy", "--log", "x.txt"], "cannot be written as"),
     "another optimiser": (
         ["--loss", "cross_entropy", "--optimiser", "x"],
@@ -90,7 +103,7 @@ def test_bad_input_is_said_and_nothing_is_written(
     options, words = BAD[what]
     given = options if "--data" in options else ["--data", str(data), *options]
     out = model.with_name("mine.safetensors")
-    code, _, said = _train(capsys, model, *given, "-o", out)
+    code, _, said = _train(capsys, model, "-o", out, *given)
     assert code == 2
     assert words in said
     assert not out.exists()
