@@ -76,7 +76,7 @@ def quantize(adapter: Adapter, *, bits: int = 8) -> Quantised:
     """
     if bits not in LARGEST:
         raise AdapterError(f"adapters cannot have {bits!r} bits", hint="give 8 or 4")
-    tensors, forms = dict(adapter.feeds()), {}
+    tensors, forms = dict(adapter.tensors()), {}
     for slot, parts in adapter.weights.items():
         for part, value in parts.items():
             axis = _axis(part, value)

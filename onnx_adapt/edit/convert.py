@@ -15,7 +15,7 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
@@ -57,8 +57,7 @@ def convert(
         >>> len(oa.convert(case + "/adapter", model, name="again").weights)
         4
     """
-    manifest = required_manifest(model)
-    base = remove(model)
+    base = remove(model) if read_manifest(model.proto) else model
     checkpoint = load_checkpoint(
         path,
         base,
@@ -68,15 +67,17 @@ def convert(
         module_map=module_map,
         allow_missing=allow_missing,
     )
+    if checkpoint.adapter.initial_state:
+        return checkpoint.adapter  # which needs no slots
+    manifest = required_manifest(model)
     found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
     activations = {}
     for wanted, slot in found:
         given = checkpoint.adapter.weights[wanted.owner]
         absent = neutral_weights(slot, bottleneck_of(wanted, given))
-        dtype = DTYPES[slot.dtype]
         converted = {
-            part: np.ascontiguousarray(given.get(part, absent[part]), dtype)
+            part: np.ascontiguousarray(given.get(part, absent[part]), DTYPES[slot.dtype])
             for part in slot.parts
         }
         first = weights.setdefault(slot.owner, converted)
@@ -160,5 +161,7 @@ def _same_form(wanted: Slot, slot: Slot) -> bool:
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
     reads = own and (slot.source == slot.inner or slot.source == wanted.source)
+    if wanted.by_token and not slot.by_token:
+        return False
     fixed = all(PARTS[part].optional for part in set(slot.parts) - set(wanted.parts))
     return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

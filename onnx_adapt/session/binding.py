@@ -34,6 +34,14 @@ class AdapterBinding:
         """What is bound to each input."""
         return {name: call for (kind, name), call in self._calls.items() if kind == "input"}
 
+    @property
+    def readable(self) -> dict[str, Any]:
+        """The array or OrtValue bound to each input; None for memory by its address."""
+        return {
+            name: None if method == "bind_input" else arguments[1]
+            for name, (method, arguments) in self.inputs.items()
+        }
+
     def bind_cpu_input(self, name: str, array: Any) -> None:
         """Bind an input to an array in memory of the CPU; one that is not dense is copied."""
         self._bind("input", "bind_cpu_input", name, np.asarray(array, order="C"))
@@ -84,7 +92,8 @@ class AdapterBinding:
         """Run with these weights bound too; `AdapterSession` calls this."""
         self._ran = False
         try:
-            if self._binding is None or self._adapter is not adapter:
+            follows = adapter is not None and adapter.invocation_tokens  # what is bound
+            if self._binding is None or self._adapter is not adapter or follows:
                 self._binding = None
                 self._binding = self._bound(weights)
                 self._adapter = adapter
