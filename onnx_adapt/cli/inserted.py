@@ -81,7 +81,12 @@ def show_inserted(
     _tell_ranges(warnings, widened, calibrated=calibrated)
     _tell_unfused(base, unfused)
     for file in weights:
-        say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
+        if any(slot.by_token for slot in new):
+            say(
+                f"wrote {file}; AdapterSession feeds it, and for which tokens it is on (aLoRA)"
+            )
+        else:
+            say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
 
 
 def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
