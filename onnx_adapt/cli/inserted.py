@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_adapt.cli.outputs import print_json, print_table, say, size_text, tell_saved
-from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+from onnx_adapt.cli.slots import slot_dict
+from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
@@ -80,13 +81,16 @@ def show_inserted(
         )
     _tell_ranges(warnings, widened, calibrated=calibrated)
     _tell_unfused(base, unfused)
+    _tell_weights(weights, new)
+
+
+def _tell_weights(weights: Sequence[Path], slots: Sequence[Slot]) -> None:
+    """Print where the weights are, and how they come into a run."""
+    how = "feed its tensors by name, or `onnx-adapt fill` them in"
+    if any(slot.by_token for slot in slots):
+        how = "AdapterSession feeds it, and the tokens that it is on for"
     for file in weights:
-        if any(slot.by_token for slot in new):
-            say(
-                f"wrote {file}; AdapterSession feeds it, and for which tokens it is on (aLoRA)"
-            )
-        else:
-            say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
+        say(f"wrote {file}; {how}")
 
 
 def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:

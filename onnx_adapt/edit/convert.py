@@ -15,6 +15,8 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
+from onnx_adapt.model.paths import as_path
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
@@ -22,7 +24,7 @@ from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
 def convert(
     path: str | os.PathLike[str],
-    model: Model,
+    model: ModelLike,
     *,
     name: str = "",
     base_weights: str | os.PathLike[str] | None = None,
@@ -57,6 +59,7 @@ def convert(
         >>> len(oa.convert(case + "/adapter", model, name="again").weights)
         4
     """
+    path, model = as_path(path, "a checkpoint"), as_model(model)
     base = remove(model) if read_manifest(model.proto) else model
     checkpoint = load_checkpoint(
         path,
@@ -69,6 +72,17 @@ def convert(
     )
     if checkpoint.adapter.initial_state:
         return checkpoint.adapter  # which needs no slots
+    adapter = _for_slots(model, checkpoint)
+    require_fit(model, adapter, allow_partial=allow_partial)
+    return adapter
+
+
+def _for_slots(model: Model, checkpoint: Checkpoint) -> Adapter:
+    """The weights of a checkpoint, for the slots that a model has.
+
+    Raises:
+        CheckpointError: If the checkpoint needs a slot that the model does not have.
+    """
     manifest = required_manifest(model)
     found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
@@ -88,15 +102,13 @@ def convert(
                 hint=_HINT,
             )
         activations[slot.owner] = wanted.activation
-    adapter = replace(
+    return replace(
         checkpoint.adapter,
         weights=weights,
         activations=activations,
         fingerprint=manifest.fingerprint,
         stacks=stacks_of(slot for _, slot in found),
     )
-    require_fit(model, adapter, allow_partial=allow_partial)
-    return adapter
 
 
 _HINT = "insert --adapter makes a model with the slots this checkpoint needs"

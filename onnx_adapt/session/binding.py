@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.errors import RunError
+from onnx_adapt.errors import AdapterError, RunError
 from onnx_adapt.ort import onnxruntime, shortened
 from onnx_adapt.session.ort_adapter import OrtAdapter
 
@@ -87,6 +87,18 @@ class AdapterBinding:
     def belongs_to(self, session: Any) -> bool:
         """Whether it binds the inputs and outputs of a session of ONNX Runtime."""
         return self._session is session
+
+    def refuse_first_past(self, adapter: OrtAdapter | None) -> None:
+        """Refuse an adapter that would change what is bound.
+
+        Raises:
+            AdapterError: If it is the first past of a decoder.
+        """
+        if adapter is not None and adapter.initial_state:
+            raise AdapterError(
+                "the adapter is the first past of a decoder, which changes what is bound",
+                hint="use `run` or `run_with_ort_values`",
+            )
 
     def run(self, weights: Mapping[str, Any], adapter: OrtAdapter | None) -> None:
         """Run with these weights bound too; `AdapterSession` calls this."""

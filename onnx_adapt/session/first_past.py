@@ -30,11 +30,13 @@ _POSITIONS = ("position_ids", "cache_position")
 
 
 def check_first_past(model: LoadedModel, adapter: Adapter) -> None:
-    """Check that an adapter can be the first past of a model.
+    """Check that an adapter, if it is a first past, can be that of a model.
 
     Raises:
         AdapterError: If the model has no past among its inputs, or it is of another model.
     """
+    if not adapter.initial_state:
+        return
     found = state_misfits(adapter, model.inputs, model.input_types)
     identity = adapter.fingerprint and model.identity()
     if identity and not same_base(adapter.fingerprint, identity):
