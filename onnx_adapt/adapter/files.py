@@ -157,6 +157,12 @@ def _refuse_unheld(row: AdapterFormat, adapter: Adapter, path: Path) -> None:
     if row.most_bytes is not None and adapter.size > row.most_bytes:
         most = f"{row.most_bytes / 1e9:.0f} GB"
         raise AdapterError(f"{path.name} would pass the {most} of this format", hint=hint)
+    if adapter.initial_state and row.mapped:
+        raise AdapterError(
+            f"{path.name} would be {row.what}, whose tensors ONNX Runtime feeds in every run, "
+            f"and adapter {adapter.name!r} is the first past of a decoder",
+            hint=hint,
+        )
     scalars = [name for name, array in adapter.feeds().items() if not array.ndim]
     if scalars and not row.scalars:
         raise AdapterError(
@@ -173,7 +179,7 @@ def _plain(adapter: Adapter) -> Adapter:
     """
     allowed = set(DTYPES.values())
     tensors: dict[str, Array] = {}
-    for name, array in adapter.feeds().items():
+    for name, array in adapter.tensors().items():
         tensors[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
         if tensors[name].dtype not in allowed:
             raise AdapterError(
@@ -187,5 +193,8 @@ def _plain(adapter: Adapter) -> Adapter:
             f"a name in adapter {adapter.name!r} is no text: {error}",
             hint="name its slots and weights in Unicode",
         ) from error
+    state = {name: tensors.pop(name) for name in adapter.initial_state}
     plain = adapter_from_tensors(adapter.name, tensors)
-    return replace(adapter, weights=plain.weights, replaced=plain.replaced)
+    return replace(
+        adapter, weights=plain.weights, replaced=plain.replaced, initial_state=state
+    )

@@ -28,7 +28,8 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.base_changes import ReplaceableWeight
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import (
     SLOT_KEY,
     Manifest,
@@ -138,10 +139,11 @@ def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]
 
 
 def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Record that the output of a batched slot, and its terms, have the shape of its target.
+    """Record that the output of a slot with a value for each row has the shape of its target.
 
-    The inputs with a value for each row have symbolic dimensions of their own. Without the
-    record ONNX Runtime cannot infer the shape, and does not fuse the sum with what follows.
+    Its terms have it too. Inputs with a value for each row or token have symbolic dimensions
+    of their own. Without the record ONNX Runtime cannot infer the shape, and does not fuse
+    the sum with what follows.
     Where no symbol of the inputs can be inferred for an axis, the symbol that the base
     records for its tensor is repeated.
     """
@@ -232,7 +234,7 @@ def _insert_nodes(
             copied = norm_nodes(index, slot)
             norm = copied[-1] if copied else None
             nodes = [*copied[:-1], *slot_nodes(slot, opset, norm)]
-            if slot.batched:
+            if slot.row_parts:
                 _declare_shapes(index, slot, nodes)
             maker[slot.tensor] = nodes[-1]
             outputs[path, slot.tensor] = slot

@@ -24,7 +24,13 @@ from onnx_adapt.ort import (
     without_slot_warnings,
 )
 from onnx_adapt.session.ort_adapter import as_ort_value, stamp_of
-from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
+from onnx_adapt.slot.manifest import (
+    KEY,
+    Manifest,
+    Slot,
+    manifest_from_text,
+    read_manifest,
+)
 from onnx_adapt.slot.required import must_be_fed, neutral_feeds
 from onnx_adapt.words import beside
 
@@ -59,6 +65,7 @@ class LoadedModel:
         providers: Sequence[Any] | None,
         options: Any,
     ) -> None:
+        self._given = model
         self.label, self._session = _start(model, providers, options)
         given = self._session.get_inputs()
         self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
@@ -121,6 +128,35 @@ class LoadedModel:
         """
         fed = {**self.neutral, **feeds}
         return run_ort_values(self.session, names, fed, label=self.label)
+
+    @property
+    def all_slots(self) -> tuple[Slot, ...]:
+        """Its slots; none if it is a model without."""
+        return self.manifest.slots if self.manifest else ()
+
+    @property
+    def is_swappable(self) -> bool:
+        """Whether it has slots or weights that can be fed."""
+        known = self.manifest
+        if known is None:
+            return False
+        return any(s.swappable for s in known.slots) or any(w.swappable for w in known.weights)
+
+    @property
+    def input_types(self) -> dict[str, str]:
+        """The element type of each input, as adapters name it."""
+        given = self.session.get_inputs()
+        return {item.name: ORT_TYPES.get(item.type, item.type) for item in given}
+
+    def identity(self) -> str:
+        """The fingerprint of the base."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        from onnx_adapt.model.file import Model, open_model
+        from onnx_adapt.model.fingerprint import fingerprint
+
+        given = self._given
+        return fingerprint(given if isinstance(given, Model) else open_model(given))
 
     def slots(self) -> tuple[Manifest, Replaceable]:
         """The slots and weights that can be fed.

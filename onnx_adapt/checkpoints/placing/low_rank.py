@@ -60,7 +60,10 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
             )
         parts["gate"], parts["gate_bias"] = edit.gate[0].T, edit.gate[1]
     source = placement.survey.after_slots(call.view.scope.path, call.source)
-    form = Form(source=source, source_width=a.shape[1], window=window)
+    if edit.invocation:
+        _refuse_without_sequence(edit.module, target)
+    by_token = bool(edit.invocation)
+    form = Form(source=source, source_width=a.shape[1], window=window, by_token=by_token)
     if call.packing is None or edit.gate is not None:
         placement.add(target, placement.slot_name(edit.module), parts, form)
     else:
@@ -93,6 +96,16 @@ def _rescale(
         return placement.survey.site(call.view, call.raw)
     parts["up_bias"] = parts.get("up_bias", 0) + (1 - scale) * inside
     return placement.survey.site(call.view, call.output)
+
+
+def _refuse_without_sequence(module: str, target: Site) -> None:
+    """Refuse an update that is on for some tokens alone where no axis is known as theirs."""
+    if target.axis == 1 or target.rank not in (2, 3):
+        raise CheckpointError(
+            f"module {module!r}: aLoRA is on for some tokens alone, and tensor "
+            f"{target.tensor!r} is not of the shape (batch, sequence, width)",
+            hint="export the model with input_ids of (batch, sequence)",
+        )
 
 
 def _refuse_hidden(module: str, call: LayerCall) -> None:
