@@ -93,7 +93,7 @@ _OPTIONS = {
 }
 """Options and the arguments that they are in Python, with their values."""
 
-FOREIGN = ("--extra_options", "--saved-model", "--tflite", "--keras", "--output")
+FOREIGN = ("--extra_options", "--saved-model", "--tflite", "--keras", "--output", "--task")
 """Options of other programs, which hints name as they are."""
 
 _NO_VALUE = (

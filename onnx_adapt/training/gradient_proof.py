@@ -122,8 +122,8 @@ def check_gradient_nodes(
 
     Example:
         >>> import onnx_adapt as oa
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> adapted = oa.insert(base, after="mos_estimator_small_1/dense_4/MatMul_add")
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> adapted = oa.insert(base, after="bert.encoder.layer.1.output.dense")
         >>> check_gradient_nodes(adapted).passed
         True
     """
