@@ -32,8 +32,8 @@ _COUNTERS = {
 """Inputs that count or choose the past, which a longer past would make wrong."""
 
 EXPORT_WITH_PAST = (
-    "export the decoder with past_key_values among its inputs: `optimum-cli export onnx "
-    "--task text-generation-with-past`, or onnxruntime-genai's builder"
+    "export the decoder with past_key_values among its inputs: with optimum, by the task "
+    "text-generation-with-past, or with onnxruntime-genai's builder"
 )
 
 
