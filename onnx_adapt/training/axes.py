@@ -18,16 +18,16 @@ from onnx_adapt.proof.runner import Runner
 
 
 def find_axes(
-    model: Model, forward: Model, output: str, weights: Sequence[str]
+    model: Model, forward: Model, outputs: Sequence[str], weights: Sequence[str]
 ) -> dict[str, int]:
-    """Find how many axes tensors between weights and an output have.
+    """Find how many axes tensors between weights and outputs have.
 
     Only where shape inference does not know it is the model run, once, with made-up inputs.
 
     Args:
         model: The adapted model.
         forward: The same model as its gradients are taken of.
-        output: The output that the loss is on.
+        outputs: The outputs that the loss is on.
         weights: The inputs that train.
 
     Returns:
@@ -35,7 +35,7 @@ def find_axes(
         that needs one says so.
     """
     index = index_model(forward)
-    names = without_axes(index, output, weights)
+    names = without_axes(index, outputs, weights)
     if not names:
         return {}
     tapped = forward.copy()

@@ -47,7 +47,7 @@ def index_for_gradients(
         axes: The numbers of axes of tensors that shape inference says nothing of.
     """
     index = index_model(model)
-    if without_axes(index, loss, weights):
+    if without_axes(index, [loss], weights):
         note_axes(index, axes)
         infer_further(index)
     return index

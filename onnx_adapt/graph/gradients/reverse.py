@@ -9,6 +9,7 @@ import onnx
 
 from onnx_adapt.errors import GradientError
 from onnx_adapt.graph.gradients.backward import Way, go_back, way_back
+from onnx_adapt.graph.gradients.missing import refuse_missing
 from onnx_adapt.graph.gradients.opsets import TARGET
 from onnx_adapt.graph.gradients.table import RULES
 from onnx_adapt.graph.gradients.tape import Tape
@@ -48,6 +49,7 @@ def differentiate(index: ModelIndex, loss: str, weights: Sequence[str]) -> Gradi
             f"{index.model.label} uses opset {opset}; gradients need {TARGET} or newer"
         )
     find_way(view, loss, weights)
+    refuse_missing(index, loss, weights)
     tape = Tape(index.model, view, opset, rules=RULES, views=index.views)
     seed = tape.add("Expand", tape.number(1, loss), tape.shape_of(loss))
     grads = go_back(tape, {loss: seed}, weights)

@@ -13,10 +13,12 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, TensorType, read_type
 from onnx_adapt.model import walk
 
 
-def without_axes(index: ModelIndex, loss: str, weights: Sequence[str]) -> list[str]:
-    """The tensors between weights and a loss whose number of axes is not known."""
+def without_axes(
+    index: ModelIndex, results: Sequence[str], weights: Sequence[str]
+) -> list[str]:
+    """The tensors between weights and results whose number of axes is not known."""
     found = []
-    for node in way_back(index.main, [loss], weights).nodes:
+    for node in way_back(index.main, results, weights).nodes:
         names = dict.fromkeys(filter(None, (*node.input, *node.output)))
         found += [name for name in names if index.main.type_of(name).shape is None]
     return list(dict.fromkeys(found))
