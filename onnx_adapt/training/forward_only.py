@@ -8,7 +8,7 @@ import numpy as np
 from onnx import helper
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.graph.gradients.reverse import OLDEST
+from onnx_adapt.graph.gradients.opsets import TARGET
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
@@ -165,7 +165,7 @@ def _loss_model(step: StepModel, loss: str | LossFunction, settings: Settings) -
     same = helper.make_tensor_value_info("same", kind, None)
     nodes = [helper.make_node("Identity", [step.output], ["same"])]
     graph = helper.make_graph(nodes, "loss", [given], [same])
-    opset = helper.make_opsetid("", OLDEST)
+    opset = helper.make_opsetid("", TARGET)
     model = Model(helper.make_model(graph, opset_imports=[opset], ir_version=8))
     add_loss(model, step.output, loss, settings)
     model.proto.graph.output.append(helper.make_tensor_value_info(LOSS, FLOAT, []))

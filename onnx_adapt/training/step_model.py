@@ -11,11 +11,13 @@ from onnx import helper
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.errors import GradientError, TrainingError
-from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
+from onnx_adapt.graph.gradients.prepare import index_for_gradients, prepare
+from onnx_adapt.graph.gradients.reverse import differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import Shape, default_opset, index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest
+from onnx_adapt.training.axes import find_axes
 from onnx_adapt.training.losses import FLOAT, IGNORED, LOSSES, Settings, settings_of
 
 LABELS = "labels"
@@ -91,9 +93,10 @@ def make_step(
         GradientError: If the graph cannot be differentiated.
     """
     chosen = choose_output(model, output)
-    result = raise_opset(require_feeds(model))
+    result = prepare(require_feeds(model), [chosen], weights)
+    known = find_axes(model, result, [chosen], weights)
     add_loss(result, chosen, loss, settings or {})
-    index = index_model(result)
+    index = index_for_gradients(result, LOSS, weights, known)
     found = differentiate(index, LOSS, weights)
     if flat := [weight for weight in weights if not found.grads[weight]]:
         raise GradientError(
@@ -189,39 +192,6 @@ def choose_output(model: Model, output: str) -> str:
             hint=f"say which the loss is on: {', '.join(floats) or 'it has none'}",
         )
     return str(floats[0])
-
-
-_BEFORE_RENAMED_DEFAULT = 16
-"""RoiAlign samples half a pixel aside by default since this operator set."""
-
-
-def raise_opset(model: Model) -> Model:
-    """A model in an operator set that gradients can be written in.
-
-    From operator set 13 to 17 no operator changed what it computes except RoiAlign, whose
-    default is written down.
-
-    Raises:
-        TrainingError: If its operator set is older than 13.
-    """
-    version = default_opset(model.proto)
-    if version >= OLDEST:
-        return model
-    if version < 13:
-        raise TrainingError(
-            f"{model.label} uses opset {version}; training needs 13 or newer",
-            hint="convert it: onnx.version_converter.convert_version(model, 17)",
-        )
-    result = model.copy()
-    for item in result.proto.opset_import:
-        if item.domain in ("", "ai.onnx"):
-            item.version = OLDEST
-    for node in result.proto.graph.node:
-        named = any(a.name == "coordinate_transformation_mode" for a in node.attribute)
-        if node.op_type == "RoiAlign" and version < _BEFORE_RENAMED_DEFAULT and not named:
-            mode = helper.make_attribute("coordinate_transformation_mode", "output_half_pixel")
-            node.attribute.append(mode)
-    return result
 
 
 def add_loss(model: Model, output: str, loss: str | LossFunction, settings: Settings) -> None:
