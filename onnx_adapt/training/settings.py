@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onnx_adapt.training.optimisers import Optimiser
+from onnx_adapt.errors import TrainingError
+from onnx_adapt.training.optimisers import Optimiser, require_rule, require_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,35 @@ class Settings:
     seed: int = 0
     forward_only: bool = False
 
+    def check(self) -> None:
+        """Refuse settings that are not possible.
+
+        Raises:
+            TrainingError: If one is out of its range, or a name is unknown.
+        """
+        require_rule(self.optimiser.name)
+        require_schedule(self.schedule)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise TrainingError(
+                    f"the setting {name} is {value}", hint=f"give {low} to {high}"
+                )
+
     @property
     def largest_rate(self) -> float:
         """The largest learning rate, also where none is given."""
         return self.rate or self.optimiser.rule.rate * (20 if self.forward_only else 1)
+
+
+_RANGES = {
+    "epochs": (1, 10**9),
+    "batch_size": (1, 10**9),
+    "accumulate": (1, 10**9),
+    "rate": (0, 1e9),
+    "warm_up": (0, 1),
+    "average": (0, 0.999999999),
+    "patience": (0, 10**9),
+    "seed": (0, 2**63),
+}
+"""What each number must be between."""

@@ -16,7 +16,6 @@ from onnx_adapt.training.data import Dataset, Order, split
 from onnx_adapt.training.fitting_data import for_step
 from onnx_adapt.training.forward_only import forward_model
 from onnx_adapt.training.metrics import require_labels
-from onnx_adapt.training.optimisers import require_rule, require_schedule
 from onnx_adapt.training.reading import DataArgument, read_dataset
 from onnx_adapt.training.resuming import fingerprint_arrays, fingerprint_data
 from onnx_adapt.training.settings import Settings
@@ -54,17 +53,18 @@ class Task:
         """What must be the same when the training is resumed, by what people call it."""
         held_back = fingerprint_data(self.held_back) if self.held_back is not None else ""
         settings, loss = asdict(self.settings), self.loss
+        chosen = ", ".join(f"{key}={v}" for key, v in sorted(self.loss_settings.items()))
         name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
         return {
             "base": required_manifest(self.model).fingerprint,
             "model output": self.step.output,
             "loss": str(name),
-            "setting of the loss": repr(sorted(self.loss_settings.items())),
+            "settings of the loss": chosen,
             "data": fingerprint_data(self.samples),
             "validation data": held_back,
             **{key.replace("_", " "): value for key, value in settings.items()},
-            "set of weights": [[name, list(v.shape)] for name, v in self.begun.items()],
-            "start": fingerprint_arrays(self.begun),
+            "weights": [[name, list(v.shape)] for name, v in self.begun.items()],
+            "first weights": fingerprint_arrays(self.begun),
         }
 
 
@@ -87,8 +87,7 @@ def prepare(
         TrainingError: If the data, the loss or a setting does not fit.
         GradientError: If the model cannot be differentiated.
     """
-    require_rule(settings.optimiser.name)
-    require_schedule(settings.schedule)
+    settings.check()
     model = with_defaults(model)
     begun = weights_to_train(model, bottleneck, start_from, settings.seed)
     asked: dict[str, Any] = {"loss": loss, "output": output, "settings": loss_settings}
@@ -102,6 +101,12 @@ def prepare(
         groups=step.integers and len(step.label_shape) == 1,
     )
     samples, held_back = _samples(data, validation, labels, step, settings.seed)
+    chooses = settings.metric != "loss" or settings.patience
+    if chooses and held_back is None:
+        raise TrainingError(
+            "a metric and patience need samples that are held back, and there are none",
+            hint="hold a larger share back, or give samples to validate with",
+        )
     size = settings.batch_size
     if step.rows > 1:
         size = max(1, size // step.rows) * step.rows

@@ -145,6 +145,13 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"settings": Settings(metric="bleu")},
         "unknown metric",
     ),
+    "no epoch": (lambda d: d, {"settings": Settings(epochs=0)}, "setting epochs is 0"),
+    "a NaN rate": (lambda d: d, {"settings": Settings(rate=np.nan)}, "setting rate is nan"),
+    "batches of nothing": (
+        lambda d: d,
+        {"settings": Settings(batch_size=0)},
+        "setting batch_size is 0",
+    ),
     "an unknown schedule": (
         lambda d: d,
         {"settings": Settings(schedule="up")},
