@@ -98,7 +98,7 @@ def make_step(
     add_loss(result, chosen, loss, settings or {})
     index = index_for_gradients(result, LOSS, weights, known)
     found = differentiate(index, LOSS, weights)
-    if flat := [weight for weight in weights if not found.grads[weight]]:
+    if flat := [weight for weight in weights if not found.grads.get(weight)]:
         raise GradientError(
             f"the loss has no gradient for {flat[0]!r}: what is behind it is made of steps",
             hint="put the slot behind the steps, nearer to the output",

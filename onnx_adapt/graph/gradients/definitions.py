@@ -12,11 +12,15 @@ from onnx_adapt.graph.gradients.tape import Tape
 
 
 def defined(node: onnx.NodeProto, opset: int) -> bool:
-    """Whether ONNX defines an operator by others."""
+    """Whether ONNX defines an operator by others of this operator set, or of an older one."""
     schema = _schema(node, opset)
-    return schema is not None and (
-        schema.has_function or schema.has_context_dependent_function
+    if schema is None:
+        return False
+    plain, by_context = (
+        schema.function_opset_versions,
+        schema.context_dependent_function_opset_versions,
     )
+    return any(version <= opset for version in (*plain, *by_context))
 
 
 def _schema(node: onnx.NodeProto, opset: int) -> Any:
@@ -67,10 +71,9 @@ def _attribute(
 
 
 def _body(tape: Tape, step: Step, schema: Any) -> onnx.FunctionProto:
-    if schema.has_function:
-        fitting = max(v for v in schema.function_opset_versions if v <= tape.opset)
-        text = schema.get_function_with_opset_version(fitting)
-        return _parsed(text)
+    plain = [v for v in schema.function_opset_versions if v <= tape.opset]
+    if plain:
+        return _parsed(schema.get_function_with_opset_version(max(plain)))
     versions = [v for v in schema.context_dependent_function_opset_versions if v <= tape.opset]
     types = [
         helper.make_tensor_type_proto(
