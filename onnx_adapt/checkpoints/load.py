@@ -150,7 +150,13 @@ def place_edits(
     taken = reserved_names(graph.survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     placement = Placement(
-        graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
+        graph.model,
+        graph.survey,
+        graph.finder,
+        names,
+        taken,
+        full_names=full_names,
+        library=trained.saved.library,
     )
     for edit in without_copies(placement, edits):
         with name_damage(trained.saved, edit.module):

@@ -24,14 +24,8 @@ from onnx_adapt.ort import (
     without_slot_warnings,
 )
 from onnx_adapt.session.ort_adapter import as_ort_value, stamp_of
-from onnx_adapt.slot.manifest import (
-    KEY,
-    Manifest,
-    Slot,
-    manifest_from_text,
-    read_manifest,
-)
-from onnx_adapt.slot.required import must_be_fed, neutral_feeds
+from onnx_adapt.slot.manifest import KEY, Manifest, Slot, manifest_from_text, read_manifest
+from onnx_adapt.slot.required import required_feeds
 from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
@@ -71,7 +65,8 @@ class LoadedModel:
         self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
         record = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         self.manifest = manifest_from_text(record) if record else None
-        self.neutral = _neutral(self.manifest, model)
+        feeds = required_feeds(self.manifest, base_values(model))
+        self.neutral = {name: as_ort_value(value) for name, value in feeds.items()}
         self.inputs = {i.name: i.shape for i in given if i.name not in self.neutral}
         self._slots: tuple[Manifest, Replaceable] | None = None
 
@@ -303,16 +298,6 @@ def base_values(model: ModelLike) -> Callable[[], dict[str, Array]]:
         }
 
     return read
-
-
-def _neutral(manifest: Manifest | None, model: ModelLike) -> dict[str, Any]:
-    """What to feed so that the slots that must be fed are off, as OrtValues."""
-    if manifest is None or not must_be_fed(manifest):
-        return {}
-    kept = {weight.name for weight in manifest.weights if weight.default}
-    base = base_values(model)() if kept else {}
-    feeds = {**neutral_feeds(manifest.slots), **{name: base[name] for name in kept}}
-    return {name: as_ort_value(value) for name, value in feeds.items()}
 
 
 def _swappable(
