@@ -155,9 +155,7 @@ def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated:
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:
-        say(
-            f"warning: the same of {len(warnings) - _MOST_WARNINGS} more slots; --json has all"
-        )
+        say(f"warning: the same of {len(warnings) - _MOST_WARNINGS} more; --json has all")
     if warnings:
         say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
     if calibrated and not widened:
