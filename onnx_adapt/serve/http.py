@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from ray import serve
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -23,7 +23,9 @@ from onnx_adapt.errors import (
     RunError,
 )
 from onnx_adapt.serve.choice import read_choice
+from onnx_adapt.serve.edge import Edge
 from onnx_adapt.serve.gateway import Gateway
+from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.protocol import (
     HEADER_LENGTH,
     Spec,
@@ -32,11 +34,24 @@ from onnx_adapt.serve.protocol import (
     write_response,
 )
 
+_T = TypeVar("_T")
+
 _BASE_VERSION = "1"
 
+_ROUTED_BY = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
+"""Ray Serve's header that names an adapter; proxies drop headers with underscores."""
 
-def api() -> Starlette:
-    """The routes of the protocol, answered by the gateway of this process."""
+_SMALL = 1 << 16
+"""Bytes that are read or written faster than a thread can be asked to."""
+
+
+def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
+    """The routes of the protocol, and more, answered by the gateway of this process.
+
+    Args:
+        gateway_of: Finds that gateway.
+        more: What else is answered.
+    """
     model = "/v2/models/{model}"
     routes = [
         Route("/v2/health/live", _live),
@@ -57,12 +72,14 @@ def api() -> Starlette:
         HTTPException: _unknown,
         Exception: _failed,
     }
-    return Starlette(routes=routes, exception_handlers=failures)
+    edge = Middleware(Edge, gateway_of=gateway_of)
+    app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
+    app.state.gateway_of = gateway_of
+    return app
 
 
-def _gateway() -> Gateway:
-    replica: Any = serve.get_replica_context()
-    gateway: Gateway = replica.servable_object
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway_of()
     return gateway
 
 
@@ -71,7 +88,7 @@ async def _live(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    ready = await _gateway().ready()
+    ready = await _gateway(request).ready()
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
@@ -84,7 +101,7 @@ async def _server(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     name, version = _named(request)
-    gateway = _gateway()
+    gateway = _gateway(request)
     return JSONResponse(
         {
             "name": name,
@@ -98,13 +115,13 @@ async def _model(request: Request) -> Response:
 
 async def _model_ready(request: Request) -> Response:
     name, _ = _named(request)
-    ready = await _gateway().ready()
+    ready = await _gateway(request).ready()
     return JSONResponse({"name": name, "ready": ready}, 200 if ready else 503)
 
 
 async def _infer(request: Request) -> Response:
     """Run the model, and count what became of it."""
-    gateway, started = _gateway(), time.monotonic()
+    gateway, started = _gateway(request), time.monotonic()
     # Names that clients make up are no labels: there would be no end of them.
     request.state.label = "unknown"
     status = 500
@@ -117,31 +134,37 @@ async def _infer(request: Request) -> Response:
     except ClientDisconnect:  # nobody is there to read it
         response = Response(status_code=(status := 400))
     finally:
-        gateway.count(request.state.label, status, time.monotonic() - started)
+        gateway.metrics.answered(request.state.label, status, time.monotonic() - started)
     return response
 
 
 async def _run(request: Request, gateway: Gateway) -> Response:
     name, version = _named(request)
     body = await _body(request)
-    asked = await asyncio.to_thread(read_request, body, request.headers.get(HEADER_LENGTH))
-    header = serve.get_multiplexed_model_id()
+    asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
+    header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
     blend = read_choice(name, gateway.settings.base, asked.adapter, header)
     for adapter in blend:
         gateway.version(adapter)
     request.state.label = "blend" if len(blend) > 1 else next(iter(blend), "base")
     active, outputs = await gateway.infer(asked, blend)
     found = [(gateway.outputs[key], array) for key, array in outputs.items()]
-    content, headers = await asyncio.to_thread(
-        write_response, asked, name, version, active, found
-    )
+    size = sum(array.nbytes for array in outputs.values())
+    content, headers = await _aside(size, write_response, asked, name, version, active, found)
     return Response(content, headers=headers)
+
+
+async def _aside(size: int, action: Callable[..., _T], *arguments: Any) -> _T:
+    """Do what takes long in a thread, so that other requests go on; the rest at once."""
+    if size <= _SMALL:
+        return action(*arguments)
+    return await asyncio.to_thread(action, *arguments)
 
 
 async def _index(request: Request) -> Response:
     body = await _body(request)
     wanted = read_json(body).get("ready", False) if body.strip() else False
-    gateway = _gateway()
+    gateway = _gateway(request)
     await gateway.refresh()
     states = [{"name": gateway.settings.base, "version": _BASE_VERSION, "state": "READY"}]
     for entry in gateway.entries.values():
@@ -154,11 +177,11 @@ async def _index(request: Request) -> Response:
 
 
 async def _load(request: Request) -> Response:
-    return await _change(request, _gateway().load)
+    return await _change(request, _gateway(request).load)
 
 
 async def _unload(request: Request) -> Response:
-    return await _change(request, _gateway().unload)
+    return await _change(request, _gateway(request).unload)
 
 
 async def _change(request: Request, action: Callable[[str], Awaitable[None]]) -> Response:
@@ -171,7 +194,7 @@ async def _change(request: Request, action: Callable[[str], Awaitable[None]]) ->
             hint="adapters come from the server's folder only",
         )
     name = request.path_params["model"]
-    if name == _gateway().settings.base:
+    if name == _gateway(request).settings.base:
         raise RequestError("the base is loaded for as long as the server runs")
     await action(name)
     return JSONResponse({})
@@ -183,7 +206,7 @@ def _named(request: Request) -> tuple[str, str]:
     Raises:
         AdapterNotFoundError: If there is none, or the path names another version.
     """
-    gateway, name = _gateway(), request.path_params["model"]
+    gateway, name = _gateway(request), request.path_params["model"]
     present = _BASE_VERSION
     if name != gateway.settings.base:
         present = gateway.version(name).rpartition("@")[2]
@@ -200,7 +223,7 @@ async def _body(request: Request) -> bytes:
     Raises:
         RequestError: If it is, or does not.
     """
-    settings = _gateway().settings
+    settings = _gateway(request).settings
     most = int(settings.max_body_mb * 1e6)
     too_large = RequestError(
         f"the body has more than {settings.max_body_mb:g} MB",
@@ -243,7 +266,8 @@ async def _refused(request: Request, error: Exception) -> Response:
         status = 404
     else:
         status = 400 if isinstance(error, AdapterError | RunError) else 500
-    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status)
+    later = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status, later)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
@@ -253,3 +277,12 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "the server failed; its log tells why"}, 500)
+
+
+def metrics_route(metrics: PrometheusMetrics) -> Route:
+    """Where Prometheus finds the metrics of a process."""
+
+    async def answer(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return Route("/metrics", answer)
