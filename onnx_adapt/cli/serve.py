@@ -33,6 +33,11 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     show_default=True,
     help="The port to listen on; 0 is any that is free.",
 )
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(1, 65535),
+    help="The port to take gRPC calls on as well; not on Ray.",
+)
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
     "--threads",
@@ -109,7 +114,9 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     type=click.IntRange(1, 65535),
     help="On Ray: the port for metrics in the format of Prometheus.",
 )
-def command(model: str, host: str, port: int, grace: float, **options: Any) -> None:
+def command(
+    model: str, host: str, port: int, grpc_port: int | None, grace: float, **options: Any
+) -> None:
     """Serve MODEL and a folder of adapters over HTTP.
 
     The server speaks the Open Inference Protocol 2, like KServe and Triton, and runs until
@@ -131,14 +138,18 @@ def command(model: str, host: str, port: int, grace: float, **options: Any) -> N
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
+        if grpc_port:
+            raise click.UsageError("--grpc-port is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    _serve_here(read_settings(options), host, port, grace)
+    _serve_here(read_settings(options), host, port, grpc_port, grace)
 
 
-def _serve_here(settings: Settings, host: str, port: int, grace: float) -> None:
+def _serve_here(
+    settings: Settings, host: str, port: int, grpc_port: int | None, grace: float
+) -> None:
     try:
         from onnx_adapt.serve.one_process import listen, serve_here
     except ModuleNotFoundError as error:
@@ -147,7 +158,14 @@ def _serve_here(settings: Settings, host: str, port: int, grace: float) -> None:
         ) from error
     with listen(host, port) as listening:
         found = listening.getsockname()[1]
-        serve_here(settings, listening, grace, lambda: _say_serving(_url(host, found)))
+        own = f"[{host}]" if ":" in host else host
+        serve_here(
+            settings,
+            listening,
+            grace,
+            lambda: _say_serving(f"http://{own}:{found}"),
+            f"{own}:{grpc_port}" if grpc_port else "",
+        )
 
 
 def _serve_on_ray(
@@ -181,10 +199,6 @@ def _serve_on_ray(
     with running(app, place) as (url, wait):
         _say_serving(url)
         wait()
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _say_serving(url: str) -> None:

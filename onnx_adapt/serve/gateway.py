@@ -6,17 +6,26 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdaptError,
+    RequestError,
+    RunError,
+)
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
+
+BASE_VERSION = "1"
+"""The version of the base; for an adapter it means whichever is served."""
 
 _TRIES = 4
 """A replica may die, and a version go, under a request; running it again is harmless."""
@@ -90,6 +99,26 @@ class Versions(Protocol):
         """
 
 
+@dataclass(slots=True)
+class Total:
+    """How many requests there were, and the seconds that they took."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def described(self) -> dict[str, int]:
+        """As the statistics extension of the protocol has it."""
+        return {"count": self.count, "ns": int(self.seconds * 1e9)}
+
+
+@dataclass(slots=True)
+class Counted:
+    """The requests of one adapter that this gateway answered."""
+
+    good: Total = field(default_factory=Total)
+    bad: Total = field(default_factory=Total)
+
+
 class Gateway:
     """Knows what there is, and asks replicas of the model.
 
@@ -100,9 +129,11 @@ class Gateway:
         metrics: What counts the answers.
 
     Attributes:
+        base: What the base is called.
         inputs: The inputs of the model, once `start` has returned.
         outputs: Its outputs.
         entries: The adapters, by name.
+        counted: What was answered, by adapter.
         under_way: How many requests are not answered yet.
         stopping: Whether new requests are refused, because the server ends.
     """
@@ -115,7 +146,9 @@ class Gateway:
         self, settings: Settings, replicas: Replicas, versions: Versions, metrics: Metrics
     ) -> None:
         self.settings = settings
+        self.base = settings.base
         self.metrics = metrics
+        self.counted: dict[str, Counted] = {}
         self.under_way = 0
         self.stopping = False
         self._replicas = replicas
@@ -171,6 +204,45 @@ class Gateway:
             )
         return entry.version
 
+    def answered(self, adapter: str, status: int, seconds: float) -> None:
+        """Count an inference request that was answered."""
+        self.metrics.answered(adapter, status, seconds)
+        counted = self.counted.setdefault(adapter, Counted())
+        total = counted.good if status == 200 else counted.bad
+        total.count += 1
+        total.seconds += seconds
+
+    def named(self, model: str, version: str = "") -> str:
+        """The version of a model that is served: the base, or an adapter.
+
+        Raises:
+            AdapterNotFoundError: If there is none, or another version is asked for.
+        """
+        present = BASE_VERSION
+        if model != self.base:
+            present = self.version(model).rpartition("@")[2]
+        if version not in ("", present, BASE_VERSION):
+            raise AdapterNotFoundError(
+                f"{model!r} has no such version", hint=f"{present!r} is served"
+            )
+        return present
+
+    def states(self) -> list[dict[str, str]]:
+        """The index of the repository extension of the protocol."""
+        states = [{"name": self.base, "version": BASE_VERSION, "state": "READY"}]
+        for entry in self.entries.values():
+            state = "READY" if entry.version else "UNAVAILABLE"
+            version = entry.version.rpartition("@")[2]
+            states.append({"name": entry.name, "version": version, "state": state})
+            if entry.reason:
+                states[-1]["reason"] = entry.reason
+        return states
+
+    def refuse_base(self, name: str) -> None:
+        """Refuse to load or unload the base."""
+        if name == self.base:
+            raise RequestError("the base is loaded for as long as the server runs")
+
     async def infer(self, request: InferRequest, blend: Blend) -> tuple[str, dict[str, Array]]:
         """Run the model.
 
@@ -219,6 +291,20 @@ class Gateway:
             raise RequestError(
                 f"no answer within {limit:g} s", hint="send less at once", status=504
             ) from error
+
+
+def label(blend: Blend) -> str:
+    """What a request is counted under; names that clients make up would have no end."""
+    return "blend" if len(blend) > 1 else next(iter(blend), "base")
+
+
+def status_of(error: AdaptError) -> int:
+    """The HTTP status that says what went wrong."""
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, AdapterNotFoundError):
+        return 404
+    return 400 if isinstance(error, AdapterError | RunError) else 500
 
 
 def _said(versions: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -15,16 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from onnx_adapt import __version__
-from onnx_adapt.errors import (
-    AdapterError,
-    AdapterNotFoundError,
-    AdaptError,
-    RequestError,
-    RunError,
-)
+from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.edge import Edge
-from onnx_adapt.serve.gateway import Gateway
+from onnx_adapt.serve.gateway import Gateway, Total, label, status_of
 from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.protocol import (
     HEADER_LENGTH,
@@ -36,10 +31,14 @@ from onnx_adapt.serve.protocol import (
 
 _T = TypeVar("_T")
 
-_BASE_VERSION = "1"
-
 _ROUTED_BY = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
 """Ray Serve's header that names an adapter; proxies drop headers with underscores."""
+
+_TRITON = {"BYTES": "STRING"}
+"""The one element type that Triton's configurations call otherwise."""
+
+_CODINGS: dict[str, Any] = {"identity": None, "gzip": 31, "deflate": 15}
+"""How bodies may be compressed, with what zlib calls it."""
 
 _SMALL = 1 << 16
 """Bytes that are read or written faster than a thread can be asked to."""
@@ -60,6 +59,11 @@ def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
         Route("/v2/repository/index", _index, methods=["POST"]),
         Route("/v2/repository/models/{model}/load", _load, methods=["POST"]),
         Route("/v2/repository/models/{model}/unload", _unload, methods=["POST"]),
+    ]
+    routes += [
+        Route("/v2/models", _models),
+        Route(model + "/config", _config),
+        Route(model + "/stats", _stats),
     ]
     for path in (model, model + "/versions/{version}"):
         routes += [
@@ -113,6 +117,41 @@ async def _model(request: Request) -> Response:
     )
 
 
+async def _models(request: Request) -> Response:
+    gateway = _gateway(request)
+    served = [name for name, entry in gateway.entries.items() if entry.version]
+    return JSONResponse({"models": [gateway.base, *served]})
+
+
+async def _config(request: Request) -> Response:
+    """What Triton's clients ask for; a `max_batch_size` of 0 means that shapes are whole."""
+    name, _ = _named(request)
+    gateway = _gateway(request)
+    document: dict[str, Any] = {"name": name, "platform": "onnxruntime_onnx"}
+    document |= {"backend": "onnxruntime", "max_batch_size": 0}
+    for kind, specs in (("input", gateway.inputs), ("output", gateway.outputs)):
+        document[kind] = [
+            {"name": s.name, "data_type": f"TYPE_{_TRITON.get(s.datatype, s.datatype)}"}
+            | {"dims": list(s.shape)}
+            for s in specs.values()
+        ]
+    return JSONResponse(document)
+
+
+async def _stats(request: Request) -> Response:
+    name, version = _named(request)
+    gateway = _gateway(request)
+    counted = gateway.counted.get("base" if name == gateway.base else name)
+    good, bad = (counted.good, counted.bad) if counted else (Total(), Total())
+    stats = {
+        "name": name,
+        "version": version,
+        "inference_count": good.count,
+        "inference_stats": {"success": good.described(), "fail": bad.described()},
+    }
+    return JSONResponse({"model_stats": [stats]})
+
+
 async def _model_ready(request: Request) -> Response:
     name, _ = _named(request)
     ready = await _gateway(request).ready()
@@ -134,7 +173,7 @@ async def _infer(request: Request) -> Response:
     except ClientDisconnect:  # nobody is there to read it
         response = Response(status_code=(status := 400))
     finally:
-        gateway.metrics.answered(request.state.label, status, time.monotonic() - started)
+        gateway.answered(request.state.label, status, time.monotonic() - started)
     return response
 
 
@@ -143,10 +182,10 @@ async def _run(request: Request, gateway: Gateway) -> Response:
     body = await _body(request)
     asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
     header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
-    blend = read_choice(name, gateway.settings.base, asked.adapter, header)
+    blend = read_choice(name, gateway.base, asked.adapter, header)
     for adapter in blend:
         gateway.version(adapter)
-    request.state.label = "blend" if len(blend) > 1 else next(iter(blend), "base")
+    request.state.label = label(blend)
     active, outputs = await gateway.infer(asked, blend)
     found = [(gateway.outputs[key], array) for key, array in outputs.items()]
     size = sum(array.nbytes for array in outputs.values())
@@ -166,14 +205,9 @@ async def _index(request: Request) -> Response:
     wanted = read_json(body).get("ready", False) if body.strip() else False
     gateway = _gateway(request)
     await gateway.refresh()
-    states = [{"name": gateway.settings.base, "version": _BASE_VERSION, "state": "READY"}]
-    for entry in gateway.entries.values():
-        state = "READY" if entry.version else "UNAVAILABLE"
-        version = entry.version.rpartition("@")[2]
-        states.append({"name": entry.name, "version": version, "state": state})
-        if entry.reason:
-            states[-1]["reason"] = entry.reason
-    return JSONResponse([item for item in states if not wanted or item["state"] == "READY"])
+    return JSONResponse(
+        [item for item in gateway.states() if not wanted or item["state"] == "READY"]
+    )
 
 
 async def _load(request: Request) -> Response:
@@ -194,27 +228,15 @@ async def _change(request: Request, action: Callable[[str], Awaitable[None]]) ->
             hint="adapters come from the server's folder only",
         )
     name = request.path_params["model"]
-    if name == _gateway(request).settings.base:
-        raise RequestError("the base is loaded for as long as the server runs")
+    _gateway(request).refuse_base(name)
     await action(name)
     return JSONResponse({})
 
 
 def _named(request: Request) -> tuple[str, str]:
-    """The model that the path names, and the version of it that is served.
-
-    Raises:
-        AdapterNotFoundError: If there is none, or the path names another version.
-    """
-    gateway, name = _gateway(request), request.path_params["model"]
-    present = _BASE_VERSION
-    if name != gateway.settings.base:
-        present = gateway.version(name).rpartition("@")[2]
-    if request.path_params.get("version", present) != present:
-        raise AdapterNotFoundError(
-            f"{name!r} has no such version", hint=f"{present!r} is served"
-        )
-    return name, present
+    """The model that the path names, and the version of it that is served."""
+    name = request.path_params["model"]
+    return name, _gateway(request).named(name, request.path_params.get("version", ""))
 
 
 async def _body(request: Request) -> bytes:
@@ -230,9 +252,12 @@ async def _body(request: Request) -> bytes:
         hint="send less at once, or raise --max-body-mb",
         status=413,
     )
-    if request.headers.get("content-encoding", "identity") != "identity":
+    coding = request.headers.get("content-encoding", "identity")
+    if coding not in _CODINGS:
         raise RequestError(
-            "compressed bodies are not taken", hint="send it as it is", status=415
+            f"content-encoding {coding!r:.50} is not taken",
+            hint=f"one of {', '.join(_CODINGS)}",
+            status=415,
         )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > most:
@@ -247,11 +272,28 @@ async def _body(request: Request) -> bytes:
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), settings.timeout_s)
+        body = await asyncio.wait_for(read(), settings.timeout_s)
     except asyncio.TimeoutError as error:
         raise RequestError(
             f"the body did not come within {settings.timeout_s:g} s", status=408
         ) from error
+    if _CODINGS[coding] is None:
+        return body
+    return await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
+
+
+def _inflated(body: bytes, bits: int, most: int, too_large: RequestError) -> bytes:
+    """A compressed body, of which no more is unpacked than may have come."""
+    unpacker = zlib.decompressobj(bits)
+    try:
+        found = unpacker.decompress(body, most + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body cannot be unpacked: {error}") from error
+    if len(found) > most:
+        raise too_large
+    if not unpacker.eof:
+        raise RequestError("the compressed body ends too early")
+    return found
 
 
 def _described(spec: Spec) -> dict[str, Any]:
@@ -260,12 +302,7 @@ def _described(spec: Spec) -> dict[str, Any]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdaptError)
-    if isinstance(error, RequestError):
-        status = error.status
-    elif isinstance(error, AdapterNotFoundError):
-        status = 404
-    else:
-        status = 400 if isinstance(error, AdapterError | RunError) else 500
+    status = status_of(error)
     later = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": f"{error.message}; {error.hint}"}, status, later)
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from onnx_adapt.serve.batcher import Job, Result
+
+_SHORT_S = 1e-3
+"""A batch that takes less than this runs at once: to hand it to a thread and back takes as
+long, and longer where the interpreter lets threads wait for each other."""
 
 
 class Joiner:
@@ -32,6 +40,7 @@ class Joiner:
         self._most = most
         self._wait_s = wait_s
         self._waiting: deque[tuple[Job, asyncio.Future[Result]]] = deque()
+        self._pace = math.inf  # seconds for each number in the inputs
         self._thread = ThreadPoolExecutor(1)  # no more CPUs than a replica asked for
         self._runs: asyncio.Task[None] | None = None
 
@@ -54,7 +63,11 @@ class Joiner:
             if not jobs:
                 continue
             try:
-                results = await loop.run_in_executor(self._thread, self._run, jobs)
+                if self._size(jobs) * self._pace < _SHORT_S:
+                    results = self._timed(jobs)
+                    await asyncio.sleep(0)  # answers go out, and requests come in
+                else:
+                    results = await loop.run_in_executor(self._thread, self._timed, jobs)
             except Exception as error:  # a bug; those who wait must hear of it
                 for _, answer in batch:
                     if not answer.done():
@@ -63,6 +76,19 @@ class Joiner:
             for (_, answer), result in zip(batch, results, strict=True):
                 if not answer.done():
                     answer.set_result(result)
+
+    def _timed(self, jobs: list[Job]) -> Sequence[Result]:
+        """Run a batch, and learn from it how long runs take."""
+        began = time.perf_counter()
+        results = self._run(jobs)
+        pace = (time.perf_counter() - began) / self._size(jobs)
+        known = self._pace < math.inf
+        self._pace = 0.8 * self._pace + 0.2 * pace if known else pace
+        return results
+
+    @staticmethod
+    def _size(jobs: list[Job]) -> int:
+        return 1 + sum(np.size(array) for job in jobs for array in job.feeds.values())
 
     def _next_batch(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         """Those that waited longest, without those whose client has gone."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +18,7 @@ from onnx_adapt.errors import RunError
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News
+from onnx_adapt.serve.grpc_server import grpc_server
 from onnx_adapt.serve.http import api, metrics_route
 from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.replica import Replica
@@ -30,7 +32,11 @@ _SETTLE_S = 0.5
 
 
 def serve_here(
-    settings: Settings, listening: socket.socket, grace_s: float, started: Callable[[], None]
+    settings: Settings,
+    listening: socket.socket,
+    grace_s: float,
+    started: Callable[[], None],
+    grpc_address: str = "",
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -39,6 +45,7 @@ def serve_here(
         listening: The socket to take connections from.
         grace_s: How long requests under way may take after the signal.
         started: Called once requests are answered.
+        grpc_address: `host:port` to take gRPC calls on, or '' for none.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
@@ -58,7 +65,7 @@ def serve_here(
             app, log_config=None, access_log=False, server_header=False, lifespan="off"
         )
         with _watched(repository, settings.poll_s, gateway):
-            _Server(config, gateway, grace_s, started).run([listening])
+            _Server(config, gateway, grace_s, started, grpc_address).run([listening])
 
 
 class _Local:
@@ -86,8 +93,11 @@ class _Server(uvicorn.Server):
         gateway: Gateway,
         grace_s: float,
         started: Callable[[], None],
+        grpc_address: str,
     ) -> None:
         super().__init__(config)
+        self._grpc_address = grpc_address
+        self._grpc: Any = None
         self._gateway = gateway
         self._grace_s = grace_s
         self._told = started
@@ -96,6 +106,9 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self._gateway.start()
         self._loop = asyncio.get_running_loop()
+        if self._grpc_address:
+            self._grpc = grpc_server(self._gateway, self._grpc_address)
+            await self._grpc.start()
         await super().startup(sockets)
         self._told()
 
@@ -112,6 +125,8 @@ class _Server(uvicorn.Server):
 
     async def _end(self) -> None:
         await drained(self._gateway, self._grace_s, _SETTLE_S)
+        if self._grpc is not None:
+            await self._grpc.stop(0.5)
         self.config.timeout_graceful_shutdown = 1  # what is left had its time
         self.should_exit = True
 

@@ -54,6 +54,7 @@ DOORS = {
     "safetensors": {"adapter/safetensors"},
     "flatbuffers": {"adapter/onnx_adapter"},
     "fsspec": {"serve/repository"},
+    "grpc": {"serve/grpc_server"},
     "ray": {"serve/ray_app", "serve/ray_metrics", "serve/ray_running"},
     "starlette": {"serve/edge", "serve/http"},
     "uvicorn": {"serve/one_process"},

@@ -1,6 +1,7 @@
 """A server on loopback, asked by NVIDIA's client and by curl's likes; one for all tests."""
 
 import asyncio
+import gzip
 import json
 import re
 import select
@@ -9,6 +10,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,45 @@ def test_the_header_of_ray_s_router_names_an_adapter_too(served: Server) -> None
     assert close(output(found), TRUTH["de"])
 
 
+def test_what_clients_of_other_servers_send_is_taken(served: Server) -> None:
+    foreign = {"priority": 1, "timeout": 9, "content_type": "x", "headers": {}}
+    for path, more in (
+        ("fr", {"parameters": foreign, "id": None, "outputs": None}),
+        ("fr/versions/1", {"parameters": None}),
+        ("adapted", {"parameters": {"adapter": "fr"} | foreign}),
+    ):
+        body = document(**more)
+        assert close(output(asked(served, f"v2/models/{path}/infer", body)), TRUTH["fr"])
+    body = document(parameters={"adapter": "adapted"})
+    assert close(output(asked(served, "v2/models/adapted/infer", body)), BASE)
+    for coding, packed in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        found = asked(
+            served, "v2/models/fr/infer", packed(document()), content_encoding=coding
+        )
+        assert close(output(found), TRUTH["fr"])
+
+
+def test_models_configurations_and_statistics_are_told(client: Any, served: Server) -> None:
+    assert asked(served, "v2/models") == (200, {"models": ["adapted", *sorted(NAMES)]})
+    config = client.get_model_config("it")
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 4]}]
+    for path, count in (("it", 1), ("adapted", 1)):
+        before, after = (counts(client, path) for _ in _asked_between(served, path))
+        assert after[0] - before[0] == count
+        assert after[1] > before[1]
+
+
+def counts(client: Any, name: str) -> tuple[int, int]:
+    (stats,) = client.get_inference_statistics(name)["model_stats"]
+    return tuple(stats["inference_stats"]["success"].values())
+
+
+def _asked_between(served: Server, name: str) -> Iterator[None]:
+    yield
+    assert asked(served, f"v2/models/{name}/infer", document())[0] == 200
+    yield
+
+
 def test_a_blend_equals_that_of_a_session(served: Server, folder: Path) -> None:
     blend = {"fr": 0.7, "de": -0.3, "es": 1.5}
     session = oa.AdapterSession(folder / "adapted.onnx", GIVEN)
@@ -196,7 +237,22 @@ RAW = {"Inference_Header_Content_Length": "10"}
         ("models/fr/infer", b"{", {}, 400, "no JSON"),
         ("models/fr/infer", b"{}", {}, 400, "no `inputs`"),
         ("models/fr/infer", document(), RAW, 400, "no JSON"),
-        ("models/fr/infer", document(), {"Content_Encoding": "gzip"}, 415, "compressed"),
+        ("models/fr/infer", document(), {"Content_Encoding": "br"}, 415, "'br'"),
+        ("models/fr/infer", b"no", {"Content_Encoding": "gzip"}, 400, "unpacked"),
+        (
+            "models/fr/infer",
+            gzip.compress(document())[:-9],
+            {"Content_Encoding": "gzip"},
+            400,
+            "too early",
+        ),
+        (
+            "models/fr/infer",
+            gzip.compress(b" " * 10**7),
+            {"Content_Encoding": "gzip"},
+            413,
+            "more than 0.5 MB",
+        ),
         ("models/fr/infer", b" " * 600_000, {}, 413, "more than 0.5 MB"),
         ("models/fr/versions/000000000000/infer", document(), {}, 404, "no such version"),
         ("models/fr", b"", {}, 405, "Method Not Allowed"),
