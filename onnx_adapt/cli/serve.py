@@ -13,6 +13,7 @@ from onnx_adapt.errors import UnprovableError
 if TYPE_CHECKING:
     from onnx_adapt.serve.settings import Settings
 
+_EMBED = ("embed", "tokenizer", "pooling", "normalize")
 _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 """The options that mean nothing to a server of one process."""
 
@@ -38,6 +39,16 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     type=click.IntRange(1, 65535),
     help="The port to take gRPC calls on as well; not on Ray.",
 )
+@click.option(
+    "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
+)
+@click.option("--tokenizer", help="With --embed: the file tokenizer.json of the model.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "last"]),
+    help="With --embed: how the vectors of a text's tokens become one; by default mean.",
+)
+@click.option("--normalize", is_flag=True, help="With --embed: give vectors length 1.")
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
     "--threads",
@@ -130,6 +141,7 @@ def command(
     from onnx_adapt.ort import read_providers
     from onnx_adapt.serve.settings import read_settings
 
+    embed = _embed(**{name: options.pop(name) for name in _EMBED})
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
     on_ray = {name: value for name, value in on_ray.items() if value is not None}
     options["model"] = os.path.abspath(model)
@@ -138,20 +150,38 @@ def command(
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
-        if grpc_port:
-            raise click.UsageError("--grpc-port is for a server of one process, not for Ray")
+        if grpc_port or embed:
+            name = "--grpc-port" if grpc_port else "--embed"
+            raise click.UsageError(f"{name} is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    _serve_here(read_settings(options), host, port, grpc_port, grace)
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed)
+
+
+def _embed(
+    *, embed: bool, tokenizer: str | None, pooling: str | None, normalize: bool
+) -> tuple[str, str, bool] | None:
+    if not embed:
+        if tokenizer or pooling or normalize:
+            raise click.UsageError("--tokenizer, --pooling and --normalize need --embed")
+        return None
+    if not tokenizer:
+        raise click.UsageError("--embed needs --tokenizer")
+    return tokenizer, pooling or "mean", normalize
 
 
 def _serve_here(
-    settings: Settings, host: str, port: int, grpc_port: int | None, grace: float
+    settings: Settings,
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    grace: float,
+    embed: tuple[str, str, bool] | None,
 ) -> None:
     try:
-        from onnx_adapt.serve.one_process import listen, serve_here
+        from onnx_adapt.serve.one_process import Embed, listen, serve_here
     except ModuleNotFoundError as error:
         raise UnprovableError(
             f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve]'"
@@ -165,6 +195,7 @@ def _serve_here(
             grace,
             lambda: _say_serving(f"http://{own}:{found}"),
             f"{own}:{grpc_port}" if grpc_port else "",
+            Embed(*embed) if embed else None,
         )
 
 

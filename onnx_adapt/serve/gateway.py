@@ -227,6 +227,11 @@ class Gateway:
             )
         return present
 
+    def served(self) -> list[str]:
+        """The models that can be asked for: the base, and the adapters that are served."""
+        adapters = [name for name, entry in self.entries.items() if entry.version]
+        return [self.base, *adapters]
+
     def states(self) -> list[dict[str, str]]:
         """The index of the repository extension of the protocol."""
         states = [{"name": self.base, "version": BASE_VERSION, "state": "READY"}]

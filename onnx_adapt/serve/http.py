@@ -118,9 +118,7 @@ async def _model(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-    gateway = _gateway(request)
-    served = [name for name, entry in gateway.entries.items() if entry.version]
-    return JSONResponse({"models": [gateway.base, *served]})
+    return JSONResponse({"models": _gateway(request).served()})
 
 
 async def _config(request: Request) -> Response:
@@ -323,3 +321,28 @@ def metrics_route(metrics: PrometheusMetrics) -> Route:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     return Route("/metrics", answer)
+
+
+def openai_routes(
+    embed: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+    error_of: Callable[[AdaptError], tuple[dict[str, Any], int]],
+) -> list[Route]:
+    """The paths of OpenAI's API: the models, and embeddings by one of them."""
+
+    async def embeddings(request: Request) -> Response:
+        try:
+            found, status = await embed(read_json(await _body(request))), 200
+        except AdaptError as error:
+            found, status = error_of(error)
+        return JSONResponse(found, status)
+
+    async def models(request: Request) -> Response:
+        served = _gateway(request).served()
+        data = [{"id": name, "object": "model", "created": 0} for name in served]
+        data = [item | {"owned_by": "onnx-adapt"} for item in data]
+        return JSONResponse({"object": "list", "data": data})
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+    ]

@@ -8,18 +8,19 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from onnx_adapt.errors import RunError
+from onnx_adapt.errors import RunError, UnprovableError
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News
 from onnx_adapt.serve.grpc_server import grpc_server
-from onnx_adapt.serve.http import api, metrics_route
+from onnx_adapt.serve.http import api, metrics_route, openai_routes
 from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
@@ -31,12 +32,28 @@ _SETTLE_S = 0.5
 """How long a server that ends goes on to say so at least."""
 
 
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """How `/v1/embeddings` makes vectors of texts.
+
+    Attributes:
+        tokenizer: The path of the tokenizer's file.
+        pooling: How the vectors of a text's tokens become one: mean, cls or last.
+        normalize: Whether vectors get length 1.
+    """
+
+    tokenizer: str
+    pooling: str
+    normalize: bool
+
+
 def serve_here(
     settings: Settings,
     listening: socket.socket,
     grace_s: float,
     started: Callable[[], None],
     grpc_address: str = "",
+    embed: Embed | None = None,
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -46,6 +63,7 @@ def serve_here(
         grace_s: How long requests under way may take after the signal.
         started: Called once requests are answered.
         grpc_address: `host:port` to take gRPC calls on, or '' for none.
+        embed: How `/v1/embeddings` makes vectors, or None for no such path.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
@@ -60,12 +78,29 @@ def serve_here(
 
         replica = Replica(settings, fetch, metrics)
         gateway = Gateway(settings, replica, _Local(repository), metrics)
-        app = api(lambda: gateway, metrics_route(metrics))
+        routes = [metrics_route(metrics)]
+        if embed is not None:
+            routes += _embedding(embed, replica, gateway)
+        app = api(lambda: gateway, *routes)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off"
         )
         with _watched(repository, settings.poll_s, gateway):
             _Server(config, gateway, grace_s, started, grpc_address).run([listening])
+
+
+def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
+    try:
+        from onnx_adapt.serve import embeddings
+    except ModuleNotFoundError as error:
+        raise UnprovableError(
+            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve-embed]'"
+        ) from error
+    inputs, outputs = replica.specs
+    embeddings.refuse_other_models(list(inputs.values()), list(outputs.values()))
+    tokenizer = embeddings.read_tokenizer(embed.tokenizer)
+    embedder = embeddings.Embedder(gateway, tokenizer, embed.pooling, embed.normalize)
+    return openai_routes(embedder.answer, embeddings.openai_error)
 
 
 class _Local:

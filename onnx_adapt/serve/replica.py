@@ -86,9 +86,14 @@ class Replica:
         )
         self.hold: Callable[[str], Awaitable[Held]] = Recent(self.load, settings.max_adapters)
 
-    async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
+    @property
+    def specs(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
         """The inputs and outputs of the model."""
         return self._batcher.inputs, self._batcher.outputs
+
+    async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
+        """The inputs and outputs of the model."""
+        return self.specs
 
     async def infer(
         self,

@@ -57,6 +57,7 @@ DOORS = {
     "grpc": {"serve/grpc_server"},
     "ray": {"serve/ray_app", "serve/ray_metrics", "serve/ray_running"},
     "starlette": {"serve/edge", "serve/http"},
+    "tokenizers": {"serve/embeddings"},
     "uvicorn": {"serve/one_process"},
     "prometheus_client": {"serve/metrics"},
     "jinja2": {"report/page"},
