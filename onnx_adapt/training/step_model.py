@@ -97,14 +97,14 @@ def make_step(
     known = find_axes(model, result, [chosen], weights)
     _add_loss(result, chosen, loss, settings or {})
     index = index_for_gradients(result, LOSS, weights, known)
-    found = differentiate(index, LOSS, weights)
+    found = differentiate(index, LOSS, weights, chosen)
     graph = result.proto.graph
     graph.node.extend(found.nodes)
     graph.initializer.extend(found.constants)
     graph.output.append(helper.make_tensor_value_info(LOSS, FLOAT, []))
     for weight in weights:
-        kind = index.main.type_of(weight).elem_type
-        graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
+        grad, kind = found.grads[weight], found.elem_types[weight]
+        graph.output.append(helper.make_tensor_value_info(grad, kind, None))
     shape = index.main.type_of(chosen).shape or ()
     made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
     made = replace(made, rows=_fixed_rows(made))
