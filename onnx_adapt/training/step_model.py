@@ -97,7 +97,7 @@ def make_step(
     known = find_axes(model, result, [chosen], weights)
     add_loss(result, chosen, loss, settings or {})
     index = index_for_gradients(result, LOSS, weights, known)
-    found = differentiate(index, LOSS, weights)
+    found = differentiate(index, LOSS, weights, chosen)
     if flat := [weight for weight in weights if not found.grads.get(weight)]:
         raise GradientError(
             f"the loss has no gradient for {flat[0]!r}: what is behind it is made of steps",
@@ -108,8 +108,8 @@ def make_step(
     graph.initializer.extend(found.constants)
     graph.output.append(helper.make_tensor_value_info(LOSS, FLOAT, []))
     for weight in weights:
-        kind = index.main.type_of(weight).elem_type
-        graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
+        grad, kind = found.grads[weight], found.elem_types[weight]
+        graph.output.append(helper.make_tensor_value_info(grad, kind, None))
     shape = index.main.type_of(chosen).shape or ()
     made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
     return with_labels(made, loss, settings or {})

@@ -61,8 +61,8 @@ def lower(model: Model, results: Sequence[str], weights: Sequence[str]) -> Model
 
 def _lowering(index: ModelIndex, node: onnx.NodeProto) -> Lowering | None:
     """How a node is lowered; None if it has a rule, or nobody knows."""
-    if node.domain not in DOMAINS:
-        return None
+    if node.domain not in DOMAINS or node.output[0].startswith(PREFIX):
+        return None  # the latter makes only further outputs, beside its plain nodes
     fused = node.domain == "com.microsoft" or node.op_type.startswith("QLinear")
     if fused and node.op_type in LOWERED:
         return LOWERED[node.op_type]
