@@ -206,6 +206,8 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
 def _tell(model: str, output: str, trained: Trained, *, as_json: bool) -> None:
     """Print what was written."""
     slots = count(len(trained.adapter.weights), "slot")
+    if not trained.checks:
+        say("the gradients were not compared with differences of the loss")
     say(f"wrote {output} ({size_text(Path(output).stat().st_size)}, {slots})")
     if not as_json:
         return
