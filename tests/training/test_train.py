@@ -113,7 +113,7 @@ def test_fewer_held_back_samples_than_the_model_takes_at_once_are_refused() -> N
     fixed = oa.insert(base, after="bert.encoder.layer.1.output.dense")
     ids = np.random.default_rng(0).integers(1, 60, (16, 6))
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids[:, 0] % 2}
-    with pytest.raises(TrainingError, match=r"2 samples are held back, and .* takes 4 at once"):
+    with pytest.raises(TrainingError, match="2 samples are held back"):
         oa.train(fixed, given, loss="cross_entropy", validation=0.1)
     settings = Settings(epochs=1, batch_size=4)
     trained = oa.train(fixed, given, loss="cross_entropy", validation=0.25, settings=settings)
