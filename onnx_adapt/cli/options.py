@@ -97,3 +97,33 @@ allow_missing = click.option(
 )
 
 adapter_name = click.option("--name", default="", help="The name to give the adapter.")
+
+data = click.option(
+    "--data",
+    required=True,
+    type=click.Path(),
+    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
+    ".npy files.",
+)
+
+loss = click.option(
+    "--loss",
+    required=True,
+    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
+)
+
+labels = click.option(
+    "--labels", default="labels", show_default=True, help="What the labels are called."
+)
+
+on_output = click.option(
+    "--on", "model_output", default="", help="The model's output that the loss is on."
+)
+
+loss_settings = click.option(
+    "--set",
+    "loss_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
+)

@@ -18,24 +18,12 @@ if TYPE_CHECKING:
 
 @click.command("train-graph", short_help="Write a model that trains, for other programs.")
 @click.argument("model", type=click.Path())
-@click.option(
-    "--loss",
-    required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
-)
+@options.loss
 @click.option(
     "-o", "--output", required=True, type=click.Path(), help="The model file to write."
 )
-@click.option(
-    "--on", "model_output", default="", help="The model's output that the loss is on."
-)
-@click.option(
-    "--set",
-    "loss_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
-)
+@options.on_output
+@options.loss_settings
 @click.option(
     "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
 )
