@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from onnx_adapt.formats import format_names
+
 MAX_BOTTLENECK = 1 << 16
 """The largest bottleneck that commands accept; weights beyond it would not fit into memory."""
 
@@ -127,3 +129,18 @@ loss_settings = click.option(
     metavar="KEY=VALUE",
     help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
 )
+
+file_format = click.option(
+    "--format",
+    "file_format",
+    default=format_names()[0],
+    show_default=True,
+    type=click.Choice(format_names()),
+    help="The format of the adapter file that is written.",
+)
+
+optimiser = click.option(
+    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
+)
+
+decay = click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")

@@ -88,11 +88,9 @@ if TYPE_CHECKING:
     help="How many batches make one step; their gradients are averaged.",
 )
 @click.option("--lr", "rate", type=click.FloatRange(0, min_open=True), help="Learning rate.")
-@click.option(
-    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
-)
+@options.optimiser
 @click.option("--schedule", default="cosine", show_default=True, help="Also linear, constant.")
-@click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")
+@options.decay
 @click.option(
     "--average",
     type=click.FloatRange(0, 1, max_open=True),

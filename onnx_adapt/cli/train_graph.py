@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 )
 @options.on_output
 @options.loss_settings
-@click.option(
-    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
-)
-@click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")
+@options.optimiser
+@options.decay
 @click.option(
     "--clip",
     type=click.FloatRange(0),
