@@ -79,6 +79,10 @@ def test_the_page_begins_with_one_sentence_of_plain_words(mlp: Overview) -> None
     words = in_one_sentence(mlp)
     assert words.startswith("While its adapter is off, the result answers as the model does")
     assert "at 2 places" in words
+    assert "showed no effect" not in words
+    unseen = replace(mlp, slots=(mlp.slots[0], replace(mlp.slots[1], result=None)))
+    assert "at 1 place an" in in_one_sentence(unseen)
+    assert in_one_sentence(unseen).endswith("1 more place showed no effect with these inputs.")
     bad = replace(mlp.report.checks[2], passed=False)
     checks = (*mlp.report.checks[:2], bad, *mlp.report.checks[3:])
     failed = replace(mlp, report=replace(mlp.report, checks=checks))
