@@ -225,8 +225,9 @@ def _share(tape: Tape, step: Step, window: _Window, even: str) -> str:
     end = tape.add("Sub", end, window.begin)
     none = tape.integers(0, 0)
     padded = tape.add("Pad", ones, tape.joined(none, window.begin, none, end))
-    steps = {"strides": list(window.strides), "dilations": list(window.dilations)}
-    return tape.add("Div", mean, tape.add("Conv", padded, even, **steps))
+    strides, dilations = list(window.strides), list(window.dilations)
+    count = tape.add("Conv", padded, even, strides=strides, dilations=dilations)
+    return tape.add("Div", mean, count)
 
 
 def global_average_pool(tape: Tape, step: Step) -> Grads:
