@@ -3,7 +3,7 @@
     python benchmarks/training.py --torch PYTHON [--models minilm-l3 bert-base] [--rounds 8]
 
 PYTHON has torch, transformers, onnx and onnxscript. Each side is a process of its own on one
-core. They take steps in turn, and time is that of the process on the processor, which other
+core and with one thread. They take steps in turn, and time is that of the process on the processor, which other
 programs disturb little; of all rounds the shortest step counts. Both begin with the same
 adapters and see the same batch, and their losses are compared. Memory is the most that a
 process had resident, from its start. It exits with 1 if a goal is missed.
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from measuring import one_thread
 
 import onnx_adapt as oa
-from onnx_adapt.ort import CPU
-from onnx_adapt.proof.runner import Runner
+from onnx_adapt.ort import CPU, onnxruntime
 from onnx_adapt.training.data import Batch
 from onnx_adapt.training.engine import Engine
 from onnx_adapt.training.optimisers import Optimiser
@@ -95,12 +95,12 @@ def worker(folder: Path, file: str) -> None:
     """Take steps as they are asked for; with `forward`, run the base's outputs alone."""
     batch = dict(np.load(folder / "batch.npz"))
     labels = batch.pop("labels")
-    model = oa.open_model(folder / ("adapted.onnx" if file == "forward" else file))
     if file == "forward":
         task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         output = NETWORKS[task["name"]].output
-        runner = Runner(oa.open_model(task["base"]), CPU, optimised=True)
+        base = onnxruntime().InferenceSession(task["base"], one_thread())
     else:
+        model = oa.open_model(folder / file)
         weights = weights_to_train(model, BOTTLENECK, None, 0)
         step = make_step(model, list(weights), loss="cross_entropy", output="head")
         engine, optimiser = Engine(step, CPU), Optimiser(clip=0)
@@ -111,7 +111,7 @@ def worker(folder: Path, file: str) -> None:
         for _ in range(int(line)):
             begun = time.process_time()
             if file == "forward":
-                runner.run(batch, [output])
+                base.run([output], batch)
             else:
                 count += 1
                 found = engine.run(weights, samples)

@@ -9,8 +9,8 @@ import numpy as np
 from onnx import helper
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.model.runtime_bytes import model_bytes
-from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session
+from onnx_adapt.model.runtime_bytes import keep_unpacked, model_bytes
+from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session, threads
 from onnx_adapt.training.data import Batch, Dataset
 from onnx_adapt.training.evaluation import Evaluation, evaluate, require_finite_loss
 from onnx_adapt.training.metrics import Metric
@@ -51,6 +51,8 @@ class Engine:
         # a Shape node keeping its tensor until late, and without one block for all tensors.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
+        options.intra_op_num_threads = threads()
+        keep_unpacked(step.model, options)  # BERT base: 763 MB, 1079 MB packed; 3 % slower
         self.step = step
         self._forward = ort.RunOptions()
         self._forward.only_execute_path_to_fetches = True

@@ -21,27 +21,30 @@ def matmul(tape: Tape, step: Step) -> Grads:
 def product_grads(tape: Tape, step: Step, x: str, y: str, grad: str) -> Grads:
     """The gradients of a product of two matrices or stacks, `(..., m, k) @ (..., k, n)`."""
     grads: list[str | None] = [None, None]
-    if step.wants(0):
+    single = tape.rank(y) == 2
+    rows = _as_matrix(tape, grad, step.output) if single else ""
+    if step.wants(0) and single:
+        made = _gemm(tape, (rows, y), (False, True), 1.0)
+        grads[0] = made if tape.rank(x) == 2 else tape.like(made, x)
+    elif step.wants(0):
         made = tape.add("MatMul", grad, tape.swapped(y, tape.rank(y)))
-        single = tape.rank(y) == 2
-        grads[0] = made if single else tape.unbroadcast(made, x, step.output, matrix=True)
-    if step.wants(1) and tape.rank(y) == 2:
-        rows, columns = (
-            tape.add("Reshape", t, _matrix(tape, of))
-            for t, of in ((x, x), (grad, step.output))
-        )
-        grads[1] = tape.add("MatMul", tape.permuted(rows, (1, 0)), columns)
+        grads[0] = tape.unbroadcast(made, x, step.output, matrix=True)
+    if step.wants(1) and single:
+        grads[1] = _gemm(tape, (_as_matrix(tape, x, x), rows), (True, False), 1.0)
     elif step.wants(1):
         made = tape.add("MatMul", tape.swapped(x, tape.rank(x)), grad)
         grads[1] = tape.unbroadcast(made, y, step.output, matrix=True)
     return grads
 
 
-def _matrix(tape: Tape, tensor: str) -> str:
-    """The shape `(positions, width)` of a tensor; positions may be none."""
-    width = tape.size(tensor, -1)
-    positions = tape.add("Div", tape.once("Size", tensor, elem_type=INT64), width)
-    return tape.joined(tape.add("Reshape", positions, tape.integers(1)), width)
+def _as_matrix(tape: Tape, tensor: str, like: str) -> str:
+    """A tensor of the shape of another one as `(positions, width)`; positions may be none."""
+    if tape.rank(like) == 2:
+        return tensor
+    width = tape.size(like, -1)
+    positions = tape.add("Div", tape.once("Size", like, elem_type=INT64), width)
+    shape = tape.joined(tape.add("Reshape", positions, tape.integers(1)), width)
+    return tape.once("Reshape", tensor, shape)
 
 
 def _vector_product(tape: Tape, step: Step, x: str, y: str) -> Grads:
