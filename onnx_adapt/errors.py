@@ -1,6 +1,7 @@
 """Everything that can go wrong, as one tree.
 
 AdaptError
+├── ArgumentError         an argument is missing, or of another kind than is taken
 ├── ModelFileError        a model file that cannot be read as what it claims to be
 │   ├── ExternalDataError     data beside a model that is missing, short or out of bounds
 │   └── SaveError             a result that cannot be written
@@ -25,11 +26,14 @@ UncheckedWarning is no error: an adapter is used that does not say what it is fo
 
 from __future__ import annotations
 
+from onnx_adapt.spelling import in_python
+
 __all__ = [
     "AdaptError",
     "AdapterError",
     "AdapterNotFoundError",
     "AmbiguousSiteError",
+    "ArgumentError",
     "CheckpointError",
     "ExternalDataError",
     "GradientError",
@@ -52,6 +56,9 @@ __all__ = [
 class AdaptError(Exception):
     """Any failure that onnx-adapt reports, with a message and the next step.
 
+    `str(error)` is both, the step in the words of Python. The command line prints `hint` as
+    it is, which is in its own words.
+
     Args:
         message: What went wrong and where: it names the node, tensor or file.
         hint: What to do about it; by default the class's `advice`.
@@ -64,6 +71,7 @@ class AdaptError(Exception):
         Traceback (most recent call last):
         ...
         onnx_adapt.errors.AdaptError: no slot is called 'fr'
+        hint: see `oa.list_slots`
     """
 
     advice = "see the README or `onnx-adapt --help`"
@@ -72,6 +80,16 @@ class AdaptError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint or self.advice
+
+    def __str__(self) -> str:
+        """The message and the hint, for who meets the error in Python."""
+        return in_python(f"{self.message}\nhint: {self.hint}")
+
+
+class ArgumentError(AdaptError, TypeError):
+    """An argument is missing, or of another kind than a function takes."""
+
+    advice = "`help(onnx_adapt)` has a map of the functions"
 
 
 class ModelFileError(AdaptError, ValueError):
@@ -144,9 +162,18 @@ class GradientError(AdaptError, ValueError):
 
 
 class TrainingError(AdaptError, ValueError):
-    """An adapter cannot be trained with this model, data or setting."""
+    """An adapter cannot be trained with this model, data or setting.
+
+    Attributes:
+        trained: What was trained before a loss was not finite, as `train` returns it; None
+            if nothing was.
+    """
 
     advice = "docs/train.md tells what training needs"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.trained: object | None = None
 
 
 class RunError(AdaptError, RuntimeError):
@@ -173,6 +200,11 @@ class UnprovableError(AdaptError, RuntimeError):
 
 class MismatchError(AdaptError, AssertionError):
     """A verification failed; raised by `Report.raise_for_mismatch`."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says as a part of another message: one of ours without its hint."""
+    return error.message if isinstance(error, AdaptError) else str(error)
 
 
 class UncheckedWarning(UserWarning):

@@ -17,7 +17,19 @@ PAGE = ROOT / "CONTRIBUTING.md"
 START, END = "<!-- code map -->\n", "<!-- end of code map -->\n"
 
 ROOMS = (
-    *("errors", "dtypes", "words", "formats", "model", "ort", "slot", "adapter", "session"),
+    *(
+        "spelling",
+        "errors",
+        "dtypes",
+        "words",
+        "tables",
+        "formats",
+        "model",
+        "ort",
+        "slot",
+        "adapter",
+        "session",
+    ),
     *("graph", "checkpoints", "edit", "graphsurgeon", "proof", "training"),
     *("report", "serve", "cli"),
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter, same_base
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.parts import PARTS, Blend, Part
@@ -18,7 +19,7 @@ _Parts = Mapping[str, Array]
 
 
 def blend(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterLike],
     weights: Sequence[float],
     *,
     name: str = "",
@@ -49,11 +50,12 @@ def blend(
         >>> both.name, both.weights["fc"]["down"].shape
         ('0.7*fr + 0.3*fr', (8, 4))
     """
-    frame = blend_frame(adapters, weights, name=name, base=base)
+    given = [as_adapter(adapter) for adapter in adapters]
+    frame = blend_frame(given, weights, name=name, base=base)
     if list(weights) == [1]:
-        return replace(frame, weights=adapters[0].weights)
-    shares = list(zip(adapters, map(float, weights), strict=True))
-    slots = dict.fromkeys(slot for adapter in adapters for slot in adapter.weights)
+        return replace(frame, weights=given[0].weights)
+    shares = list(zip(given, map(float, weights), strict=True))
+    slots = dict.fromkeys(slot for adapter in given for slot in adapter.weights)
     mixed = {
         slot: blend_slot(slot, [(a.weights[slot], w) for a, w in shares if slot in a.weights])
         for slot in slots
@@ -304,7 +306,7 @@ def _blend_replaced(
             if base is None or key not in base:
                 raise AdapterError(
                     f"adapters replace {key!r} of the base, and their weights do not sum to 1",
-                    hint="give the base's own value: `base=`, or `merge --for MODEL`",
+                    hint="give the base's own value: `merge --for MODEL`",
                 )
             value = value + np.asarray(base[key], np.float64) * rest
         blended[key] = _narrowed(repr(key), value, given[0][0].dtype)

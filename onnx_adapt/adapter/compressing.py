@@ -7,12 +7,17 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.adapter.updates import Update, nearest_update, update_of, with_update
 from onnx_adapt.errors import AdapterError
 
 
 def compress(
-    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, name: str = ""
+    adapter: AdapterLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    name: str = "",
 ) -> Adapter:
     """Compress the slots of an adapter to a rank, or to a share of their energy.
 
@@ -38,6 +43,7 @@ def compress(
         >>> oa.compress(lora, rank=4).weights["fc"]["down"].shape
         (64, 4)
     """
+    adapter = as_adapter(adapter)
     refuse_odd_target(rank, energy)
     updates = {slot: update_of(adapter, slot) for slot in adapter.weights}
     known = {slot: update for slot, update in updates.items() if update is not None}

@@ -11,6 +11,8 @@ from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.names import split_weight, weight_name
 from onnx_adapt.slot.record import Extra
+from onnx_adapt.tables import html_table
+from onnx_adapt.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,20 @@ class Adapter:
     extra: Mapping[str, Extra] = field(default_factory=dict)
     stacks: Mapping[str, int] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Its name, its slots and its size; the shapes of the first slot, and no numbers."""
+        more = f", {count(len(self.replaced), 'replaced weight')}" if self.replaced else ""
+        first = next(iter(self.weights), None)
+        shapes = "" if first is None else f"; {first}: {_shapes(self.weights[first])}"
+        slots = count(len(self.weights), "slot")
+        return f"<Adapter {self.name!r}: {slots}{more}, {self.size:,} bytes{shapes}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(slot, _shapes(parts)) for slot, parts in self.weights.items()]
+        rows += [(name, str(np.shape(value))) for name, value in self.replaced.items()]
+        caption = f"Adapter {self.name!r}, {self.size:,} bytes"
+        return html_table(caption, ("slot or weight", "shapes"), rows)
+
     def feeds(self) -> dict[str, Array]:
         """Every array by the name of the model input that takes it, sorted."""
         flat = {
@@ -64,6 +80,10 @@ class Adapter:
     def size(self) -> int:
         """The number of bytes of all arrays."""
         return sum(array.nbytes for array in self.feeds().values())
+
+
+def _shapes(parts: Mapping[str, Array]) -> str:
+    return ", ".join(f"{part} {np.shape(value)}" for part, value in parts.items())
 
 
 def adapter_from_tensors(

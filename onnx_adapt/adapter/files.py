@@ -14,6 +14,7 @@ from onnx_adapt.adapter.quantised import Quantised
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.formats import FORMATS, AdapterFormat
+from onnx_adapt.model.paths import as_path
 from onnx_adapt.model.payloads import Source
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.model.whole_files import write_files
@@ -47,8 +48,9 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         Traceback (most recent call last):
         ...
         onnx_adapt.errors.AdapterError: fr.txt is of no known adapter format
+        hint: adapter files end in .safetensors, .onnx_adapter, .npz
     """
-    file = Path(path)
+    file = as_path(path, "an adapter file")
     if file.is_dir():
         raise AdapterError(
             f"{file} is a folder, no adapter file",
@@ -117,7 +119,7 @@ def save_adapter(adapter: Adapter | Quantised, path: str | os.PathLike[str]) -> 
         ...     oa.load_adapter(path).name
         'fr'
     """
-    file = Path(path).absolute()
+    file = as_path(path, "an adapter file to write").absolute()
     write_files([(file, [encode_adapter(adapter, file)])])
     return file
 

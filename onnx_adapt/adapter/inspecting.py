@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_adapt.adapter.compressing import rank_to_keep
 from onnx_adapt.adapter.data import Adapter, same_base
 from onnx_adapt.adapter.fitting import misfits, required_manifest
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.adapter.updates import Update, projects, update_of, why_no_product
 from onnx_adapt.dtypes import Array
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import is_off
-
-if TYPE_CHECKING:
-    from onnx_adapt.model.file import Model
+from onnx_adapt.words import count
 
 ENERGY = 0.99
 """The share of the squared singular values that `Measured.effective_rank` has."""
@@ -83,8 +82,14 @@ class Inspection:
     misfits: tuple[str, ...] | None = None
     same_base: bool | None = None
 
+    def __repr__(self) -> str:
+        """The name and size of the adapter, and whether it fits."""
+        fits = "" if self.misfits is None else ", fits" if not self.misfits else ", misfits"
+        slots = count(len(self.slots), "slot")
+        return f"<Inspection of {self.name!r}: {slots}, {self.size:,} bytes{fits}>"
 
-def inspect(adapter: Adapter, model: Model | None = None) -> Inspection:
+
+def inspect(adapter: AdapterLike, model: ModelLike | None = None) -> Inspection:
     """Measure an adapter: the rank, energy and norm of each slot, and which base it is for.
 
     Args:
@@ -104,10 +109,12 @@ def inspect(adapter: Adapter, model: Model | None = None) -> Inspection:
         >>> slot.bottleneck, slot.rank, slot.off
         (8, 8, False)
     """
+    adapter = as_adapter(adapter)
     known = tuple(base for base in (adapter.fingerprint, *adapter.other_bases) if base)
     found: tuple[str, ...] | None = None
     same: bool | None = None
     if model is not None:
+        model = as_model(model)
         found = tuple(misfits(model, adapter))
         base = required_manifest(model).fingerprint
         same = any(same_base(one, base) for one in known) if known else None

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnx_adapt.adapter.blending import blend, blend_frame, blend_slot
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.adapter.merge_methods import Choice, choose, combined
 from onnx_adapt.adapter.updates import (
     Update,
@@ -26,7 +27,7 @@ _MOST_BYTES = 2 << 30
 
 
 def merge(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterLike],
     weights: Sequence[float],
     *,
     method: str = "cat",
@@ -73,20 +74,21 @@ def merge(
         (8, 2)
     """
     choice = choose(method, density, majority, rank, seed)
-    _refuse_other_extra(adapters)
+    given = [as_adapter(adapter) for adapter in adapters]
+    _refuse_other_extra(given)
     if choice.method.takes == "terms":
-        return replace(blend(adapters, weights, name=name, base=base), extra=adapters[0].extra)
-    frame = blend_frame(adapters, weights, name=name, base=base)
-    if len(adapters) == 1 and method != "linear":
+        return replace(blend(given, weights, name=name, base=base), extra=given[0].extra)
+    frame = blend_frame(given, weights, name=name, base=base)
+    if len(given) == 1 and method != "linear":
         raise AdapterError(
             f"{method} merges several adapters, and there is one",
             hint="linear scales a single one",
         )
-    shares = [(a, float(weight)) for a, weight in zip(adapters, weights, strict=True)]
+    shares = [(a, float(weight)) for a, weight in zip(given, weights, strict=True)]
     # Sorted, so that the random numbers do not depend on the order of the slots.
-    slots = sorted({slot for adapter in adapters for slot in adapter.weights})
+    slots = sorted({slot for adapter in given for slot in adapter.weights})
     merged = {slot: _merged(slot, shares, choice) for slot in slots}
-    return replace(frame, weights=merged, extra=adapters[0].extra)
+    return replace(frame, weights=merged, extra=given[0].extra)
 
 
 def _refuse_other_extra(adapters: Sequence[Adapter]) -> None:

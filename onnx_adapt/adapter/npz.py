@@ -16,7 +16,7 @@ import numpy as np
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.record import KEY, adapter_from_record, write_record
 from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.errors import AdapterError
+from onnx_adapt.errors import AdapterError, reason
 from onnx_adapt.formats import FORMATS
 
 _BFLOAT16 = ".bfloat16"
@@ -60,7 +60,7 @@ def read_arrays(file: IO[bytes], path: Path, limit: int) -> dict[str, Array]:
             return _read_members(archive, limit)
     except _DAMAGE as error:
         raise AdapterError(
-            f"{path.name} is not a whole .npz file of arrays: {error}",
+            f"{path.name} is not a whole .npz file of arrays: {reason(error)}",
             hint="numpy.savez writes such a file; arrays of objects are not read",
         ) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.model.file import Model, open_model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.places import owners
@@ -22,9 +21,7 @@ from onnx_adapt.words import nearest
 Weights = Mapping[str, Mapping[str, Any]]
 
 
-def make_adapter(
-    model: Model | str | os.PathLike[str], name: str, weights: Weights
-) -> Adapter:
+def make_adapter(model: ModelLike, name: str, weights: Weights) -> Adapter:
     """Make an adapter for a model's slots from arrays.
 
     The arrays are checked, and the adapter records the base model and the activations that
@@ -33,11 +30,12 @@ def make_adapter(
     Args:
         model: A model with slots, or its path.
         name: What to call the adapter.
-        weights: Slot -> part -> array of floats. `down` is `(source width, r)` and `up` is
-            `(r, width)`. For a slot on channels, the shapes of Conv's weights are accepted
-            too: `(r, source width, 1, ...)` and `(width, r, 1, ...)`. Biases that are left
-            out are 0, and `scale` and `gain` are 1. Slots may be left out; load the adapter
-            with `allow_partial` then, and they stay off.
+        weights: Slot -> part -> array of floats, or lists of numbers. `down` is
+            `(source width, r)` and `up` is `(r, width)`. For a slot on channels, the shapes of
+            Conv's weights are accepted too: `(r, source width, 1, ...)` and
+            `(width, r, 1, ...)`. Biases that are left out are 0, and `scale` and `gain` are 1.
+            Slots may be left out; load the adapter with `allow_partial` then, and they stay
+            off.
 
     Returns:
         The adapter, in the slots' shapes and element types.
@@ -56,7 +54,7 @@ def make_adapter(
         >>> mine.weights["conv2d_5"]["down"].shape, mine.activations
         ((4, 32, 1, 1), {'conv2d_5': 'gelu'})
     """
-    opened = model if isinstance(model, Model) else open_model(model)
+    opened = as_model(model)
     manifest = required_manifest(opened)
     slots = {slot.name: slot for slot in owners(manifest.slots)}
     if not isinstance(weights, Mapping) or not weights:
@@ -117,8 +115,9 @@ def _slot_weights(slot: Slot, given: Any) -> dict[str, Array]:
 def _floats(slot: Slot, part: str, value: Any) -> Array:
     """A weight as an array of finite floats that the slot's element type can hold."""
     label = f"{part!r} for slot {slot.name!r}"
+    plain = isinstance(value, list | tuple | int | float)
     try:
-        array = np.asarray(value)
+        array = np.asarray(value, DTYPES[slot.dtype] if plain else None)
     except (TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(
             f"{label} is no array: {error}", hint="give a numpy array of floats"

@@ -17,7 +17,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.quantised import Quantised
 from onnx_adapt.adapter.record import KEY, adapter_from_record, write_record
 from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.errors import AdapterError
+from onnx_adapt.errors import AdapterError, reason
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -47,7 +47,8 @@ def read_tensors(data: bytes, path: Path) -> dict[str, Array]:
             tensors[name] = np.frombuffer(item["data"], dtype).reshape(item["shape"])
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise AdapterError(
-            f"{path.name} is not a whole safetensors file: {error}", hint="write it again"
+            f"{path.name} is not a whole safetensors file: {reason(error)}",
+            hint="write it again",
         ) from error
     return dict(sorted(tensors.items()))  # the library returns them in any order
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.parts import PARTS, Blend
@@ -206,7 +207,7 @@ def with_update(parts: Mapping[str, Array], update: Update) -> dict[str, Array]:
         }
 
 
-def measure_loss(exact: Adapter, approximate: Adapter) -> dict[str, float | None]:
+def measure_loss(exact: AdapterLike, approximate: AdapterLike) -> dict[str, float | None]:
     """How far each slot of an adapter is from that of another, relative to the latter.
 
     It is the Frobenius norm of the difference of what the two add, divided by that of the
@@ -233,6 +234,8 @@ def measure_loss(exact: Adapter, approximate: Adapter) -> dict[str, float | None
         >>> round(oa.measure_loss(lora, smaller)["fc"], 2)
         0.35
     """
+    exact = as_adapter(exact)
+    approximate = as_adapter(approximate)
     return {
         slot: _loss(exact, approximate, slot)
         for slot in exact.weights

@@ -21,8 +21,9 @@ from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.written_out import unfuse
-from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.model.given import ModelLike, as_model
+from onnx_adapt.model.paths import as_path
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import stacks_of
@@ -51,10 +52,14 @@ class Checkpoint:
     losses: Mapping[str, float] = field(default_factory=dict)
     read: int = 0
 
+    def __repr__(self) -> str:
+        """The adapter, in the slots that it needs."""
+        return f"<Checkpoint of {self.adapter!r}>"
+
 
 def load_checkpoint(
     path: str | os.PathLike[str],
-    model: Model,
+    model: ModelLike,
     *,
     name: str = "",
     base_weights: str | os.PathLike[str] | None = None,
@@ -88,6 +93,8 @@ def load_checkpoint(
         >>> len(oa.load_checkpoint(folder, base, name="fr").slots)
         4
     """
+    path = as_path(path, "a checkpoint")
+    model = as_model(model)
     trained = read_trained(path, Selection(part, module_map or {}, allow_missing))
     graph = find_graph(model, base_weights, trained.edits)
     edits, names = map_edits(trained, graph)

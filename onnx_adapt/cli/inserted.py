@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_adapt.cli.outputs import print_json, print_table, say, size_text, tell_saved
-from onnx_adapt.cli.slots import SLOT_COLUMNS, slot_dict, slot_row
+from onnx_adapt.cli.slots import slot_dict
+from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 

@@ -21,6 +21,7 @@ import click
 
 from onnx_adapt.errors import AdaptError, SaveError
 from onnx_adapt.formats import suffix_of
+from onnx_adapt.tables import cell_text, number_columns, text_table
 from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
@@ -101,15 +102,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     two lines cannot be copied. If the names do not fit, each row becomes a paragraph.
     """
     given = [list(row) for row in rows]
-    numbers = [
-        bool(given) and all(isinstance(row[i], int | float) for row in given)
-        for i in range(len(columns))
-    ]
-    body = [[plain("" if cell is None else str(cell)) for cell in row] for row in given]
-    width = shutil.get_terminal_size().columns
     if not sys.stdout.isatty():
-        emit(_piped_table(columns, body, numbers).rstrip("\n"))
-    elif _fits(columns, body, width):
+        emit(text_table(columns, given))
+        return
+    numbers = number_columns(columns, given)
+    body = [[cell_text(cell) for cell in row] for row in given]
+    width = shutil.get_terminal_size().columns
+    if _fits(columns, body, width):
         emit(_terminal_table(columns, body, numbers, width))
     else:
         emit("\n".join(_paragraphs(columns, body)))
@@ -167,28 +166,6 @@ def _paragraphs(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[s
         lines += [row[0], *(f"  {named[i]}" for i in long if i in named)]
         lines += [f"  {short}"] if short else []
     return lines
-
-
-def _piped_table(
-    columns: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[bool]
-) -> str:
-    """The table without colours or wrapping; rich takes seconds for 10,000 lines."""
-    from rich.cells import cell_len
-
-    lines = [columns, *body]
-    sizes = [[cell_len(cell) for cell in line] for line in lines]
-    widths = [max(column) for column in zip(*sizes, strict=True)]
-
-    def placed(cell: str, room: int, number: bool) -> str:
-        return " " * room + cell if number else cell + " " * room
-
-    return "\n".join(
-        "  ".join(
-            placed(cell, width - size, number)
-            for cell, size, width, number in zip(line, taken, widths, numbers, strict=True)
-        )
-        for line, taken in zip(lines, sizes, strict=True)
-    )
 
 
 def size_text(size: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,18 @@ if TYPE_CHECKING:
     from onnx_adapt.report.overview import Overview
 
 
+MOST_ADAPTERS = 2
+
+
 @click.command("report", short_help="Show a verified model on an HTML page.")
 @click.argument("base", type=click.Path())
 @click.argument("adapted", type=click.Path())
 @click.option(
-    "--adapter", type=click.Path(), help="An adapter file to turn the slots on with."
+    "--adapter",
+    "adapters",
+    type=click.Path(),
+    multiple=True,
+    help="An adapter file to turn the slots on with; a second one is compared with it.",
 )
 @click.option(
     "-o",
@@ -45,7 +54,7 @@ def command(
     ctx: click.Context,
     base: str,
     adapted: str,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     output: str | None,
     inputs: tuple[str, ...],
     bottleneck: int,
@@ -65,40 +74,51 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.model.file import protect_files
-    from onnx_adapt.proof.result import CALIBRATE
     from onnx_adapt.report.overview import overview
 
     path = Path(output or f"{Path(adapted).with_suffix('')}.report.html")
     if as_json and output:
         raise click.UsageError("--json prints the data; -o is for the page")
+    if len(adapters) > MOST_ADAPTERS:
+        raise click.UsageError("--adapter is given at most twice: two adapters are compared")
     if not as_json:
-        check_page(path, base, adapted, *inputs, *((adapter,) if adapter else ()))
+        check_page(path, base, adapted, *inputs, *adapters)
     with patience() as (_, stage):
         models = oa.open_model(base), oa.open_model(adapted)
         for model in () if as_json else models:
             protect_files(model, path)
+        first, second = [*map(oa.load_adapter, adapters), None, None][:MOST_ADAPTERS]
         found = overview(
             *models,
-            adapter=oa.load_adapter(adapter) if adapter else None,
+            adapter=first,
+            other=second,
             inputs=inputs or None,
             bottleneck=bottleneck,
             strict=strict,
             seed=seed,
             provider=provider,
             stage=stage,
+            command=shlex.join(["onnx-adapt", *sys.argv[1:]]),
         )
     if as_json:
         print_json(found.as_dict())
     else:
         write_page(found, path)
-    for check in found.report.checks:
-        if not check.passed:
-            say(f"{check.name} FAILED: {check.detail}")
-    say(verdict(found.report))
-    if saturates(found.report):
-        say(f"hint: {CALIBRATE}")
+    _say_verdict(found.report)
     if not found.report.passed:
         ctx.exit(1)
+
+
+def _say_verdict(report: Report) -> None:
+    """Say which checks failed, and the verdict."""
+    from onnx_adapt.proof.result import CALIBRATE
+
+    for check in report.checks:
+        if not check.passed:
+            say(f"{check.name} FAILED: {check.detail}")
+    say(verdict(report))
+    if saturates(report):
+        say(f"hint: {CALIBRATE}")
 
 
 def saturates(report: Report) -> bool:

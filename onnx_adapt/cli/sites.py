@@ -30,31 +30,24 @@ def command(model: str, pattern: str | None, all_tensors: bool, as_json: bool) -
       onnx-adapt sites model.onnx '*.output.dense'
     """
     import onnx_adapt as oa
-    from onnx_adapt.graph.resolve import select_sites
     from onnx_adapt.slot.manifest import read_manifest
     from onnx_adapt.slot.required import must_be_fed
 
     with patience(f"reading {model}"):
         opened = oa.open_model(model)
-        sites = select_sites(opened, pattern, all_tensors=all_tensors)
+        sites = oa.find_sites(opened, pattern, all_tensors=all_tensors)
     if as_json:
         print_json({"sites": [site.as_dict() for site in sites]})
         return
-    columns = ("address", "node", "op", "module", "width", "dtype", "axis", "refused")
-    rows = [site.as_dict() for site in sites]
-    shown = [c for c in columns if c in _ALWAYS or any(row[c] for row in rows)]
-    print_table(shown, [[row[column] for column in shown] for row in rows])
+    print_table(*sites.table())
     manifest = read_manifest(opened.proto)
     if manifest is not None and must_be_fed(manifest):
         say(f"{model} is exported: insert into the model that it was exported from")
         return
-    good = [site for site in sites if site.reason is None]
+    good = sites.good
     say(f"{len(good)} of {len(sites)} can take an adapter")
     if good:
         name = good[0].module or good[0].node or good[0].address
         say_next("insert", model, "--after", name)
     elif not all_tensors:
         say_next("sites", model, "--all")
-
-
-_ALWAYS = ("address", "op", "width", "dtype", "axis")

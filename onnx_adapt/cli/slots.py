@@ -10,39 +10,14 @@ import click
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
+from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 from onnx_adapt.slot.places import places
 
 if TYPE_CHECKING:
     from onnx_adapt import Slot
 
-SLOT_COLUMNS = (
-    "slot",
-    "tensor",
-    "places",
-    "width",
-    "axis",
-    "dtype",
-    "bottleneck",
-    "activation",
-    "parts",
-)
-
-
 _PLACE = ("name", "graph", "node", "tensor", "inner", "output", "source", "module")
 """What `--json` tells of each place of a slot."""
-
-
-def slot_row(slot: Slot, slots: Iterable[Slot]) -> tuple[object, ...]:
-    """One slot as a row of a table, with the number of its places among all slots."""
-    size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
-    size += " (batched)" if slot.batched else ""
-    parts = " ".join(slot.parts)
-    width: object = slot.width
-    axis: object = slot.axis
-    if slot.on_weight:
-        width, axis = "x".join(map(str, slot.weight_shape)), "weight"
-    what = width, axis, slot.dtype, size, slot.activation, parts
-    return (slot.name, slot.tensor, len(places(slots, slot.name)), *what)
 
 
 def slot_dict(slot: Slot, slots: Iterable[Slot]) -> dict[str, object]:

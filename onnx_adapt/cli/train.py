@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.training_data import read_samples, read_settings
+from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
+from onnx_adapt.cli.training_watch import Watch
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from onnx_adapt.training.fit import Epoch, Report
+    from onnx_adapt import Model
+    from onnx_adapt.training.data import Dataset
+    from onnx_adapt.training.progress import Epoch
+    from onnx_adapt.training.settings import Settings
     from onnx_adapt.training.train import Trained
 
 
@@ -26,12 +33,13 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     type=click.Path(),
-    help="An .npz with an array for each input and the labels, or a folder of .npy files.",
+    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
+    ".npy files.",
 )
 @click.option(
     "--loss",
     required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive or kl.",
+    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
 )
 @click.option(
     "-o",
@@ -40,12 +48,40 @@ if TYPE_CHECKING:
     type=click.Path(),
     help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
 )
+@click.option(
+    "--model-output",
+    "model_path",
+    type=click.Path(),
+    help="Where the model goes if it gets slots, a head or norms; by default "
+    "MODEL.adapted.onnx.",
+)
+@click.option(
+    "--head",
+    metavar="classes=N[,pooling=mean|cls]",
+    help="Add a linear layer on the output, and train it too.",
+)
+@click.option("--train-norms", is_flag=True, help="Train the base's normalisations too.")
 @options.adapter_name
 @click.option(
     "--labels", default="labels", show_default=True, help="What the labels are called."
 )
 @click.option(
+    "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="COLUMN",
+    help="The column with the texts; twice for pairs. By default the only one with texts.",
+)
+@click.option(
     "--on", "model_output", default="", help="The model's output that the loss is on."
+)
+@click.option(
+    "--teacher",
+    type=click.Path(),
+    help="A model whose output for the same samples is what to learn, as with kl.",
 )
 @click.option(
     "--set",
@@ -64,6 +100,12 @@ if TYPE_CHECKING:
 )
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(1),
+    default=1,
+    help="How many batches make one step; their gradients are averaged.",
+)
 @click.option("--lr", "rate", type=click.FloatRange(0, min_open=True), help="Learning rate.")
 @click.option(
     "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
@@ -71,10 +113,16 @@ if TYPE_CHECKING:
 @click.option("--schedule", default="cosine", show_default=True, help="Also linear, constant.")
 @click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")
 @click.option(
+    "--average",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Keep a moving average of the weights; the share of the old, such as 0.999.",
+)
+@click.option(
     "--metric",
     default="loss",
     show_default=True,
-    help="What to choose the best weights by: loss, accuracy, f1 or recall.",
+    help="What to choose the best weights by: loss, accuracy, f1 or recall@K.",
 )
 @click.option(
     "--patience",
@@ -91,108 +139,144 @@ if TYPE_CHECKING:
     help="The bottleneck of slots that have none of their own.",
 )
 @click.option("--start-from", type=click.Path(), help="An adapter file to go on from.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="A file that keeps how far the training is.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the training in --checkpoint.")
+@click.option("--log", type=click.Path(), help="Write each step to this file, .csv or .jsonl.")
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
 @options.provider
 @options.as_json
 def command(model: str, output: str, as_json: bool, **given: Any) -> None:
-    """Train an adapter for the slots of MODEL, without PyTorch.
+    """Train an adapter for MODEL, without PyTorch.
 
-    The gradients are computed by ONNX Runtime. The base and MODEL stay as they are.
+    The gradients are computed by ONNX Runtime. MODEL stays as it is. If it has no slots yet,
+    they are inserted in the usual places, and the adapted model is written as well.
 
     \b
-      onnx-adapt insert base.onnx --after 'encoder.layer.*.output.dense' -o adapted.onnx
+      onnx-adapt train base.onnx --data train.npz --loss cross_entropy -o mine.safetensors
       onnx-adapt train adapted.onnx --data train.npz --loss cross_entropy -o mine.safetensors
     """
     import onnx_adapt as oa
+    from onnx_adapt.errors import TrainingError
 
     read = [Path(model), Path(given["data"])]
-    read += [Path(given[key]) for key in ("validation", "start_from") if given[key]]
-    refuse_to_replace(output, *read)
-    trained = _train(model, given["name"] or Path(output).stem, given)
-    path = oa.save_adapter(trained.adapter, output)
-    if as_json:
-        epochs = [_epoch_fields(epoch) for epoch in trained.epochs]
-        print_json({"output": str(path), "name": trained.adapter.name, "epochs": epochs})
-    slots = count(len(trained.adapter.weights), "slot")
-    say(f"wrote {path} ({size_text(path.stat().st_size)}, {slots})")
+    refuse_to_replace(output, *read, *(given[key] for key in _READ if given[key]))
+    opened = oa.open_model(model)
+    ready = with_what_trains(opened, given)
+    if given["model_path"] and ready is opened:
+        raise click.UsageError("--model-output has no effect: MODEL stays as it is")
+    samples = read_samples(ready, given)
+    failure = None
+    try:
+        trained = _train(opened, ready, samples, given["name"] or Path(output).stem, given)
+    except TrainingError as error:
+        if error.trained is None:
+            raise
+        trained, failure = cast("Trained", error.trained), error
+    if ready is opened:
+        oa.save_adapter(trained.adapter, output)
+    else:
+        with patience() as (progress, _):
+            to = given["model_path"]
+            model = save_both(model, to, ready, trained.adapter, Path(output), progress)
+    _tell(model, output, trained, as_json=as_json)
+    if failure is not None:
+        say(f"error: {failure.message}; {output} has the best weights before that")
+        say(f"hint: {failure.hint}")
+        click.get_current_context().exit(1)
+    if not trained.finished:
+        kept = given["checkpoint"]
+        say("stopped; it has the best weights until now")
+        say(
+            f"--resume goes on from {kept}" if kept else "--checkpoint FILE makes it resumable"
+        )
+        click.get_current_context().exit(130)
     say_next("run", model, "--inputs", "x.npz", "--adapter", output, "--compare", "base")
 
 
-def _train(model: str, name: str, given: Mapping[str, Any]) -> Trained:
-    """Train, and tell of each epoch."""
-    import onnx_adapt as oa
-    from onnx_adapt.training.fit import Settings
-    from onnx_adapt.training.optimisers import Optimiser
+def _tell(model: str, output: str, trained: Trained, *, as_json: bool) -> None:
+    """Print what was written."""
+    slots = count(len(trained.adapter.weights), "slot")
+    say(f"wrote {output} ({size_text(Path(output).stat().st_size)}, {slots})")
+    if not as_json:
+        return
+    print_json(
+        {
+            "output": output,
+            "model": model,
+            "name": trained.adapter.name,
+            "classes": list(trained.classes),
+            "finished": trained.finished,
+            "epochs": [_epoch_fields(epoch) for epoch in trained.epochs],
+        }
+    )
 
-    settings = Settings(
+
+def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
+    fields = asdict(epoch)
+    return {"epoch": fields.pop("number"), **fields}
+
+
+_READ = ("validation", "start_from", "tokenizer", "teacher")
+"""Options that name files which are read."""
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """The settings that the options say."""
+    from onnx_adapt.training.optimisers import Optimiser
+    from onnx_adapt.training.settings import Settings
+
+    return Settings(
         epochs=given["epochs"],
         batch_size=given["batch_size"],
+        accumulate=given["accumulate"],
         rate=given["rate"] or 0.0,
         optimiser=Optimiser(given["optimiser"], decay=given["decay"]),
         schedule=given["schedule"],
+        average=given["average"],
         metric=given["metric"],
         patience=given["patience_"],
         seed=given["seed"],
     )
-    begin = given["start_from"]
-    with patience("checking gradients") as (_, stage):
 
-        def watch(report: Report) -> None:
-            stage(f"step {report.step} of {report.steps}, loss {report.loss:.4f}")
-            if report.epoch is not None:
-                say(_epoch_text(report.epoch, settings.epochs, settings.metric))
 
+def _train(
+    base: Model,
+    model: Model,
+    samples: tuple[Dataset, Dataset | float],
+    name: str,
+    given: Mapping[str, Any],
+) -> Trained:
+    """Train, and tell of each epoch; a model that was made of the base is verified first."""
+    import onnx_adapt as oa
+    from onnx_adapt.training.log import Log
+
+    settings = _settings(given)
+    begin = oa.load_adapter(given["start_from"]) if given["start_from"] else None
+    log = Log(given["log"], resume=given["resume"]) if given["log"] else None
+    with patience("verifying") as (_, stage), Watch(settings, log, stage) as watch:
+        if model is not base:
+            prove(base, model, samples[0], given["provider"], stage)
+        stage("checking gradients")
         return oa.train(
-            oa.open_model(model),
-            given["data"],
+            model,
+            samples[0],
             loss=given["loss"],
             name=name,
-            output=given["model_output"],
-            labels=given["labels"],
-            loss_settings=_settings(given["loss_settings"]),
+            output="" if given["head"] else given["model_output"],
+            loss_settings=read_settings(given["loss_settings"]),
             bottleneck=given["bottleneck"],
-            start_from=oa.load_adapter(begin) if begin else None,
-            validation=given["validation"] or given["held_back"],
+            start_from=begin,
+            validation=samples[1],
             settings=settings,
             check=not given["no_check"],
             provider=given["provider"],
-            on_step=watch,
+            on_step=watch.tell,
+            stop=watch.is_stopped,
+            checkpoint=given["checkpoint"],
+            resume=given["resume"],
         )
-
-
-def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a loss: numbers, lists of numbers, true or false."""
-    import json
-
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            found[key] = json.loads(value)
-        except ValueError as error:
-            raise click.BadParameter(
-                f"{pair!r}: give KEY=VALUE with a number, [1, 2, ...], true or false"
-            ) from error
-        if not equals:
-            raise click.BadParameter(f"{pair!r}: give KEY=VALUE")
-    return found
-
-
-def _epoch_text(epoch: Epoch, epochs: int, metric: str) -> str:
-    text = f"epoch {epoch.number} of {epochs}: loss {epoch.loss:.4f}"
-    if epoch.validation_loss is not None:
-        text += f", held back {epoch.validation_loss:.4f}"
-    if epoch.score is not None and metric != "loss":
-        text += f", {metric} {epoch.score:.4f}"
-    return f"{text}, best so far" if epoch.best and epoch.score is not None else text
-
-
-def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
-    return {
-        "epoch": epoch.number,
-        "loss": epoch.loss,
-        "validation_loss": epoch.validation_loss,
-        "score": epoch.score,
-        "best": epoch.best,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.report import check_page, saturates, verdict, write_page
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from onnx_adapt import Report
 
 
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
     "--adapter",
     type=click.Path(),
     help="An adapter file: check that its values fit the quantised ranges.",
+)
+@click.option(
+    "--gradients",
+    is_flag=True,
+    help="Check the gradients that `train` uses as well, against differences in float64.",
 )
 @options.strict
 @options.seed
@@ -39,6 +47,7 @@ def command(
     adapted: str,
     inputs: tuple[str, ...],
     adapter: str | None,
+    gradients: bool,
     strict: bool,
     seed: int,
     provider: tuple[str, ...],
@@ -51,7 +60,8 @@ def command(
     random weights, each slot must compute what the float64 formula gives, and must change
     the outputs. The ONNX checker must have no new complaint. For a quantised BASE and an
     adapter (--adapter, or one that ADAPTED is filled with), the values must also fit the
-    ranges that BASE was calibrated for.
+    ranges that BASE was calibrated for. With --gradients, the gradient of each weight of
+    each slot must be what differences of the outputs in float64 say.
 
     \b
       onnx-adapt verify model.onnx model.adapted.onnx
@@ -77,8 +87,10 @@ def command(
             report = found.report
         else:
             report = oa.verify(base, adapted, **given, stage=stage)
+        if gradients:
+            report = _with_gradients(report, adapted, given, stage)
     if html:
-        write_page(found, Path(html))
+        write_page(replace(found, report=report), Path(html))
     if as_json:
         print_json(report.as_dict())
     else:
@@ -91,28 +103,26 @@ def command(
     say_next("slots", adapted)
 
 
-def _show(report: Report) -> None:
-    marks = {True: "ok", False: "FAILED"}
-    print_table(
-        ("check", "result", "measured"),
-        [(check.name, marks[check.passed], check.detail) for check in report.checks],
+def _with_gradients(
+    report: Report, adapted: str, given: Mapping[str, Any], stage: Callable[[str], None]
+) -> Report:
+    """The report with a check of the gradients."""
+    import onnx_adapt as oa
+    from onnx_adapt.training.gradient_proof import check_gradient_nodes
+
+    check = check_gradient_nodes(
+        oa.open_model(adapted), inputs=given["inputs"], seed=given["seed"], stage=stage
     )
+    return replace(report, checks=(*report.checks, check))
+
+
+def _show(report: Report) -> None:
+    from onnx_adapt.proof.result import CHECK_COLUMNS, SLOT_COLUMNS
+
+    print_table(CHECK_COLUMNS, report.check_rows())
     if report.slots:
         emit()
-        print_table(
-            ("slot", "error", "tolerance", "ratio", "bottlenecks", "effect"),
-            [
-                (
-                    slot.name,
-                    "not reached" if slot.error is None else f"{slot.error:.1e}",
-                    "" if slot.tolerance is None else f"{slot.tolerance:.1e}",
-                    "" if slot.ratio is None else f"{slot.ratio:.2f}",
-                    " ".join(map(str, slot.bottlenecks)),
-                    f"{slot.effect:.1e}" if slot.effect else "none",
-                )
-                for slot in report.slots
-            ],
-        )
+        print_table(SLOT_COLUMNS, report.slot_rows())
     for text in report.warnings:
         say(f"warning: {text}")
     shapes = "; ".join(

@@ -14,7 +14,8 @@ from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
-from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
+from onnx_adapt.model.paths import as_path
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
@@ -22,7 +23,7 @@ from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
 def convert(
     path: str | os.PathLike[str],
-    model: Model,
+    model: ModelLike,
     *,
     name: str = "",
     base_weights: str | os.PathLike[str] | None = None,
@@ -57,6 +58,7 @@ def convert(
         >>> len(oa.convert(case + "/adapter", model, name="again").weights)
         4
     """
+    path, model = as_path(path, "a checkpoint"), as_model(model)
     manifest = required_manifest(model)
     base = remove(model)
     checkpoint = load_checkpoint(

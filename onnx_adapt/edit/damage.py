@@ -8,6 +8,7 @@ import onnx
 
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import FLOATS
+from onnx_adapt.edit.heads import lost_heads
 from onnx_adapt.edit.unfuse import lost_parts
 from onnx_adapt.edit.weights import check_base_weights, check_weights, check_widened
 from onnx_adapt.errors import AdaptError
@@ -41,6 +42,7 @@ def damages(model: Model) -> list[str]:
         found.append(f"{error.message} ({error.hint})")
     found += _lost_marks(model.proto, manifest.slots)
     found += lost_parts(model.proto, manifest.unfused)
+    found += lost_heads(model.proto, manifest.heads)
     found += foreign_readers(model.proto, manifest.slots)
     found += _changed_nodes(model.proto, manifest.slots)
     found += _unread_weights(model.proto, manifest.slots)

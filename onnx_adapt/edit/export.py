@@ -9,6 +9,7 @@ from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.edit.weights import check_model_weights, drop_named, read_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import Manifest, write_manifest
 from onnx_adapt.slot.places import owners
@@ -16,7 +17,7 @@ from onnx_adapt.slot.required import default_tensors, must_be_fed, neutral_slot
 from onnx_adapt.slot.weights import is_empty, is_off, neutral_rows
 
 
-def export(model: Model, *, name: str = "neutral") -> tuple[Model, Adapter]:
+def export(model: ModelLike, *, name: str = "neutral") -> tuple[Model, Adapter]:
     """Make the weights of slots inputs that must be fed, for runtimes that need them so.
 
     The result has no default for them, so every run feeds an adapter. The neutral one, with
@@ -46,6 +47,7 @@ def export(model: Model, *, name: str = "neutral") -> tuple[Model, Adapter]:
         >>> oa.remove(model).proto == base.proto
         True
     """
+    model = as_model(model)
     manifest = required_manifest(model)
     check_model_weights(model.proto, manifest)
     _refuse(model, manifest)

@@ -9,6 +9,7 @@ from onnx_adapt.adapter.fitting import (
     required_manifest,
     warn_unchecked,
 )
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.edit.base_weights import fill_base_weights
 from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.weights import (
@@ -19,12 +20,13 @@ from onnx_adapt.edit.weights import (
 )
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import is_empty, stacks_of
 
 
-def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Model:
+def fill(model: ModelLike, adapter: AdapterLike, *, allow_partial: bool = False) -> Model:
     """Make an adapter the default of a model's slots: it is on when nothing is fed.
 
     Args:
@@ -48,6 +50,8 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
         >>> oa.extract(filled, name="ones").weights[slot.name]["up"].shape
         (4, 64)
     """
+    model = as_model(model)
+    adapter = as_adapter(adapter)
     check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
     require_fit(model, adapter, allow_partial=allow_partial)
@@ -56,7 +60,7 @@ def fill(model: Model, adapter: Adapter, *, allow_partial: bool = False) -> Mode
     return fill_base_weights(fill_weights(model, adapter.weights), adapter.replaced)
 
 
-def bake(model: Model) -> Model:
+def bake(model: ModelLike) -> Model:
     """Make the weights that a model's slots have constants: they are no longer inputs.
 
     Raises:
@@ -69,13 +73,14 @@ def bake(model: Model) -> Model:
         >>> [value.name for value in oa.bake(model).proto.graph.input]
         ['input_1']
     """
+    model = as_model(model)
     check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
     _refuse_empty(model)
     return bake_weights(model)
 
 
-def extract(model: Model, *, name: str = "") -> Adapter:
+def extract(model: ModelLike, *, name: str = "") -> Adapter:
     """Extract the adapter that a model's slots have as their default; the inverse of `fill`.
 
     Args:
@@ -92,6 +97,7 @@ def extract(model: Model, *, name: str = "") -> Adapter:
         >>> oa.extract(model, name="fresh").weights["conv2d_5"]["down"].shape
         (8, 32, 1, 1)
     """
+    model = as_model(model)
     manifest = required_manifest(model)
     check_model_weights(model.proto, manifest)
     _refuse_empty(model)

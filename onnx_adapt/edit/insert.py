@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ import onnx.inliner
 
 from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.edit.plan import Recipe, plan_slot
-from onnx_adapt.errors import AmbiguousSiteError, RunError, SiteError, SlotError
+from onnx_adapt.errors import AmbiguousSiteError, ArgumentError, RunError, SiteError, SlotError
 from onnx_adapt.graph.choice import Choice
 from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.index import require_finite
@@ -23,7 +23,9 @@ from onnx_adapt.graph.site import Site
 from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.form import Form
+from onnx_adapt.slot.listing import Slots
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import in_order
 from onnx_adapt.slot.places import can_share, further_place, owners
@@ -36,9 +38,9 @@ _log = logging.getLogger(__name__)
 
 
 def insert(
-    model: Model,
+    model: ModelLike,
+    after: str | Site | Sequence[str | Site] = (),
     *,
-    after: str | Sequence[str],
     activation: str = "relu",
     bias: bool = False,
     parts: Sequence[str] = ("down", "up"),
@@ -60,8 +62,9 @@ def insert(
 
     Args:
         model: The model; it is left as it was.
-        after: Addresses, node names, tensors, module paths or globs. A module that runs
-            several times gets one slot, with one set of weights, after each of its calls.
+        after: Addresses, node names, tensors, module paths, globs, or sites of `find_sites`.
+            A module that runs several times gets one slot, with one set of weights, after
+            each of its calls. A site is the tensor at its address.
         activation: One of `onnx_adapt.slot.activations.ACTIVATIONS`.
         bias: Add `down_bias` and `up_bias` to the parts.
         parts: The weights each slot has; see `onnx_adapt.slot.parts.PARTS`.
@@ -107,10 +110,37 @@ def insert(
         batched=batched,
     )
     recipe = Recipe(form, source=source, axis=axis, norm=norm, seed=seed)
-    names = [after] if isinstance(after, str) else list(after)
+    names = _names(after)
+    return _insert(as_model(model), names, recipe, inline_functions=inline_functions)
+
+
+def _names(after: object) -> list[str]:
+    """The places that a caller means, by name.
+
+    Raises:
+        SiteError: If there are none.
+        ArgumentError: If one is neither a name nor a site.
+    """
+    given = [after] if isinstance(after, str | Site) else after
+    if not isinstance(given, Iterable):
+        raise _no_place(given)
+    names: list[str] = []
+    for item in given:
+        if not isinstance(item, str | Site):
+            raise _no_place(item)
+        names.append(item.address if isinstance(item, Site) else item)
     if not names:
-        raise SiteError("no place was named", hint="see `onnx-adapt sites`")
-    return _insert(model, names, recipe, inline_functions=inline_functions)
+        raise SiteError(
+            "no place was named", hint="give --after PLACE; `onnx-adapt sites` lists them"
+        )
+    return names
+
+
+def _no_place(given: object) -> ArgumentError:
+    return ArgumentError(
+        f"{type(given).__name__} is no place in a model",
+        hint="give names or sites after the model, such as insert(model, after='*.dense')",
+    )
 
 
 def _insert(
@@ -222,7 +252,7 @@ def inline_model(model: Model) -> Model:
     return replace(model, proto=proto)
 
 
-def list_slots(model: Model) -> tuple[Slot, ...]:
+def list_slots(model: ModelLike) -> Slots:
     """List the slots of a model, in order of insertion.
 
     A slot that sits at several places with one set of weights is listed once, as it is at its
@@ -236,7 +266,9 @@ def list_slots(model: Model) -> tuple[Slot, ...]:
         >>> oa.list_slots(oa.open_model("models/dnsmos-p808.onnx"))
         ()
     """
-    return owners(all_places(model))
+    model = as_model(model)
+    everywhere = all_places(model)
+    return Slots(owners(everywhere), everywhere)
 
 
 def all_places(model: Model) -> tuple[Slot, ...]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.edit.base_weights import make_replaceable
 from onnx_adapt.edit.graft import insert_slots, manifest_of
-from onnx_adapt.errors import SlotError
+from onnx_adapt.errors import ArgumentError, SlotError
 from onnx_adapt.graph.index import ModelIndex, index_model
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.written_out import unfuse
 from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.places import owners
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def insert_checkpoint(
-    model: Model, checkpoint: Checkpoint, *, baked: bool = False, batched: bool = False
+    model: ModelLike, checkpoint: Checkpoint, *, baked: bool = False, batched: bool = False
 ) -> Model:
     """Insert the slots that a trained checkpoint needs.
 
@@ -49,7 +50,13 @@ def insert_checkpoint(
         >>> len(oa.list_slots(oa.insert_checkpoint(base, trained)))
         4
     """
+    model = as_model(model)
     known = manifest_of(model)
+    if not isinstance(getattr(checkpoint, "adapter", None), Adapter):
+        raise ArgumentError(
+            f"{type(checkpoint).__name__} is no checkpoint for this model",
+            hint="load it first: oa.load_checkpoint(path, model)",
+        )
     if checkpoint.base != known.fingerprint:
         raise SlotError(
             "the checkpoint was loaded for another model", hint="load it for this one"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
+from onnx_adapt.edit.heads import remove_heads
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.required import with_defaults
@@ -17,12 +18,13 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.model.externalise import internalise
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.manifest import read_manifest, write_manifest
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.required import must_be_fed
 
 
-def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
+def remove(model: ModelLike, *, slots: str | Sequence[str] | None = None) -> Model:
     """Remove slots from a model; when the last one is gone it is the base again.
 
     Args:
@@ -39,6 +41,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         >>> oa.remove(adapted).proto == base.proto
         True
     """
+    model = as_model(model)
     manifest = read_manifest(model.proto)
     if manifest is None:
         raise SlotError(f"{model.label} has no slots", hint="there is nothing to remove")
@@ -64,6 +67,7 @@ def remove(model: Model, *, slots: str | Sequence[str] | None = None) -> Model:
         write_manifest(result.proto, remaining)
         return result
     undo_unfusing(result.proto, manifest.unfused)
+    remove_heads(result.proto, manifest.heads)
     undo_replaceable(result.proto, manifest.weights)
     undo_widening(result.proto, manifest.widened)
     undo_dropped_inputs(result.proto, manifest.inputs)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.checkpoints.edits import SlotEdit
 from onnx_adapt.checkpoints.mapping import graph_with
 from onnx_adapt.checkpoints.modules.selection import Selection
@@ -19,14 +20,15 @@ from onnx_adapt.checkpoints.writers.wanted import Files, Wanted
 from onnx_adapt.edit.remove import written_out_base
 from onnx_adapt.errors import CheckpointError, SaveError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.whole_files import write_files
 
 
 def save_checkpoint(
-    adapter: Adapter,
+    adapter: AdapterLike,
     path: str | os.PathLike[str],
     *,
-    model: Model,
+    model: ModelLike,
     library: str,
     base_weights: str | os.PathLike[str] | None = None,
     module_map: Mapping[str, str] | None = None,
@@ -64,6 +66,8 @@ def save_checkpoint(
         ...     len(oa.load_checkpoint(path, base, name="again").slots)
         4
     """
+    adapter = as_adapter(adapter)
+    model = as_model(model)
     writer = _writer(library)
     target = Path(path).absolute()
     _refuse_path(writer, target)

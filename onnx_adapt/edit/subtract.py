@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx
+
 from onnx_adapt.adapter.compressing import refuse_odd_target
 from onnx_adapt.checkpoints.load import Checkpoint
 from onnx_adapt.edit.differences import Wanted
@@ -12,12 +14,13 @@ from onnx_adapt.edit.subtract_models import subtract_models
 from onnx_adapt.edit.subtract_weights import subtract_weights
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.manifest import read_manifest
 
 
 def subtract(
-    base: Model,
-    tuned: Model | str | os.PathLike[str],
+    base: ModelLike,
+    tuned: ModelLike,
     *,
     base_weights: str | os.PathLike[str] | None = None,
     rank: int | None = None,
@@ -32,8 +35,8 @@ def subtract(
 
     Args:
         base: The base.
-        tuned: The fine-tune: a model of the same graph, or the path of its weights in
-            PyTorch's names (`.safetensors` or `.bin`).
+        tuned: The fine-tune: a model of the same graph, or the path of its `.onnx` file or
+            of its weights in PyTorch's names (`.safetensors` or `.bin`).
         base_weights: The path of the base's weights, if `tuned` is a path.
         rank: The rank of each LoRA; less where the weight is narrower.
         energy: Instead of a rank, the share of each difference's energy to keep.
@@ -56,6 +59,9 @@ def subtract(
     """
     refuse_odd_target(rank, energy)
     wanted = Wanted(rank, energy)
+    base = as_model(base)
+    if isinstance(tuned, onnx.ModelProto) or _is_onnx(tuned):
+        tuned = as_model(tuned)
     for model in (base, tuned):
         if isinstance(model, Model) and read_manifest(model.proto) is not None:
             raise CheckpointError(
@@ -76,3 +82,7 @@ def subtract(
             hint="give the base's .safetensors or .bin: base_weights=, or as BASE",
         )
     return subtract_weights(base, Path(base_weights), Path(tuned), wanted, name)
+
+
+def _is_onnx(tuned: ModelLike) -> bool:
+    return isinstance(tuned, str | os.PathLike) and Path(tuned).suffix == ".onnx"

@@ -8,10 +8,11 @@ between two dots. It means one module in each layer, and of each module the last
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from onnx_adapt.errors import (
+    AmbiguousSiteError,
     SiteNotFoundError,
     SiteRefusedError,
 )
@@ -27,10 +28,10 @@ from onnx_adapt.graph.fused_layers import inside_layer
 from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.module_calls import module_calls
 from onnx_adapt.graph.modules import match_path
-from onnx_adapt.graph.site import Site
+from onnx_adapt.graph.site import Site, Sites
 from onnx_adapt.graph.sites import Survey, hidden, survey_model
 from onnx_adapt.graph.unfusing import can_write_out, is_known
-from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.manifest import slot_of
 from onnx_adapt.words import glob_matcher, nearest
 
@@ -136,35 +137,60 @@ def resolve_tensor(survey: Survey, name: str) -> Site:
     return choice.site
 
 
-def select_sites(
-    model: Model, pattern: str | None = None, *, all_tensors: bool = False
-) -> list[Site]:
-    """The sites that `onnx-adapt sites MODEL PATTERN` shows.
+def find_sites(
+    model: ModelLike, pattern: str | None = None, *, all_tensors: bool = False
+) -> Sites:
+    """Find the places that can take an adapter, and those that cannot with the reason.
 
-    A pattern without `*` or `?` matches any part of an address, node, tensor or module.
+    A name or a glob that `insert(model, after=pattern)` takes finds the same places there and
+    here. Any other pattern finds what it is a part of.
+
+    Args:
+        model: The model to look at.
+        pattern: A name, a glob, or a part of an address, node, tensor or module.
+        all_tensors: Look at every float tensor, not only at the outputs of layers.
 
     Raises:
         SiteNotFoundError: If the pattern matches nothing.
+
+    Example:
+        >>> import onnx_adapt as oa
+        >>> sites = oa.find_sites("models/dnsmos-p808.onnx", "dense")
+        >>> [(site.op, site.width) for site in sites]
+        [('MatMul', 64), ('MatMul', 64), ('MatMul', 1)]
     """
-    survey = survey_model(model)
+    survey = survey_model(as_model(model))
     sites = [site for site in survey.sites if all_tensors or site.layer]
     if pattern is None:
-        return sites
-    if _GLOB.search(pattern):
-        plain, path = glob_matcher(pattern, "/"), glob_matcher(pattern, ".")
-        inside = {choice.site.address for choice in _module_hits(survey, pattern)}
-        found = [
-            site
-            for site in sites
-            if site.address in inside
-            or path(site.module or "")
-            or any(map(plain, _labels(site)))
-        ]
-    else:
-        found = [site for site in sites if any(pattern in name for name in _labels(site))]
+        return Sites(sites)
+    found = {site.address: site for site in _meant(survey, pattern)}
+    if all_tensors or not found:
+        matches = _matcher(pattern)
+        others = (site for site in sites if matches(site))
+        found = {site.address: site for site in others} | found
     if not found:
         raise _not_found(survey, pattern)
-    return found
+    order = {site.address: place for place, site in enumerate(survey.sites)}
+    return Sites(sorted(found.values(), key=lambda site: order.get(site.address, len(order))))
+
+
+def _meant(survey: Survey, name: str) -> list[Site]:
+    """The sites that a name or glob means to `resolve`, usable or not, or none."""
+    try:
+        choice = _exact(survey, name)
+    except AmbiguousSiteError:
+        return []
+    if choice is not None:
+        return [choice.site, *choice.further]
+    return [hit.site for hit in _glob(survey, name)] if _GLOB.search(name) else []
+
+
+def _matcher(pattern: str) -> Callable[[Site], bool]:
+    """What tells whether a pattern matches a label of a site, or is a part of one."""
+    if not _GLOB.search(pattern):
+        return lambda site: any(pattern in name for name in _labels(site))
+    plain, path = glob_matcher(pattern, "/"), glob_matcher(pattern, ".")
+    return lambda site: path(site.module or "") or any(map(plain, _labels(site)))
 
 
 def _labels(site: Site) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from onnx_adapt.graph.layers import (
 )
 from onnx_adapt.graph.layout import Features
 from onnx_adapt.graph.operators import CHANNELS, LAST, OPERATORS
+from onnx_adapt.tables import html_table, text_table
+from onnx_adapt.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class Site:
     also: tuple[str, ...] = ()
     before_bias: str | None = None
 
+    def __repr__(self) -> str:
+        """Its address, and its width and type or why it takes no adapter."""
+        what = f"{self.width} wide, {self.dtype}, {self.op}"
+        return f"<Site {self.address}: {f'refused, {self.reason}' if self.reason else what}>"
+
     @property
     def reason(self) -> str | None:
         """Why no adapter can go after the layer or module that this is, or None."""
@@ -67,6 +74,33 @@ class Site:
     def as_dict(self) -> dict[str, object]:
         """What `onnx-adapt sites --json` prints of a site."""
         return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}
+
+
+_COLUMNS = ("address", "node", "op", "module", "width", "dtype", "axis", "refused")
+_ALWAYS = ("address", "op", "width", "dtype", "axis")
+
+
+class Sites(list[Site]):
+    """Sites of a model, a list; `print` shows them as a table."""
+
+    def table(self) -> tuple[tuple[str, ...], list[list[object]]]:
+        """The columns that are needed, and a row for each site."""
+        rows = [site.as_dict() for site in self]
+        shown = tuple(c for c in _COLUMNS if c in _ALWAYS or any(row[c] for row in rows))
+        return shown, [[row[column] for column in shown] for row in rows]
+
+    @property
+    def good(self) -> Sites:
+        """Those that can take an adapter."""
+        return Sites(site for site in self if site.reason is None)
+
+    def __str__(self) -> str:
+        """The table."""
+        return text_table(*self.table())
+
+    def _repr_html_(self) -> str:
+        caption = f"{len(self.good)} of {count(len(self), 'site')} can take an adapter"
+        return html_table(caption, *self.table())
 
 
 _PRINTED = ("address", "node", "op", "tensor", "module", "width", "dtype", "axis", "refused")

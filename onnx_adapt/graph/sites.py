@@ -40,23 +40,6 @@ from onnx_adapt.slot.manifest import read_manifest, slot_of
 _log = logging.getLogger(__name__)
 
 
-def find_sites(model: Model, *, all_tensors: bool = False) -> list[Site]:
-    """Find the places that can take an adapter, and those that cannot with the reason.
-
-    Args:
-        model: The model to look at.
-        all_tensors: List every float tensor, not only the outputs of layers.
-
-    Example:
-        >>> import onnx_adapt as oa
-        >>> model = oa.open_model("models/dnsmos-p808.onnx")
-        >>> [(s.op, s.width) for s in oa.find_sites(model)][-2:]
-        [('MatMul', 64), ('MatMul', 1)]
-    """
-    survey = survey_model(model)
-    return survey.sites if all_tensors else [site for site in survey.sites if site.layer]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Survey:
     """What is known of a model before names are looked up in it: one pass over its graphs.

@@ -11,11 +11,13 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
-from onnx_adapt.errors import ModelFileError, SaveError
+from onnx_adapt.errors import ArgumentError, ModelFileError, SaveError, reason
 from onnx_adapt.model import destination, external_data
+from onnx_adapt.model.describing import model_line, model_table
 from onnx_adapt.model.destination import Destination
 from onnx_adapt.model.external_data import external_to_memory
 from onnx_adapt.model.externalise import externalise, is_externalised
+from onnx_adapt.model.paths import as_path
 from onnx_adapt.model.payloads import Payload, Segment
 from onnx_adapt.model.splice import scan, splice
 from onnx_adapt.model.thin import make_thin, make_whole
@@ -47,6 +49,13 @@ class Model:
     path: Path | None = None
     canonical: bool = True
     weights_in: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line, without the graph."""
+        return model_line(self.proto, self.label)
+
+    def _repr_html_(self) -> str:
+        return model_table(self.proto, self.label)
 
     def copy(self) -> Model:
         """A model with a graph of its own; data on disk is shared."""
@@ -96,7 +105,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         >>> model.proto.graph.input[0].name
         'input_1'
     """
-    file = Path(path).absolute()
+    file = as_path(path, "a model").absolute()
     try:
         small, payloads, canonical = scan(file)
         proto = onnx.ModelProto.FromString(small)
@@ -108,7 +117,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         if isinstance(error, ModelFileError) and error.hint != error.advice:
             raise
         raise ModelFileError(
-            f"{file.name} is not a whole ONNX model: {error}",
+            f"{file.name} is not a whole ONNX model: {reason(error)}",
             hint="the file is cut off, damaged or of another format; export or copy it again",
         ) from error
     if not proto.graph.node and not proto.graph.output:
@@ -127,7 +136,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
 
 
 def save_model(
-    model: Model,
+    model: Model | onnx.ModelProto,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -166,7 +175,13 @@ def save_model(
         ...     oa.save_model(model, folder + "/copy.onnx").size
         224860
     """
-    place = destination.resolve_destination(path)
+    model = Model(model) if isinstance(model, onnx.ModelProto) else model
+    if not isinstance(model, Model):
+        kind = type(model).__name__
+        raise ArgumentError(
+            f"{kind} is no model to write", hint="give the model, then the path"
+        )
+    place = destination.resolve_destination(as_path(path, "a model to write"))
     proto, weights_in = _thin(model, place) if thin else (model.proto, ())
     items = list(external_data.references(proto))
     if model.path is None and items:

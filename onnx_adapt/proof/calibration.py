@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.ranges import Change, widen_ranges
 from onnx_adapt.edit.remove import remove
@@ -23,6 +23,7 @@ from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.quantizers import Quantizer
 from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.proof.inputs import Inputs, given_feeds
 from onnx_adapt.proof.probe import neutral_model
@@ -42,8 +43,8 @@ class Range:
 
 
 def calibrate(
-    model: Model,
-    adapter: Adapter,
+    model: ModelLike,
+    adapter: AdapterLike,
     inputs: Inputs | Sequence[Inputs],
     *,
     provider: ProviderArgument = None,
@@ -74,6 +75,8 @@ def calibrate(
         >>> oa.verify(base, wide, adapter=trained.adapter, inputs=inputs).passed
         True
     """
+    model = as_model(model)
+    adapter = as_adapter(adapter)
     require_fit(model, adapter)
     providers = proof_providers(provider)
     feeds = given_feeds(remove(model), inputs)

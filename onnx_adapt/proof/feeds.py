@@ -11,7 +11,7 @@ import onnx
 from onnx import helper
 
 from onnx_adapt.adapter import npz as npz_file
-from onnx_adapt.errors import AdaptError
+from onnx_adapt.errors import AdaptError, reason
 from onnx_adapt.graph.index import TensorType, elem_name, read_type
 from onnx_adapt.model.payloads import Source
 from onnx_adapt.ort import shortened
@@ -78,14 +78,13 @@ def read_arrays(path: Path) -> Feeds:
         with path.open("rb") as file:
             stored = npz_file.read_arrays(file, path, _ALLOWANCE + _EXPANSION * size)
     except OSError as error:
-        reason = error.strerror or error
         raise AdaptError(
-            f"cannot read inputs from {path}: {reason}",
+            f"cannot read inputs from {path}: {error.strerror or error}",
             hint=f"{_WRITTEN} such a file; {beside(path)}",
         ) from error
     except ValueError as error:
         raise AdaptError(
-            f"cannot read inputs from {path}: {error}",
+            f"cannot read inputs from {path}: {reason(error)}",
             hint=f"{_WRITTEN} such a file",
         ) from error
     return {name: np.array(value) for name, value in stored.items()}  # not read-only
@@ -115,12 +114,25 @@ def check_feeds(feeds: Mapping[str, Any], proto: onnx.ModelProto, origin: str) -
     return {name: _checked(value, known[name], origin) for name, value in feeds.items()}
 
 
+def _array(value: Any, known: onnx.ValueInfoProto, origin: str) -> np.ndarray[Any, Any]:
+    """One input as an array; numbers and lists of them get the type that is wanted."""
+    wanted = helper.tensor_dtype_to_np_dtype(known.type.tensor_type.elem_type)
+    plain = isinstance(value, list | tuple | int | float)
+    try:
+        return np.asarray(value, wanted if plain else None)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise AdaptError(
+            f"{origin}: input {known.name!r} is no array: {error}",
+            hint="give lists of one length, or numpy arrays",
+        ) from error
+
+
 def _checked(value: Any, known: onnx.ValueInfoProto, origin: str) -> Any:
     """One input as ONNX Runtime takes it; text in any of numpy's types is text."""
     wanted = known.type.tensor_type.elem_type
     if not wanted:  # a sequence, a map or an optional: ONNX Runtime says if it does not fit
         return value
-    array = np.asarray(value)
+    array = _array(value, known, origin)
     if elem_name(wanted) == "string" and array.dtype.kind in "USTO":
         return array.astype(object)
     if array.dtype != helper.tensor_dtype_to_np_dtype(wanted):

@@ -147,7 +147,7 @@ class _Trial:
             feeds = self.recipe.feeds(sizes, variant, constant)
             found = self.runner.run(feeds)
         except RunError as error:  # these sizes do not suit it: try others
-            self.last = str(error)  # an exception would keep this frame, and so the session
+            self.last = error.message  # an exception would keep this frame, and so the session
             return None
         finally:
             self._spent += time.monotonic() - started

@@ -21,7 +21,7 @@ from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.deviation import Deviation, slot_deviation
 from onnx_adapt.proof.feeds import Feeds
-from onnx_adapt.proof.runner import Runner, Values
+from onnx_adapt.proof.runner import Runner, Values, as_arrays
 from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.slot.formula import EPSILON
 from onnx_adapt.slot.manifest import Slot, slot_of, write_manifest
@@ -197,7 +197,8 @@ class Probe:
     ) -> float:
         """How far the outputs move when one slot alone is on, at all its places.
 
-        It is 0 if nothing moves. A slot that read values that are not finite is measured here
+        It is 0 if nothing moves. The smallest inputs are tried first, and the first that move
+        an output are enough. A slot that read values that are not finite is measured here
         once more. Random weights of the slots before it may cause such values, by the root of
         a negative number or by overflow. Alone, a slot reads what the base computes.
 
@@ -212,18 +213,21 @@ class Probe:
             if seen[place.name].deviation.unjudged
         ]
         taps = {name for place in again for name in self._taps[place.name].names}
-        moved = 0.0
+        by_size = sorted(range(len(feeds)), key=lambda number: _size_of(feeds[number]))
         for strength in _STRENGTHS:
-            for number, item in enumerate(feeds):
+            moved = 0.0
+            for number in by_size:
                 weights = self._random(slot, self._size(slot, 1), number, strength)
-                fed = {**item, **_as_feeds(slot, weights)}
+                fed = {**feeds[number], **_as_feeds(slot, weights)}
                 got = self._runner.run(fed, [*self._outputs, *taps])
                 moved = max(moved, movement(self._still[number], got))
                 for place in again:
                     self._judge(place, got, weights, seen[place.name])
+                if moved and not again:
+                    return moved
             if moved:
-                break
-        return moved
+                return moved
+        return 0.0
 
     def _compare(
         self,
@@ -291,6 +295,11 @@ def read_norm(model: Model, slot: Slot) -> Norm:
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), EPSILON)
     centred = node.op_type == "LayerNormalization"
     return Norm(values[0], values[1] if len(values) > 1 else None, epsilon, centred)
+
+
+def _size_of(feeds: Feeds) -> int:
+    """How many numbers inputs have in all."""
+    return sum(array.size for value in feeds.values() for array in as_arrays(value))
 
 
 def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:

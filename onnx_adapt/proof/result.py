@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 
 from onnx_adapt.errors import MismatchError
+from onnx_adapt.tables import html_table, text_table
+from onnx_adapt.words import count
 
 CALIBRATE = (
     "`onnx-adapt insert BASE --adapter DIR --calibrate INPUTS.npz` widens the ranges for the "
@@ -20,7 +22,7 @@ class Check:
 
     Attributes:
         name: `interface`, `graph`, `fused`, `off`, `ranges`, `rows`, `on`, `effect`,
-            `saturation` or `checker`.
+            `saturation`, `checker` or `gradients`.
         passed: Whether it holds.
         detail: What was measured, or what is wrong.
         warnings: What does not hold for these inputs but need not be an error.
@@ -44,8 +46,8 @@ class SlotResult:
         tolerance: The bound of rounding errors of that element, relative to the same.
         bottlenecks: The bottlenecks that were tried.
         effect: The largest change of a model output when this slot alone is on, at all its
-            places, relative to the output's largest value; 0 for a place that was not reached;
-            None if effects were not measured.
+            places, relative to the output's largest value, with the smallest inputs that show
+            one; 0 for a place that was not reached; None if effects were not measured.
         ratio: The error divided by its bound; more than 1 is more than rounding explains.
         shares: For a further place, the slot that it is a place of; else ''.
     """
@@ -82,6 +84,10 @@ class Saturation:
     most: float
     low: float
     high: float
+
+
+CHECK_COLUMNS = ("check", "result", "measured")
+SLOT_COLUMNS = ("slot", "error", "tolerance", "ratio", "bottlenecks", "effect")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,42 @@ class Report:
             + "; ".join(reasons or list(self.warnings)),
             hint=hint,
         )
+
+    def __repr__(self) -> str:
+        """Whether it passed, and what was checked."""
+        failed = [check.name for check in self.checks if not check.passed]
+        verdict = "passed" if self.passed else f"FAILED ({', '.join(failed) or 'strict'})"
+        checks, slots = count(len(self.checks), "check"), count(len(self.slots), "slot")
+        return f"<Report {verdict}: {self.adapted} against {self.base}, {checks}, {slots}>"
+
+    def __str__(self) -> str:
+        """The tables that `onnx-adapt verify` prints, and the warnings."""
+        tables = [text_table(CHECK_COLUMNS, self.check_rows())]
+        tables += [text_table(SLOT_COLUMNS, self.slot_rows())] if self.slots else []
+        return "\n\n".join([*tables, *(f"warning: {text}" for text in self.warnings)])
+
+    def _repr_html_(self) -> str:
+        slots = html_table("", SLOT_COLUMNS, self.slot_rows()) if self.slots else ""
+        return html_table(repr(self), CHECK_COLUMNS, self.check_rows()) + slots
+
+    def check_rows(self) -> list[tuple[str, str, str]]:
+        """The checks, by `CHECK_COLUMNS`."""
+        marks = {True: "ok", False: "FAILED"}
+        return [(check.name, marks[check.passed], check.detail) for check in self.checks]
+
+    def slot_rows(self) -> list[tuple[str, ...]]:
+        """What was measured at the slots, by `SLOT_COLUMNS`."""
+        return [
+            (
+                slot.name,
+                "not reached" if slot.error is None else f"{slot.error:.1e}",
+                "" if slot.tolerance is None else f"{slot.tolerance:.1e}",
+                "" if slot.ratio is None else f"{slot.ratio:.2f}",
+                " ".join(map(str, slot.bottlenecks)),
+                f"{slot.effect:.1e}" if slot.effect else "none",
+            )
+            for slot in self.slots
+        ]
 
     def as_dict(self) -> dict[str, object]:
         """The report for `--json`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +10,14 @@ import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import for_file, require_fit, required_manifest
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.edit.insert import inline_model, list_slots
 from onnx_adapt.edit.ranges import with_base_ranges
 from onnx_adapt.edit.remove import remove, written_out_base
 from onnx_adapt.edit.weights import check_model_weights
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.model.file import Model, open_model
+from onnx_adapt.model.file import Model
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.ort import Providers, runtime_version
 from onnx_adapt.proof.batched_rows import check_rows
 from onnx_adapt.proof.feeds import Feeds
@@ -38,14 +39,14 @@ Stage = Callable[[str], None]
 
 
 def verify(
-    base: str | os.PathLike[str] | Model,
-    adapted: str | os.PathLike[str] | Model,
+    base: ModelLike,
+    adapted: ModelLike,
     *,
     inputs: Inputs | Sequence[Inputs] | None = None,
     strict: bool = False,
     seed: int = 0,
     weights: bool = True,
-    adapter: Adapter | None = None,
+    adapter: AdapterLike | None = None,
     provider: ProviderArgument = None,
     stage: Stage | None = None,
 ) -> Report:
@@ -88,16 +89,17 @@ def verify(
     if seed < 0:
         raise SlotError(f"a seed of {seed} is not possible", hint="give 0 or more")
     providers = proof_providers(provider)
-    before = base if isinstance(base, Model) else open_model(base)
-    after = adapted if isinstance(adapted, Model) else open_model(adapted)
+    before, after = as_model(base), as_model(adapted)
     tell = stage or (lambda _: None)
     manifest = required_manifest(after)
     check_model_weights(after.proto, manifest)
     if list_slots(before):
         before = remove(before)
+    own: Adapter | None = None
     if adapter is not None:
+        adapter = as_adapter(adapter)
         require_fit(after, adapter)
-        adapter = for_file(manifest, adapter)
+        own = for_file(manifest, adapter)
     tell("comparing the interfaces")
     checks = [
         check_interface(before.proto, after.proto, manifest),
@@ -105,7 +107,7 @@ def verify(
     ]
     proof = _Proof(before, after, manifest, inputs, seed, tell, providers)
     if checks[0].passed:
-        checks += proof.checks(adapter, weights=weights)
+        checks += proof.checks(own, weights=weights)
     tell("asking the ONNX checker")
     checks.append(check_checker(before, after, manifest))
     return Report(

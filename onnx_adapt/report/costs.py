@@ -29,6 +29,9 @@ from onnx_adapt.slot.weights import bottleneck_of, fresh_weights, is_empty
 _ROUNDS, _BLOCK = 10, 5
 """The most rounds in which the models are timed by turns, and the runs of each in a round."""
 
+_ENOUGH = 4
+"""The rounds that it takes to tell how far they disagree."""
+
 _SECONDS = 2.0
 """No new round begins after this time."""
 
@@ -84,6 +87,8 @@ class Costs:
         base: Time of the base.
         off: Time of the adapted model with the slots off.
         on: Time of the adapted model with the slots on.
+        noise: How far the rounds disagree about how much longer a run takes than the base's,
+            relative: the distance of the quartiles. A smaller difference says nothing.
     """
 
     slots: tuple[SlotCost, ...]
@@ -95,11 +100,12 @@ class Costs:
     base: Latency
     off: Latency
     on: Latency
+    noise: float
 
-    @property
-    def noise(self) -> float:
-        """The largest relative distance of a median from its best time."""
-        return max(time.median / time.best - 1 for time in (self.base, self.off, self.on))
+    def against_base(self, time: Latency) -> float | None:
+        """How much longer a run takes than the base's, relative; None within the noise."""
+        slower = time.best / self.base.best - 1
+        return slower if abs(slower) > self.noise else None
 
 
 Weights = Mapping[str, Mapping[str, Array]]
@@ -221,7 +227,7 @@ def measure_costs(
     rest = [item for item in ran if not item.slot]
     replaceable = {weight.name for weight in manifest.weights}
     replaced = [t for t in adapted.proto.graph.initializer if t.name in replaceable]
-    runs, times = _time(base, adapted, feeds, extra, providers)
+    times, noise = _time(base, adapted, feeds, extra, providers)
     return Costs(
         slots=tuple(
             SlotCost(
@@ -236,10 +242,11 @@ def measure_costs(
         base_parameters=_parameters(base.proto),
         base_flops=sum(item.flops for item in rest),
         uncounted=tuple(sorted({item.op for item in rest if not item.counted})),
-        runs=runs,
-        base=times[0],
-        off=times[1],
-        on=times[2],
+        runs=len(times[0]),
+        base=_latency(times[0]),
+        off=_latency(times[1]),
+        on=_latency(times[2]),
+        noise=noise,
     )
 
 
@@ -255,8 +262,8 @@ def _parameters(proto: onnx.ModelProto) -> int:
 
 def _time(
     base: Model, adapted: Model, feeds: Feeds, extra: Feeds, providers: Providers
-) -> tuple[int, tuple[Latency, Latency, Latency]]:
-    """Time the base and the adapted model with slots off and on.
+) -> tuple[list[list[float]], float]:
+    """Time the base and the adapted model with slots off and on, and tell the noise.
 
     They run by turns, so that a phase in which the machine is slow counts against all three.
     """
@@ -281,8 +288,20 @@ def _time(
                 times.append((time.perf_counter() - start) * 1e3)
         if time.perf_counter() - begun > _SECONDS:
             break
-    first, second, third = (_latency(times) for times in taken)
-    return len(taken[0]), (first, second, third)
+    return taken, max(_noise(taken[0], times) for times in taken[1:])
+
+
+def _noise(base: Sequence[float], times: Sequence[float]) -> float:
+    """How far the rounds disagree about the ratio of two times; see `Costs.noise`.
+
+    In few rounds the quartiles say little, and the runs themselves must do.
+    """
+    rounds = range(0, len(times), _BLOCK)
+    ratios = [min(times[i : i + _BLOCK]) / min(base[i : i + _BLOCK]) for i in rounds]
+    if len(ratios) < _ENOUGH:
+        return max(statistics.median(item) / min(item) - 1 for item in (base, times))
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return high - low
 
 
 def _latency(times: list[float]) -> Latency:

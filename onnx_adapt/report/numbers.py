@@ -43,3 +43,8 @@ def share(part: float, whole: float) -> str:
     if 0 < abs(percent) < 0.01:
         return "under 0.01 %"
     return f"{percent:+.{2 if abs(percent) < 0.1 else 1}f} %"
+
+
+def file_size(size: int) -> str:
+    """Write a number of bytes: `34.6 MB`."""
+    return f"{by_unit(size)}B" if size >= 1000 else f"{size} bytes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
@@ -16,13 +16,13 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.layers import is_layer, weight_width
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
-from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, inputs_for
-from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.result import Report, SlotResult
-from onnx_adapt.proof.runner import ProviderArgument, Runner, proof_providers
+from onnx_adapt.proof.runner import ProviderArgument, proof_providers
 from onnx_adapt.proof.verify import Stage, verify
+from onnx_adapt.report.about import About, about
+from onnx_adapt.report.compared import Compared, compare, movements, require_comparable
 from onnx_adapt.report.costs import (
     Costs,
     SlotCost,
@@ -36,8 +36,8 @@ from onnx_adapt.report.surroundings import (
     surroundings_after,
     surroundings_before,
 )
+from onnx_adapt.report.whole_graph import WholeGraph, whole_graph
 from onnx_adapt.slot.manifest import Slot, slot_of
-from onnx_adapt.slot.places import owners
 
 BOTTLENECK = 8
 """Bottleneck of the random weights that empty slots are measured with."""
@@ -95,6 +95,9 @@ class Overview:
         layers: The layers of the base whose width is known, in the order in which they run.
         slots: The slots, by depth.
         costs: What the slots add, or None if it could not be measured.
+        graph: Where the nodes of the adapted model are on its map.
+        compared: The other adapter beside the first, or None.
+        about: The files, the inputs and the command.
     """
 
     report: Report
@@ -103,10 +106,14 @@ class Overview:
     layers: tuple[Layer, ...]
     slots: tuple[SlotView, ...]
     costs: Costs | None
+    graph: WholeGraph
+    compared: Compared | None = None
+    about: About | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The overview as the document that `--json` prints."""
-        data = asdict(self)
+        """The overview as the document that `--json` prints; it leaves out the map."""
+        data = asdict(replace(self, graph=WholeGraph((), ())))
+        del data["graph"]
         return {**{k: _plain(v) for k, v in data.items()}, "report": self.report.as_dict()}
 
 
@@ -125,12 +132,14 @@ def overview(
     adapted: Model,
     *,
     adapter: Adapter | None = None,
+    other: Adapter | None = None,
     inputs: Inputs | Sequence[Inputs] | None = None,
     bottleneck: int = BOTTLENECK,
     strict: bool = False,
     seed: int = 0,
     provider: ProviderArgument = None,
     stage: Stage | None = None,
+    command: str = "",
 ) -> Overview:
     """Verify an adapted model and measure what its slots cost.
 
@@ -138,12 +147,14 @@ def overview(
         base: The base. Slots that it already has are removed first.
         adapted: The model with slots.
         adapter: The adapter to turn the slots on with.
+        other: Another adapter to compare it with.
         inputs: Inputs to run with, as for `verify`.
         bottleneck: Bottleneck of the random weights that empty slots are measured with.
         strict: As for `verify`.
         seed: Seed of the random weights and of inputs that are made up.
         provider: As for `verify`. The times are measured on it too.
         stage: Called with a few words before each stage of the work.
+        command: The command that asks for it, for the page to show.
 
     Raises:
         AdaptError: If a model, an input or the adapter cannot be used at all.
@@ -157,6 +168,8 @@ def overview(
     """
     tell = stage or (lambda _: None)
     required_manifest(adapted)  # a model without slots is refused before any work
+    if other is not None:
+        require_comparable(adapted, other)
     if adapter is not None:
         adapted = _filled(adapted, adapter)
     report = verify(
@@ -171,7 +184,7 @@ def overview(
     )
     if list_slots(base):
         base = remove(base)
-    costs, moved = None, dict[str, float]()
+    costs, compared, moved = None, None, dict[str, float]()
     if report.slots:
         tell("counting and timing")
         providers = proof_providers(provider)
@@ -181,8 +194,14 @@ def overview(
         costs = _costs(base, adapted, feeds[0], weights, extra, providers)
         if adapter is not None and costs is not None:
             tell("turning on the adapter slot by slot")
-            moved = _movements(adapted, weights, feeds, providers)
-    return _assembled(base, adapted, report, adapter, costs, moved)
+            moved = movements(adapted, weights, feeds, providers)
+            if other is not None:
+                tell("comparing the adapters")
+                compared = compare(adapted, adapter, other, feeds, providers)
+    found = _assembled(base, adapted, report, adapter, costs, moved)
+    return replace(
+        found, compared=compared, about=about(base, adapted, report.shapes, command)
+    )
 
 
 def _filled(adapted: Model, adapter: Adapter) -> Model:
@@ -207,24 +226,6 @@ def _costs(
         return None
 
 
-def _movements(
-    adapted: Model, weights: Weights, feeds: Sequence[Feeds], providers: Providers
-) -> dict[str, float]:
-    """How far each slot alone moves the outputs, by slot; see `SlotView.moved`."""
-    neutral = neutral_model(adapted)
-    runner = Runner(neutral, providers, optimised=True)
-    unmoved = [runner.run(item) for item in feeds]
-    moved = {}
-    for slot in owners(required_manifest(adapted).slots):
-        extra = {slot.weight(p): value for p, value in weights[slot.name].items()}
-        if slot.swappable:
-            moved[slot.name] = max(
-                movement(before, runner.run({**item, **extra}))
-                for before, item in zip(unmoved, feeds, strict=True)
-            )
-    return moved
-
-
 def _assembled(
     base: Model,
     adapted: Model,
@@ -245,6 +246,7 @@ def _assembled(
         tuple(_layers(before)),
         tuple(_slot_views(before, after, manifest.slots, report, costs, moved)),
         costs,
+        whole_graph(after.main),
     )
 
 

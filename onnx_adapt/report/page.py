@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.report.drawing import draw
-from onnx_adapt.report.numbers import by_unit, count, power, seconds, share
+from onnx_adapt.report.numbers import by_unit, count, file_size, power, seconds, share
 from onnx_adapt.report.overview import Overview
+from onnx_adapt.report.summary import by_need, in_one_sentence, layers_of, needs_a_look
+from onnx_adapt.report.whole_graph import COLUMN, LANE, MARK, MOST
 from onnx_adapt.words import plain
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+_FILTERS = (by_unit, count, file_size, power, seconds, share)
+"""The functions that the template calls by their names."""
 
 
 def render(overview: Overview) -> str:
@@ -50,6 +56,11 @@ def render(overview: Overview) -> str:
             # the names that they show.
             style=Markup((folder / "style.css").read_text(encoding="utf-8")),
             plots={name: Markup(plot(overview)) for name, plot in plots.items()},
+            sentence=in_one_sentence(overview),
+            numbers={view.slot.name: n for n, view in enumerate(overview.slots, 1)},
+            places=by_need(overview.slots),
+            layers=layers_of(overview.slots),
+            unit={"column": COLUMN, "lane": LANE, "mark": MARK, "most": MOST},
         )
     )
 
@@ -65,8 +76,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for filter_ in (by_unit, count, power, seconds, share, draw):
+    for filter_ in (*_FILTERS, draw):
         environment.filters[filter_.__name__] = filter_
+    environment.tests[needs_a_look.__name__] = needs_a_look
     return environment
 
 

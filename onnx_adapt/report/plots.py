@@ -39,6 +39,7 @@ def map_plot(overview: Overview) -> str:
             view.depth,
             math.log2(max(view.slot.width, 1)),
             f"width {view.slot.width}",
+            is_stop=True,
         )
         for number, view in enumerate(overview.slots, 1)
     ]
@@ -51,6 +52,7 @@ def map_plot(overview: Overview) -> str:
         _round_steps(0, max(overview.nodes, 1)),
         "depth: nodes of the base before it",
         "width",
+        label="Map of the slots; each dot is a link to its slot",
     )
 
 
@@ -115,12 +117,19 @@ def effect_plot(overview: Overview) -> str:
     )
 
 
-def _dot(number: int, view: SlotView, x: float, y: float, text: str) -> Dot:
-    """A dot that leads to the section of its slot."""
+def _dot(
+    number: int, view: SlotView, x: float, y: float, text: str, *, is_stop: bool = False
+) -> Dot:
+    """A dot that leads to the section of its slot.
+
+    The dots of one plot are stops of the Tab key; those of the others would lead to the same.
+    """
+    name = plain(view.slot.name)
+    reached = {"aria-label": f"slot {number}, {name}"} if is_stop else {"tabindex": "-1"}
     return {
         "value": (x, y),
-        "xlink": {"href": f"#slot-{number}", "tabindex": "-1"},
-        "tooltip": f"{number}. {plain(view.slot.name)}: {text}",
+        "xlink": {"href": f"#slot-{number}", **reached},
+        "tooltip": f"{number}. {name}: {text}",
     }
 
 
@@ -131,8 +140,13 @@ def _plot(
     x_labels: list[int],
     x_title: str,
     y_title: str,
+    label: str = "",
 ) -> str:
-    """Draw one chart as SVG without styles or scripts; the page's style sheet applies."""
+    """Draw one chart as SVG without styles or scripts; the page's style sheet applies.
+
+    A chart without a label is hidden from screen readers: the list of slots gives the same
+    numbers as text.
+    """
     pygal = _pygal()
     from pygal.etree import etree
     from pygal.style import Style
@@ -159,7 +173,10 @@ def _plot(
         chart.add(str(number), dots, stroke=is_line, show_dots=not is_line)
     root = chart.render_tree()
     _strip(root)
-    root.set("aria-hidden", "true")  # the list of slots gives the same numbers as text
+    for key, value in {"role": "group", "aria-label": label}.items() if label else ():
+        root.set(key, value)
+    if not label:
+        root.set("aria-hidden", "true")
     text = etree.tostring(root, encoding="unicode")
     return str(text).replace("xlink:href", "href")
 

@@ -33,6 +33,7 @@ def build_app(arguments: dict[str, Any]) -> Any:
         Traceback (most recent call last):
         ...
         onnx_adapt.errors.RequestError: `adapters` is missing
+        hint: give a path
     """
     from onnx_adapt.serve.settings import read_settings
 

@@ -43,6 +43,7 @@ def array_of_json(datatype: str, shape: Sequence[int], data: object) -> Array:
         Traceback (most recent call last):
         ...
         onnx_adapt.errors.RequestError: 256 is no UINT8
+        hint: docs/serving.md tells what the server takes
     """
     if not isinstance(data, list):
         raise RequestError("`data` is no list", hint="give the values as a JSON list")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -17,18 +17,18 @@ from onnx_adapt.adapter.fitting import (
     rows_of,
     warn_unchecked,
 )
-from onnx_adapt.errors import AdapterError
+from onnx_adapt.errors import AdapterError, ArgumentError
 from onnx_adapt.session.batches import BatchAxis, find_batch
 from onnx_adapt.session.binding import AdapterBinding
 from onnx_adapt.session.cache import AdapterCache, Shares, Source
-from onnx_adapt.session.loaded_model import LoadedModel, base_values, native
+from onnx_adapt.session.loaded_model import LoadedModel, base_values, checked_feeds
 from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
 from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import neutral_weights
 
 if TYPE_CHECKING:
-    from onnx_adapt.model.file import Model
+    from onnx_adapt.model.given import ModelLike
 
 Choice = str | Adapter | Mapping[str, float] | None
 """Which adapter: none, one by name, one in memory, or a blend of names with weights."""
@@ -41,7 +41,7 @@ class AdapterSession:
     it ends, even if another thread unloads, evicts or reloads that adapter meanwhile.
 
     Args:
-        model: The path of a model with slots, or such a model in memory.
+        model: A model with slots, or its path.
         adapters: Adapters to load, by name: files or `Adapter`s.
         providers: ONNX Runtime's execution providers; by default the CPU.
         session_options: ONNX Runtime's options for the session; they are left as they are.
@@ -80,7 +80,7 @@ class AdapterSession:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Model,
+        model: ModelLike,
         adapters: Mapping[str, Source] | None = None,
         *,
         providers: Sequence[Any] | None = None,
@@ -89,10 +89,15 @@ class AdapterSession:
         max_bytes: int | None = None,
         batch_axis: BatchAxis = None,
     ) -> None:
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise ArgumentError(
+                f"adapters is a {type(adapters).__name__}, and each adapter needs a name",
+                hint='give {"name": "path.safetensors"}',
+            )
         self._model = LoadedModel(model, providers, session_options)
-        given = {item.name: item for item in self._model.session.get_inputs()}
+        self._inputs = {item.name: item for item in self._model.session.get_inputs()}
         self.inputs = {
-            name: item for name, item in given.items() if name in self._model.inputs
+            name: item for name, item in self._inputs.items() if name in self._model.inputs
         }
         self.outputs = {item.name: item for item in self._model.session.get_outputs()}
         self.batch_axes = find_batch(self._model.inputs, self._model.outputs, batch_axis)
@@ -101,8 +106,20 @@ class AdapterSession:
         self._cache = AdapterCache(
             self._own, self._check, self._base_values, max_adapters, max_bytes
         )
-        for name, source in dict(adapters or {}).items():
+        for name, source in (adapters or {}).items():
             self.load(name, source)
+
+    def __repr__(self) -> str:
+        """The model, and the names of the loaded adapters."""
+        names = ", ".join(self._cache.list()) or "none"
+        return f"<AdapterSession of {self._model.label}, adapters: {names}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: ONNX Runtime's session is of this process alone."""
+        raise ArgumentError(
+            "a session cannot be pickled or copied: it belongs to its process",
+            hint="open it again in the worker: AdapterSession(path, adapters)",
+        )
 
     def __enter__(self) -> AdapterSession:
         """Return the session, which is loaded already."""
@@ -190,6 +207,7 @@ class AdapterSession:
             RunError: If the model does not take the feeds.
         """
         names = self._model.output_names(outputs)
+        feeds = checked_feeds(feeds, self._inputs)
         if isinstance(adapter, str | Adapter | Mapping) or adapter is None:
             values = run_one(self._model, names, feeds, self._chosen(adapter))
             return dict(zip(names, values, strict=True))
@@ -206,6 +224,15 @@ class AdapterSession:
         each = [once[id(row)] for row in rows]
         return run_rows(self._model, self._cache, self.batch_axes, names, feeds, each)
 
+    async def async_run(
+        self,
+        feeds: Mapping[str, Any],
+        adapter: Choice | Sequence[Choice] = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Do what `run` does in a thread, while the event loop goes on."""
+        return await asyncio.to_thread(self.run, feeds, adapter, outputs)
+
     def run_with_ort_values(
         self,
         feeds: Mapping[str, Any],
@@ -221,7 +248,7 @@ class AdapterSession:
         chosen = self._chosen(adapter)
         values = {
             name: as_ort_value(value) if isinstance(value, np.ndarray) else value
-            for name, value in native(feeds).items()
+            for name, value in checked_feeds(feeds, self._inputs).items()
         }
         fed = {**values, **weights_to_feed(feeds, chosen)}
         found = self._model.run_with_ort_values(names, fed)

@@ -177,7 +177,7 @@ def count_rows(axes: BatchAxes, feeds: Mapping[str, Any], rows: int) -> None:
             )
 
 
-_SAY = "say which axis it is: batch_axis= (or --batch-axis)"
+_SAY = "say which axis it is: --batch-axis"
 
 
 def take_rows(

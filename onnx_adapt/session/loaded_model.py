@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_adapt.adapter.fitting import Replaceable
-from onnx_adapt.dtypes import ORT_TYPES, Array
-from onnx_adapt.errors import RunError, SlotError
+from onnx_adapt.dtypes import DTYPES, ORT_TYPES, Array
+from onnx_adapt.errors import ArgumentError, RunError, SlotError
 from onnx_adapt.model import borrowed
 from onnx_adapt.model.signatures import HEAD, recognised
 from onnx_adapt.ort import (
@@ -29,7 +29,7 @@ from onnx_adapt.slot.required import must_be_fed, neutral_feeds
 from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
-    from onnx_adapt.model.file import Model
+    from onnx_adapt.model.given import ModelLike
 
 
 class LoadedModel:
@@ -55,7 +55,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Model,
+        model: ModelLike,
         providers: Sequence[Any] | None,
         options: Any,
     ) -> None:
@@ -136,28 +136,54 @@ class LoadedModel:
         return self._slots
 
 
-def native(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Turn feeds into this machine's byte order, which ONNX Runtime takes for granted.
+_LOOSE = (list, tuple, bool, int, float)
+"""What becomes an array of the type that an input asks for."""
+
+
+def checked_feeds(feeds: Mapping[str, Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Feeds as ONNX Runtime takes them: numbers and lists of them as arrays.
+
+    Args:
+        feeds: Arrays by input name.
+        inputs: The inputs as ONNX Runtime describes them, by name.
 
     Raises:
-        RunError: If they are no mapping.
+        ArgumentError: If they are no mapping, or a list is no array of the input's type.
     """
     if not isinstance(feeds, Mapping):
-        raise RunError(
-            f"the feeds are of type {type(feeds).__name__}", hint="give {input name: array}"
+        raise ArgumentError(
+            f"the feeds are of type {type(feeds).__name__}, not a mapping",
+            hint="give {input name: array} first; outputs= names what to compute, and comes "
+            "last, unlike in ONNX Runtime",
         )
-    odd = [
-        name for name, v in feeds.items() if isinstance(v, np.ndarray) and not v.dtype.isnative
-    ]
-    if not odd:
-        return feeds
-    turned = {name: feeds[name].astype(feeds[name].dtype.newbyteorder("=")) for name in odd}
-    return {**feeds, **turned}
+    loose = {name: value for name, value in feeds.items() if isinstance(value, _LOOSE)}
+    arrays = {
+        name: _array(name, value, inputs[name].type)
+        for name, value in loose.items()
+        if name in inputs and inputs[name].type.startswith("tensor(")
+    }
+    odd = {
+        name: value.astype(value.dtype.newbyteorder("="))
+        for name, value in feeds.items()
+        if isinstance(value, np.ndarray) and not value.dtype.isnative
+    }
+    return {**feeds, **arrays, **odd} if arrays or odd else feeds
 
 
-def _start(
-    model: str | os.PathLike[str] | Model, providers: Sequence[Any] | None, options: Any
-) -> tuple[str, Any]:
+def _array(name: str, value: Any, kind: str) -> Array:
+    """A number, or a list of them, as an array of ONNX Runtime's type of an input."""
+    plain = kind.removeprefix("tensor(").removesuffix(")")
+    dtype = DTYPES.get(ORT_TYPES.get(kind, ""), "object" if plain == "string" else plain)
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(
+            f"input {name!r} is no array of {plain}: {error}",
+            hint="give a numpy array, or lists of one length",
+        ) from error
+
+
+def _start(model: ModelLike, providers: Sequence[Any] | None, options: Any) -> tuple[str, Any]:
     """Start ONNX Runtime; returns the model's name for messages, and the session."""
     given: str | bytes
     if isinstance(model, str | os.PathLike):
@@ -192,14 +218,11 @@ def _head(given: str | bytes) -> bytes:
         return file.read(HEAD)
 
 
-def _in_memory(model: Model, options: Any) -> tuple[str, bytes, Any]:
-    from onnx_adapt.model.file import Model as AnyModel
+def _in_memory(model: ModelLike, options: Any) -> tuple[str, bytes, Any]:
+    from onnx_adapt.model.given import as_model
     from onnx_adapt.model.runtime_bytes import model_bytes
 
-    if not isinstance(model, AnyModel):
-        raise RunError(
-            f"{type(model).__name__} is no model", hint="give a path, or an onnx_adapt.Model"
-        )
+    model = as_model(model)
     options = onnxruntime().SessionOptions() if options is None else options
     return model.label, model_bytes(model, options), options
 
@@ -214,7 +237,7 @@ def _weight_names(record: str | None) -> set[str]:
     return names | {name for each in kept for name in each}
 
 
-def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str, Array]]:
+def base_values(model: ModelLike) -> Callable[[], dict[str, Array]]:
     """Make a function that reads the base's own values of replaceable weights.
 
     Raises:
@@ -224,7 +247,7 @@ def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str,
     stamp = stamp_of(path) if path else None
 
     def read() -> dict[str, Array]:
-        from onnx_adapt.model.file import Model, open_model
+        from onnx_adapt.model.given import as_model
         from onnx_adapt.model.tensors import read_tensor
 
         if path and stamp_of(path) != stamp:
@@ -232,7 +255,7 @@ def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str,
                 f"{path} is another file than this session has loaded",
                 hint="start a new session; a blend of trained heads needs the base's own",
             )
-        opened = model if isinstance(model, Model) else open_model(path or "")
+        opened = as_model(path or model)
         manifest = read_manifest(opened.proto)
         stored = {tensor.name: tensor for tensor in opened.proto.graph.initializer}
         return {
@@ -246,9 +269,7 @@ def base_values(model: str | os.PathLike[str] | Model) -> Callable[[], dict[str,
     return read
 
 
-def _neutral(
-    manifest: Manifest | None, model: str | os.PathLike[str] | Model
-) -> dict[str, Any]:
+def _neutral(manifest: Manifest | None, model: ModelLike) -> dict[str, Any]:
     """What to feed so that the slots that must be fed are off, as OrtValues."""
     if manifest is None or not must_be_fed(manifest):
         return {}

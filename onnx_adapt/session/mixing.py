@@ -11,6 +11,7 @@ The shared `down` is `(H, 5)`: the two columns of `fr`, then the three of `de`. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from onnx_adapt.adapter.fitting import (
     rows_of,
     warn_unchecked,
 )
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.manifest import Slot
@@ -35,6 +37,7 @@ from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, row_shape
 
 if TYPE_CHECKING:
     from onnx_adapt.model.file import Model
+    from onnx_adapt.model.given import ModelLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ def row_feeds(packed: Pack, shares: Array) -> dict[str, Array]:
     return feeds
 
 
-def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
+def pack_rows(model: ModelLike, adapters: Sequence[AdapterLike | None]) -> Adapter:
     """Pack one adapter for each row of a batch into a single adapter.
 
     Its file holds the adapters side by side and the mask of the rows, so a runtime that
@@ -178,10 +181,14 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
         >>> rows.weights[slot.name]["mask"].shape
         (3, 1, 4)
     """
+    from onnx_adapt.model.given import as_model
+
+    model = as_model(model)
     manifest = required_manifest(model)
     slots = owners(manifest.slots)
     _refuse_unbatched(model, slots, len(adapters))
-    used = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
+    each = _loaded(adapters)
+    used = list({id(adapter): adapter for adapter in each if adapter is not None}.values())
     told: set[str] = set()
     for adapter in used:
         require_fit(model, adapter)
@@ -195,7 +202,7 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
     packed = pack(slots, own or [_off(slots)])
     shares = np.zeros((len(adapters), max(len(used), 1)))
     for column, adapter in enumerate(used):
-        shares[[other is adapter for other in adapters], column] = 1
+        shares[[other is adapter for other in each], column] = 1
     rows = row_feeds(packed, shares)
     weights = {
         item.slot.name: {
@@ -205,11 +212,25 @@ def pack_rows(model: Model, adapters: Sequence[Adapter | None]) -> Adapter:
         for item in packed.slots
     }
     return Adapter(
-        " | ".join(adapter.name if adapter else "-" for adapter in adapters),
+        " | ".join(adapter.name if adapter else "-" for adapter in each),
         weights,
         activations={slot.name: slot.activation for slot in slots},
         fingerprint=manifest.fingerprint,
     )
+
+
+def _loaded(adapters: Sequence[AdapterLike | None]) -> list[Adapter | None]:
+    """The adapter of each row, a file that several rows name only once."""
+    paths = {os.fspath(row) for row in adapters if isinstance(row, str | os.PathLike)}
+    files = {path: as_adapter(path) for path in paths}
+    return [
+        files[os.fspath(row)]
+        if isinstance(row, str | os.PathLike)
+        else None
+        if row is None
+        else as_adapter(row)
+        for row in adapters
+    ]
 
 
 def _off(slots: Sequence[Slot]) -> Adapter:

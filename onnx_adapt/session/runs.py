@@ -10,7 +10,7 @@ import numpy as np
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.session.batches import BatchAxes, count_rows, join_rows, take_rows
 from onnx_adapt.session.cache import AdapterCache, Shares
-from onnx_adapt.session.loaded_model import LoadedModel, native
+from onnx_adapt.session.loaded_model import LoadedModel
 from onnx_adapt.session.ort_adapter import OrtAdapter
 
 
@@ -26,7 +26,6 @@ def run_one(
         AdapterError: If a weight of the adapter is fed as well.
         RunError: If the model does not take the feeds.
     """
-    feeds = native(feeds)
     if adapter is None:
         return model.run(names, feeds)
     refuse_overlap(feeds, adapter)
@@ -55,7 +54,7 @@ def run_rows(
         RunError: If the number of rows is not that of the batch, or the model does not take
             the feeds.
     """
-    arrays = {name: np.asarray(value) for name, value in native(feeds).items()}
+    arrays = {name: np.asarray(value) for name, value in feeds.items()}
     count_rows(axes, arrays, len(rows))
     groups: dict[Shares, list[int]] = {} if rows else {(): []}
     for i, shares in enumerate(rows):

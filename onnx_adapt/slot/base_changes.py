@@ -1,4 +1,4 @@
-"""Records of what is changed of the base: replaceable weights, wider ranges, fused nodes."""
+"""Records of what is changed of the base: replaceable weights, heads, ranges, fused nodes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ class ReplaceableWeight:
     swappable: bool = absent(True)
     trained: bool = absent(False)
     default: str = ""
+    extra: Extra = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A linear layer on an output of the base, with an output of its own.
+
+    Attributes:
+        name: Its name, and that of its output.
+        tensor: The output of the base that it reads.
+        pooling: How positions become one vector.
+        extra: Keys of its record that this version does not know, with JSON texts.
+    """
+
+    name: str
+    tensor: str
+    pooling: str
     extra: Extra = ()
 
 

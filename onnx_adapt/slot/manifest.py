@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
-from onnx_adapt.slot.base_changes import ReplaceableWeight, Unfused, Widened
+from onnx_adapt.slot.base_changes import Head, ReplaceableWeight, Unfused, Widened
 from onnx_adapt.slot.names import weight_name
 from onnx_adapt.slot.parts import RowForm, part_of
 from onnx_adapt.slot.record import (
@@ -22,9 +22,9 @@ from onnx_adapt.slot.record import (
     SameAs,
     absent,
     read_extra,
+    read_input,
     read_object,
     to_text,
-    typed,
     write_extra,
     write_object,
 )
@@ -122,6 +122,10 @@ class Slot:
     required: bool = False
     extra: Extra = ()
 
+    def __repr__(self) -> str:
+        """Its name, its place and its width."""
+        return f"<Slot {self.name!r} at {self.graph}:{self.tensor}, {self.width} wide>"
+
     @property
     def owner(self) -> str:
         """The name of the slot that owns its weights: its own, or that of the first place."""
@@ -187,6 +191,7 @@ class Manifest:
             declaration in hexadecimal. From IR 4 on that would make them replaceable.
         widened: Constants of calibrated ranges that were widened.
         unfused: Fused nodes that were written out.
+        heads: Heads that were added on outputs of the base.
         extra: Keys of the record that this version does not know, with JSON texts.
         base_extra: The same for the object `base` of the record.
     """
@@ -200,6 +205,7 @@ class Manifest:
     inputs: tuple[tuple[int, str], ...] = ()
     widened: tuple[Widened, ...] = ()
     unfused: tuple[Unfused, ...] = ()
+    heads: tuple[Head, ...] = ()
     extra: Extra = ()
     base_extra: Extra = ()
 
@@ -215,7 +221,7 @@ class _Base:
     extra: Extra = ()
 
 
-_KEYS = ("format", "base", "slots", "weights", "widened", "unfused")
+_LISTS = ("weights", "widened", "unfused", "heads")
 
 
 def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
@@ -272,28 +278,21 @@ def _read(data: dict[str, Any]) -> Manifest:
     base = dict(data["base"])
     inputs = base.pop("inputs", ())
     known = read_object(_Base, base)
+    listed = {key: data.get(key, ()) for key in _LISTS}
     return Manifest(
         fingerprint=known.fingerprint,
         ir_version=known.ir_version,
         canonical=known.canonical,
         inlined=known.inlined,
         slots=tuple(_read_slot(item) for item in data["slots"]),
-        weights=tuple(
-            read_object(ReplaceableWeight, item) for item in data.get("weights", ())
-        ),
-        inputs=tuple(_read_input(i, text) for i, text in inputs),
-        widened=tuple(read_object(Widened, item) for item in data.get("widened", ())),
-        unfused=tuple(read_object(Unfused, item) for item in data.get("unfused", ())),
-        extra=read_extra(data, _KEYS),
+        weights=tuple(read_object(ReplaceableWeight, item) for item in listed["weights"]),
+        inputs=tuple(read_input(i, text) for i, text in inputs),
+        widened=tuple(read_object(Widened, item) for item in listed["widened"]),
+        unfused=tuple(read_object(Unfused, item) for item in listed["unfused"]),
+        heads=tuple(read_object(Head, item) for item in listed["heads"]),
+        extra=read_extra(data, ("format", "base", "slots", *_LISTS)),
         base_extra=known.extra,
     )
-
-
-def _read_input(place: Any, declared: Any) -> tuple[int, str]:
-    if not 0 <= typed(place, int) < 2**31:
-        raise ValueError(f"no input is at {place}")
-    bytes.fromhex(typed(declared, str))
-    return place, declared
 
 
 def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
@@ -343,8 +342,6 @@ def write_manifest(proto: onnx.ModelProto, manifest: Manifest | None) -> None:
     }
     if manifest.inputs:
         data["base"]["inputs"] = manifest.inputs
-    for key in ("weights", "widened", "unfused"):
-        if records := getattr(manifest, key):
-            data[key] = [write_object(each) for each in records]
-    text = to_text(data | write_extra(manifest.extra))
-    proto.metadata_props.add(key=KEY, value=text)
+    lists = {key: [write_object(each) for each in getattr(manifest, key)] for key in _LISTS}
+    data |= {key: records for key, records in lists.items() if records}
+    proto.metadata_props.add(key=KEY, value=to_text(data | write_extra(manifest.extra)))

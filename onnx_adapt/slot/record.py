@@ -120,3 +120,15 @@ def _value(value: Any, annotation: str) -> Any:
 
 def _default(each: Field[Any]) -> Any:
     return each.metadata.get("absent", each.default)
+
+
+def read_input(place: Any, declared: Any) -> tuple[int, str]:
+    """The place and the declaration of an input that was dropped, checked.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    if not 0 <= typed(place, int) < 2**31:
+        raise ValueError(f"no input is at {place}")
+    bytes.fromhex(typed(declared, str))
+    return place, declared

@@ -1,34 +1,33 @@
-"""The data of a training: arrays by input, with labels; read, split, shuffled and batched."""
+"""The data of a training: samples in groups of one shape; split, shuffled and batched."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.words import beside
+from onnx_adapt.model.payloads import Source
 
 Feeds = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """Samples, one for each place on the first axis of the arrays.
+class Batch:
+    """Samples that are fed together.
 
     Attributes:
         inputs: The model's inputs by name, `(samples, ...)`; a number alone is for all.
         labels: The labels, `(samples, ...)`.
-        label: What the samples are called in messages, such as their file.
+        numbers: Which samples of the data they are, from 0.
+        label: What the data is called in messages, such as its file.
     """
 
     inputs: Mapping[str, Array]
     labels: Array
+    numbers: Array
     label: str = "the data"
 
     @property
@@ -36,10 +35,22 @@ class Dataset:
         """How many samples there are."""
         return len(self.labels)
 
-    def take(self, places: Array) -> Dataset:
-        """Some of the samples."""
-        inputs = {k: v[places] if v.ndim else v for k, v in self.inputs.items()}
-        return Dataset(inputs, self.labels[places], self.label)
+    @property
+    def name(self) -> str:
+        """The batch in messages: its data, and which samples of it."""
+        shown = ", ".join(map(str, self.numbers[:_SHOWN]))
+        more = f" and {self.size - _SHOWN} more" if self.size > _SHOWN else ""
+        return f"samples {shown}{more} of {self.label}"
+
+    def take(self, rows: Array) -> Batch:
+        """Some of the samples, by their places in the batch."""
+        inputs = {k: v[rows] if v.ndim else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels[rows], self.numbers[rows], self.label)
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """The batch in smaller ones, in order; the last may be smaller still."""
+        for start in range(0, self.size, size):
+            yield self.take(np.arange(start, min(start + size, self.size)))
 
     def feeds(self, labels: str) -> Feeds:
         """All samples as what is fed to a step model, with the labels under a name."""
@@ -47,92 +58,156 @@ class Dataset:
         return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
 
-DataArgument = str | os.PathLike[str] | Mapping[str, Array] | Dataset
-"""Data as a caller gives it: a file, a folder of `.npy`, or arrays by name."""
+_SHOWN = 8
+"""How many samples of a batch are named in messages."""
 
 
-def read_dataset(data: DataArgument, labels: str = "labels") -> Dataset:
-    """Read samples.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Samples whose arrays have one shape.
 
-    Args:
-        data: A `.npz` file, a folder with one `.npy` file for each input, which stay on disk,
-            or arrays by name.
-        labels: The name of the labels among them.
-
-    Raises:
-        TrainingError: If it cannot be read, or the arrays do not belong together.
+    Attributes:
+        inputs: The model's inputs by name, `(rows, ...)`; a number alone is for all.
+        labels: The labels, `(rows, ...)`.
+        numbers: Which samples of the data the rows are, `(rows,)`.
+        rows: The rows that count, `(samples,)`; the others were held back.
     """
-    if isinstance(data, Dataset):
-        return data
-    if isinstance(data, Mapping):
-        return _dataset({k: np.asarray(v) for k, v in data.items()}, labels, "the data")
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(path.glob("*.npy"))
-        arrays = {file.stem: _load(file, mmap_mode="r") for file in files}
-        return _dataset(arrays, labels, str(path))
-    if not path.is_file():
-        raise TrainingError(f"there is no file or folder {path}", hint=beside(path))
-    loaded = _load(path)
-    if isinstance(loaded, np.ndarray):
-        raise TrainingError(f"{path} is a single array", hint=_SAVE)
-    return _dataset(dict(loaded), labels, str(path))
+
+    inputs: Mapping[str, Array]
+    labels: Array
+    numbers: Array
+    rows: Array
 
 
-_SAVE = "save the arrays with numpy.savez(path, labels=..., **inputs)"
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Samples, those of one shape in one group. Nothing is read before it is needed.
 
+    Attributes:
+        groups: The groups.
+        label: What the data is called in messages, such as its file.
+        sources: Files that stay on disk while the data is used.
+        classes: The names of the classes, if the labels were texts.
+    """
 
-def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> Any:
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise TrainingError(f"cannot read {path}: {error}", hint=_SAVE) from error
+    groups: tuple[Group, ...]
+    label: str = "the data"
+    sources: tuple[Source, ...] = ()
+    classes: tuple[str, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return sum(len(group.rows) for group in self.groups)
 
-def _dataset(arrays: Mapping[str, Array], labels: str, label: str) -> Dataset:
-    """Check that arrays belong together."""
-    if labels not in arrays:
-        raise TrainingError(
-            f"{label} has no {labels!r}; it has {', '.join(arrays) or 'nothing'}",
-            hint="say what the labels are called: --labels NAME",
+    def take(self, numbers: Array) -> Dataset:
+        """Some of the samples, by their numbers."""
+        groups = (
+            replace(group, rows=group.rows[np.isin(group.numbers[group.rows], numbers)])
+            for group in self.groups
         )
-    found = arrays[labels]
-    if found.ndim == 0 or not len(found):
-        raise TrainingError(f"{label} has no samples: {labels!r} is empty")
-    inputs = {name: value for name, value in arrays.items() if name != labels}
-    for name, value in inputs.items():
-        if value.ndim and len(value) != len(found):
+        return replace(self, groups=tuple(g for g in groups if len(g.rows)))
+
+    def first(self, count: int) -> Batch:
+        """The first samples of the largest group, as one batch."""
+        largest = max(self.groups, key=lambda group: len(group.rows))
+        return self.read(largest, largest.rows[:count])
+
+    def read(self, group: Group, rows: Array) -> Batch:
+        """Some rows of a group.
+
+        Raises:
+            TrainingError: If a file of the data has changed.
+        """
+        for source in self.sources:
+            if not source.is_unchanged():
+                raise TrainingError(
+                    f"{source.path} has changed while it was used",
+                    hint="train from the start on data that stays as it is",
+                )
+        whole = Batch(group.inputs, group.labels, group.numbers, self.label)
+        return whole.take(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In what order samples are taken.
+
+    Attributes:
+        size: Samples in one batch.
+        seed: Seed of the order.
+        paired: Whether samples of one label stay side by side, two and two, as losses that
+            compare them need it.
+        whole: Whether samples that do not fill a batch are left out of an epoch.
+    """
+
+    size: int
+    seed: int = 0
+    paired: bool = False
+    whole: bool = False
+
+    def plan(self, data: Dataset, epoch: int) -> list[tuple[Group, Array]]:
+        """The batches of one epoch: a group, and the rows of it.
+
+        The order depends on the seed and the epoch alone, so a resumed run sees the same.
+
+        Raises:
+            TrainingError: If there is no batch.
+        """
+        rng = np.random.default_rng((self.seed, 1, epoch))
+        found: list[tuple[Group, Array]] = []
+        for group in data.groups:
+            order, _ = _shuffled(group, rng, self.paired)
+            pieces = [order[at : at + self.size] for at in range(0, len(order), self.size)]
+            found += [(group, p) for p in pieces if len(p) == self.size or not self.whole]
+        if not found:
             raise TrainingError(
-                f"{label}: {name!r} has {len(value)} samples, and {labels!r} has {len(found)}"
+                f"{data.label} has {data.size} samples, fewer than one batch of {self.size}"
             )
-    for name, value in arrays.items():
-        if value.dtype.kind not in "fiub":
-            raise TrainingError(f"{label}: {name!r} holds {value.dtype}, not numbers")
-    return Dataset(inputs, found, label)
+        return [found[place] for place in rng.permutation(len(found))]
 
 
-def split(data: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def _shuffled(group: Group, rng: np.random.Generator, paired: bool) -> tuple[Array, Array]:
+    """The rows of a group in a random order, and how many are in each of its units.
+
+    Samples of a unit stay together: one, or two of one label. An example: with the labels
+    `a b a b a` the order may be `4 0 3 1 2`, and the units are of 2, 2 and 1.
+    """
+    rows = rng.permutation(group.rows)
+    if not paired:
+        return rows, np.ones(len(rows), np.int64)
+    labels = group.labels[rows].reshape(len(rows), -1)
+    by_label = rows[np.lexsort(labels.T[::-1])]  # it keeps the random order within a label
+    _, counts = np.unique(labels, axis=0, return_counts=True)
+    units = []
+    for same in np.split(by_label, np.cumsum(counts)[:-1]):
+        units += [same[at : at + 2] for at in range(0, len(same), 2)]
+    shuffled = [units[place] for place in rng.permutation(len(units))]
+    shuffled.sort(key=len, reverse=True)  # single ones last, so that no pair is cut
+    return np.concatenate(shuffled), np.array([len(unit) for unit in shuffled])
+
+
+def split(
+    data: Dataset, share: float, seed: int, *, paired: bool = False
+) -> tuple[Dataset, Dataset]:
     """Take a random share of the samples away for validation.
 
     Returns:
         The samples to train with, and those to validate with.
     """
-    order = np.random.default_rng((seed, 0)).permutation(data.size)
-    count = round(data.size * share)
-    return data.take(np.sort(order[count:])), data.take(np.sort(order[:count]))
+    rng = np.random.default_rng((seed, 0))
+    held = [np.zeros(0, np.int64)]
+    for group in data.groups:
+        rows, sizes = _shuffled(group, rng, paired)
+        count = int(sizes[: round(len(sizes) * share)].sum())
+        held.append(group.numbers[rows[:count]])
+    apart = np.concatenate(held)
+    everything = np.concatenate([group.numbers[group.rows] for group in data.groups])
+    return data.take(np.setdiff1d(everything, apart)), data.take(apart)
 
 
-def batches(data: Dataset, size: int, seed: int, epoch: int) -> Iterator[Dataset]:
-    """The samples of one epoch in a random order, batch by batch; the last may be smaller.
-
-    The order depends on the seed and the epoch alone, so a resumed run sees the same.
-    """
-    order = np.random.default_rng((seed, 1, epoch)).permutation(data.size)
-    for start in range(0, len(order), size):
-        yield data.take(order[start : start + size])
-
-
-def in_order(data: Dataset, size: int) -> Iterator[Dataset]:
-    """The samples as they come, batch by batch."""
-    for start in range(0, data.size, size):
-        yield data.take(np.arange(start, min(start + size, data.size)))
+def in_order(data: Dataset, size: int) -> Iterator[Batch]:
+    """The samples as they come, batch by batch; each batch has one shape."""
+    for group in data.groups:
+        for start in range(0, len(group.rows), size):
+            yield data.read(group, group.rows[start : start + size])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.model.runtime_bytes import model_bytes
 from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session
-from onnx_adapt.training.data import Dataset, in_order
+from onnx_adapt.training.data import Batch, Dataset, in_order
+from onnx_adapt.training.metrics import Metric
 from onnx_adapt.training.step_model import StepModel
 
 Arrays = Mapping[str, Array]
@@ -29,6 +30,19 @@ class Result:
 
     loss: float
     grads: dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How good weights are on samples.
+
+    Attributes:
+        loss: The mean loss.
+        score: The metric; 0 without one.
+    """
+
+    loss: float
+    score: float = 0.0
 
 
 class Engine:
@@ -60,45 +74,61 @@ class Engine:
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in step.model.proto.graph.input
         }
-        self.rows = fixed_rows(step)
 
-    def run(self, weights: Arrays, batch: Dataset) -> Result:
+    def run(self, weights: Arrays, batch: Batch, step: int = 0) -> Result:
         """The loss of a batch and its gradients.
 
         A model that takes a fixed number of rows is run several times, and the mean is taken.
+
+        Args:
+            weights: The weights that train, by input.
+            batch: Samples.
+            step: How many steps were taken before.
 
         Raises:
             TrainingError: If the loss is not finite.
         """
         total, grads = 0.0, {name: np.zeros_like(value) for name, value in weights.items()}
-        for part in in_order(batch, self.rows or batch.size):
+        for part in batch.parts(self.step.rows or batch.size):
             share = part.size / batch.size
             values = self._run(weights, part, [self.step.loss, *self.step.grads.values()])
             loss = float(values[self.step.loss])
-            if not np.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of a batch of {part.label} is {loss}",
-                    hint="is there NaN in its inputs? a lower rate or a smaller clip may help",
-                )
+            require_finite_loss(loss, part, f"step {step + 1}: ")
             total += share * loss
             for name, made in self.step.grads.items():
                 grads[name] += np.float32(share) * values[made].astype(np.float32)
         return Result(total, grads)
 
-    def loss(self, weights: Arrays, batch: Dataset) -> float:
+    def loss(self, weights: Arrays, batch: Batch) -> float:
         """The loss of a batch, by a forward run alone."""
-        return self.evaluate(weights, batch, batch.size)[0]
+        total = 0.0
+        for part in batch.parts(self.step.rows or batch.size):
+            values = self._run(weights, part, [self.step.loss])
+            total += float(values[self.step.loss]) * part.size / batch.size
+        return total
 
-    def evaluate(self, weights: Arrays, data: Dataset, size: int) -> tuple[float, Array]:
-        """The mean loss of samples, and their outputs `(samples, ...)`."""
-        total, outputs = 0.0, []
-        for part in in_order(data, self.rows or size):
+    def evaluate(
+        self, weights: Arrays, data: Dataset, size: int, metric: Metric | None
+    ) -> Evaluation:
+        """The mean loss of samples, and a metric on them.
+
+        Raises:
+            TrainingError: If the loss of some of them is not finite.
+        """
+        total, seen, found = 0.0, 0, Found()
+        for part in in_order(data, self.step.rows or size):
+            if part.size < self.step.rows:
+                continue
             values = self._run(weights, part, [self.step.loss, self.step.output])
-            total += float(values[self.step.loss]) * part.size / data.size
-            outputs.append(values[self.step.output])
-        return total, np.concatenate(outputs)
+            loss = float(values[self.step.loss])
+            require_finite_loss(loss, part, "validating: ")
+            total += loss * part.size
+            seen += part.size
+            if metric is not None:
+                found = found.with_batch(self.step, metric, values[self.step.output], part)
+        return Evaluation(total / max(seen, 1), found.score(metric))
 
-    def _run(self, weights: Arrays, batch: Dataset, outputs: list[str]) -> dict[str, Array]:
+    def _run(self, weights: Arrays, batch: Batch, outputs: Sequence[str]) -> dict[str, Array]:
         feeds = {**batch.feeds(self.step.labels), **weights}
         typed = {
             name: np.asarray(value, self._dtypes.get(name, value.dtype))
@@ -114,12 +144,53 @@ class Engine:
         return dict(zip(outputs, values, strict=True))
 
 
-def fixed_rows(step: StepModel) -> int:
-    """How many rows the base takes in a run; 0 if any number of them."""
-    fed = {*step.grads, step.labels}
-    sizes = [
-        value.type.tensor_type.shape.dim[0].dim_value
-        for value in step.model.proto.graph.input
-        if value.name not in fed and value.type.tensor_type.shape.dim
-    ]
-    return max(sizes, default=0)
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a metric keeps of the batches so far.
+
+    Attributes:
+        kept: What it keeps of the outputs.
+        labels: The labels of the same.
+    """
+
+    kept: tuple[Array, ...] = ()
+    labels: tuple[Array, ...] = ()
+
+    def with_batch(
+        self, step: StepModel, metric: Metric, outputs: Array, batch: Batch
+    ) -> Found:
+        """The same with a further batch; what is ignored is left out."""
+        kept, labels = metric.keep(outputs), batch.labels
+        if step.shift:
+            kept, labels = kept[:, :-1], labels[:, 1:]
+        counts = labels != step.ignored if step.classes else np.ones(labels.shape, bool)
+        return Found((*self.kept, kept[counts]), (*self.labels, labels[counts]))
+
+    def score(self, metric: Metric | None) -> float:
+        """The metric on all of them."""
+        if metric is None or not self.kept:
+            return 0.0
+        return metric.compute(np.concatenate(self.kept), np.concatenate(self.labels))
+
+
+def require_finite_loss(loss: float, batch: Batch, when: str) -> None:
+    """Refuse a loss that is NaN or infinite, and say which samples and inputs are to blame.
+
+    Raises:
+        TrainingError: If it is not finite.
+    """
+    if np.isfinite(loss):
+        return
+    for name, value in {**batch.inputs, "labels": batch.labels}.items():
+        bad = ~np.isfinite(value) if value.dtype.kind == "f" else np.zeros(value.shape, bool)
+        if bad.any():
+            row = int(np.argwhere(bad)[0][0]) if value.ndim else 0
+            raise TrainingError(
+                f"{when}{name!r} of sample {batch.numbers[row]} of {batch.label} holds NaN or "
+                "infinity",
+                hint="repair the data, or leave this sample out",
+            )
+    raise TrainingError(
+        f"{when}the loss is {loss} on {batch.name}",
+        hint="a lower rate may help",
+    )

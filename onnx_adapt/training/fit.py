@@ -1,204 +1,159 @@
-"""The training loop: steps, validation, the best weights, and a state to resume from."""
+"""The training loop: steps, validation, and the best weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.training.data import Dataset, batches
-from onnx_adapt.training.engine import Engine
-from onnx_adapt.training.metrics import read_metric
-from onnx_adapt.training.optimisers import Optimiser, State, rate_at
-
-Weights = dict[str, Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to train.
-
-    Attributes:
-        epochs: How often to go through the samples.
-        batch_size: Samples in one step.
-        rate: The largest learning rate; 0 for the optimiser's own.
-        optimiser: The optimiser.
-        schedule: The schedule of the rate after the warm-up.
-        warm_up: The share of the steps in which the rate rises.
-        metric: What to choose the best weights by: `loss` or a name in `METRICS`.
-        patience: After how many epochs that are no better to stop; 0 for never.
-        seed: Seed of the order of samples.
-    """
-
-    epochs: int = 3
-    batch_size: int = 32
-    rate: float = 0.0
-    optimiser: Optimiser = field(default_factory=Optimiser)
-    schedule: str = "cosine"
-    warm_up: float = 0.1
-    metric: str = "loss"
-    patience: int = 0
-    seed: int = 0
+from onnx_adapt.training.data import Batch, Dataset, Order
+from onnx_adapt.training.engine import Evaluation, Result
+from onnx_adapt.training.metrics import Metric, read_metric
+from onnx_adapt.training.optimisers import rate_at
+from onnx_adapt.training.progress import Epoch, Progress, Report, Weights
+from onnx_adapt.training.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one epoch gave.
+class Stepper(Protocol):
+    """What computes losses and gradients: `Engine`, or the one without gradients."""
 
-    Attributes:
-        number: Its number, from 1.
-        loss: The mean loss of its steps.
-        validation_loss: The loss of the samples that are held back; None without any.
-        score: The metric on them; None without any.
-        best: Whether it is the best so far.
-    """
+    def run(self, weights: Weights, batch: Batch, step: int) -> Result:
+        """The loss of a batch and its gradients; `step` numbers the runs."""
 
-    number: int
-    loss: float
-    validation_loss: float | None
-    score: float | None
-    best: bool
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a training is: all that the next step depends on.
-
-    Attributes:
-        weights: The weights after the last step.
-        state: The memory of the optimiser.
-        step: How many steps were taken.
-        best: The best weights so far.
-        best_score: Their score; None before the first epoch is done.
-        history: What each epoch gave.
-        losses: The losses of the steps of an epoch under way.
-    """
-
-    weights: Weights
-    state: State
-    step: int = 0
-    best: Weights = field(default_factory=dict)
-    best_score: float | None = None
-    history: list[Epoch] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One step, as it is told to who watches.
-
-    Attributes:
-        step: Its number, from 1.
-        steps: How many there are.
-        loss: Its loss.
-        rate: Its learning rate.
-        epoch: What the epoch gave, after its last step.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    rate: float
-    epoch: Epoch | None = None
-
-
-def start(weights: Mapping[str, Array], settings: Settings) -> Progress:
-    """A training that has not begun; its weights are kept in float32."""
-    single = {name: value.astype(np.float32) for name, value in weights.items()}
-    return Progress(single, settings.optimiser.start(single))
+    def evaluate(
+        self, weights: Weights, data: Dataset, size: int, metric: Metric | None
+    ) -> Evaluation:
+        """The loss of samples, and a metric on them."""
 
 
 def fit(
-    engine: Engine,
+    engine: Stepper,
     progress: Progress,
     data: Dataset,
     held_back: Dataset | None,
     settings: Settings,
-) -> Iterator[Report]:
-    """Train, step by step; `progress` is changed in place.
+    order: Order,
+) -> Iterator[tuple[Progress, Report]]:
+    """Train, step by step.
 
     Args:
-        engine: The step model.
+        engine: What computes losses and gradients.
         progress: Where to begin; a training that was stopped goes on bit for bit.
         data: The samples to train with.
         held_back: The samples to choose the best weights by; without any the last are kept.
         settings: How to train.
+        order: The order of the samples.
+
+    Yields:
+        The progress after each step, and what to tell of it.
 
     Raises:
-        TrainingError: If a loss or a gradient is not finite; `progress` is as it was before.
+        TrainingError: If a loss or a gradient is not finite.
     """
     rate = settings.rate or settings.optimiser.rule.rate
-    each = -(-data.size // settings.batch_size)
+    each = -(-len(order.plan(data, 0)) // settings.accumulate)
     steps = each * settings.epochs
     warm_up = round(steps * settings.warm_up)
-    while progress.step < steps:
-        epoch, place = divmod(progress.step, each)
-        if _out_of_patience(progress, settings):
-            return
-        order = batches(data, settings.batch_size, settings.seed, epoch)
-        for number, batch in enumerate(order):
-            if number < place:
-                continue
+    while progress.step < steps and not _out_of_patience(progress, settings.patience):
+        epoch, begin = divmod(progress.step, each)
+        plan = order.plan(data, epoch)
+        for number in range(begin, each):
+            at = number * settings.accumulate
+            batches = [data.read(*item) for item in plan[at : at + settings.accumulate]]
             now = rate_at(settings.schedule, rate, progress.step, steps, warm_up)
-            loss = _take_step(engine, progress, batch, settings.optimiser, now)
+            progress, loss = take_step(engine, progress, batches, settings, now)
             done = None
             if number == each - 1:
-                done = _finish_epoch(engine, progress, held_back, settings, epoch + 1)
-            yield Report(progress.step, steps, loss, now, done)
+                progress, done = _finish_epoch(engine, progress, held_back, settings, epoch)
+            samples = sum(batch.size for batch in batches)
+            told = Report(progress.step, steps, samples, loss, now, epoch + 1, done)
+            yield progress, told
 
 
-def _take_step(
-    engine: Engine, progress: Progress, batch: Dataset, optimiser: Optimiser, rate: float
-) -> float:
-    result = engine.run(progress.weights, batch)
-    for name, grad in result.grads.items():
-        if not np.isfinite(grad).all():
-            raise TrainingError(
-                f"the gradient of {name!r} is not finite after {progress.step} steps",
-                hint="a lower rate or a smaller clip may help",
-            )
-    progress.step += 1
-    progress.weights = optimiser.step(
-        progress.weights, result.grads, progress.state, progress.step, rate
+def take_step(
+    engine: Stepper,
+    progress: Progress,
+    batches: Sequence[Batch],
+    settings: Settings,
+    rate: float,
+) -> tuple[Progress, float]:
+    """Take one step on the mean gradient of some batches.
+
+    Returns:
+        The progress after it, and its loss.
+    """
+    total = sum(batch.size for batch in batches)
+    loss, grads = 0.0, {name: np.zeros_like(v) for name, v in progress.weights.items()}
+    for batch in batches:
+        share = batch.size / total
+        result = engine.run(progress.weights, batch, progress.step)
+        loss += share * result.loss
+        for name, grad in result.grads.items():
+            if not np.isfinite(grad).all():
+                raise TrainingError(
+                    f"step {progress.step + 1}: the gradient of {name!r} is not finite on "
+                    f"{batch.name}",
+                    hint="a lower rate or a smaller clip may help",
+                )
+            grads[name] += np.float32(share) * grad
+    weights, state = settings.optimiser.step(
+        progress.weights, grads, progress.state, progress.step + 1, rate
     )
-    progress.losses.append(result.loss)
-    return result.loss
+    after = replace(
+        progress,
+        weights=weights,
+        state=state,
+        step=progress.step + 1,
+        average=_averaged(progress.average, weights, settings.average),
+        loss_sum=progress.loss_sum + loss * total,
+        seen=progress.seen + total,
+    )
+    return after, loss
+
+
+def _averaged(average: Weights, weights: Weights, kept: float) -> Weights:
+    """The moving average after a step; it begins with the weights of the first."""
+    if not kept:
+        return {}
+    return {
+        name: value if name not in average else _mixed(average[name], value, kept)
+        for name, value in weights.items()
+    }
+
+
+def _mixed(old: Array, new: Array, kept: float) -> Array:
+    return np.asarray(old + np.float32(1 - kept) * (new - old))
 
 
 def _finish_epoch(
-    engine: Engine,
+    engine: Stepper,
     progress: Progress,
     held_back: Dataset | None,
     settings: Settings,
     number: int,
-) -> Epoch:
+) -> tuple[Progress, Epoch]:
     """Validate, and keep the weights if they are the best so far."""
     metric = read_metric(settings.metric)
     loss = score = None
     better = True
     if held_back is not None and held_back.size:
-        loss, outputs = engine.evaluate(progress.weights, held_back, settings.batch_size)
-        score = loss if metric is None else metric.compute(outputs, held_back.labels)
-        sign = 1 if metric is not None and metric.larger_is_better else -1
+        found = engine.evaluate(progress.current, held_back, settings.batch_size, metric)
+        loss, score = found.loss, found.loss if metric is None else found.score
+        sign = -1 if metric is None else 1
         best = progress.best_score
         better = best is None or sign * score > sign * best
+    mean = progress.loss_sum / progress.seen
+    epoch = Epoch(number + 1, mean, loss, score, better)
     if better:
-        progress.best, progress.best_score = progress.weights, score
-    mean = float(np.mean(progress.losses))
-    progress.losses = []
-    epoch = Epoch(number, mean, loss, score, better)
-    progress.history.append(epoch)
-    return epoch
+        progress = replace(progress, best=progress.current, best_score=score)
+    history = (*progress.history, epoch)
+    return replace(progress, history=history, loss_sum=0.0, seen=0), epoch
 
 
-def _out_of_patience(progress: Progress, settings: Settings) -> bool:
-    last = progress.history[-settings.patience :] if settings.patience else []
-    whole = len(last) == settings.patience
-    return bool(last) and whole and not any(epoch.best for epoch in last)
-
-
-OnReport = Callable[[Report], None]
-"""Told of every step."""
+def _out_of_patience(progress: Progress, patience: int) -> bool:
+    last = progress.history[-patience:] if patience else ()
+    return len(last) == patience > 0 and not any(epoch.best for epoch in last)

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import GradientError
-from onnx_adapt.training.data import Dataset
+from onnx_adapt.training.data import Batch
 from onnx_adapt.training.engine import Engine
 
 # A gradient g says that a small move d of a weight changes the loss by the sum of g * d. The
@@ -59,7 +59,7 @@ class Checked:
 
 
 def check_gradients(
-    engine: Engine, weights: Mapping[str, Array], batch: Dataset, seed: int = 0
+    engine: Engine, weights: Mapping[str, Array], batch: Batch, seed: int = 0
 ) -> list[Checked]:
     """Compare the gradient of each weight with differences of the loss.
 
@@ -99,7 +99,7 @@ _DRAWS = 3
 def _check_at(
     engine: Engine,
     weights: Mapping[str, Array],
-    batch: Dataset,
+    batch: Batch,
     names: Sequence[str],
     rng: np.random.Generator,
 ) -> dict[str, list[Checked]]:
@@ -129,7 +129,7 @@ def _moved(value: Array, rng: np.random.Generator) -> Array:
 def _checked(
     engine: Engine,
     weights: Mapping[str, Array],
-    batch: Dataset,
+    batch: Batch,
     name: str,
     grad: Array,
     direction: Array,

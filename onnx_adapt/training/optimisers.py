@@ -72,6 +72,16 @@ RULES: dict[str, Rule] = {
 """The optimisers by name; to add one, add a row."""
 
 
+def require_rule(name: str) -> None:
+    """Refuse an optimiser that there is not.
+
+    Raises:
+        TrainingError: If there is none of this name.
+    """
+    if name not in RULES:
+        raise TrainingError(f"unknown optimiser {name!r}", hint=f"one of {', '.join(RULES)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Optimiser:
     """An optimiser with its settings.
@@ -94,10 +104,7 @@ class Optimiser:
         Raises:
             TrainingError: If there is no such optimiser.
         """
-        if self.name not in RULES:
-            raise TrainingError(
-                f"unknown optimiser {self.name!r}", hint=f"one of {', '.join(RULES)}"
-            )
+        require_rule(self.name)
         return RULES[self.name]
 
     def start(self, weights: Arrays) -> State:
@@ -109,28 +116,28 @@ class Optimiser:
         }
 
     def step(
-        self, weights: Arrays, grads: Arrays, state: State, count: int, rate: float
-    ) -> dict[str, Array]:
+        self, weights: Arrays, grads: Arrays, state: Arrays, count: int, rate: float
+    ) -> tuple[dict[str, Array], State]:
         """Take one step.
 
         Args:
             weights: The weights, in float32.
             grads: The gradient of each.
-            state: The memory, which is changed in place.
+            state: The memory.
             count: The number of the step, from 1.
             rate: The learning rate.
 
         Returns:
-            The new weights.
+            The new weights, and the new memory.
         """
         clipped = clip(grads, self.clip)
-        made = {}
+        made, after = {}, {key: value.copy() for key, value in state.items()}
         for name, weight in weights.items():
-            memory = {part: state[f"{part}:{name}"] for part in self.rule.memory}
+            memory = {part: after[f"{part}:{name}"] for part in self.rule.memory}
             change = rate * self.rule.step(clipped[name], memory, count)
             kept = 1 - rate * self.decay if weight.ndim > 1 else 1.0
             made[name] = (weight * np.float32(kept) - change).astype(weight.dtype)
-        return made
+        return made, after
 
 
 def norm(grads: Arrays) -> float:
@@ -158,18 +165,23 @@ SCHEDULES: dict[str, Schedule] = {
 """Schedules of the learning rate by name."""
 
 
+def require_schedule(name: str) -> None:
+    """Refuse a schedule that there is not.
+
+    Raises:
+        TrainingError: If there is none of this name.
+    """
+    if name not in SCHEDULES:
+        raise TrainingError(
+            f"unknown schedule {name!r}", hint=f"one of {', '.join(SCHEDULES)}"
+        )
+
+
 def rate_at(schedule: str, rate: float, step: int, steps: int, warm_up: int) -> float:
     """The learning rate of one step, counted from 0.
 
     It rises in a line over `warm_up` steps and follows the schedule to the last one.
-
-    Raises:
-        TrainingError: If there is no such schedule.
     """
-    if schedule not in SCHEDULES:
-        raise TrainingError(
-            f"unknown schedule {schedule!r}", hint=f"one of {', '.join(SCHEDULES)}"
-        )
     if step < warm_up:
         return rate * (step + 1) / warm_up
     return rate * SCHEDULES[schedule]((step - warm_up) / max(1, steps - warm_up))

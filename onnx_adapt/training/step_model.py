@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import helper
@@ -13,9 +13,9 @@ from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
-from onnx_adapt.graph.index import default_opset, index_model
+from onnx_adapt.graph.index import Shape, default_opset, index_model
 from onnx_adapt.model.file import Model
-from onnx_adapt.training.data import Dataset
+from onnx_adapt.slot.manifest import read_manifest
 from onnx_adapt.training.losses import FLOAT, IGNORED, LOSSES, Settings, settings_of
 
 LABELS = "labels"
@@ -38,8 +38,13 @@ class StepModel:
         output: The output of the base that the loss is on.
         grads: The output with the gradient of each weight, by the weight's name.
         labels: The input with the labels.
-        label_axes: How many axes the labels have.
+        label_shape: The shape of the labels, as far as it is known.
+        integers: Whether the labels are integers.
         classes: How many classes there are; 0 if it is not known, or labels are no classes.
+        ignored: The label of what does not count.
+        shift: Whether each position is held against the label of the next one.
+        paired: Whether the loss compares samples of one label with each other.
+        rows: How many rows the base takes in a run; 0 if any number of them.
     """
 
     model: Model
@@ -47,8 +52,21 @@ class StepModel:
     output: str
     grads: Mapping[str, str]
     labels: str
-    label_axes: int
-    classes: int
+    label_shape: Shape
+    integers: bool = False
+    classes: int = 0
+    ignored: int = IGNORED
+    shift: bool = False
+    paired: bool = False
+    rows: int = 0
+
+    @property
+    def inputs(self) -> list[str]:
+        """The inputs of the base."""
+        own = {*self.grads, self.labels}
+        names = [value.name for value in self.model.proto.graph.input]
+        stored = {tensor.name for tensor in self.model.proto.graph.initializer}
+        return [name for name in names if name not in own | stored]
 
 
 def make_step(
@@ -84,40 +102,51 @@ def make_step(
     for weight in weights:
         kind = index.main.type_of(weight).elem_type
         graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
-    row = LOSSES.get(loss) if isinstance(loss, str) else None
     shape = index.main.type_of(chosen).shape or ()
-    axes = len(shape) - (row.fewer_axes if row is not None else 0)
+    made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
+    made = replace(made, rows=_fixed_rows(made))
+    return _with_labels(made, loss, settings or {}, shape) if isinstance(loss, str) else made
+
+
+def _with_labels(step: StepModel, loss: str, settings: Settings, shape: Shape) -> StepModel:
+    """A step model with what is known of the labels of its loss."""
+    row, chosen = LOSSES[loss], settings_of(loss, settings)
     last = shape[-1] if shape else None
-    counted = loss == "cross_entropy" and isinstance(last, int)
-    classes = int(last) if counted and last is not None else 0
-    return StepModel(result, LOSS, chosen, found.grads, LABELS, axes, classes)
-
-
-def check_labels(step: StepModel, data: Dataset) -> None:
-    """Check that labels are what the loss of a step model takes.
-
-    Raises:
-        TrainingError: If they have another number of axes, or there is no such class.
-    """
-    labels = data.labels
-    if labels.ndim != step.label_axes:
+    if row.paired and len(shape) != 2:
         raise TrainingError(
-            f"the labels of {data.label} have {labels.ndim} axes, {list(labels.shape)}; for "
-            f"output {step.output!r} this loss takes {step.label_axes}",
-            hint="the first axis is that of the samples",
+            f"loss {loss!r} compares one vector for each sample, and output {step.output!r} "
+            f"has {len(shape)} axes",
+            hint="choose an output of two axes, (samples, width)",
         )
-    if step.classes:
-        counted = labels[labels != IGNORED]
-        if counted.size and not 0 <= counted.min() <= counted.max() < step.classes:
-            raise TrainingError(
-                f"the labels of {data.label} are {counted.min()} to {counted.max()}, and "
-                f"output {step.output!r} has the classes 0 to {step.classes - 1}",
-                hint=f"{IGNORED} is the label of what does not count",
-            )
+    weights = chosen.get("class_weights")
+    if weights is not None and isinstance(last, int) and len(weights) != last:
+        raise TrainingError(
+            f"there are {len(weights)} class weights, and output {step.output!r} has {last} "
+            "classes",
+            hint="give one weight for each class",
+        )
+    return replace(
+        step,
+        label_shape=shape[: len(shape) - row.fewer_axes],
+        integers=row.integers,
+        classes=last if row.classes and isinstance(last, int) else 0,
+        ignored=chosen.get("ignore_index", IGNORED),
+        shift=bool(chosen.get("shift", False)),
+        paired=row.paired,
+    )
+
+
+def _fixed_rows(step: StepModel) -> int:
+    sizes = [
+        value.type.tensor_type.shape.dim[0].dim_value
+        for value in step.model.proto.graph.input
+        if value.name in step.inputs and value.type.tensor_type.shape.dim
+    ]
+    return max(sizes, default=0)
 
 
 def choose_output(model: Model, output: str) -> str:
-    """The output that a loss is on: the one named, or the only one with floats.
+    """The output that a loss is on: the one named, a head's, or the only one with floats.
 
     Raises:
         TrainingError: If there is no such output, or none or several to choose from.
@@ -135,6 +164,9 @@ def choose_output(model: Model, output: str) -> str:
         if output not in floats:
             raise TrainingError(f"output {output!r} of {model.label} has no floats")
         return output
+    manifest = read_manifest(model.proto)
+    heads = [head.name for head in manifest.heads] if manifest else []
+    floats = heads if len(heads) == 1 else floats
     if len(floats) != 1:
         raise TrainingError(
             f"{model.label} has {len(floats)} outputs with floats",
@@ -190,8 +222,10 @@ def _add_loss(model: Model, output: str, loss: str | LossFunction, settings: Set
     declared = helper.make_tensor_value_info(LABELS, tape.elem_types[LABELS], dims)
     logits = tape.cast(output, FLOAT)
     if isinstance(loss, str):
-        chosen = settings_of(loss, settings)
-        made = LOSSES[loss].emit(tape, logits, LABELS, chosen)
+        chosen, wanted = settings_of(loss, settings), LABELS
+        if not LOSSES[loss].fewer_axes:  # so that labels of another shape are not repeated
+            wanted = tape.add("Reshape", LABELS, tape.once("Shape", output, elem_type=INT64))
+        made = LOSSES[loss].emit(tape, logits, wanted, chosen)
     else:
         made = loss(tape, logits, LABELS)
     single = tape.add("Reshape", made, tape.constant(_NO_AXES))

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from pathlib import Path
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.edit.required import with_defaults
-from onnx_adapt.edit.weights import read_weights
+from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.errors import TrainingError
-from onnx_adapt.model.file import Model
-from onnx_adapt.model.tensors import read_tensor
+from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument
-from onnx_adapt.slot.manifest import Manifest, Slot
-from onnx_adapt.slot.names import weight_name
-from onnx_adapt.slot.places import owners
-from onnx_adapt.slot.required import default_tensors
-from onnx_adapt.slot.weights import fresh_weights, is_off
-from onnx_adapt.training.data import DataArgument, Dataset, read_dataset, split
 from onnx_adapt.training.engine import Engine
-from onnx_adapt.training.fit import Epoch, Progress, Report, Settings, fit, start
+from onnx_adapt.training.fit import fit
 from onnx_adapt.training.gradient_check import Checked, check_gradients
-from onnx_adapt.training.step_model import LossFunction, StepModel, check_labels, make_step
+from onnx_adapt.training.progress import Epoch, Progress, Report, start
+from onnx_adapt.training.reading import DataArgument
+from onnx_adapt.training.resuming import ProgressFile
+from onnx_adapt.training.settings import Settings
+from onnx_adapt.training.starting import adapter_of
+from onnx_adapt.training.step_model import LossFunction
+from onnx_adapt.training.task import Task, prepare
 
 BOTTLENECK = 16
 """The bottleneck of slots that have none of their own."""
+
+_SAVE_AFTER = 300.0
+"""Seconds after which a long epoch is saved too."""
+
+_CHECKED = 8
+"""Samples on which the gradients are checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +43,19 @@ class Trained:
         adapter: The best weights.
         epochs: What each epoch gave.
         checks: How well the gradients agreed with differences; empty if not checked.
+        finished: Whether the training came to its end; False if it was stopped.
+        classes: The names of the classes, if the labels were texts.
     """
 
     adapter: Adapter
     epochs: tuple[Epoch, ...]
     checks: tuple[Checked, ...]
+    finished: bool = True
+    classes: tuple[str, ...] = ()
 
 
 def train(
-    model: Model,
+    model: ModelLike,
     data: DataArgument,
     *,
     loss: str | LossFunction,
@@ -57,12 +64,15 @@ def train(
     labels: str = "labels",
     loss_settings: Mapping[str, object] | None = None,
     bottleneck: int = BOTTLENECK,
-    start_from: Adapter | None = None,
+    start_from: AdapterLike | None = None,
     validation: float | DataArgument = 0.1,
     settings: Settings | None = None,
     check: bool = True,
     provider: ProviderArgument = None,
     on_step: Callable[[Report], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Trained:
     """Train an adapter for the slots of a model, without PyTorch.
 
@@ -71,8 +81,8 @@ def train(
 
     Args:
         model: A model with swappable slots.
-        data: A `.npz` file, a folder of `.npy` files, or arrays, with the model's inputs by
-            name and the labels.
+        data: What `read_dataset` takes, such as a `.npz` file or arrays, with the model's
+            inputs by name and the labels.
         loss: A name in `onnx_adapt.training.losses.LOSSES`, or a function that adds its nodes.
         name: What to call the adapter.
         output: The output that the loss is on; by default the only float output.
@@ -86,111 +96,106 @@ def train(
         check: Compare the gradients with differences of the loss before the first step.
         provider: Where to run: an execution provider of ONNX Runtime, by default the CPU.
         on_step: Told of every step.
+        stop: Asked after every step whether to stop there; the best weights so far are given.
+        checkpoint: A file that keeps how far the training is: after each epoch, after some
+            minutes, when it stops and when a loss is not finite.
+        resume: Go on from that file, bit for bit.
 
     Raises:
-        TrainingError: If the data, the loss or a setting does not fit.
+        TrainingError: If the data, the loss or a setting does not fit; or if a loss is not
+            finite, with what was trained until then.
         GradientError: If the model cannot be differentiated, or a gradient is wrong.
         RunError: If ONNX Runtime refuses the data.
+        SaveError: If the checkpoint cannot be written.
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> model = oa.insert(base, after="mos_estimator_small_1/dense_3/MatMul_add")
-        >>> rng = np.random.default_rng(0)
-        >>> sounds = rng.standard_normal((8, 900, 120)).astype("float32")
-        >>> data = {"input_1": sounds, "labels": np.full((8, 1), 3, "float32")}
-        >>> trained = oa.train(model, data, loss="mse")
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> model = oa.insert(base, after="bert.encoder.layer.1.output.dense")
+        >>> ids = np.random.default_rng(0).integers(1, 60, (32, 6))
+        >>> data = {"input_ids": ids, "attention_mask": np.sign(ids), "labels": ids[:, 0] % 2}
+        >>> trained = oa.train(model, data, loss="cross_entropy")
         >>> trained.epochs[-1].loss < trained.epochs[0].loss
         True
     """
     settings = settings or Settings()
-    model = with_defaults(model)
-    slots, weights = _weights_to_train(model, bottleneck, start_from, settings.seed)
-    step = make_step(model, list(weights), loss=loss, output=output, settings=loss_settings)
-    samples, held_back = _samples(data, validation, labels, step, settings.seed)
-    for part in (samples, held_back):
-        if part is not None and part.size:
-            check_labels(step, part)
-    engine = Engine(step, read_providers(provider))
+    task = prepare(
+        *(as_model(model), data, settings),
+        loss=loss,
+        output=output,
+        labels=labels,
+        loss_settings=loss_settings or {},
+        bottleneck=bottleneck,
+        start_from=None if start_from is None else as_adapter(start_from),
+        validation=validation,
+    )
+    file, progress = _first_progress(task, checkpoint, resume=resume)
+    engine = Engine(task.step, read_providers(provider))
     checks: Sequence[Checked] = ()
-    if check:
-        few = np.arange(min(samples.size, max(8, engine.rows)))
-        checks = check_gradients(engine, weights, samples.take(few), settings.seed)
-    progress = start(weights, settings)
-    for report in fit(engine, progress, samples, held_back, settings):
-        if on_step is not None:
-            on_step(report)
-    adapter = _adapter(name, progress, slots, required_manifest(model))
-    return Trained(adapter, tuple(progress.history), tuple(checks))
+    if check and not resume:
+        batch = task.samples.first(max(_CHECKED, task.step.rows))
+        checks = check_gradients(engine, task.begun, batch, settings.seed)
+    steps = fit(engine, progress, task.samples, task.held_back, settings, task.order)
+    progress, finished, failure = _follow(steps, progress, file, on_step, stop)
+    best = progress.best or progress.current
+    trained = Trained(
+        adapter_of(name, best, task.begun, task.model),
+        progress.history,
+        tuple(checks),
+        finished,
+        task.samples.classes,
+    )
+    if failure is not None:
+        failure.trained = trained if progress.step else None
+        raise failure
+    return trained
 
 
-def _weights_to_train(
-    model: Model, bottleneck: int, begin: Adapter | None, seed: int
-) -> tuple[list[Slot], dict[str, Array]]:
-    """The slots that train, and their weights before the first step, by input."""
-    manifest = required_manifest(model)
-    slots = [slot for slot in owners(manifest.slots) if slot.swappable]
-    if not slots:
-        raise TrainingError(
-            f"the slots of {model.label} are baked, so nothing can be fed to them",
-            hint="insert without --baked, train, and fill the result",
-        )
-    stored = read_weights(model, slots)
-    rng = np.random.default_rng((seed, 2))
-    weights: dict[str, Array] = {}
-    for slot in slots:
-        made: Mapping[str, Array] = fresh_weights(slot, slot.bottleneck or bottleneck, rng)
-        if begin is not None and slot.name in begin.weights:
-            made = begin.weights[slot.name]
-        elif not is_off(stored[slot.name]):
-            made = stored[slot.name]
-        weights |= {weight_name(slot.name, part): value for part, value in made.items()}
-    return slots, weights | _heads(model, manifest, begin)
+def _first_progress(
+    task: Task, checkpoint: str | os.PathLike[str] | None, *, resume: bool
+) -> tuple[ProgressFile | None, Progress]:
+    """The file that keeps how far a training is, and where it begins."""
+    begun = start(task.begun, task.settings.optimiser)
+    if checkpoint is None:
+        if resume:
+            hint = "say which with --checkpoint"
+            raise TrainingError("there is no checkpoint to resume", hint=hint)
+        return None, begun
+    file = ProgressFile(Path(checkpoint), task.identity())
+    if resume:
+        return file, file.load()
+    file.require_new()
+    return file, begun
 
 
-def _heads(model: Model, manifest: Manifest, begin: Adapter | None) -> dict[str, Array]:
-    """The replaceable weights of the base, such as a head, which train as well."""
-    swappable = [weight for weight in manifest.weights if weight.swappable]
-    stored = default_tensors(model.proto, swappable)
-    given = begin.replaced if begin is not None else {}
-    return {
-        name: given[name] if name in given else read_tensor(model, tensor)
-        for name, tensor in stored.items()
-    }
+def _follow(
+    steps: Iterable[tuple[Progress, Report]],
+    progress: Progress,
+    file: ProgressFile | None,
+    on_step: Callable[[Report], None] | None,
+    stop: Callable[[], bool] | None,
+) -> tuple[Progress, bool, TrainingError | None]:
+    """Take the steps of a training, and save how far it is.
 
-
-def _samples(
-    data: DataArgument,
-    validation: float | DataArgument,
-    labels: str,
-    step: StepModel,
-    seed: int,
-) -> tuple[Dataset, Dataset | None]:
-    """The samples to train with, and those to validate with."""
-    samples = read_dataset(data, labels)
-    if isinstance(validation, int | float):
-        if not 0 <= validation < 1:
-            raise TrainingError(
-                f"a validation share of {validation} is not possible", hint="give 0 to 0.99"
-            )
-        return split(samples, float(validation), seed)
-    return samples, read_dataset(validation, labels)
-
-
-def _adapter(
-    name: str, progress: Progress, slots: Sequence[Slot], manifest: Manifest
-) -> Adapter:
-    """The best weights as an adapter, in the slots' element types."""
-    weights = {
-        slot.name: {
-            part: np.ascontiguousarray(
-                progress.best[weight_name(slot.name, part)], DTYPES[slot.dtype]
-            )
-            for part in slot.parts
-        }
-        for slot in slots
-    }
-    heads = [weight.name for weight in manifest.weights if weight.swappable]
-    replaced = {key: progress.best[key] for key in heads}
-    activations = {slot.name: slot.activation for slot in slots}
-    return Adapter(name, weights, replaced, activations, manifest.fingerprint)
+    Returns:
+        The progress, whether it is at its end, and what went wrong before it.
+    """
+    saved = time.monotonic()
+    finished, failure = True, None
+    try:
+        for progress, report in steps:
+            due = report.epoch or report.step == 1 or time.monotonic() - saved > _SAVE_AFTER
+            if file is not None and due:
+                file.save(progress)
+                saved = time.monotonic()
+            if on_step is not None:
+                on_step(report)
+            if stop is not None and stop() and progress.step < report.steps:
+                finished = False
+                break
+    except TrainingError as error:
+        finished, failure = False, error
+    finally:
+        if file is not None and progress.step:
+            file.save(progress)
+    return progress, finished, failure

@@ -14,7 +14,7 @@ from slot_models import run
 import onnx_adapt as oa
 from onnx_adapt.edit.unfuse import unfused_nodes
 from onnx_adapt.errors import SiteRefusedError
-from onnx_adapt.graph.resolve import select_sites
+from onnx_adapt.graph.resolve import find_sites
 
 WRITTEN_OUT = """
 Gelu       | y = com.microsoft.BiasGelu(h, b)                                        | h
@@ -151,7 +151,7 @@ def test_a_glob_leaves_out_the_layers_before_their_bias(
 
 def test_the_table_of_sites_says_why() -> None:
     made = _fused("y = com.microsoft.BiasSoftmax<axis = 2, is_inner_broadcast = 1>(h, b)")
-    (row,) = [site.as_dict() for site in select_sites(made) if site.tensor == "h"]
+    (row,) = [site.as_dict() for site in find_sites(made) if site.tensor == "h"]
     assert "before its bias 'b'" in str(row["refused"])
     assert every(made)["y"].reason is None
 

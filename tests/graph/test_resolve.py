@@ -12,7 +12,7 @@ from sites_models import chosen, meant, model, over, scoped
 import onnx_adapt as oa
 from onnx_adapt import Model, find_sites
 from onnx_adapt.errors import AmbiguousSiteError, SiteNotFoundError, SiteRefusedError
-from onnx_adapt.graph.resolve import resolve, resolve_tensor, select_sites
+from onnx_adapt.graph.resolve import resolve, resolve_tensor
 from onnx_adapt.graph.sites import survey_model
 
 DENSE = """g (float[B,4] x) => (float[B,4] y) {
@@ -352,12 +352,13 @@ def test_any_float_tensor_can_be_named_for_reading_but_no_glob() -> None:
     "pattern tensors",
     """
     part of a node   | layer.0 | a c
-    part of a tensor | d       | a b c d
+    part of a module | ens     | a b c d
+    a whole name     | d       | d
     glob             | /enc/*/dense | a b
     """,
 )
 def test_a_pattern_shows_the_sites_it_is_part_of(pattern: str, tensors: str) -> None:
-    shown = select_sites(model(TREE, "w 4 4"), pattern)
+    shown = find_sites(model(TREE, "w 4 4"), pattern)
     assert [site.tensor for site in shown] == tensors.split()
 
 

@@ -16,7 +16,9 @@ from onnx_adapt import errors
 PACKAGE = Path(onnx_adapt.__file__).parent
 
 FLOORS = (
+    ("spelling",),
     ("errors", "dtypes", "formats", "words"),
+    ("tables",),
     ("model",),
     ("ort", "slot"),
     ("adapter",),
@@ -349,7 +351,7 @@ PUBLIC = [
     *("AdaptError", "AdaptedFolder", "Adapter", "AdapterSession", "Checkpoint", "Model"),
     *("Inspection", "Quantised", "Report", "Site"),
     *("compress", "inspect", "measure_loss", "merge", "quantize", "subtract", "train"),
-    *("Slot", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
+    *("Slot", "add_head", "bake", "blend", "build_adapter", "calibrate", "convert", "extract"),
     *("export", "fill"),
     *(
         "find_sites",

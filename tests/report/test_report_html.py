@@ -257,18 +257,21 @@ def test_the_page_can_be_used_by_keyboard_and_screen_reader(bert: Overview) -> N
     page = Page(render(bert))
     tags = Counter(tag for tag, _ in page.elements)
     assert (tags["h1"], tags["main"], tags["nav"]) == (1, 1, 1)
-    assert tags["details"] == tags["summary"] == len(bert.slots)
+    assert tags["details"] == tags["summary"] == len(bert.slots) + 1  # and what it is of
     assert page.all("html")[0]["lang"] == "en"
     assert page.all("a")[0] == {"class": "skip", "href": "#slots"}
     assert "width=device-width" in page.all("meta")[1]["content"]
     for attrs in page.all("svg"):
-        assert attrs.get("role") == "img" or attrs["aria-hidden"] == "true"
-    for attrs in page.all("svg"):
-        assert attrs.get("aria-label") or attrs.get("aria-hidden")
-    # Dots in plots are no stops: with 200 slots nobody would get past them.
+        named = attrs.get("role") in ("img", "group") and attrs.get("aria-label")
+        assert named or attrs["aria-hidden"] == "true"
+    # The dots of the map are stops; those of the other plots would lead to the same places.
     dots = [a for a in page.all("a") if a["href"].startswith("#slot-")]
-    assert dots
-    assert all(a["tabindex"] == "-1" for a in dots)
+    stops = [a for a in dots if a.get("tabindex") != "-1"]
+    assert [a["href"] for a in stops] == [f"#slot-{n}" for n in range(1, 5)]
+    assert all(a["aria-label"] for a in stops)
+    assert len(dots) > len(stops)
+    labels = {label["for"] for label in page.all("label")}
+    assert {item["id"] for item in page.all("input")} == labels
     assert ":focus-visible" in STYLE.read_text(encoding="utf-8")
 
 
@@ -388,7 +391,10 @@ def test_the_json_has_stable_keys(tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = cli(capsys, "report", *files, "--json")
     data = json.loads(out)
     assert code == 0
-    assert set(data) == {"report", "adapter", "nodes", "layers", "slots", "costs"}
+    assert set(data) == {
+        *("report", "adapter", "nodes", "layers", "slots", "costs", "compared", "about"),
+    }
+    assert set(data["about"]) == {"date", "command", "files", "fingerprint", "inputs"}
     code, out, _ = cli(capsys, "verify", *files, "--json")
     assert data["report"] == json.loads(out)
     keys = {"slot", "depth", "result", "moved", "cost", "before", "after"}
@@ -397,7 +403,7 @@ def test_the_json_has_stable_keys(tmp_path: Path, capsys: Capture) -> None:
     assert set(data["slots"][0]["after"]) == {"boxes", "edges", "hidden"}
     assert set(data["costs"]) == {
         *("slots", "replaced", "base_parameters", "base_flops", "uncounted", "runs"),
-        *("base", "off", "on"),
+        *("base", "off", "on", "noise"),
     }
     assert [layer["width"] for layer in data["layers"]] == [4, 4]
     assert not list(tmp_path.glob("*.html"))
@@ -501,5 +507,5 @@ def test_two_hundred_slots_are_shown() -> None:
         tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
     found = overview(base, oa.insert(base, after="n*"))
     text = render(found)
-    assert len(Page(text).all("details")) == 200
+    assert len(Page(text).all("details")) == 200 + 1  # and what the page is of
     assert len(text) < 200 * 12_000

@@ -12,7 +12,7 @@ from slot_formula import PLAIN
 import onnx_adapt as oa
 from onnx_adapt.adapter.record import write_record
 from onnx_adapt.errors import ManifestError
-from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
+from onnx_adapt.slot.base_changes import Head, ReplaceableWeight, Widened
 from onnx_adapt.slot.manifest import (
     KEY,
     Manifest,
@@ -170,7 +170,7 @@ def test_the_page_of_formats_names_every_part_and_what_rows_have_of_it() -> None
     assert [name for name in (*PARTS, *rows) if f"`{name}`" not in FORMATS] == []
 
 
-@pytest.mark.parametrize("kind", [Slot, ReplaceableWeight, Widened, Manifest])
+@pytest.mark.parametrize("kind", [Slot, ReplaceableWeight, Widened, Head, Manifest])
 def test_the_page_of_formats_names_every_key_of_a_record(kind: type) -> None:
     held = {field.name for field in fields(kind)} - {"extra", "base_extra"}
     assert [name for name in held if f"`{name}`" not in FORMATS] == []

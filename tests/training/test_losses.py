@@ -12,6 +12,7 @@ from slot_models import run
 import onnx_adapt as oa
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
+from onnx_adapt.ort import failures
 from onnx_adapt.training.losses import IGNORED, settings_of
 from onnx_adapt.training.step_model import LABELS, _add_loss
 
@@ -38,6 +39,15 @@ CASES: dict[str, tuple[str, dict[str, Any], Array, float]] = {
     "bce": ("bce", {}, TARGETS, 0.7687007704368437),
     "cosine": ("cosine", {}, TARGETS, 0.6090694668069628),
     "kl": ("kl", {"temperature": 2.0}, TARGETS, 0.6134238724549367),
+    # torch.nn.functional.cross_entropy(ignore_index=1)
+    "another label that does not count": (
+        "cross_entropy",
+        {"ignore_index": 1},
+        np.array([2, 0, 1, 1]),
+        0.29663158022997943,
+    ),
+    # torch.cdist, with the farthest row of the label and the nearest of another
+    "triplet": ("triplet", {"margin": 1.0}, GROUPS, 0.6695122556930706),
     "contrastive": ("contrastive", {"temperature": 0.5}, GROUPS, 0.5708811427962917),
 }
 
@@ -102,6 +112,41 @@ def test_an_unknown_loss_or_setting_is_named() -> None:
     with pytest.raises(TrainingError, match="no setting 'smoothing'") as caught:
         settings_of("cross_entropy", {"smoothing": 0.1})
     assert "label_smoothing" in caught.value.hint
+
+
+SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a text": ("huber", {"delta": "x"}, "a number between 0 and inf"),
+    "zero": ("kl", {"temperature": 0}, "a number between"),
+    "too much": ("cross_entropy", {"label_smoothing": 2}, "between 0 and 1"),
+    "a number for a list": ("cross_entropy", {"class_weights": 3}, "a list of numbers"),
+    "texts": ("cross_entropy", {"class_weights": ["a"]}, "a list of numbers"),
+    "a number for yes": ("cross_entropy", {"shift": 1}, "true or false"),
+    "a fraction": ("cross_entropy", {"ignore_index": 0.5}, "an integer"),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_setting_that_is_not_possible_is_refused(what: str) -> None:
+    loss, settings, hint = SETTINGS[what]
+    with pytest.raises(TrainingError, match="setting") as caught:
+        settings_of(loss, settings)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "contrastive", "triplet"])
+def test_a_batch_in_which_nothing_counts_does_no_harm(loss: str) -> None:
+    labels = np.full(4, IGNORED) if loss == "cross_entropy" else np.arange(4)
+    settings = settings_of(loss, {})
+    model, _ = gradient_model(_model(loss, settings, X.shape), ["x"])
+    found, grad = run(model, {"x": X.astype(np.float32), LABELS: labels})[1:]
+    assert found == 0
+    assert not grad.any()
+
+
+def test_labels_of_another_shape_are_not_repeated() -> None:
+    model = _model("mse", {}, ("n", "k"))  # type: ignore[arg-type]
+    with pytest.raises(failures(), match="Reshape"):
+        run(model, {"x": X.astype(np.float32), LABELS: np.zeros((4, 1), np.float32)})
 
 
 def test_the_reference_evaluates_losses_too() -> None:

@@ -1,9 +1,11 @@
 """Training on the model's file: it learns, it is the same again, and it says what is wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import onnx_adapt as oa
@@ -12,9 +14,11 @@ from onnx_adapt.errors import GradientError, TrainingError
 from onnx_adapt.graph.gradients import table
 from onnx_adapt.graph.gradients.rule import Grads, Step
 from onnx_adapt.graph.gradients.tape import Tape
-from onnx_adapt.training.fit import Settings
 from onnx_adapt.training.gradient_check import worst
 from onnx_adapt.training.optimisers import Optimiser
+from onnx_adapt.training.reading import read_dataset
+from onnx_adapt.training.settings import Settings
+from onnx_adapt.training.teacher import taught
 
 CASE = Path(__file__).parents[1] / "cases/peft_bert_lora_default_ts"
 QUICK = Settings(epochs=30, rate=1e-2, batch_size=16)
@@ -100,6 +104,20 @@ def test_a_wrong_gradient_is_found_before_training(
         oa.train(model, data, loss="cross_entropy", settings=QUICK)
 
 
+def test_a_model_learns_what_a_teacher_says(model: oa.Model, data: dict[str, Array]) -> None:
+    rng = np.random.default_rng(1)
+    (slot,) = oa.list_slots(model)
+    parts = {"down": (slot.width, 4), "up": (4, slot.width)}
+    adapter = {part: rng.standard_normal(shape) for part, shape in parts.items()}
+    teacher = oa.fill(model, oa.make_adapter(model, "teacher", {slot.name: adapter}))
+    samples = taught(read_dataset(_without(data, "labels"), ""), teacher)
+    settings = replace(QUICK, epochs=40)
+    trained = oa.train(model, samples, loss="kl", settings=settings, validation=0)
+    assert trained.epochs[-1].loss < 0.1 * trained.epochs[0].loss
+    with pytest.raises(TrainingError, match="no 'attention_mask', which the teacher"):
+        taught(read_dataset({"input_ids": data["input_ids"]}, ""), teacher)
+
+
 def _without(data: dict[str, Array], name: str) -> dict[str, Array]:
     return {key: value for key, value in data.items() if key != name}
 
@@ -109,8 +127,12 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "fewer labels": (lambda d: {**d, "labels": d["labels"][:5]}, {}, "has 64 samples"),
     "no samples": (lambda d: {**d, "labels": d["labels"][:0]}, {}, "no samples"),
     "texts": (lambda d: {**d, "input_ids": np.array(["a"] * 64)}, {}, "not numbers"),
-    "a class too many": (lambda d: {**d, "labels": d["labels"] + 2}, {}, "classes 0 to 2"),
-    "labels of another shape": (lambda d: d, {"loss": "mse"}, "this loss takes 2"),
+    "a class too many": (
+        lambda d: {**d, "labels": d["labels"] + 2},
+        {},
+        "has the label 3, and .* classes 0 to 2",
+    ),
+    "labels of another shape": (lambda d: d, {"loss": "mse"}, "this loss takes .samples, 3"),
     "an unknown loss": (lambda d: d, {"loss": "hinge"}, "unknown loss"),
     "an unknown output": (lambda d: d, {"output": "scores"}, "no output 'scores'"),
     "an unknown optimiser": (
@@ -150,10 +172,65 @@ def test_a_model_without_slots_or_with_baked_ones_is_refused(data: dict[str, Arr
         oa.train(baked, data, loss="cross_entropy")
 
 
-def test_a_batch_with_nan_is_named(data: dict[str, Array]) -> None:
+def test_samples_of_several_lengths_train(model: oa.Model) -> None:
+    rng = np.random.default_rng(0)
+    feeds = []
+    for length in (6, 5, 6, 4):
+        ids = rng.integers(1, 60, (12, length))
+        feeds.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        feeds[-1]["labels"] = ids[:, 0] % 2
+    settings = replace(QUICK, epochs=20, batch_size=8, metric="accuracy")
+    trained = oa.train(model, iter(feeds), loss="cross_entropy", settings=settings)
+    assert trained.epochs[-1].loss < 0.7 * trained.epochs[0].loss
+    assert trained.epochs[-1].score is not None
+
+
+def test_further_inputs_are_left_out_and_missing_ones_named(
+    model: oa.Model, data: dict[str, Array], caplog: pytest.LogCaptureFixture
+) -> None:
+    short = Settings(epochs=1)
+    given = {**data, "comment": np.zeros(64)}
+    oa.train(model, given, loss="cross_entropy", settings=short, check=False)
+    assert "left out comment of the data" in caplog.text
+    with pytest.raises(TrainingError, match="no 'attention_mask', which"):
+        oa.train(model, _without(data, "attention_mask"), loss="cross_entropy")
+    with pytest.raises(TrainingError, match="'input_ids' of the data holds fractions"):
+        oa.train(model, {**data, "input_ids": data["input_ids"] + 0.5}, loss="cross_entropy")
+
+
+def test_an_exported_model_trains_as_the_one_it_was_exported_from(
+    model: oa.Model, data: dict[str, Array]
+) -> None:
+    short = Settings(epochs=1)
+    exported, _ = oa.export(model)
+    one, two = (
+        oa.train(m, data, loss="cross_entropy", settings=short, check=False).adapter
+        for m in (model, exported)
+    )
+    for name, value in one.feeds().items():
+        np.testing.assert_array_equal(value, two.feeds()[name])
+
+
+def test_an_output_that_does_not_depend_on_a_slot_is_refused() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n,4] x) => (float[n,4] y, float[n,4] z)
+      <float[4,4] w = {1,0,0,0,0,1,0,0,0,0,1,0,0,0,0,1}> {
+      [first] y = MatMul(x, w)  [second] z = MatMul(x, w) }"""
+    model = oa.insert(oa.Model(onnx.parser.parse_model(text)), after=["first", "second"])
+    data = {"x": np.zeros((4, 4), np.float32), "labels": np.zeros((4, 4), np.float32)}
+    with pytest.raises(GradientError, match=r"does not depend on 'adapter\.second\.down'"):
+        oa.train(model, data, loss="mse", output="y")
+
+
+def test_a_sample_with_nan_is_named(data: dict[str, Array]) -> None:
     model = oa.insert(
         oa.open_model(CASE / "base.onnx"), after="bert.encoder.layer.1.output.dense"
     )
-    labels = np.full((64, 3), np.nan, np.float32)
-    with pytest.raises(TrainingError, match="the loss of a batch"):
-        oa.train(model, {**data, "labels": labels}, loss="mse")
+    labels = np.zeros((64, 3), np.float32)
+    labels[17] = np.nan
+    message = "'labels' of sample 17 of the data holds NaN"
+    with pytest.raises(TrainingError, match=message) as caught:
+        oa.train(model, {**data, "labels": labels}, loss="mse", check=False, validation=0)
+    # It may be in any step; what was trained until then is given.
+    first = "step 1:" in str(caught.value)
+    assert (caught.value.trained is None) == first

@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import LowRank, Reweight
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import CheckpointError
+from onnx_adapt.errors import CheckpointError, reason
 
 _ROUNDING = 2.0**-36
 """What is this small beside the weight is rounding: float64 keeps 52 bits of each number, the
@@ -58,7 +58,7 @@ def change_of(edit: Reweight, weight: Array, bias: Array | None) -> Change:
     except (ValueError, IndexError) as error:  # LinAlgError is a ValueError
         raise CheckpointError(
             f"module {edit.module!r}: the adapter does not fit the base's weight "
-            f"{list(weight.shape)}, or is damaged: {error}",
+            f"{list(weight.shape)}, or is damaged: {reason(error)}",
             hint="is it an adapter for another size of this model?",
         ) from error
     outputs = None if trained_bias is None else trained_bias.shape

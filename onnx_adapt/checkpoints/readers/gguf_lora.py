@@ -19,7 +19,7 @@ from onnx_adapt.checkpoints.readers.head_rows import count_heads, halves_of_pair
 from onnx_adapt.checkpoints.readers.optional import optional_library
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import CheckpointError
+from onnx_adapt.errors import CheckpointError, reason
 
 _BASE = "base"
 _ENDINGS = {".weight.lora_a": "lora_a", ".weight.lora_b": "lora_b"}
@@ -120,7 +120,7 @@ def read_gguf(files: Files) -> Saved:
         tensors = {name: _dequantised(library, data, place) for name, place in places.items()}
     except (ValueError, LookupError, TypeError, OSError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{path} is a damaged GGUF file: {error}", hint="convert the adapter again"
+            f"{path} is a damaged GGUF file: {reason(error)}", hint="convert the adapter again"
         ) from error
     if settings.get("general.type") != "adapter" or settings.get("adapter.type") != "lora":
         raise CheckpointError(

@@ -15,7 +15,7 @@ from onnx_adapt.checkpoints.readers.files import CONFIG, Files
 from onnx_adapt.checkpoints.readers.optional import optional_library
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.dtypes import DTYPES, Array
-from onnx_adapt.errors import CheckpointError
+from onnx_adapt.errors import CheckpointError, reason
 
 _A, _B = "lora_kernel_a", "lora_kernel_b"
 _EXPANSION = 64
@@ -57,7 +57,8 @@ def read_keras_hub(files: Files) -> Saved:
                         tensors[f"{layer}.{part}"] = _values(h5py, file[key], largest)
     except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is a damaged file of LoRA: {error}", hint="save it again with Keras"
+            f"{path} is a damaged file of LoRA: {reason(error)}",
+            hint="save it again with Keras",
         ) from error
     return Saved(files.path, "keras_hub", files.config(), tensors)
 

@@ -18,7 +18,7 @@ from onnx_adapt.checkpoints.readers.pickles import read_pickled_tensors
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
 from onnx_adapt.checkpoints.readers.yaml_files import read_yaml
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import CheckpointError
+from onnx_adapt.errors import CheckpointError, reason
 
 _CONFIG, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _EXPANSION = 64
@@ -80,7 +80,7 @@ def _unpacked(path: Path) -> dict[str, bytes]:
                     found[name] = stream.read() if stream else b""
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(
-            f"{path} is a damaged .nemo file: {error}", hint="copy it again"
+            f"{path} is a damaged .nemo file: {reason(error)}", hint="copy it again"
         ) from error
     return found
 

@@ -80,7 +80,7 @@ def read_state_dict(path: Path) -> dict[str, Array]:
     except CheckpointError as error:
         raise no_weights(path, start, error) from error
     except AdapterError as error:
-        damaged = CheckpointError(f"cannot read {path}: {error}")
+        damaged = CheckpointError(f"cannot read {path}: {error.message}")
         raise no_weights(path, start, damaged) from error
 
 

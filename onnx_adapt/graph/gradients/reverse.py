@@ -86,21 +86,34 @@ def find_way(view: GraphView, loss: str, weights: Sequence[str]) -> Way:
     Raises:
         GradientError: If the loss does not depend on one of the weights.
     """
-    needed = _ancestors(view, loss)
-    changing = set(weights)
-    nodes = []
-    for node in needed:
-        if node.op_type in FLAT or changing.isdisjoint((*node.input, *walk.captured(node))):
-            continue
-        nodes.append(node)
-        changing.update(name for name in node.output if name)
-    read = {name for node in nodes for name in (*node.input, *walk.captured(node))}
-    if idle := [weight for weight in weights if weight not in read]:
+    way = _way(view, loss, weights)
+    if idle := [weight for weight in weights if weight not in _read(way.nodes)]:
         raise GradientError(
             f"{loss!r} does not depend on {idle[0]!r}, so it cannot be trained with it",
             hint="train only the slots that the output depends on",
         )
+    return way
+
+
+def weights_on_way(view: GraphView, loss: str, weights: Sequence[str]) -> list[str]:
+    """The weights that a loss depends on."""
+    read = _read(_way(view, loss, weights).nodes)
+    return [weight for weight in weights if weight in read]
+
+
+def _way(view: GraphView, loss: str, weights: Sequence[str]) -> Way:
+    changing = set(weights)
+    nodes = []
+    for node in _ancestors(view, loss):
+        if node.op_type in FLAT or changing.isdisjoint((*node.input, *walk.captured(node))):
+            continue
+        nodes.append(node)
+        changing.update(name for name in node.output if name)
     return Way(tuple(nodes), frozenset(changing))
+
+
+def _read(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    return {name for node in nodes for name in (*node.input, *walk.captured(node))}
 
 
 def _ancestors(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
