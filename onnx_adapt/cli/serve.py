@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnx_adapt.cli.outputs import say
-from onnx_adapt.errors import UnprovableError
+from onnx_adapt.errors import RequestError, UnprovableError
 
 if TYPE_CHECKING:
     from onnx_adapt.serve.settings import Settings
@@ -38,6 +39,11 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     "--grpc-port",
     type=click.IntRange(1, 65535),
     help="The port to take gRPC calls on as well; not on Ray.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(),
+    help="A file with the bearer token that clients must send; HTTP only, not on Ray.",
 )
 @click.option(
     "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
@@ -126,7 +132,13 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="On Ray: the port for metrics in the format of Prometheus.",
 )
 def command(
-    model: str, host: str, port: int, grpc_port: int | None, grace: float, **options: Any
+    model: str,
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    token_file: str | None,
+    grace: float,
+    **options: Any,
 ) -> None:
     """Serve MODEL and a folder of adapters over HTTP.
 
@@ -150,14 +162,17 @@ def command(
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
-        if grpc_port or embed:
-            name = "--grpc-port" if grpc_port else "--embed"
+        alone = {"--grpc-port": grpc_port, "--embed": embed, "--token-file": token_file}
+        for name in filter(alone.get, alone):
             raise click.UsageError(f"{name} is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    _serve_here(read_settings(options), host, port, grpc_port, grace, embed)
+    if token_file and grpc_port:
+        raise click.UsageError("--token-file does not guard gRPC: leave --grpc-port out")
+    token = _token(token_file) if token_file else ""
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, token)
 
 
 def _embed(
@@ -179,6 +194,7 @@ def _serve_here(
     grpc_port: int | None,
     grace: float,
     embed: tuple[str, str, bool] | None,
+    token: str,
 ) -> None:
     try:
         from onnx_adapt.serve.one_process import Embed, listen, serve_here
@@ -196,7 +212,25 @@ def _serve_here(
             lambda: _say_serving(f"http://{own}:{found}"),
             f"{own}:{grpc_port}" if grpc_port else "",
             Embed(*embed) if embed else None,
+            token,
         )
+
+
+def _token(path: str) -> str:
+    """The one line of a file that is not for everybody.
+
+    Raises:
+        RequestError: If the file is not there, or holds no token.
+    """
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from error
+    if len(token) < 16 or len(token.split()) != 1:
+        raise RequestError(
+            f"{path} holds no token", hint="one line of 16 characters or more, without spaces"
+        )
+    return token
 
 
 def _serve_on_ray(

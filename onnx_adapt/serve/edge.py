@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Callable
 
 from starlette.responses import JSONResponse
@@ -10,7 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onnx_adapt.serve.gateway import Gateway
 
-_ALWAYS = ("/v2/health/live", "/v2/health/ready", "/metrics")
+_PROBES = ("/v2/health/live", "/v2/health/ready")
+"""What needs no token: whoever watches the server has none."""
+
+_ALWAYS = (*_PROBES, "/metrics")
 """What is answered while the server stops, or has too much to do."""
 
 _MOST = 1000
@@ -23,14 +27,21 @@ class Edge:
     Args:
         app: What answers requests.
         gateway_of: The gateway of this process.
+        token: What clients must send as `Authorization: Bearer TOKEN`, or '' for nothing.
     """
 
-    def __init__(self, app: ASGIApp, gateway_of: Callable[[], Gateway]) -> None:
+    def __init__(
+        self, app: ASGIApp, gateway_of: Callable[[], Gateway], token: str = ""
+    ) -> None:
         self._app = app
         self._gateway_of = gateway_of
+        self._bearer = f"Bearer {token}".encode() if token else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        if self._bearer and scope["path"] not in _PROBES and not self._knows(scope):
+            await _UNKNOWN(scope, receive, send)
+            return
         if scope["type"] != "http" or scope["path"] in _ALWAYS:
             await self._app(scope, receive, send)
             return
@@ -45,6 +56,15 @@ class Edge:
                 await self._app(scope, receive, _closing(send, gateway))
             finally:
                 gateway.under_way -= 1
+
+    def _knows(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._bearer)
+
+
+_UNKNOWN = JSONResponse(
+    {"error": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"}
+)
 
 
 def _unavailable(why: str, seconds: int) -> JSONResponse:

@@ -44,12 +44,13 @@ _SMALL = 1 << 16
 """Bytes that are read or written faster than a thread can be asked to."""
 
 
-def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
+def api(gateway_of: Callable[[], Gateway], *more: Route, token: str = "") -> Starlette:
     """The routes of the protocol, and more, answered by the gateway of this process.
 
     Args:
         gateway_of: Finds that gateway.
         more: What else is answered.
+        token: What clients must have, or '' for nothing.
     """
     model = "/v2/models/{model}"
     routes = [
@@ -76,7 +77,7 @@ def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
         HTTPException: _unknown,
         Exception: _failed,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of)
+    edge = Middleware(Edge, gateway_of=gateway_of, token=token)
     app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
     app.state.gateway_of = gateway_of
     return app

@@ -54,6 +54,7 @@ def serve_here(
     started: Callable[[], None],
     grpc_address: str = "",
     embed: Embed | None = None,
+    token: str = "",
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -64,6 +65,7 @@ def serve_here(
         started: Called once requests are answered.
         grpc_address: `host:port` to take gRPC calls on, or '' for none.
         embed: How `/v1/embeddings` makes vectors, or None for no such path.
+        token: What clients must have, or '' for nothing.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
@@ -81,7 +83,7 @@ def serve_here(
         routes = [metrics_route(metrics)]
         if embed is not None:
             routes += _embedding(embed, replica, gateway)
-        app = api(lambda: gateway, *routes)
+        app = api(lambda: gateway, *routes, token=token)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off"
         )
