@@ -40,6 +40,9 @@ _TRITON = {"BYTES": "STRING"}
 _CODINGS: dict[str, Any] = {"identity": None, "gzip": 31, "deflate": 15}
 """How bodies may be compressed, with what zlib calls it."""
 
+_DRAINED = 8
+"""How many times too large a body may be that is read, and forgotten, before it is refused."""
+
 _SMALL = 1 << 16
 """Bytes that are read or written faster than a thread can be asked to."""
 
@@ -259,15 +262,18 @@ async def _body(request: Request) -> bytes:
             status=415,
         )
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > most:
+    said = int(length[:20]) if length.isdecimal() else 0
+    if said > _DRAINED * most:
         raise too_large
 
     async def read() -> bytes:
         body = bytearray()
         async for chunk in request.stream():
-            body += chunk
+            body += b"" if said > most else chunk
             if len(body) > most:
                 raise too_large
+        if said > most:  # its client, which sends all before it reads, can read now
+            raise too_large
         return bytes(body)
 
     try:
