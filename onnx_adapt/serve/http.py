@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from starlette.routing import Route
 
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError
+from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.edge import Edge
 from onnx_adapt.serve.gateway import Gateway, Total, label, status_of
@@ -36,12 +36,6 @@ _ROUTED_BY = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
 
 _TRITON = {"BYTES": "STRING"}
 """The one element type that Triton's configurations call otherwise."""
-
-_CODINGS: dict[str, Any] = {"identity": None, "gzip": 31, "deflate": 15}
-"""How bodies may be compressed, with what zlib calls it."""
-
-_DRAINED = 8
-"""How many times too large a body may be that is read, and forgotten, before it is refused."""
 
 _SMALL = 1 << 16
 """Bytes that are read or written faster than a thread can be asked to."""
@@ -181,7 +175,7 @@ async def _infer(request: Request) -> Response:
 
 async def _run(request: Request, gateway: Gateway) -> Response:
     name, version = _named(request)
-    body = await _body(request)
+    body = await read_body(request, _gateway(request).settings)
     asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
     header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
     blend = read_choice(name, gateway.base, asked.adapter, header)
@@ -203,7 +197,7 @@ async def _aside(size: int, action: Callable[..., _T], *arguments: Any) -> _T:
 
 
 async def _index(request: Request) -> Response:
-    body = await _body(request)
+    body = await read_body(request, _gateway(request).settings)
     wanted = read_json(body).get("ready", False) if body.strip() else False
     gateway = _gateway(request)
     await gateway.refresh()
@@ -222,7 +216,7 @@ async def _unload(request: Request) -> Response:
 
 async def _change(request: Request, action: Callable[[str], Awaitable[None]]) -> Response:
     """Load or unload; weights and configurations are not taken over HTTP."""
-    body = await _body(request)
+    body = await read_body(request, _gateway(request).settings)
     parameters = read_json(body).get("parameters", {}) if body.strip() else {}
     if not isinstance(parameters, dict) or parameters.keys() - {"unload_dependents"}:
         raise RequestError(
@@ -239,66 +233,6 @@ def _named(request: Request) -> tuple[str, str]:
     """The model that the path names, and the version of it that is served."""
     name = request.path_params["model"]
     return name, _gateway(request).named(name, request.path_params.get("version", ""))
-
-
-async def _body(request: Request) -> bytes:
-    """The body, if it is not too large and comes in time.
-
-    Raises:
-        RequestError: If it is, or does not.
-    """
-    settings = _gateway(request).settings
-    most = int(settings.max_body_mb * 1e6)
-    too_large = RequestError(
-        f"the body has more than {settings.max_body_mb:g} MB",
-        hint="send less at once, or raise --max-body-mb",
-        status=413,
-    )
-    coding = request.headers.get("content-encoding", "identity")
-    if coding not in _CODINGS:
-        raise RequestError(
-            f"content-encoding {coding!r:.50} is not taken",
-            hint=f"one of {', '.join(_CODINGS)}",
-            status=415,
-        )
-    length = request.headers.get("content-length", "")
-    said = int(length[:20]) if length.isdecimal() else 0
-    if said > _DRAINED * most:
-        raise too_large
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += b"" if said > most else chunk
-            if len(body) > most:
-                raise too_large
-        if said > most:  # its client, which sends all before it reads, can read now
-            raise too_large
-        return bytes(body)
-
-    try:
-        body = await asyncio.wait_for(read(), settings.timeout_s)
-    except asyncio.TimeoutError as error:
-        raise RequestError(
-            f"the body did not come within {settings.timeout_s:g} s", status=408
-        ) from error
-    if _CODINGS[coding] is None:
-        return body
-    return await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
-
-
-def _inflated(body: bytes, bits: int, most: int, too_large: RequestError) -> bytes:
-    """A compressed body, of which no more is unpacked than may have come."""
-    unpacker = zlib.decompressobj(bits)
-    try:
-        found = unpacker.decompress(body, most + 1)
-    except zlib.error as error:
-        raise RequestError(f"the body cannot be unpacked: {error}") from error
-    if len(found) > most:
-        raise too_large
-    if not unpacker.eof:
-        raise RequestError("the compressed body ends too early")
-    return found
 
 
 def _described(spec: Spec) -> dict[str, Any]:
@@ -338,7 +272,10 @@ def openai_routes(
 
     async def embeddings(request: Request) -> Response:
         try:
-            found, status = await embed(read_json(await _body(request))), 200
+            found, status = (
+                await embed(read_json(await read_body(request, _gateway(request).settings))),
+                200,
+            )
         except AdaptError as error:
             found, status = error_of(error)
         return JSONResponse(found, status)

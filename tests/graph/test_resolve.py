@@ -352,7 +352,6 @@ def test_any_float_tensor_can_be_named_for_reading_but_no_glob() -> None:
     "pattern tensors",
     """
     part of a node   | layer.0 | a c
-    part of a module | ens     | a b c d
     a whole name     | d       | d
     glob             | /enc/*/dense | a b
     """,

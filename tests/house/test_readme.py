@@ -1,5 +1,6 @@
 """The code on every page runs, and the commands do what they say."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -67,6 +68,13 @@ def test_the_python_reference_has_every_public_name() -> None:
     text = _read("docs/reference/api.md")
     named = {line.rpartition(".")[2] for line in text.splitlines() if line[:4] == "::: "}
     assert set(onnx_adapt.__all__) - {"AdaptError"} <= named
+
+
+def test_the_python_reference_names_what_is_there() -> None:
+    for line in _read("docs/reference/api.md").splitlines():
+        if line.startswith("::: ") and line != "::: onnx_adapt.errors":
+            home, _, name = line.removeprefix("::: ").rpartition(".")
+            assert hasattr(importlib.import_module(home), name), line
 
 
 def test_the_readme_gives_the_base_back(folder: Path) -> None:

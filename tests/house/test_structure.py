@@ -58,7 +58,7 @@ DOORS = {
     "fsspec": {"serve/repository"},
     "grpc": {"serve/grpc_server"},
     "ray": {"serve/ray_app", "serve/ray_metrics", "serve/ray_running"},
-    "starlette": {"serve/edge", "serve/http"},
+    "starlette": {"serve/bodies", "serve/edge", "serve/http"},
     "tokenizers": {"serve/embeddings"},
     "uvicorn": {"serve/one_process"},
     "prometheus_client": {"serve/metrics"},

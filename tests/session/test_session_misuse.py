@@ -16,7 +16,13 @@ from session_adapters import BASE, DE, FR, X, adapted_file, adapter, close
 from waiting import LONG
 
 import onnx_adapt as oa
-from onnx_adapt.errors import AdapterError, AdapterNotFoundError, RunError, SlotError
+from onnx_adapt.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdaptError,
+    RunError,
+    SlotError,
+)
 from onnx_adapt.session import cache as adapter_cache
 
 
@@ -275,8 +281,8 @@ def test_a_limit_that_is_no_number_is_refused(limits: dict[str, Any], model: Pat
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    for odd in (b"bytes", adapted().proto, None):
-        with pytest.raises(RunError, match="is no model"):
+    for odd in (b"bytes", 3, None):
+        with pytest.raises(AdaptError, match="is no model"):
             oa.AdapterSession(odd)  # type: ignore[arg-type]
 
 
