@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnx_adapt.cli.outputs import say
-from onnx_adapt.errors import RequestError, UnprovableError
+from onnx_adapt.errors import UnprovableError
 
 if TYPE_CHECKING:
+    from onnx_adapt.serve.access import Access
     from onnx_adapt.serve.settings import Settings
 
+_ACCESS = ("token_file", "ssl_certfile", "ssl_keyfile")
 _EMBED = ("embed", "tokenizer", "pooling", "normalize")
 _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 """The options that mean nothing to a server of one process."""
@@ -42,9 +43,13 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 )
 @click.option(
     "--token-file",
-    type=click.Path(),
-    help="A file with the bearer token that clients must send; HTTP only, not on Ray.",
+    default="",
+    help="A file with the bearer token that clients must send; not on Ray.",
 )
+@click.option(
+    "--ssl-certfile", default="", help="A file with certificates, for TLS; not on Ray."
+)
+@click.option("--ssl-keyfile", default="", help="A file with their private key.")
 @click.option(
     "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
 )
@@ -136,7 +141,6 @@ def command(
     host: str,
     port: int,
     grpc_port: int | None,
-    token_file: str | None,
     grace: float,
     **options: Any,
 ) -> None:
@@ -151,9 +155,11 @@ def command(
       curl localhost:8000/v2/models/fr
     """
     from onnx_adapt.ort import read_providers
+    from onnx_adapt.serve.access import read_access
     from onnx_adapt.serve.settings import read_settings
 
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
+    access = [options.pop(name) for name in _ACCESS]
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
     on_ray = {name: value for name, value in on_ray.items() if value is not None}
     options["model"] = os.path.abspath(model)
@@ -162,17 +168,16 @@ def command(
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
-        alone = {"--grpc-port": grpc_port, "--embed": embed, "--token-file": token_file}
+        alone = {"--grpc-port": grpc_port, "--embed": embed}
+        alone |= {f"--{n.replace('_', '-')}": a for n, a in zip(_ACCESS, access, strict=True)}
         for name in filter(alone.get, alone):
             raise click.UsageError(f"{name} is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    if token_file and grpc_port:
-        raise click.UsageError("--token-file does not guard gRPC: leave --grpc-port out")
-    token = _token(token_file) if token_file else ""
-    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, token)
+    found = read_access(*access)
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, found)
 
 
 def _embed(
@@ -194,7 +199,7 @@ def _serve_here(
     grpc_port: int | None,
     grace: float,
     embed: tuple[str, str, bool] | None,
-    token: str,
+    access: Access,
 ) -> None:
     try:
         from onnx_adapt.serve.one_process import Embed, listen, serve_here
@@ -202,6 +207,7 @@ def _serve_here(
         raise UnprovableError(
             f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve]'"
         ) from error
+    scheme = "https" if access.certificate else "http"
     with listen(host, port) as listening:
         found = listening.getsockname()[1]
         own = f"[{host}]" if ":" in host else host
@@ -209,28 +215,11 @@ def _serve_here(
             settings,
             listening,
             grace,
-            lambda: _say_serving(f"http://{own}:{found}"),
+            lambda: _say_serving(f"{scheme}://{own}:{found}"),
             f"{own}:{grpc_port}" if grpc_port else "",
             Embed(*embed) if embed else None,
-            token,
+            access,
         )
-
-
-def _token(path: str) -> str:
-    """The one line of a file that is not for everybody.
-
-    Raises:
-        RequestError: If the file is not there, or holds no token.
-    """
-    try:
-        token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from error
-    if len(token) < 16 or len(token.split()) != 1:
-        raise RequestError(
-            f"{path} holds no token", hint="one line of 16 characters or more, without spaces"
-        )
-    return token
 
 
 def _serve_on_ray(

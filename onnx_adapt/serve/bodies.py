@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -20,13 +22,49 @@ _READ_TO_THE_END = 4
 Who is still sending does not read an answer, and would find the connection closed.
 """
 
+_MOST_AT_A_TIME = 8
+"""The bodies of all requests under way have at most this many times what one may have."""
+
+
+class Bodies:
+    """The memory that the bodies of requests under way have.
+
+    Args:
+        settings: What was said about the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._left = _MOST_AT_A_TIME * int(settings.max_body_mb * 1e6)
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What a request calls with the bytes that it needs, for as long as the block lasts.
+
+        Raises:
+            RequestError: That call, if there are not so many left.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._left:
+                raise RequestError("too many bodies at a time", hint="try later", status=503)
+            self._left -= size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
 
 async def read_body(request: Request, settings: Settings) -> bytes:
-    """The body, if it is not too large and comes in time.
+    """The body, if it is not too large, comes in time, and there is memory for it.
 
     Raises:
-        RequestError: If it is, or does not.
+        RequestError: If it is, or does not, or there is not.
     """
+    take: Callable[[int], None] = request.scope["take"]
     most = int(settings.max_body_mb * 1e6)
     too_large = RequestError(
         f"the body has more than {settings.max_body_mb:g} MB",
@@ -52,7 +90,9 @@ async def read_body(request: Request, settings: Settings) -> bytes:
             seen += len(chunk)
             if seen > readable:
                 raise too_large
-            body += chunk if seen <= most else b""
+            if seen <= most:
+                take(len(chunk))
+                body += chunk
         if seen > most:
             raise too_large
         return bytes(body)
@@ -65,7 +105,9 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         ) from error
     if _CODINGS[coding] is None:
         return body
-    return await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
+    found = await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
+    take(len(found))
+    return found
 
 
 def _inflated(body: bytes, bits: int, most: int, too_large: RequestError) -> bytes:

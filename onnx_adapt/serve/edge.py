@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.gateway import Gateway
 
 _PROBES = ("/v2/health/live", "/v2/health/ready")
@@ -27,22 +27,23 @@ class Edge:
     Args:
         app: What answers requests.
         gateway_of: The gateway of this process.
-        token: What clients must send as `Authorization: Bearer TOKEN`, or '' for nothing.
+        access: Who may use the server.
     """
 
     def __init__(
-        self, app: ASGIApp, gateway_of: Callable[[], Gateway], token: str = ""
+        self, app: ASGIApp, gateway_of: Callable[[], Gateway], access: Access
     ) -> None:
         self._app = app
         self._gateway_of = gateway_of
-        self._bearer = f"Bearer {token}".encode() if token else b""
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if self._bearer and scope["path"] not in _PROBES and not self._knows(scope):
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] not in _PROBES and not self._access.allows(given):
             await _UNKNOWN(scope, receive, send)
             return
-        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+        if scope["path"] in _ALWAYS:
             await self._app(scope, receive, send)
             return
         gateway = self._gateway_of()
@@ -53,13 +54,10 @@ class Edge:
         else:
             gateway.under_way += 1
             try:
-                await self._app(scope, receive, _closing(send, gateway))
+                with gateway.bodies.share() as scope["take"]:
+                    await self._app(scope, receive, _closing(send, gateway))
             finally:
                 gateway.under_way -= 1
-
-    def _knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._bearer)
 
 
 _UNKNOWN = JSONResponse(

@@ -16,6 +16,8 @@ from typing import Any
 import uvicorn
 
 from onnx_adapt.errors import RunError, UnprovableError
+from onnx_adapt.serve.access import ANYBODY, Access
+from onnx_adapt.serve.connections import limited, most_connections
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News
@@ -54,7 +56,7 @@ def serve_here(
     started: Callable[[], None],
     grpc_address: str = "",
     embed: Embed | None = None,
-    token: str = "",
+    access: Access = ANYBODY,
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -65,7 +67,7 @@ def serve_here(
         started: Called once requests are answered.
         grpc_address: `host:port` to take gRPC calls on, or '' for none.
         embed: How `/v1/embeddings` makes vectors, or None for no such path.
-        token: What clients must have, or '' for nothing.
+        access: Who may use the server, and whether by TLS.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
@@ -83,12 +85,23 @@ def serve_here(
         routes = [metrics_route(metrics)]
         if embed is not None:
             routes += _embedding(embed, replica, gateway)
-        app = api(lambda: gateway, *routes, token=token)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="off"
-        )
+        app = api(lambda: gateway, *routes, access=access)
         with _watched(repository, settings.poll_s, gateway):
-            _Server(config, gateway, grace_s, started, grpc_address).run([listening])
+            config = _config(app, settings, access)
+            _Server(config, gateway, grace_s, started, grpc_address, access).run([listening])
+
+
+def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ssl_certfile=access.certificate or None,
+        ssl_keyfile=access.key or None,
+        **limited(settings.timeout_s, most_connections()),
+    )
 
 
 def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
@@ -131,8 +144,10 @@ class _Server(uvicorn.Server):
         grace_s: float,
         started: Callable[[], None],
         grpc_address: str,
+        access: Access,
     ) -> None:
         super().__init__(config)
+        self._access = access
         self._grpc_address = grpc_address
         self._grpc: Any = None
         self._gateway = gateway
@@ -144,7 +159,7 @@ class _Server(uvicorn.Server):
         await self._gateway.start()
         self._loop = asyncio.get_running_loop()
         if self._grpc_address:
-            self._grpc = grpc_server(self._gateway, self._grpc_address)
+            self._grpc = grpc_server(self._gateway, self._grpc_address, self._access)
             await self._grpc.start()
         await super().startup(sockets)
         self._told()

@@ -88,26 +88,3 @@ def test_folders_of_copies_that_are_in_use_are_left_alone(
     one.close()
     other.close()
     assert [item.name for item in tmp_path.iterdir()] == ["onnx-adapt-copies-strange"]
-
-
-def test_a_token_is_needed_for_all_but_the_probes(folder: Path, tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef\n", encoding="ascii")
-    with started(folder, "--token-file", str(token)) as running:
-
-        def status(path: str, bearer: str = "") -> int:
-            headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-            url = f"http://{running.address}{path}"
-            try:
-                with urllib.request.urlopen(
-                    urllib.request.Request(url, None, headers), timeout=LONG
-                ) as response:
-                    return response.status
-            except urllib.error.HTTPError as error:
-                with error:
-                    return error.code
-
-        assert status("/v2/health/ready") == 200
-        assert status("/v2/models/fr") == status("/metrics") == 401
-        assert status("/v2/models/fr", "0123456789abcdeg") == 401
-        assert status("/v2/models/fr", "0123456789abcdef") == 200
