@@ -16,7 +16,7 @@ from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
 from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.places import owners, refuse_stacking
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def insert_checkpoint(
-    model: ModelLike, checkpoint: Checkpoint, *, baked: bool = False, batched: bool = False
+    model: ModelLike,
+    checkpoint: Checkpoint,
+    *,
+    baked: bool = False,
+    batched: bool = False,
+    stack: bool = False,
 ) -> Model:
     """Insert the slots that a trained checkpoint needs.
 
@@ -37,8 +42,10 @@ def insert_checkpoint(
         checkpoint: What `load_checkpoint` returned.
         baked: Put the trained weights into the model as constants.
         batched: Let one run give each row of a batch another adapter.
+        stack: Insert behind slots that are at a place already.
 
     Raises:
+        SiteRefusedError: If a place has a slot; `convert` makes another adapter for that.
         SlotError: If the checkpoint was loaded for another model, the slots cannot be
             batched, or the weights to bake in pass 2 GB.
 
@@ -63,6 +70,8 @@ def insert_checkpoint(
         )
     if baked:
         _refuse_large(checkpoint.adapter)
+    if not stack:
+        refuse_stacking(known.slots, checkpoint.slots)
     result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots, known.unfused)
     known = replace(known, unfused=unfused)
     adapter = checkpoint.adapter

@@ -1,12 +1,17 @@
 """The code on every page runs, and the commands do what they say."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import click
 import pytest
 from pages import blocks, commands, link_files, run_command, run_python
 
 import onnx_adapt
+import onnx_adapt as oa
+from onnx_adapt.cli import cli, main
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +72,56 @@ def test_the_python_reference_has_every_public_name() -> None:
     text = _read("docs/reference/api.md")
     named = {line.rpartition(".")[2] for line in text.splitlines() if line[:4] == "::: "}
     assert set(onnx_adapt.__all__) - {"AdaptError"} <= named
+
+
+def _shell_commands(page: str) -> list[list[str]]:
+    """The commands of onnx-adapt in the `sh` blocks of a page, without the program."""
+    text = "\n".join(blocks("sh", _read(page))).replace("\\\n", " ")
+    words = [
+        shlex.split(line, comments=True) for line in text.splitlines() if "'[" not in line
+    ]
+    return [
+        arguments for program, *arguments in filter(None, words) if program == "onnx-adapt"
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("sh", _read(page))])
+def test_every_command_in_a_block_for_the_shell_exists(page: str) -> None:
+    for name, *arguments in _shell_commands(page):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, name
+        command.make_context(name, arguments)  # fails on an option that there is not
+
+
+RUNNABLE = [
+    *("README.md", "docs/peft.md", "docs/sessions.md", "docs/blend.md", "docs/checkpoints.md"),
+    *("docs/deploy.md", "docs/troubleshooting.md"),
+]
+"""Pages whose blocks for the shell are about a base, a trained adapter and two files of it."""
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_every_block_for_the_shell_runs(
+    page: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = ROOT / "tests/cases/peft_bert_lora_default_ts"
+    for name in ("trained", "trained-de"):
+        (folder / name).symlink_to(case / "adapter")
+    shutil.copy(case / "base.onnx", folder)
+    shutil.copy(case / "inputs.npz", folder / "x.npz")
+    base = oa.open_model("base.onnx")
+    trained = oa.load_checkpoint("trained", base, name="fr")
+    oa.save_model(oa.insert_checkpoint(base, trained), "adapted.onnx")
+    for name in ("fr.safetensors", "fr.onnx_adapter", "de.safetensors"):
+        oa.save_adapter(trained.adapter, name)
+    for arguments in _shell_commands(page):
+        monkeypatch.setattr("sys.argv", ["onnx-adapt", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, (arguments, capsys.readouterr().err)
 
 
 def test_the_readme_gives_the_base_back(folder: Path) -> None:
