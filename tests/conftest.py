@@ -1,4 +1,4 @@
-"""Which tests `tools/test --quick` leaves out: those that take long, and those that fetch models."""
+"""Which tests `tools/test --quick` leaves out: the long ones, and those that fetch models."""
 
 from pathlib import Path
 
