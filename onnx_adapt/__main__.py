@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it quietly even while it is being imported."""
@@ -12,7 +10,7 @@ def main() -> None:
 
         command_line()
     except KeyboardInterrupt:
-        os._exit(130)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

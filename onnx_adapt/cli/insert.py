@@ -204,18 +204,10 @@ def command(
         proof = None if no_verify else _prove(*given, stage)
         cost = update_cost(*given[:2], trained, given[2], provider) if proof else None
         weights = adapter_beside(path, checkpoint, file_format) if swappable else []
-        saved = oa.save_model(
-            adapted,
-            path,
-            overwrite=force,
-            keep_external=keep_external,
-            thin=thin,
-            beside=weights,
-            progress=progress,
-        )
-    files = [file for file, _ in weights]
+        form = {"overwrite": force, "keep_external": keep_external, "thin": thin}
+        saved = oa.save_model(adapted, path, beside=weights, progress=progress, **form)
     shown = Shown(calibrated=bool(calibrate), long=long, as_json=as_json)
-    show_inserted(base, adapted, saved, proof, files, shown)
+    show_inserted(base, adapted, saved, proof, [file for file, _ in weights], shown)
     tell_update_cost(cost)
     if thin:
         tell_thin(base, saved)

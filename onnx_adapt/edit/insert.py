@@ -53,7 +53,7 @@ def insert(
     batched: bool = False,
     seed: int = 0,
     inline_functions: bool = False,
-    stack: bool = False,
+    stack: bool = True,
 ) -> Model:
     """Insert an adapter slot after each named place.
 
@@ -80,7 +80,7 @@ def insert(
         batched: Let one run give each row of a batch another adapter.
         seed: Seed of the random `down`.
         inline_functions: Inline the model's functions first, to reach inside them.
-        stack: Insert behind slots that are at a place already.
+        stack: Insert behind slots that are at a place already; if not, that is refused.
 
     Raises:
         SiteError: If a name means nothing, several places, or a place that cannot take

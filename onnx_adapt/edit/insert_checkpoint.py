@@ -29,7 +29,7 @@ def insert_checkpoint(
     *,
     baked: bool = False,
     batched: bool = False,
-    stack: bool = False,
+    stack: bool = True,
 ) -> Model:
     """Insert the slots that a trained checkpoint needs.
 
@@ -42,7 +42,7 @@ def insert_checkpoint(
         checkpoint: What `load_checkpoint` returned.
         baked: Put the trained weights into the model as constants.
         batched: Let one run give each row of a batch another adapter.
-        stack: Insert behind slots that are at a place already.
+        stack: Insert behind slots that are at a place already; if not, that is refused.
 
     Raises:
         SiteRefusedError: If a place has a slot; `convert` makes another adapter for that.
