@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from onnx_adapt.adapter.data import Adapter, same_base
 from onnx_adapt.adapter.fitting import require_fit
 from onnx_adapt.adapter.updates import measure_loss
@@ -111,7 +113,7 @@ def diff_adapters(
     """Compare the weights of two adapters, and with a model what they do to its outputs.
 
     Raises:
-        AdapterError: If an adapter does not fit the model.
+        AdapterError: If an adapter does not fit the model, or holds NaN.
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
@@ -164,7 +166,18 @@ def _kept(model: Model) -> Adapter | None:
 
 
 def _apart(one: Adapter, other: Adapter) -> dict[str, float | None]:
-    """How far the weights of each common slot are apart; None where that cannot be told."""
+    """How far the weights of each common slot are apart; None where that cannot be told.
+
+    Raises:
+        AdapterError: If one holds NaN or infinity: nothing is apart from that.
+    """
+    for adapter in (one, other):
+        for name, value in adapter.feeds().items():
+            if not np.isfinite(np.asarray(value, np.float64)).all():
+                raise AdapterError(
+                    f"{name!r} of adapter {adapter.name!r} holds NaN or infinity",
+                    hint="the training diverged; use an earlier checkpoint",
+                )
     found: dict[str, float | None] = {}
     for slot in one.weights.keys() & other.weights.keys():
         try:

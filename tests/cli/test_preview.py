@@ -157,6 +157,9 @@ def test_what_differs_between_two_adapters(
     assert found["outputs"] > 0
     assert all(slot["second_moves"] > slot["first_moves"] > 0 for slot in found["slots"])
     assert cli(capsys, "diff", files[0], str(base))[0] == 2
+    np.savez(tmp_path / "nan.npz", **{"adapter.h.0.fc.up": np.full((1, 4), np.nan, "f4")})
+    code, _, err = cli(capsys, "diff", files[0], str(tmp_path / "nan.npz"))
+    assert (code, "holds NaN or infinity" in err) == (2, True)
 
 
 def test_an_error_is_a_document_where_one_was_asked_for(
