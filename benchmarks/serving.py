@@ -27,7 +27,7 @@ from onnx_adapt.cli.outputs import print_table, say
 from onnx_adapt.ort import onnxruntime
 from onnx_adapt.serve import build_app
 from onnx_adapt.serve.batcher import Batcher, Job
-from onnx_adapt.serve.running import running
+from onnx_adapt.serve.ray_running import Place, running
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/fixtures"))
 from serve_clients import free_port, load
@@ -121,7 +121,7 @@ def main() -> int:
         single, batch = joined(given, output, requests)
         apps = [build_app({**given, "replicas": n, "batching": joins}) for n, joins in WAYS]
         port = free_port()
-        with running(apps[0], "127.0.0.1", port, cpus=2):
+        with running(apps[0], Place("onnx-adapt", port=port, cpus=2)):
             for app in apps:
                 if found:
                     serve.delete("onnx-adapt")

@@ -76,6 +76,7 @@ _OPTIONS = {
     "--bottleneck": "bottleneck={}",
     "--checkpoint": 'checkpoint="{}"',
     "--force": "overwrite=True",
+    "--forward-only": "settings=Settings(forward_only=True)",
     "--inline-functions": "inline_functions=True",
     "--inputs": 'inputs="{}"',
     "--labels": 'labels="{}"',
@@ -93,7 +94,7 @@ _OPTIONS = {
 }
 """Options and the arguments that they are in Python, with their values."""
 
-FOREIGN = ("--extra_options", "--saved-model", "--tflite", "--keras", "--output")
+FOREIGN = ("--extra_options", "--saved-model", "--tflite", "--keras", "--output", "--task")
 """Options of other programs, which hints name as they are."""
 
 _NO_VALUE = (

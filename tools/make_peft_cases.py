@@ -810,19 +810,13 @@ REFUSED = {
         "llama_dynamo",
         peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         "PROMPT_TUNING",
-        "prompt tuning adds tokens to the input",
+        "PROMPT_TUNING is the first past of a decoder",
     ),
     "llama_prefix": Case(
         "llama_dynamo",
         peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
         "PREFIX_TUNING",
-        "prefix tuning adds keys and values to the attention",
-    ),
-    "llama_alora": Case(
-        "llama_dynamo",
-        lora(*LLAMA_QV, alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM"),
-        "alora_invocation_tokens",
-        "the adapter switches on in the middle of a sequence",
+        "PREFIX_TUNING is the first past of a decoder",
     ),
     "llama_layer_replication": Case(
         "llama_dynamo",

@@ -14,6 +14,7 @@ const TOLERANCE = 1e-5; // of the largest output
 const HERE = path.dirname(import.meta.filename);
 const read = (name) => readFileSync(path.join(HERE, "made", name));
 const expected = JSON.parse(read("expected.json"));
+const learned = JSON.parse(read("learned.json"));
 const STRICT = "strict.safetensors";
 const GENEROUS = "generous.onnx_adapter";
 const SLOT = "adapter.mos_estimator_small_1/dense_5/MatMul_add";
@@ -101,6 +102,49 @@ const tests = {
     for (const [name, output] of await transformer(page, "webgpu")) {
       close(output, expected.trained[name]);
     }
+  },
+
+  async "the page that learns takes the steps that Python takes"(page, complaints) {
+    const { texts, rate, ids, losses } = learned;
+    await page.goto(new URL("learn.html", page.url()).href);
+    await page.locator("body[aria-busy=false]").waitFor();
+    const found = await page.evaluate(
+      async ([texts, rate, steps]) => {
+        const learner = await globalThis.learner;
+        const classes = texts.flatMap((kind, number) => kind.map(() => number));
+        const ids = texts.flat().map(learner.tokenize);
+        const losses = [];
+        for (let i = 0; i < steps; i += 1) {
+          losses.push(await learner.learn(texts.flat(), classes, rate));
+        }
+        return { ids, losses };
+      },
+      [texts, rate, losses.length],
+    );
+    const padded = found.ids.map((row) => ids[0].map((_, i) => row[i] ?? 0));
+    assert.deepEqual(padded, ids);
+    for (const [i, loss] of losses.entries()) {
+      assert(Math.abs(found.losses[i] - loss) < 1e-3 * losses[0], `${found.losses} ${losses}`);
+    }
+    assert(losses.at(-1) < 0.5 * losses[0]);
+    assert.deepEqual(complaints, []);
+  },
+
+  async "the page that learns tells two kinds of sentences apart, and says what it needs"(page) {
+    await page.goto(new URL("learn.html", page.url()).href);
+    await page.locator("body[aria-busy=false]").waitFor();
+    await page.getByRole("button", { name: "Learn" }).click();
+    await page.locator("progress[value='1']").waitFor();
+    await page.locator("body[aria-busy=false]").waitFor();
+    const answer = async () => (await page.locator("#answer").textContent()).match(/\d+/g);
+    assert(Number((await answer())[1]) > 80, await answer());
+    await page.getByLabel("Another sentence").fill("This pasta is delicious.");
+    await page.getByRole("button", { name: "Ask" }).click();
+    await page.locator("#answer", { hasText: /^first kind ([89]\d|100) %/ }).waitFor();
+    await page.getByLabel("Second kind").fill(" ");
+    await page.getByRole("button", { name: "Learn" }).click();
+    await page.getByRole("alert").waitFor();
+    assert.match(await page.getByRole("alert").textContent(), /at least one sentence/);
   },
 
   // When this fails, take-defaults.js may have had its day.

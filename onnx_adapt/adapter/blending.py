@@ -100,6 +100,7 @@ def blend_frame(
         min((adapter.fingerprint for adapter in adapters), key=bool),
         _common_bases(adapters),
         stacks={slot: size for a in adapters for slot, size in a.stacks.items()},
+        invocation_tokens=adapters[0].invocation_tokens,
     )
 
 
@@ -116,6 +117,20 @@ def _refuse_misuse(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
             hint="give one weight for each adapter",
         )
     refuse_odd_weights(weights)
+    for adapter in adapters if list(weights) != [1] else ():
+        if adapter.initial_state:
+            raise AdapterError(
+                f"adapter {adapter.name!r} is the first past of a decoder, which cannot be "
+                "blended: attention is no sum over its tokens",
+                hint="run it alone",
+            )
+    for adapter in adapters[1:]:
+        if adapter.invocation_tokens != adapters[0].invocation_tokens:
+            raise AdapterError(
+                f"adapters {adapters[0].name!r} and {adapter.name!r} are on for different "
+                "tokens: they have other invocation tokens",
+                hint="blend adapters that are always on, or of the same invocation tokens",
+            )
     known = [adapter for adapter in adapters if adapter.fingerprint]
     for adapter in known[1:]:
         if not same_base(adapter.fingerprint, known[0].fingerprint):

@@ -35,6 +35,11 @@ class Adapter:
         stacks: Slot -> how many matrices the weight has that it is on, where it is a stack
             (experts, the directions of an LSTM): `down` has the rows of all of them, `up`
             the columns.
+        invocation_tokens: Ids of the tokens that switch the adapter on (aLoRA): in each row
+            it is on from where they stand last, and off where they do not stand. Empty if it
+            is always on.
+        initial_state: The first past of a decoder (prefix tuning): name of an input -> keys or
+            values of `(1, heads, length, size)`.
 
     Example:
         >>> import numpy as np
@@ -52,6 +57,8 @@ class Adapter:
     other_bases: tuple[str, ...] = ()
     extra: Mapping[str, Extra] = field(default_factory=dict)
     stacks: Mapping[str, int] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
+    initial_state: Mapping[str, Array] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Its name, its slots and its size; the shapes of the first slot, and no numbers."""
@@ -76,10 +83,14 @@ class Adapter:
         }
         return dict(sorted({**flat, **self.replaced}.items()))
 
+    def tensors(self) -> dict[str, Array]:
+        """Every array that its file holds, sorted by name: its feeds and its initial state."""
+        return dict(sorted({**self.feeds(), **self.initial_state}.items()))
+
     @property
     def size(self) -> int:
         """The number of bytes of all arrays."""
-        return sum(array.nbytes for array in self.feeds().values())
+        return sum(array.nbytes for array in self.tensors().values())
 
 
 def _shapes(parts: Mapping[str, Array]) -> str:

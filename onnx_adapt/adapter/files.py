@@ -21,7 +21,12 @@ from onnx_adapt.model.whole_files import write_files
 from onnx_adapt.words import beside
 
 
-def _format(path: Path) -> AdapterFormat:
+def format_of(path: Path) -> AdapterFormat:
+    """The format that a file's suffix tells.
+
+    Raises:
+        AdapterError: If there is none for it.
+    """
     if path.suffix not in FORMATS:
         raise AdapterError(
             f"{path.name} is of no known adapter format",
@@ -61,7 +66,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         if file.suffix not in FORMATS and file.is_file():
             with file.open("rb") as stream:
                 _refuse_others(file, stream.read(HEAD))
-        _format(file)  # an unknown suffix is reported before a missing file
+        format_of(file)  # an unknown suffix is reported before a missing file
         Source.of(file)  # refuses a device, which could be read without end
         data = file.read_bytes()
     except OSError as error:
@@ -78,7 +83,7 @@ def read_adapter(data: bytes, path: Path) -> Adapter:
         AdapterError: If the bytes are damaged or of another kind of file.
     """
     head = bytes(data[:HEAD])
-    module = import_module(_format(path).module)
+    module = import_module(format_of(path).module)
     try:
         adapter: Adapter = module.read(data, path)
     except AdapterError:
@@ -95,7 +100,7 @@ def stored_bits(path: Path) -> int:
     Raises:
         AdapterError: If the file is damaged.
     """
-    row = _format(path)
+    row = format_of(path)
     bits: int = import_module(row.module).read_bits(path.read_bytes()) if row.quantised else 0
     return bits
 
@@ -130,7 +135,7 @@ def encode_adapter(adapter: Adapter | Quantised, path: Path) -> bytes:
     Raises:
         AdapterError: If the format cannot hold the adapter.
     """
-    row = _format(path)
+    row = format_of(path)
     if isinstance(adapter, Quantised):
         if not row.quantised:
             raise AdapterError(
@@ -152,6 +157,12 @@ def _refuse_unheld(row: AdapterFormat, adapter: Adapter, path: Path) -> None:
     if row.most_bytes is not None and adapter.size > row.most_bytes:
         most = f"{row.most_bytes / 1e9:.0f} GB"
         raise AdapterError(f"{path.name} would pass the {most} of this format", hint=hint)
+    if adapter.initial_state and row.mapped:
+        raise AdapterError(
+            f"{path.name} would be {row.what}, whose tensors ONNX Runtime feeds in every run, "
+            f"and adapter {adapter.name!r} is the first past of a decoder",
+            hint=hint,
+        )
     scalars = [name for name, array in adapter.feeds().items() if not array.ndim]
     if scalars and not row.scalars:
         raise AdapterError(
@@ -168,7 +179,7 @@ def _plain(adapter: Adapter) -> Adapter:
     """
     allowed = set(DTYPES.values())
     tensors: dict[str, Array] = {}
-    for name, array in adapter.feeds().items():
+    for name, array in adapter.tensors().items():
         tensors[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
         if tensors[name].dtype not in allowed:
             raise AdapterError(
@@ -182,5 +193,8 @@ def _plain(adapter: Adapter) -> Adapter:
             f"a name in adapter {adapter.name!r} is no text: {error}",
             hint="name its slots and weights in Unicode",
         ) from error
+    state = {name: tensors.pop(name) for name in adapter.initial_state}
     plain = adapter_from_tensors(adapter.name, tensors)
-    return replace(adapter, weights=plain.weights, replaced=plain.replaced)
+    return replace(
+        adapter, weights=plain.weights, replaced=plain.replaced, initial_state=state
+    )

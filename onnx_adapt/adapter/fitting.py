@@ -118,6 +118,12 @@ def manifest_misfits(
             found += _slot_misfits(slot, adapter)
         elif not allow_partial:
             found.append(f"it has no weights for slot {name!r}")
+    if adapter.invocation_tokens:
+        found += [
+            f"it is on from its invocation tokens on (aLoRA), and slot {name!r} always is"
+            for name in adapter.weights
+            if name in slots and not slots[name].by_token
+        ]
     if len(rows := rows_of(manifest, adapter)) > 1:
         found.append(f"it has values for different numbers of rows: {sorted(rows)}")
     found += _replaced_misfits(replaceable, adapter, allow_partial=allow_partial)
@@ -162,7 +168,7 @@ def warn_unchecked(manifest: Manifest, adapter: Adapter, told: set[str]) -> None
 
 
 def _odd(adapter: Adapter) -> Iterator[str]:
-    for key, value in adapter.feeds().items():
+    for key, value in adapter.tensors().items():
         if not np.isfinite(value).all():
             yield key
 

@@ -125,7 +125,7 @@ def write(adapter: Adapter, path: Path) -> bytes:
         AdapterError: If a name contains a NUL, where zip would cut it off.
     """
     arrays: dict[str, Array] = {KEY: np.array(write_record(adapter))}
-    for name, array in adapter.feeds().items():
+    for name, array in adapter.tensors().items():
         if "\0" in name or name == KEY:
             raise AdapterError(
                 f"{path.name}: {name!r} cannot be a name in an .npz file",

@@ -143,7 +143,7 @@ def _parameters(data: bytes, field: int) -> dict[str, Array]:
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter: sorted by name, every tensor at a multiple of 64 bytes."""
     builder = flatbuffers.Builder(1024)
-    offsets = [_write_parameter(builder, n, a) for n, a in adapter.feeds().items()]
+    offsets = [_write_parameter(builder, n, a) for n, a in adapter.tensors().items()]
     builder.StartVector(4, len(offsets), 4)
     for offset in reversed(offsets):
         builder.PrependUOffsetTRelative(offset)

@@ -40,7 +40,7 @@ def quantize(adapter: AdapterLike, *, bits: int = 8) -> Quantised:
     adapter = as_adapter(adapter)
     if bits not in LARGEST:
         raise AdapterError(f"adapters cannot have {bits!r} bits", hint="give 8 or 4")
-    tensors, forms = dict(adapter.feeds()), {}
+    tensors, forms = dict(adapter.tensors()), {}
     for slot, parts in adapter.weights.items():
         for part, value in parts.items():
             axis = _axis(part, value)

@@ -15,9 +15,15 @@ from onnx_adapt.errors import AdapterError
 from onnx_adapt.slot.record import Extra, read_extra, write_extra
 
 KEY = "onnx_adapt"
-VERSION = 2
-"""The newest format that is read. 1 is that of all files but those with quantised numbers,
-which readers of format 1 refuse by it."""
+VERSION = 3
+"""The newest format that is read. 1 is that of most files. 2 has quantised numbers, and 3 what
+a runtime has to act on, such as invocation tokens; older readers refuse them by it."""
+
+
+_KEYS = (
+    *("format", "name", "fingerprint", "other_bases", "slots", "quantised"),
+    *("invocation_tokens", "initial_state"),
+)
 
 
 def write_record(adapter: Adapter, quantised: Quantised | None = None) -> str:
@@ -47,6 +53,12 @@ def write_record(adapter: Adapter, quantised: Quantised | None = None) -> str:
     if quantised is not None:
         data["format"] = 2
         data["quantised"] = {"bits": quantised.bits, "tensors": dict(quantised.forms)}
+    if adapter.invocation_tokens:
+        data["format"] = 3
+        data["invocation_tokens"] = list(adapter.invocation_tokens)
+    if adapter.initial_state:
+        data["format"] = 3
+        data["initial_state"] = sorted(adapter.initial_state)
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
@@ -70,8 +82,7 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
         slots = {str(s): sorted(map(str, item["parts"])) for s, item in data["slots"].items()}
         activations = {str(s): str(i["activation"]) for s, i in data["slots"].items()}
         name, fingerprint = _text(data["name"]), _text(data["fingerprint"])
-        others = tuple(map(_text, data.get("other_bases", ())))
-        extra, stacks = _read_extra(data), _read_stacks(data)
+        facts = _read_facts(data, tensors)
         if "quantised" in data:
             form = data["quantised"]
             tensors = dequantised(tensors, form["bits"], form["tensors"])
@@ -83,21 +94,35 @@ def adapter_from_record(text: str | None, tensors: Mapping[str, Array], path: Pa
             hint="write the file again with onnx-adapt",
         ) from error
     activations = {slot: value for slot, value in activations.items() if value}
+    state = facts["initial_state"]
+    rest = {key: value for key, value in tensors.items() if key not in state}
     adapter = adapter_from_tensors(
-        name, tensors, activations=activations, fingerprint=fingerprint
+        name, rest, activations=activations, fingerprint=fingerprint
     )
     if slots != {slot: sorted(parts) for slot, parts in adapter.weights.items()}:
         raise AdapterError(
             f"the tensors in {path.name} are not those its record names",
             hint="the file is damaged or was edited; write it again",
         )
-    return replace(adapter, other_bases=others, extra=extra, stacks=stacks)
+    return replace(adapter, **facts)
+
+
+def _read_facts(data: dict[str, Any], tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the fields of an adapter that its record has beside those of its slots."""
+    return {
+        "other_bases": tuple(map(_text, data.get("other_bases", ()))),
+        "extra": _read_extra(data),
+        "stacks": _read_stacks(data),
+        "invocation_tokens": _read_invocation(data),
+        "initial_state": {
+            _text(name): tensors[name] for name in data.get("initial_state", ())
+        },
+    }
 
 
 def _read_extra(data: dict[str, Any]) -> dict[str, Extra]:
     """Return the unknown keys by slot, and those of the record itself under ''."""
-    known = ("format", "name", "fingerprint", "other_bases", "slots", "quantised")
-    extra = {"": read_extra(data, known)}
+    extra = {"": read_extra(data, _KEYS)}
     of_slot = ("parts", "activation", "stack")
     extra |= {s: read_extra(i, of_slot) for s, i in data["slots"].items()}
     return {slot: keys for slot, keys in extra.items() if keys}
@@ -110,6 +135,14 @@ def _read_stacks(data: dict[str, Any]) -> dict[str, int]:
         if type(groups) is not int or groups < 2:
             raise ValueError(f"a stack of {groups!r}")
     return found
+
+
+def _read_invocation(data: dict[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that switch the adapter on, if some do."""
+    tokens = data.get("invocation_tokens", ())
+    if any(type(token) is not int or token < 0 for token in tokens):
+        raise ValueError(f"invocation tokens {tokens!r}")
+    return tuple(tokens)
 
 
 def _text(value: object) -> str:

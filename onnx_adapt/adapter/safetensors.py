@@ -96,7 +96,7 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter; the record is one metadata entry, as several have no fixed order."""
-    return write_tensors(adapter.feeds(), path, {KEY: write_record(adapter)})
+    return write_tensors(adapter.tensors(), path, {KEY: write_record(adapter)})
 
 
 def write_quantised(quantised: Quantised, path: Path) -> bytes:

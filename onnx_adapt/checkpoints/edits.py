@@ -23,6 +23,7 @@ class LowRank:
         scales_bias: Whether DoRA's rescaling covers the module's bias.
         gate: `(1, in)` and `(1,)` of AdapterHub's gate, or None.
         dilates: Whether A has the dilation of the Conv2d; LoRA's has none.
+        invocation: The tokens from which on aLoRA is on; empty if it always is.
     """
 
     module: str
@@ -35,6 +36,7 @@ class LowRank:
     scales_bias: bool = False
     gate: tuple[Array, Array] | None = None
     dilates: bool = False
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,24 @@ class Reweight:
     is_even: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Trained tokens before all others, which only a decoder's past can hold: of no module.
+
+    Attributes:
+        method: What trained them, such as `PREFIX_TUNING`.
+        rows: `(tokens, width)`: their embeddings, or what their keys and values are cut from.
+        states: Keys and values of each layer in turn, `(1, heads, tokens, size)`; empty if
+            they follow from the embeddings.
+        module: ''.
+    """
+
+    method: str
+    rows: Array
+    states: tuple[Array, ...] = ()
+    module: str = ""
+
+
 Edit = (
     LowRank
     | BySize
@@ -196,6 +216,7 @@ Edit = (
     | TokenRows
     | Bottleneck
     | Coupling
+    | VirtualTokens
 )
 
 

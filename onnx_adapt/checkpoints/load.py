@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, LowRank, VirtualTokens
 from onnx_adapt.checkpoints.mapping import Graph, Trained, find_graph, map_edits, read_trained
 from onnx_adapt.checkpoints.modules.folded_calls import refuse_folded
 from onnx_adapt.checkpoints.modules.selection import Selection
@@ -16,11 +16,13 @@ from onnx_adapt.checkpoints.placing.place import place
 from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import without_copies
 from onnx_adapt.checkpoints.placing.sharing import share_weights
+from onnx_adapt.checkpoints.placing.virtual_tokens import place_virtual_tokens
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage
 from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.names import reserved_names
 from onnx_adapt.graph.replaceable import ReplacementPlan
 from onnx_adapt.graph.written_out import unfuse
+from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.paths import as_path
@@ -96,9 +98,22 @@ def load_checkpoint(
     path = as_path(path, "a checkpoint")
     model = as_model(model)
     trained = read_trained(path, Selection(part, module_map or {}, allow_missing))
+    first = trained.edits[0]
+    if isinstance(first, VirtualTokens):
+        return _of_tokens(trained, model, first, name)
     graph = find_graph(model, base_weights, trained.edits)
     edits, names = map_edits(trained, graph)
     return place_edits(trained, graph, edits, names, name=name)
+
+
+def _of_tokens(trained: Trained, model: Model, tokens: VirtualTokens, name: str) -> Checkpoint:
+    """The adapter that is a decoder's first past, which needs no slots."""
+    manifest = read_manifest(model.proto)
+    identity = manifest.fingerprint if manifest else fingerprint(model)
+    state = place_virtual_tokens(model, tokens)
+    called = adapter_name(trained.saved, name)
+    adapter = Adapter(called, {}, fingerprint=identity, initial_state=state)
+    return Checkpoint(adapter, (), (), identity, read=tokens.rows.nbytes)
 
 
 def place_edits(
@@ -135,7 +150,13 @@ def place_edits(
     taken = reserved_names(graph.survey.index)
     taken |= {slot.name for slot in manifest.slots} if manifest else set()
     placement = Placement(
-        graph.model, graph.survey, graph.finder, names, taken, full_names=full_names
+        graph.model,
+        graph.survey,
+        graph.finder,
+        names,
+        taken,
+        full_names=full_names,
+        library=trained.saved.library,
     )
     for edit in without_copies(placement, edits):
         with name_damage(trained.saved, edit.module):
@@ -148,11 +169,18 @@ def place_edits(
         {slot.name: slot.activation for slot in owners(placement.slots)},
         identity,
         stacks=stacks_of(placement.slots),
+        invocation_tokens=_invocation(edits),
     )
     slots = tuple(placement.slots)
     read = sum(value.nbytes for value in trained.saved.tensors.values())
     plans = tuple(placement.plans)
     return Checkpoint(adapter, slots, plans, identity, tuple(fused), read=read)
+
+
+def _invocation(edits: Sequence[Edit]) -> tuple[int, ...]:
+    """The tokens from which on an aLoRA is on; all its modules have the same."""
+    found = (edit.invocation for edit in edits if isinstance(edit, LowRank))
+    return next(filter(None, found), ())
 
 
 def adapter_name(saved: Saved, name: str) -> str:

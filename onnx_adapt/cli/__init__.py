@@ -19,7 +19,8 @@ from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
     *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "export"),
-    *("merge", "compress", "subtract", "quantize", "inspect", "diff", "train", "train-graph"),
+    *("merge", "compress", "subtract", "quantize", "inspect", "diff", "suggest"),
+    *("train", "train-graph"),
     *("serve", "completion"),
 )
 

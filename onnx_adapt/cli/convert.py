@@ -98,7 +98,8 @@ def command(
             {"output": str(path), "name": adapter.name, "slots": filled, "replaced": replaced}
         )
     size = sum(f.stat().st_size for f in (path.iterdir() if path.is_dir() else [path]))
-    say(f"wrote {path} ({size_text(size)}, {count(len(adapter.weights), 'slot')})")
+    held = "a first past" if adapter.initial_state else count(len(adapter.weights), "slot")
+    say(f"wrote {path} ({size_text(size)}, {held})")
     if library:
         say(f"load it with {WRITERS[library].loads.format(path=output)}")
     else:

@@ -120,8 +120,16 @@ def show_inserted(
         )
     _tell_ranges(warnings, widened, calibrated=how.calibrated)
     _tell_unfused(base, unfused)
+    _tell_weights(weights, new)
+
+
+def _tell_weights(weights: Sequence[Path], slots: Sequence[Slot]) -> None:
+    """Print where the weights are, and how they come into a run."""
+    how = "feed its tensors by name, or `onnx-adapt fill` them in"
+    if any(slot.by_token for slot in slots):
+        how = "AdapterSession feeds it, and the tokens that it is on for"
     for file in weights:
-        say(f"wrote {file}; feed its tensors by name, or `onnx-adapt fill` them in")
+        say(f"wrote {file}; {how}")
 
 
 def _tell_unfused(base: Model, unfused: Sequence[Unfused]) -> None:
@@ -186,9 +194,7 @@ def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated:
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:
-        say(
-            f"warning: the same of {len(warnings) - _MOST_WARNINGS} more slots; --json has all"
-        )
+        say(f"warning: the same of {len(warnings) - _MOST_WARNINGS} more; --json has all")
     if warnings:
         say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
     if calibrated and not widened:

@@ -57,11 +57,17 @@ def command(ctx: click.Context, /, adapter: str, model: str | None, as_json: boo
         "bits": stored_bits(path),
     }
     if as_json:
-        print_json({**file, **asdict(found)})
+        state = {name: list(value.shape) for name, value in loaded.initial_state.items()}
+        more = {"invocation_tokens": loaded.invocation_tokens, "initial_state": state}
+        print_json({**file, **asdict(found), **more})
     else:
         print_table(_COLUMNS, [_row(slot) for slot in found.slots])
         for name, (shape, dtype) in found.replaced.items():
             emit(f"replaces {plain(name)} {list(shape)} {dtype}")
+        for name, value in loaded.initial_state.items():
+            emit(f"first past {plain(name)} {list(value.shape)} {value.dtype}")
+    if loaded.invocation_tokens:
+        say(f"on from its invocation tokens on (aLoRA): {list(loaded.invocation_tokens)}")
     _tell(found, f"{size_text(path.stat().st_size)}", file["bits"], model)
     if found.misfits:
         ctx.exit(1)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnx_adapt.cli.outputs import say
+from onnx_adapt.errors import UnprovableError
+
+if TYPE_CHECKING:
+    from onnx_adapt.serve.settings import Settings
+
+_EMBED = ("embed", "tokenizer", "pooling", "normalize")
+_RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
+"""The options that mean nothing to a server of one process."""
 
 
 @click.command("serve", short_help="Serve a model and a folder of adapters over HTTP.")
@@ -21,22 +29,32 @@ from onnx_adapt.cli.outputs import say
 )
 @click.option(
     "--port",
-    type=click.IntRange(1, 65535),
+    type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="The port to listen on.",
+    help="The port to listen on; 0 is any that is free.",
 )
-@click.option("--address", help="The Ray cluster to join; by default Ray is started here.")
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(1, 65535),
+    help="The port to take gRPC calls on as well; not on Ray.",
+)
+@click.option(
+    "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
+)
+@click.option("--tokenizer", help="With --embed: the file tokenizer.json of the model.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "last"]),
+    help="With --embed: how the vectors of a text's tokens become one; by default mean.",
+)
+@click.option("--normalize", is_flag=True, help="With --embed: give vectors length 1.")
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
-    "--replicas",
+    "--threads",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
-    help="How many copies of the model to run.",
-)
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, help="How many CPUs each replica uses."
+    help="How many CPUs a run of the model uses.",
 )
 @click.option(
     "--provider",
@@ -44,13 +62,10 @@ from onnx_adapt.cli.outputs import say
     help="The execution provider, such as `cuda` or `cuda:device_id=1`; by default the CPU.",
 )
 @click.option(
-    "--gateways", type=click.IntRange(1), default=1, help="How many processes serve HTTP."
-)
-@click.option(
     "--max-adapters",
     type=click.IntRange(1),
     default=32,
-    help="How many adapters each replica keeps loaded.",
+    help="How many adapters stay loaded.",
 )
 @click.option(
     "--batching/--no-batching", default=True, help="Run concurrent requests as one batch."
@@ -91,39 +106,131 @@ from onnx_adapt.cli.outputs import say
     help="How often to look for new adapters, in seconds.",
 )
 @click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="How long requests may still take when the server is told to end, in seconds.",
+)
+@click.option(
+    "--replicas", type=click.IntRange(1), help="On Ray: how many copies of the model to run."
+)
+@click.option("--address", help="On Ray: the cluster to join, instead of a Ray started here.")
+@click.option(
+    "--gateways", type=click.IntRange(1), help="On Ray: how many processes serve HTTP."
+)
+@click.option("--route-prefix", help="On Ray: the path before those of the protocol.")
+@click.option(
     "--metrics-port",
     type=click.IntRange(1, 65535),
-    help="The port for metrics in the format of Prometheus.",
+    help="On Ray: the port for metrics in the format of Prometheus.",
 )
 def command(
-    model: str,
-    host: str,
-    port: int,
-    address: str | None,
-    metrics_port: int | None,
-    **options: Any,
+    model: str, host: str, port: int, grpc_port: int | None, grace: float, **options: Any
 ) -> None:
     """Serve MODEL and a folder of adapters over HTTP.
 
     The server speaks the Open Inference Protocol 2, like KServe and Triton, and runs until
     it is interrupted. New and changed adapters in the folder are checked and then served.
+    It is one process. With --replicas or --address it is many, on Ray Serve.
 
     \b
       onnx-adapt serve adapted.onnx --adapters adapters/
       curl localhost:8000/v2/models/fr
     """
     from onnx_adapt.ort import read_providers
-    from onnx_adapt.serve import build_app
+    from onnx_adapt.serve.settings import read_settings
 
+    embed = _embed(**{name: options.pop(name) for name in _EMBED})
+    on_ray = {name: options.pop(name) for name in _RAY_ALONE}
+    on_ray = {name: value for name, value in on_ray.items() if value is not None}
+    options["model"] = os.path.abspath(model)
     if "://" not in options["adapters"]:
         options["adapters"] = os.path.abspath(options["adapters"])
-    if options["provider"] and address is None:
+    if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
-    app = build_app({"model": os.path.abspath(model), **options})
-    from onnx_adapt.serve.running import running
+    if "replicas" in on_ray or "address" in on_ray:
+        if grpc_port or embed:
+            name = "--grpc-port" if grpc_port else "--embed"
+            raise click.UsageError(f"{name} is for a server of one process, not for Ray")
+        _serve_on_ray(options, host, port, grace, **on_ray)
+        return
+    for name in on_ray:
+        raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed)
 
-    cpus = options["replicas"] * options["threads"]
-    started = running(app, host, port, address=address, metrics_port=metrics_port, cpus=cpus)
-    with started as wait:
-        say(f"serving on http://{host}:{port}/v2; Ctrl-C ends it")
+
+def _embed(
+    *, embed: bool, tokenizer: str | None, pooling: str | None, normalize: bool
+) -> tuple[str, str, bool] | None:
+    if not embed:
+        if tokenizer or pooling or normalize:
+            raise click.UsageError("--tokenizer, --pooling and --normalize need --embed")
+        return None
+    if not tokenizer:
+        raise click.UsageError("--embed needs --tokenizer")
+    return tokenizer, pooling or "mean", normalize
+
+
+def _serve_here(
+    settings: Settings,
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    grace: float,
+    embed: tuple[str, str, bool] | None,
+) -> None:
+    try:
+        from onnx_adapt.serve.one_process import Embed, listen, serve_here
+    except ModuleNotFoundError as error:
+        raise UnprovableError(
+            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve]'"
+        ) from error
+    with listen(host, port) as listening:
+        found = listening.getsockname()[1]
+        own = f"[{host}]" if ":" in host else host
+        serve_here(
+            settings,
+            listening,
+            grace,
+            lambda: _say_serving(f"http://{own}:{found}"),
+            f"{own}:{grpc_port}" if grpc_port else "",
+            Embed(*embed) if embed else None,
+        )
+
+
+def _serve_on_ray(
+    options: dict[str, Any],
+    host: str,
+    port: int,
+    grace: float,
+    *,
+    address: str | None = None,
+    route_prefix: str = "/",
+    metrics_port: int | None = None,
+    **sizes: int,
+) -> None:
+    from onnx_adapt.serve import build_app
+    from onnx_adapt.serve.settings import read_settings
+
+    settings = read_settings({**options, **sizes})
+    app = build_app({**options, **sizes})
+    from onnx_adapt.serve.ray_running import Place, running
+
+    place = Place(
+        name=settings.base,
+        host=host,
+        port=port,
+        route_prefix=route_prefix,
+        address=address,
+        metrics_port=metrics_port,
+        cpus=settings.replicas * settings.threads,
+        grace_s=grace,
+    )
+    with running(app, place) as (url, wait):
+        _say_serving(url)
         wait()
+
+
+def _say_serving(url: str) -> None:
+    say(f"serving on {url}/v2; Ctrl-C ends it")

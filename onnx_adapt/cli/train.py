@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from onnx_adapt.cli import options
-from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
+from onnx_adapt.cli.outputs import print_json, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.training_data import read_samples, read_settings
 from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
+from onnx_adapt.cli.training_paths import check_paths
 from onnx_adapt.cli.training_watch import Watch
 from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
@@ -146,6 +147,11 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on with the training in --checkpoint.")
 @click.option("--log", type=click.Path(), help="Write each step to this file, .csv or .jsonl.")
+@click.option(
+    "--forward-only",
+    is_flag=True,
+    help="Train without gradients, for models that have none; slow.",
+)
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
 @options.provider
@@ -163,8 +169,7 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
     import onnx_adapt as oa
     from onnx_adapt.errors import TrainingError
 
-    read = [Path(model), Path(given["data"])]
-    refuse_to_replace(output, *read, *(given[key] for key in _READ if given[key]))
+    check_paths(model, output, given)
     opened = oa.open_model(model)
     ready = with_what_trains(opened, given)
     if given["model_path"] and ready is opened:
@@ -221,10 +226,6 @@ def _epoch_fields(epoch: Epoch) -> dict[str, Any]:
     return {"epoch": fields.pop("number"), **fields}
 
 
-_READ = ("validation", "start_from", "tokenizer", "teacher")
-"""Options that name files which are read."""
-
-
 def _settings(given: Mapping[str, Any]) -> Settings:
     """The settings that the options say."""
     from onnx_adapt.training.optimisers import Optimiser
@@ -241,6 +242,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         metric=given["metric"],
         patience=given["patience_"],
         seed=given["seed"],
+        forward_only=given["forward_only"],
     )
 
 

@@ -14,9 +14,10 @@ from onnx_adapt.checkpoints.load import Checkpoint, load_checkpoint
 from onnx_adapt.dtypes import DTYPES, Array
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import CheckpointError
+from onnx_adapt.model.file import Model
 from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.paths import as_path
-from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import PARTS
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights, stacks_of
 
@@ -59,8 +60,7 @@ def convert(
         4
     """
     path, model = as_path(path, "a checkpoint"), as_model(model)
-    manifest = required_manifest(model)
-    base = remove(model)
+    base = remove(model) if read_manifest(model.proto) else model
     checkpoint = load_checkpoint(
         path,
         base,
@@ -70,15 +70,28 @@ def convert(
         module_map=module_map,
         allow_missing=allow_missing,
     )
+    if checkpoint.adapter.initial_state:
+        return checkpoint.adapter  # which needs no slots
+    adapter = _for_slots(model, checkpoint)
+    require_fit(model, adapter, allow_partial=allow_partial)
+    return adapter
+
+
+def _for_slots(model: Model, checkpoint: Checkpoint) -> Adapter:
+    """The weights of a checkpoint, for the slots that a model has.
+
+    Raises:
+        CheckpointError: If the checkpoint needs a slot that the model does not have.
+    """
+    manifest = required_manifest(model)
     found = _counterparts(model.label, checkpoint, manifest.slots)
     weights: dict[str, dict[str, Array]] = {}
     activations = {}
     for wanted, slot in found:
         given = checkpoint.adapter.weights[wanted.owner]
         absent = neutral_weights(slot, bottleneck_of(wanted, given))
-        dtype = DTYPES[slot.dtype]
         converted = {
-            part: np.ascontiguousarray(given.get(part, absent[part]), dtype)
+            part: np.ascontiguousarray(given.get(part, absent[part]), DTYPES[slot.dtype])
             for part in slot.parts
         }
         first = weights.setdefault(slot.owner, converted)
@@ -89,15 +102,13 @@ def convert(
                 hint=_HINT,
             )
         activations[slot.owner] = wanted.activation
-    adapter = replace(
+    return replace(
         checkpoint.adapter,
         weights=weights,
         activations=activations,
         fingerprint=manifest.fingerprint,
         stacks=stacks_of(slot for _, slot in found),
     )
-    require_fit(model, adapter, allow_partial=allow_partial)
-    return adapter
 
 
 _HINT = "insert --adapter makes a model with the slots this checkpoint needs"
@@ -162,5 +173,7 @@ def _same_form(wanted: Slot, slot: Slot) -> bool:
     )
     own = (slot.source == slot.inner) == (wanted.source == wanted.inner)
     reads = own and (slot.source == slot.inner or slot.source == wanted.source)
+    if wanted.by_token and not slot.by_token:
+        return False
     fixed = all(PARTS[part].optional for part in set(slot.parts) - set(wanted.parts))
     return ours == theirs and reads and fixed and set(wanted.parts) <= set(slot.parts)

@@ -16,7 +16,8 @@ from onnx_adapt.graph.index import default_opset, elem_name, text
 from onnx_adapt.graph.norms import own_norm
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
 from onnx_adapt.slot.names import slot_prefix, split_node
 from onnx_adapt.slot.places import owners

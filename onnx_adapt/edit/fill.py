@@ -54,6 +54,18 @@ def fill(model: ModelLike, adapter: AdapterLike, *, allow_partial: bool = False)
     adapter = as_adapter(adapter)
     check_model_weights(model.proto, required_manifest(model))
     _refuse_batched(model)
+    if adapter.invocation_tokens:
+        raise AdapterError(
+            f"adapter {adapter.name!r} is on from its invocation tokens on (aLoRA): in the "
+            "model it would be on for all tokens",
+            hint="keep it in a file; AdapterSession feeds which tokens it is on for",
+        )
+    if adapter.initial_state:
+        raise AdapterError(
+            f"adapter {adapter.name!r} is the first past of a decoder, which is fed and is no "
+            "weight of the model",
+            hint="keep it in a file; AdapterSession feeds it",
+        )
     require_fit(model, adapter, allow_partial=allow_partial)
     adapter = for_file(required_manifest(model), adapter)
     warn_unchecked(required_manifest(model), adapter, set())

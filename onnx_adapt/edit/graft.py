@@ -28,7 +28,8 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.slot.base_changes import ReplaceableWeight
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import (
     SLOT_KEY,
     Manifest,
@@ -138,10 +139,11 @@ def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]
 
 
 def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Record that the output of a batched slot, and its terms, have the shape of its target.
+    """Record that the output of a slot with a value for each row has the shape of its target.
 
-    The inputs with a value for each row have symbolic dimensions of their own. Without the
-    record ONNX Runtime cannot infer the shape, and does not fuse the sum with what follows.
+    Its terms have it too. Inputs with a value for each row or token have symbolic dimensions
+    of their own. Without the record ONNX Runtime cannot infer the shape, and does not fuse
+    the sum with what follows.
     Where no symbol of the inputs can be inferred for an axis, the symbol that the base
     records for its tensor is repeated.
     """
@@ -222,27 +224,56 @@ def _insert_nodes(
                 outputs[path, slot.output] = slot
                 behind.setdefault(position, []).extend(slot_nodes(slot, opset))
                 continue
-            position = view.producers[slot.tensor]
-            producer = maker.get(slot.tensor, view.nodes[position])
-            rename_output(producer, slot.tensor, slot.inner)
-            below = outputs.pop((path, slot.tensor), None)
+            # A slot that goes in front of another makes what that one reads.
+            position = view.producers[slot.output]
+            producer = maker.get(slot.output, view.nodes[position])
+            rename_output(producer, slot.output, slot.inner)
+            below = outputs.pop((path, slot.output), None)
+            _tell_stacked(slot, below)
             if below is not None:
-                _log.warning("slot %r is stacked on slot %r", slot.name, below.name)
                 outputs[path, slot.inner] = replace(below, output=slot.inner)
             copied = norm_nodes(index, slot)
             norm = copied[-1] if copied else None
             nodes = [*copied[:-1], *slot_nodes(slot, opset, norm)]
-            if slot.batched:
+            if slot.row_parts:
                 _declare_shapes(index, slot, nodes)
-            maker[slot.tensor] = nodes[-1]
-            outputs[path, slot.tensor] = slot
+            maker[slot.output] = nodes[-1]
+            outputs[path, slot.output] = slot
             added.setdefault(position, []).extend(nodes)
         for position, nodes in behind.items():
             added.setdefault(position, []).extend(nodes)
         merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
         _set_nodes(view.scope.graph, [*added.get(_FRONT, ()), *merged])
     order = {slot.name: i for i, slot in enumerate((*known, *slots))}
-    return tuple(sorted(outputs.values(), key=lambda slot: order[slot.name]))
+    return _from_inside(sorted(outputs.values(), key=lambda slot: order[slot.name]))
+
+
+def _tell_stacked(slot: Slot, below: Slot | None) -> None:
+    """Tell that a slot is on a tensor that has slots already, behind or in front of them."""
+    if below is not None:
+        _log.warning("slot %r is stacked on slot %r", slot.name, below.name)
+    elif slot.output != slot.tensor:
+        _log.warning("slot %r is put in front of others on its tensor", slot.name)
+
+
+def _from_inside(slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    """Put slots that others stand behind before these; the order is kept otherwise.
+
+    For example slots `a` and `b` are in a model, and `c` goes in front of `a`: `c`, `a`, `b`.
+    """
+    makers = {(slot.graph, slot.output): slot for slot in slots if not slot.on_edge}
+    ordered: dict[str, Slot] = {}
+    for slot in slots:
+        chain = [slot]
+        while not slot.on_edge and len(chain) < len(slots):
+            below = makers.get((slot.graph, chain[-1].inner))
+            if below is None:
+                break
+            chain.append(below)
+        ordered.update(
+            (item.name, item) for item in reversed(chain) if item.name not in ordered
+        )
+    return tuple(ordered.values())
 
 
 def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -68,6 +68,13 @@ def insert_checkpoint(
         raise SlotError(
             "the checkpoint was loaded for another model", hint="load it for this one"
         )
+    if checkpoint.adapter.initial_state:
+        raise SlotError(
+            f"adapter {checkpoint.adapter.name!r} needs no slots: it is the first past of a "
+            "decoder, and AdapterSession feeds it to the model as it is",
+            hint="make its file with `onnx-adapt convert CHECKPOINT --for MODEL.onnx -o "
+            "NAME.safetensors`, or save_adapter",
+        )
     if baked:
         _refuse_large(checkpoint.adapter)
     if not stack:

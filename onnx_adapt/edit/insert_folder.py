@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.checkpoints.edits import Edit
+from onnx_adapt.checkpoints.edits import Edit, VirtualTokens
 from onnx_adapt.checkpoints.load import Checkpoint, place_edits
 from onnx_adapt.checkpoints.mapping import (
     Graph,
@@ -119,6 +119,7 @@ def insert_folder(
         ['decoder_model', 'decoder_model_merged', 'decoder_with_past_model', 'encoder_model']
     """
     trained = read_trained(checkpoint, Selection(part, module_map or {}, allow_missing))
+    _refuse_tokens(trained)
     files = {path.relative_to(folder): path for path in _model_files(Path(folder))}
     models = {short: open_model(path) for short, path in files.items()}
     graphs = {short: find_graph(model, None, trained.edits) for short, model in models.items()}
@@ -290,6 +291,16 @@ def _united(found: Mapping[Path, Checkpoint]) -> Adapter:
         other_bases=tuple(base for base in bases if base != first.fingerprint),
         stacks=stacks,
     )
+
+
+def _refuse_tokens(trained: Trained) -> None:
+    """Refuse virtual tokens, which no file of a folder needs slots for."""
+    if isinstance(trained.edits[0], VirtualTokens):
+        raise CheckpointError(
+            f"{trained.edits[0].method} needs no slots: it is the first past of a decoder",
+            hint="make an adapter of it for the decoder's file: `onnx-adapt convert "
+            "CHECKPOINT --for DECODER.onnx -o NAME.safetensors`",
+        )
 
 
 def _precision(parts: Mapping[str, Array]) -> int:

@@ -71,11 +71,12 @@ def save_checkpoint(
     writer = _writer(library)
     target = Path(path).absolute()
     _refuse_path(writer, target)
+    _refuse_activated(writer, adapter)
     require_fit(model, adapter, allow_partial=True)
     items, modules = _items(adapter, model, base_weights, module_map or {})
     write = import_module(writer.module).write
     name = target.stem if writer.one_file else adapter.name
-    files: Files = write(Wanted(name, items, modules))
+    files: Files = write(Wanted(name, items, modules, adapter.invocation_tokens))
     folder = target.parent if writer.one_file else target
     write_files([(folder / name, [content]) for name, content in files.items()])
     return target
@@ -87,6 +88,23 @@ def _writer(library: str) -> Writer:
             f"there is no writer for {library!r}", hint=f"known: {', '.join(WRITERS)}"
         )
     return WRITERS[library]
+
+
+def _refuse_activated(writer: Writer, adapter: Adapter) -> None:
+    """Refuse an aLoRA for a library in which it is always on, and a decoder's first past."""
+    if adapter.invocation_tokens and not writer.activates:
+        raise CheckpointError(
+            f"adapter {adapter.name!r} is on from its invocation tokens on (aLoRA), and "
+            f"{writer.label} has no such adapter",
+            hint="--to peft writes it",
+        )
+    if adapter.initial_state:
+        raise CheckpointError(
+            f"adapter {adapter.name!r} is the first past of a decoder, which is not written "
+            "back: PEFT keeps what it was made of",
+            hint=f"keep the folder that it came from, or this file; {writer.label} cannot be "
+            "given a past",
+        )
 
 
 def _refuse_path(writer: Writer, target: Path) -> None:

@@ -23,7 +23,7 @@ from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor, tensor_of
 from onnx_adapt.slot.base_changes import ReplaceableWeight, Widened
-from onnx_adapt.slot.formula import check_slot
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.manifest import Manifest, Slot, slot_of, write_manifest
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import (
@@ -64,10 +64,11 @@ def _declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
 
 
 def _row_declaration(slot: Slot, part: str) -> onnx.ValueInfoProto:
-    """Declare an input with a value for each row; its default is one value for all rows."""
+    """Declare an input with a value for each row or token; its default is one for all."""
     name = slot.weight(part)
     shape: list[int | str] = [1] * row_rank(slot)
-    shape[0], shape[slot.axis] = f"{name}.rows", f"{name}.size"
+    other, said = (1, "positions") if slot.by_token else (slot.axis, "size")
+    shape[0], shape[other] = f"{name}.rows", f"{name}.{said}"
     return helper.make_tensor_value_info(name, ELEM_TYPES[slot.dtype], shape)
 
 

@@ -1,4 +1,4 @@
-"""The QuantizeLinear nodes with a calibrated range that slots run into.
+"""The QuantizeLinear nodes with a calibrated range that an adapter's values run into.
 
 Such a node rounds a float tensor to integers and saturates what is outside a constant
 range. The range was measured on the base; an adapter can drive values out of it.
@@ -7,7 +7,7 @@ range. The range was measured on the base; an adapter can drive values out of it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.graph.index import GraphView, ModelIndex, attribute, text
 from onnx_adapt.graph.layers import is_layer
 from onnx_adapt.model.tensors import read_tensor
-from onnx_adapt.slot.manifest import Slot, slot_of
+from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
 
 _KINDS = onnx.TensorProto
 _LIMITS: dict[int, tuple[int, int]] = {
@@ -39,7 +39,7 @@ _REARRANGE = {
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """A QuantizeLinear with a constant range behind a slot.
+    """A QuantizeLinear with a constant range behind a slot or a replaceable weight.
 
     Attributes:
         graph: Path of its graph.
@@ -52,8 +52,9 @@ class Quantizer:
         zero: Its zero point, of the same shape.
         has_zero: Whether the zero point is an input; else it is 0.
         axis: The axis of the channels.
-        slots: The slots behind which it is, with no other slot between.
-        direct: Those of them with no layer and no other quantizer between either.
+        slots: The slots and replaceable weights behind which it is, with no other slot
+            between.
+        direct: Those of them with no other layer and no other quantizer between either.
         partners: The DequantizeLinear nodes that turn its integers back: path and place.
         refused: Why its range cannot be changed, or ''.
     """
@@ -102,10 +103,10 @@ class _Reached:
 
 
 def quantizers_behind(index: ModelIndex, slots: Iterable[Slot]) -> tuple[Quantizer, ...]:
-    """The quantizers with a constant range that the values of slots run into.
+    """The quantizers with a constant range that an adapter's values run into.
 
-    A range that is computed in the graph (dynamic quantisation) follows the values, and
-    weights are behind no slot; neither is listed.
+    They are behind the slots, and behind the weights that adapters may replace. A range that
+    is computed in the graph (dynamic quantisation) follows the values, and is not listed.
 
     Raises:
         ModelFileError: If a scale cannot be read.
@@ -119,11 +120,11 @@ def quantizers_behind(index: ModelIndex, slots: Iterable[Slot]) -> tuple[Quantiz
     if not known:
         return ()
     reached = {place: _Reached() for place in sorted(known)}
-    for slot in slots:
-        for place in _reach(index, slot, through_layers=True) & known:
-            reached[place].slots.append(slot.name)
-        for place in _reach(index, slot, through_layers=False) & known:
-            reached[place].direct.append(slot.name)
+    for name, starts in _sources(index, slots):
+        for place in _reach(index, starts, through_layers=True) & known:
+            reached[place].slots.append(name)
+        for place in _reach(index, starts, through_layers=False) & known:
+            reached[place].direct.append(name)
     return tuple(
         _describe(index, place, found) for place, found in reached.items() if found.slots
     )
@@ -143,15 +144,50 @@ def _elem_type(view: GraphView, node: onnx.NodeProto) -> int:
     return int(zero.data_type if zero is not None else stated)
 
 
-def _reach(index: ModelIndex, slot: Slot, *, through_layers: bool) -> set[tuple[str, int]]:
-    """The nodes that read what a slot's output becomes, up to other slots.
+_Tensors = set[tuple[str, str]]
+"""Tensors by the path of their graph and their name."""
+
+
+def _sources(index: ModelIndex, slots: Iterable[Slot]) -> Iterator[tuple[str, _Tensors]]:
+    """What adapters change: slots and replaceable weights, and the tensors that have it."""
+    for slot in slots:
+        yield slot.name, {(slot.graph, slot.output)}
+    manifest = read_manifest(index.model.proto)
+    for weight in manifest.weights if manifest else ():
+        yield weight.name, _made_with(index, weight.name)
+
+
+def _made_with(index: ModelIndex, weight: str) -> _Tensors:
+    """The activations that a weight of the base is the first to change.
+
+    In `t = Transpose(w)`, `h = MatMul(x, t)` that is `h`: `t` is made of constants alone.
+    """
+    found: _Tensors = set()
+    for path, view in index.views.items():
+        waiting = [weight]
+        for tensor in waiting:
+            for number in view.consumers.get(tensor, ()):
+                node = view.nodes[number]
+                others = (text(name) for name in node.input if name and name not in waiting)
+                constant = all(view.constant(name) is not None for name in others)
+                made = [text(name) for name in node.output if name]
+                if constant:
+                    waiting += [name for name in made if name not in waiting]
+                else:
+                    found |= {(path, name) for name in made}
+    return found
+
+
+def _reach(
+    index: ModelIndex, starts: _Tensors, *, through_layers: bool
+) -> set[tuple[str, int]]:
+    """The nodes that read what some tensors become, up to other slots.
 
     Without `through_layers` the way ends behind each layer and each quantizer as well.
     """
     bodies = _bodies(index)
-    start = index.views[slot.graph]
-    waiting = deque([(start, slot.output)])
-    seen = {(slot.graph, slot.output)}
+    waiting = deque((index.views[path], tensor) for path, tensor in starts)
+    seen = set(starts)
     nodes: set[tuple[str, int]] = set()
 
     def go(view: GraphView, names: Iterable[str]) -> None:

@@ -191,6 +191,9 @@ def _embedding(draft: Draft) -> None:
     for output in (0, 2):
         if output < len(draft.node.output) and draft.node.output[output]:
             draft.add("Gather", *rows, output=output, axis=0)
+    if len(draft.node.output) > 1 and draft.node.output[1]:  # the keys of each row, `(batch,)`
+        count = draft.add("ArgMax", draft.given(0), axis=1, keepdims=0)
+        draft.add("Cast", count, output=1, to=onnx.TensorProto.INT32)
 
 
 def _packed_heads(draft: Draft, lead: tuple[int, ...]) -> None:

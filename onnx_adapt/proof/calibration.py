@@ -64,7 +64,7 @@ def calibrate(
     Raises:
         AdapterError: If the adapter does not fit.
         RunError: If the model does not run with these inputs.
-        SlotError: If no value of a slot is quantised with a calibrated range.
+        SlotError: If no value that an adapter changes is quantised with a calibrated range.
 
     Example:
         >>> import numpy as np, onnx_adapt as oa
@@ -84,7 +84,7 @@ def calibrate(
     ranges = ranges_of(off, required_manifest(model).slots, feeds, providers)
     if ranges is None:
         raise SlotError(
-            f"{model.label} has no slot whose value is quantised with a calibrated range",
+            f"{model.label} quantises nothing that an adapter changes with a calibrated range",
             hint="there is nothing to widen; leave the calibration out",
         )
     on = switched_on(model, adapter)

@@ -95,7 +95,7 @@ def _pieces(slot: Slot, tensors: Sequence[Array]) -> Iterator[list[Array]]:
     """
     target = tensors[0]
     places = {(x.shape[0], *x.shape[2:]) if slot.axis == 1 else x.shape[:-1] for x in tensors}
-    meet = slot.window or slot.batched or slot.on_weight
+    meet = slot.window or slot.batched or slot.by_token or slot.on_weight
     meet = meet or any(PARTS[part].meets for part in slot.parts)
     step = max(_PIECE // max(slot.width, 1), 1)
     if meet or len(places) > 1 or target.size <= _PIECE:

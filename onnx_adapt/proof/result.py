@@ -67,7 +67,7 @@ class Saturation:
 
     Attributes:
         node: The QuantizeLinear.
-        slots: The slots that it is behind, with no other slot between.
+        slots: The slots and trained weights that it is behind, with no other slot between.
         off: The share of its values outside its range with the slots off.
         on: The same with the adapter on.
         least: Its least value with the adapter on.

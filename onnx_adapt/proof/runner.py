@@ -19,6 +19,8 @@ from onnx_adapt.ort import (
     run_session,
     start_session,
 )
+from onnx_adapt.session.loaded_model import base_values
+from onnx_adapt.slot.manifest import read_manifest
 from onnx_adapt.slot.required import required_feeds
 
 _NO_PREPACKING = "session.disable_prepacking"
@@ -112,7 +114,7 @@ class Runner:
             hint="`onnx-adapt check` says whether its slots are whole; a base may need "
             "operators or providers that are not here",
         )
-        self._unfed = required_feeds(model)
+        self._unfed = required_feeds(read_manifest(model.proto), base_values(model))
         self.outputs = [item.name for item in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Values:

@@ -20,7 +20,7 @@ from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.result import Check, Saturation
 from onnx_adapt.proof.runner import Runner, Values
 from onnx_adapt.proof.unsaturated import Ends, Seen, observe, ranges_of
-from onnx_adapt.slot.manifest import Slot
+from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.words import count
 
 
@@ -32,16 +32,23 @@ def switched_on(model: Model, adapter: Adapter | None) -> Model:
 
 
 def range_warnings(model: Model, slots: Sequence[Slot]) -> list[str]:
-    """Warn of slots whose values are quantised with a range calibrated on the base."""
+    """Warn where an adapter's values are quantised with a range calibrated on the base."""
     found: dict[str, list[str]] = {}
     for quantizer in quantizers_behind(index_model(model), slots):
         for slot in quantizer.direct:
             found.setdefault(slot, []).append(repr(quantizer.name))
     return [
-        f"slot {slot!r}: its values are quantised by {', '.join(nodes[:3])}, whose range was "
-        "calibrated on the base; an adapter's may saturate"
+        f"{_kind(model, slot)} {slot!r}: its values are quantised by {', '.join(nodes[:3])}, "
+        "whose range was calibrated on the base; an adapter's may saturate"
         for slot, nodes in found.items()
     ]
+
+
+def _kind(model: Model, name: str) -> str:
+    """What to call a source of an adapter's values: a slot, or a weight that it replaces."""
+    manifest = read_manifest(model.proto)
+    replaced = {weight.name for weight in manifest.weights} if manifest else set()
+    return "trained weight" if name in replaced else "slot"
 
 
 def check_ranges(
@@ -93,7 +100,7 @@ def check_saturation(
     feeds: list[Feeds],
     providers: Providers,
 ) -> tuple[Check | None, tuple[Saturation, ...]]:
-    """Check that an adapter's values fit the calibrated ranges behind the slots.
+    """Check that an adapter's values fit the calibrated ranges behind what it changes.
 
     They fit if no more values saturate than without the adapter, or if the additional
     saturation moves the outputs no further than rounding does. Saturation of the base itself
@@ -116,7 +123,7 @@ def check_saturation(
     on = switched_on(adapted, adapter)
     ranges = ranges_of(off, slots, feeds, providers)
     if ranges is None:
-        what = "no value of a slot is quantised with a calibrated range"
+        what = "no value that an adapter changes is quantised with a calibrated range"
         return None if adapter is None else Check("saturation", True, what), ()
     seen, _ = observe(on, ranges.quantizers, feeds, providers)
     pairs = zip(ranges.quantizers, ranges.ends, ranges.seen, seen, strict=True)
@@ -149,7 +156,7 @@ def check_saturation(
         detail += f"; what {hidden[0]!r} costs is not known: {unknown[hidden[0]]}"
     if not passed:
         detail += "; the answer is not the trained adapter's"
-    return Check("saturation", passed, detail, _warnings(more)), more
+    return Check("saturation", passed, detail, _warnings(off, more)), more
 
 
 def _share(seen: Seen, ends: Ends) -> float:
@@ -172,16 +179,16 @@ def _saturation(quantizer: Quantizer, off: float, on: float, seen: Seen) -> Satu
     )
 
 
-def _warnings(more: Sequence[Saturation]) -> tuple[str, ...]:
-    """One line for each slot: where most of its values saturate."""
+def _warnings(model: Model, more: Sequence[Saturation]) -> tuple[str, ...]:
+    """One line for each slot or trained weight: where most of its values saturate."""
     worst: dict[str, Saturation] = {}
     for item in more:
         for slot in item.slots:
             if slot not in worst or item.on - item.off > worst[slot].on - worst[slot].off:
                 worst[slot] = item
     return tuple(
-        f"slot {slot!r}: {item.on:.2%} of the values of {item.node!r} saturate, without the "
-        f"adapter {item.off:.2%}; they are {item.least:.3g} to {item.most:.3g}, its range is "
-        f"{item.low:.3g} to {item.high:.3g}"
+        f"{_kind(model, slot)} {slot!r}: {item.on:.2%} of the values of {item.node!r} "
+        f"saturate, without the adapter {item.off:.2%}; they are {item.least:.3g} to "
+        f"{item.most:.3g}, its range is {item.low:.3g} to {item.high:.3g}"
         for slot, item in worst.items()
     )

@@ -292,7 +292,7 @@ class Ranges:
 def ranges_of(
     off: Model, slots: Sequence[Slot], feeds: list[Feeds], providers: Providers
 ) -> Ranges | None:
-    """Measure a model with its slots off; None if no calibrated range is behind a slot."""
+    """Measure a model with its slots off; None if no calibrated range is behind them."""
     quantizers = quantizers_behind(index_model(off), slots)
     if not quantizers:
         return None

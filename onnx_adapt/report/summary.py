@@ -19,7 +19,7 @@ def in_one_sentence(overview: Overview) -> str:
         >>> from onnx_adapt.report.overview import overview
         >>> base = oa.open_model("models/dnsmos-p808.onnx")
         >>> found = overview(base, oa.insert(base, after="conv2d_5"))
-        >>> in_one_sentence(found).startswith("While its adapter is off, dnsmos-p808.onnx")
+        >>> in_one_sentence(found).startswith("While its adapter is off, ")
         True
     """
     report = overview.report

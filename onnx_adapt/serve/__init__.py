@@ -1,7 +1,8 @@
-"""A server of one model and many adapters: Ray Serve, the Open Inference Protocol.
+"""A server of one model and many adapters: the Open Inference Protocol over HTTP.
 
-`build_app` makes the application; `onnx-adapt serve`, `serve run` and Serve config files run
-it. Ray and fsspec are imported here and nowhere else: `pip install 'onnx-adapt[serve]'`.
+`onnx-adapt serve` is one process (`one_process.py`): `pip install 'onnx-adapt[serve]'`. Or it
+is many, on Ray Serve (`ray_app.py`): `pip install 'onnx-adapt[serve-ray]'`; `build_app` makes
+its application for `serve run` and Serve config files. All else is the same code for both.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def build_app(arguments: dict[str, Any]) -> Any:
 
     settings = read_settings(arguments)
     try:
-        from onnx_adapt.serve.app import application
+        from onnx_adapt.serve.ray_app import application
     except ModuleNotFoundError as error:
         raise UnprovableError(
-            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve]'"
+            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve-ray]'"
         ) from error
     return application(settings)

@@ -138,12 +138,27 @@ class Batcher:
                     f"input {name!r} has shape {list(spec.shape)}, not {list(array.shape)}",
                     hint="-1 takes any number",
                 )
+        self._refuse_unequal(feeds)
         rows = self.rows(feeds)
         if self._max_rows is not None and rows is not None and rows > self._max_rows:
             raise RequestError(
                 f"the batch has {rows} rows; the most is {self._max_rows}",
                 hint="send it in parts, or raise --max-batch-size",
             )
+
+    def _refuse_unequal(self, feeds: Mapping[str, Array]) -> None:
+        """Refuse sizes that differ where the model has one symbol for them."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, array in feeds.items():
+            for symbol, size in zip(self.session.inputs[name].shape, array.shape, strict=True):
+                if not isinstance(symbol, str):
+                    continue
+                first, found = sizes.setdefault(symbol, (name, size))
+                if found != size:
+                    raise RequestError(
+                        f"{symbol!r} is {found} in {first!r} and {size} in {name!r}",
+                        hint="they have one size in the model",
+                    )
 
     def rows(self, feeds: Mapping[str, Array]) -> int | None:
         """How many rows the feeds have, or None if that cannot be said."""

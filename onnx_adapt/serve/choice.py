@@ -42,10 +42,11 @@ def read_choice(model: str, base: str, parameter: object, header: str) -> Blend:
         {'fr': 1.0}
         >>> read_choice("base", "base", '{"fr": 0.7, "de": 0.3}', "")
         {'fr': 0.7, 'de': 0.3}
+        >>> read_choice("base", "base", "base", "")
+        {}
     """
-    found = [_read(value) for value in (parameter, header or None) if value is not None]
-    if model != base:
-        found.append(_read(model))
+    named = [parameter, header or None, None if model == base else model]
+    found = [{} if value == base else _read(value) for value in named if value is not None]
     if any(choice != found[0] for choice in found[1:]):
         raise RequestError(
             "the request names several adapters: in the URL, as a parameter, as a header",

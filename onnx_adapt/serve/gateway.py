@@ -5,92 +5,189 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
-from typing import Any
-
-from ray.exceptions import RayActorError, RayError
-from ray.serve import metrics
-from ray.serve.exceptions import BackPressureError, RayServeException
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdaptError,
+    RequestError,
+    RunError,
+)
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.choice import Blend
+from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
 
+BASE_VERSION = "1"
+"""The version of the base; for an adapter it means whichever is served."""
+
 _TRIES = 4
 """A replica may die, and a version go, under a request; running it again is harmless."""
-_BUCKETS_MS: list[float] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+
+
+class ReplicaDiedError(RequestError):
+    """The replica that had a request is no more; another one may take it."""
+
+    def __init__(self) -> None:
+        super().__init__("the replica died", hint="try again", status=503)
+
+
+class Replicas(Protocol):
+    """The replicas of the model, wherever they are."""
+
+    async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
+        """The inputs and outputs of the model.
+
+        Raises:
+            ReplicaDiedError: If none answers.
+        """
+
+    async def infer(
+        self,
+        feeds: Mapping[str, Array],
+        datatypes: Mapping[str, str],
+        outputs: Sequence[str],
+        blend: Mapping[str, float],
+    ) -> Result:
+        """Run the model with a blend of versions; empty for the base.
+
+        Raises:
+            ReplicaDiedError: If the replica dies meanwhile.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the repository tells gateways.
+
+    Attributes:
+        entries: What there is, by name.
+        stopping: Whether the server ends, and new requests must be refused.
+    """
+
+    entries: Mapping[str, Entry]
+    stopping: bool = False
+
+
+class Versions(Protocol):
+    """The repository, wherever it is."""
+
+    async def news(self, under_way: int) -> News:
+        """What a gateway should know, for how many requests it has to answer yet.
+
+        -1 means that it still takes new ones.
+        """
+
+    async def load(self, name: str) -> None:
+        """Check an adapter's file again, and serve it.
+
+        Raises:
+            AdaptError: If there is none, or it is refused.
+        """
+
+    async def unload(self, name: str) -> None:
+        """Serve an adapter no more.
+
+        Raises:
+            AdaptError: If there is none.
+        """
+
+
+@dataclass(slots=True)
+class Total:
+    """How many requests there were, and the seconds that they took."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def described(self) -> dict[str, int]:
+        """As the statistics extension of the protocol has it."""
+        return {"count": self.count, "ns": int(self.seconds * 1e9)}
+
+
+@dataclass(slots=True)
+class Counted:
+    """The requests of one adapter that this gateway answered."""
+
+    good: Total = field(default_factory=Total)
+    bad: Total = field(default_factory=Total)
 
 
 class Gateway:
     """Knows what there is, and asks replicas of the model.
 
-    Attributes:
+    Args:
         settings: What was said about the server.
-        inputs: The inputs of the model.
+        replicas: What runs the model.
+        versions: What knows which version of which adapter is served.
+        metrics: What counts the answers.
+
+    Attributes:
+        base: What the base is called.
+        inputs: The inputs of the model, once `start` has returned.
         outputs: Its outputs.
         entries: The adapters, by name.
+        counted: What was answered, by adapter.
+        under_way: How many requests are not answered yet.
+        stopping: Whether new requests are refused, because the server ends.
     """
 
-    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, settings: Settings, model: Any, repository: Any
+    inputs: Mapping[str, Spec]
+    outputs: Mapping[str, Spec]
+    entries: Mapping[str, Entry]
+
+    def __init__(
+        self, settings: Settings, replicas: Replicas, versions: Versions, metrics: Metrics
     ) -> None:
         self.settings = settings
-        self._model = model
-        self._repository = repository
-        self.inputs: Mapping[str, Spec]
-        self.outputs: Mapping[str, Spec]
-        self.entries: Mapping[str, Entry]
-        self.inputs, self.outputs = await model.describe.remote()
-        self.entries = await repository.entries.remote()
-        self._watch = asyncio.create_task(self._refresh_always())
-        tags: Any = ("adapter", "status")
-        self._requests = metrics.Counter(
-            "onnx_adapt_requests", "Inference requests that were answered.", tag_keys=tags
-        )
-        self._latency = metrics.Histogram(
-            "onnx_adapt_latency_ms",
-            "Milliseconds from the first byte of a request to its answer.",
-            boundaries=_BUCKETS_MS,
-            tag_keys=("adapter",),
-        )
+        self.base = settings.base
+        self.metrics = metrics
+        self.counted: dict[str, Counted] = {}
+        self.under_way = 0
+        self.stopping = False
+        self._replicas = replicas
+        self._versions = versions
 
-    async def _refresh_always(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.poll_s)
-            try:
-                await self.refresh()
-            except (RayError, RayServeException):  # it is started anew: ask again
-                continue
+    async def start(self) -> None:
+        """Learn what there is."""
+        self.inputs, self.outputs = await self._replicas.describe()
+        await self.refresh()
 
     async def refresh(self) -> None:
-        """Learn which versions are served now."""
-        self.entries = await self._repository.entries.remote()
+        """Learn which versions are served now, and whether the server stops."""
+        news = await self._versions.news(self.under_way if self.stopping else -1)
+        self.entries = news.entries
+        self.stopping = self.stopping or news.stopping
 
     async def ready(self) -> bool:
-        """Whether some replica answers."""
+        """Whether requests are taken, and some replica answers."""
+        if self.stopping:
+            return False
         try:
-            await asyncio.wait_for(_reply(self._model.describe.remote()), 5)
-        except (asyncio.TimeoutError, RayError, RayServeException):
+            await asyncio.wait_for(self._replicas.describe(), 5)
+        except (asyncio.TimeoutError, ReplicaDiedError):
             return False
         return True
 
     async def load(self, name: str) -> None:
         """Check an adapter's file again, and serve it."""
-        await self._change(self._repository.load.remote(name))
+        try:
+            await self._versions.load(name)
+        finally:
+            await self.refresh()
 
     async def unload(self, name: str) -> None:
         """Serve an adapter no more, until it is loaded."""
-        await self._change(self._repository.unload.remote(name))
-
-    async def _change(self, asked: Any) -> None:
-        problem = await asked
-        await self.refresh()
-        if problem is not None:
-            raise problem
+        try:
+            await self._versions.unload(name)
+        finally:
+            await self.refresh()
 
     def version(self, name: str) -> str:
         """The version of an adapter that is served.
@@ -106,6 +203,50 @@ class Gateway:
                 hint="`POST /v2/repository/index` lists what there is",
             )
         return entry.version
+
+    def answered(self, adapter: str, status: int, seconds: float) -> None:
+        """Count an inference request that was answered."""
+        self.metrics.answered(adapter, status, seconds)
+        counted = self.counted.setdefault(adapter, Counted())
+        total = counted.good if status == 200 else counted.bad
+        total.count += 1
+        total.seconds += seconds
+
+    def named(self, model: str, version: str = "") -> str:
+        """The version of a model that is served: the base, or an adapter.
+
+        Raises:
+            AdapterNotFoundError: If there is none, or another version is asked for.
+        """
+        present = BASE_VERSION
+        if model != self.base:
+            present = self.version(model).rpartition("@")[2]
+        if version not in ("", present, BASE_VERSION):
+            raise AdapterNotFoundError(
+                f"{model!r} has no such version", hint=f"{present!r} is served"
+            )
+        return present
+
+    def served(self) -> list[str]:
+        """The models that can be asked for: the base, and the adapters that are served."""
+        adapters = [name for name, entry in self.entries.items() if entry.version]
+        return [self.base, *adapters]
+
+    def states(self) -> list[dict[str, str]]:
+        """The index of the repository extension of the protocol."""
+        states = [{"name": self.base, "version": BASE_VERSION, "state": "READY"}]
+        for entry in self.entries.values():
+            state = "READY" if entry.version else "UNAVAILABLE"
+            version = entry.version.rpartition("@")[2]
+            states.append({"name": entry.name, "version": version, "state": state})
+            if entry.reason:
+                states[-1]["reason"] = entry.reason
+        return states
+
+    def refuse_base(self, name: str) -> None:
+        """Refuse to load or unload the base."""
+        if name == self.base:
+            raise RequestError("the base is loaded for as long as the server runs")
 
     async def infer(self, request: InferRequest, blend: Blend) -> tuple[str, dict[str, Array]]:
         """Run the model.
@@ -130,8 +271,8 @@ class Gateway:
             versions = {self.version(name): weight for name, weight in blend.items()}
             try:
                 result = await self._ask(request, versions, deadline - time.monotonic())
-            except RayActorError:
-                problem = RequestError("the replica died", hint="try again", status=503)
+            except ReplicaDiedError as error:
+                problem = error
                 continue
             if not isinstance(result, AdaptError):
                 return _said(versions), result
@@ -145,33 +286,30 @@ class Gateway:
     async def _ask(
         self, request: InferRequest, versions: Mapping[str, float], seconds: float
     ) -> Result:
-        handle = self._model
-        if versions:  # the replica to prefer is the one that has the heaviest of them
-            heaviest = max(versions, key=lambda version: abs(versions[version]))
-            handle = handle.options(multiplexed_model_id=heaviest)
-        answer = handle.infer.remote(
+        answer = self._replicas.infer(
             request.feeds, request.datatypes, request.outputs, versions
         )
         try:
-            result: Result = await asyncio.wait_for(_reply(answer), max(seconds, 0))
+            return await asyncio.wait_for(answer, max(seconds, 0))
         except asyncio.TimeoutError as error:
-            answer.cancel()
             limit = self.settings.timeout_s
             raise RequestError(
                 f"no answer within {limit:g} s", hint="send less at once", status=504
             ) from error
-        except BackPressureError as error:
-            raise RequestError("too many requests", hint="try later", status=503) from error
-        return result
-
-    def count(self, adapter: str, status: int, seconds: float) -> None:
-        """Count an inference request that was answered."""
-        self._requests.inc(tags={"adapter": adapter, "status": str(status)})
-        self._latency.observe(seconds * 1e3, tags={"adapter": adapter})
 
 
-async def _reply(response: Any) -> Any:
-    return await response
+def label(blend: Blend) -> str:
+    """What a request is counted under; names that clients make up would have no end."""
+    return "blend" if len(blend) > 1 else next(iter(blend), "base")
+
+
+def status_of(error: AdaptError) -> int:
+    """The HTTP status that says what went wrong."""
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, AdapterNotFoundError):
+        return 404
+    return 400 if isinstance(error, AdapterError | RunError) else 500
 
 
 def _said(versions: Mapping[str, float]) -> str:

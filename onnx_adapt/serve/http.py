@@ -5,25 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from ray import serve
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from onnx_adapt import __version__
-from onnx_adapt.errors import (
-    AdapterError,
-    AdapterNotFoundError,
-    AdaptError,
-    RequestError,
-    RunError,
-)
+from onnx_adapt.errors import AdaptError, RequestError
+from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
-from onnx_adapt.serve.gateway import Gateway
+from onnx_adapt.serve.edge import Edge
+from onnx_adapt.serve.gateway import Gateway, Total, label, status_of
+from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.protocol import (
     HEADER_LENGTH,
     Spec,
@@ -32,11 +29,25 @@ from onnx_adapt.serve.protocol import (
     write_response,
 )
 
-_BASE_VERSION = "1"
+_T = TypeVar("_T")
+
+_ROUTED_BY = ("serve_multiplexed_model_id", "serve-multiplexed-model-id")
+"""Ray Serve's header that names an adapter; proxies drop headers with underscores."""
+
+_TRITON = {"BYTES": "STRING"}
+"""The one element type that Triton's configurations call otherwise."""
+
+_SMALL = 1 << 16
+"""Bytes that are read or written faster than a thread can be asked to."""
 
 
-def api() -> Starlette:
-    """The routes of the protocol, answered by the gateway of this process."""
+def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
+    """The routes of the protocol, and more, answered by the gateway of this process.
+
+    Args:
+        gateway_of: Finds that gateway.
+        more: What else is answered.
+    """
     model = "/v2/models/{model}"
     routes = [
         Route("/v2/health/live", _live),
@@ -45,6 +56,11 @@ def api() -> Starlette:
         Route("/v2/repository/index", _index, methods=["POST"]),
         Route("/v2/repository/models/{model}/load", _load, methods=["POST"]),
         Route("/v2/repository/models/{model}/unload", _unload, methods=["POST"]),
+    ]
+    routes += [
+        Route("/v2/models", _models),
+        Route(model + "/config", _config),
+        Route(model + "/stats", _stats),
     ]
     for path in (model, model + "/versions/{version}"):
         routes += [
@@ -57,12 +73,14 @@ def api() -> Starlette:
         HTTPException: _unknown,
         Exception: _failed,
     }
-    return Starlette(routes=routes, exception_handlers=failures)
+    edge = Middleware(Edge, gateway_of=gateway_of)
+    app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
+    app.state.gateway_of = gateway_of
+    return app
 
 
-def _gateway() -> Gateway:
-    replica: Any = serve.get_replica_context()
-    gateway: Gateway = replica.servable_object
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway_of()
     return gateway
 
 
@@ -71,7 +89,7 @@ async def _live(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    ready = await _gateway().ready()
+    ready = await _gateway(request).ready()
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
@@ -84,7 +102,7 @@ async def _server(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     name, version = _named(request)
-    gateway = _gateway()
+    gateway = _gateway(request)
     return JSONResponse(
         {
             "name": name,
@@ -96,15 +114,48 @@ async def _model(request: Request) -> Response:
     )
 
 
+async def _models(request: Request) -> Response:
+    return JSONResponse({"models": _gateway(request).served()})
+
+
+async def _config(request: Request) -> Response:
+    """What Triton's clients ask for; a `max_batch_size` of 0 means that shapes are whole."""
+    name, _ = _named(request)
+    gateway = _gateway(request)
+    document: dict[str, Any] = {"name": name, "platform": "onnxruntime_onnx"}
+    document |= {"backend": "onnxruntime", "max_batch_size": 0}
+    for kind, specs in (("input", gateway.inputs), ("output", gateway.outputs)):
+        document[kind] = [
+            {"name": s.name, "data_type": f"TYPE_{_TRITON.get(s.datatype, s.datatype)}"}
+            | {"dims": list(s.shape)}
+            for s in specs.values()
+        ]
+    return JSONResponse(document)
+
+
+async def _stats(request: Request) -> Response:
+    name, version = _named(request)
+    gateway = _gateway(request)
+    counted = gateway.counted.get("base" if name == gateway.base else name)
+    good, bad = (counted.good, counted.bad) if counted else (Total(), Total())
+    stats = {
+        "name": name,
+        "version": version,
+        "inference_count": good.count,
+        "inference_stats": {"success": good.described(), "fail": bad.described()},
+    }
+    return JSONResponse({"model_stats": [stats]})
+
+
 async def _model_ready(request: Request) -> Response:
     name, _ = _named(request)
-    ready = await _gateway().ready()
+    ready = await _gateway(request).ready()
     return JSONResponse({"name": name, "ready": ready}, 200 if ready else 503)
 
 
 async def _infer(request: Request) -> Response:
     """Run the model, and count what became of it."""
-    gateway, started = _gateway(), time.monotonic()
+    gateway, started = _gateway(request), time.monotonic()
     # Names that clients make up are no labels: there would be no end of them.
     request.state.label = "unknown"
     status = 500
@@ -117,53 +168,54 @@ async def _infer(request: Request) -> Response:
     except ClientDisconnect:  # nobody is there to read it
         response = Response(status_code=(status := 400))
     finally:
-        gateway.count(request.state.label, status, time.monotonic() - started)
+        gateway.answered(request.state.label, status, time.monotonic() - started)
     return response
 
 
 async def _run(request: Request, gateway: Gateway) -> Response:
     name, version = _named(request)
-    body = await _body(request)
-    asked = await asyncio.to_thread(read_request, body, request.headers.get(HEADER_LENGTH))
-    header = serve.get_multiplexed_model_id()
-    blend = read_choice(name, gateway.settings.base, asked.adapter, header)
+    body = await read_body(request, _gateway(request).settings)
+    asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
+    header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
+    blend = read_choice(name, gateway.base, asked.adapter, header)
     for adapter in blend:
         gateway.version(adapter)
-    request.state.label = "blend" if len(blend) > 1 else next(iter(blend), "base")
+    request.state.label = label(blend)
     active, outputs = await gateway.infer(asked, blend)
     found = [(gateway.outputs[key], array) for key, array in outputs.items()]
-    content, headers = await asyncio.to_thread(
-        write_response, asked, name, version, active, found
-    )
+    size = sum(array.nbytes for array in outputs.values())
+    content, headers = await _aside(size, write_response, asked, name, version, active, found)
     return Response(content, headers=headers)
 
 
+async def _aside(size: int, action: Callable[..., _T], *arguments: Any) -> _T:
+    """Do what takes long in a thread, so that other requests go on; the rest at once."""
+    if size <= _SMALL:
+        return action(*arguments)
+    return await asyncio.to_thread(action, *arguments)
+
+
 async def _index(request: Request) -> Response:
-    body = await _body(request)
+    body = await read_body(request, _gateway(request).settings)
     wanted = read_json(body).get("ready", False) if body.strip() else False
-    gateway = _gateway()
+    gateway = _gateway(request)
     await gateway.refresh()
-    states = [{"name": gateway.settings.base, "version": _BASE_VERSION, "state": "READY"}]
-    for entry in gateway.entries.values():
-        state = "READY" if entry.version else "UNAVAILABLE"
-        version = entry.version.rpartition("@")[2]
-        states.append({"name": entry.name, "version": version, "state": state})
-        if entry.reason:
-            states[-1]["reason"] = entry.reason
-    return JSONResponse([item for item in states if not wanted or item["state"] == "READY"])
+    return JSONResponse(
+        [item for item in gateway.states() if not wanted or item["state"] == "READY"]
+    )
 
 
 async def _load(request: Request) -> Response:
-    return await _change(request, _gateway().load)
+    return await _change(request, _gateway(request).load)
 
 
 async def _unload(request: Request) -> Response:
-    return await _change(request, _gateway().unload)
+    return await _change(request, _gateway(request).unload)
 
 
 async def _change(request: Request, action: Callable[[str], Awaitable[None]]) -> Response:
     """Load or unload; weights and configurations are not taken over HTTP."""
-    body = await _body(request)
+    body = await read_body(request, _gateway(request).settings)
     parameters = read_json(body).get("parameters", {}) if body.strip() else {}
     if not isinstance(parameters, dict) or parameters.keys() - {"unload_dependents"}:
         raise RequestError(
@@ -171,64 +223,15 @@ async def _change(request: Request, action: Callable[[str], Awaitable[None]]) ->
             hint="adapters come from the server's folder only",
         )
     name = request.path_params["model"]
-    if name == _gateway().settings.base:
-        raise RequestError("the base is loaded for as long as the server runs")
+    _gateway(request).refuse_base(name)
     await action(name)
     return JSONResponse({})
 
 
 def _named(request: Request) -> tuple[str, str]:
-    """The model that the path names, and the version of it that is served.
-
-    Raises:
-        AdapterNotFoundError: If there is none, or the path names another version.
-    """
-    gateway, name = _gateway(), request.path_params["model"]
-    present = _BASE_VERSION
-    if name != gateway.settings.base:
-        present = gateway.version(name).rpartition("@")[2]
-    if request.path_params.get("version", present) != present:
-        raise AdapterNotFoundError(
-            f"{name!r} has no such version", hint=f"{present!r} is served"
-        )
-    return name, present
-
-
-async def _body(request: Request) -> bytes:
-    """The body, if it is not too large and comes in time.
-
-    Raises:
-        RequestError: If it is, or does not.
-    """
-    settings = _gateway().settings
-    most = int(settings.max_body_mb * 1e6)
-    too_large = RequestError(
-        f"the body has more than {settings.max_body_mb:g} MB",
-        hint="send less at once, or raise --max-body-mb",
-        status=413,
-    )
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise RequestError(
-            "compressed bodies are not taken", hint="send it as it is", status=415
-        )
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > most:
-        raise too_large
-
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise too_large
-        return bytes(body)
-
-    try:
-        return await asyncio.wait_for(read(), settings.timeout_s)
-    except asyncio.TimeoutError as error:
-        raise RequestError(
-            f"the body did not come within {settings.timeout_s:g} s", status=408
-        ) from error
+    """The model that the path names, and the version of it that is served."""
+    name = request.path_params["model"]
+    return name, _gateway(request).named(name, request.path_params.get("version", ""))
 
 
 def _described(spec: Spec) -> dict[str, Any]:
@@ -237,13 +240,9 @@ def _described(spec: Spec) -> dict[str, Any]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdaptError)
-    if isinstance(error, RequestError):
-        status = error.status
-    elif isinstance(error, AdapterNotFoundError):
-        status = 404
-    else:
-        status = 400 if isinstance(error, AdapterError | RunError) else 500
-    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status)
+    status = status_of(error)
+    later = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status, later)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
@@ -253,3 +252,40 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "the server failed; its log tells why"}, 500)
+
+
+def metrics_route(metrics: PrometheusMetrics) -> Route:
+    """Where Prometheus finds the metrics of a process."""
+
+    async def answer(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return Route("/metrics", answer)
+
+
+def openai_routes(
+    embed: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+    error_of: Callable[[AdaptError], tuple[dict[str, Any], int]],
+) -> list[Route]:
+    """The paths of OpenAI's API: the models, and embeddings by one of them."""
+
+    async def embeddings(request: Request) -> Response:
+        try:
+            found, status = (
+                await embed(read_json(await read_body(request, _gateway(request).settings))),
+                200,
+            )
+        except AdaptError as error:
+            found, status = error_of(error)
+        return JSONResponse(found, status)
+
+    async def models(request: Request) -> Response:
+        served = _gateway(request).served()
+        data = [{"id": name, "object": "model", "created": 0} for name in served]
+        data = [item | {"owned_by": "onnx-adapt"} for item in data]
+        return JSONResponse({"object": "list", "data": data})
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+    ]

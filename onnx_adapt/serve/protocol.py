@@ -28,6 +28,8 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 _INPUT_PARAMETERS = {"binary_data_size"}
 _OUTPUT_PARAMETERS = {"binary_data"}
 _REQUEST_PARAMETERS = {"adapter", "binary_data_output"}
+_FOREIGN_PARAMETERS = {"content_type", "headers", "priority", "timeout"}
+"""What clients of other servers send with every request; it means nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def read_request(body: bytes, header_length: str | None = None) -> InferRequest:
         chosen = _parameters(item, _OUTPUT_PARAMETERS)
         outputs[_text(item, "name")] = _flag(chosen, "binary_data", all_binary)
     return InferRequest(
-        id=_text(document, "id") if "id" in document else "",
+        id=_text(document, "id") if document.get("id") is not None else "",
         adapter=parameters.get("adapter"),
         feeds={name: array for name, (_, array) in tensors.items()},
         datatypes={name: datatype for name, (datatype, _) in tensors.items()},
@@ -202,7 +204,7 @@ def _read_inputs(document: dict[str, Any], raw: memoryview) -> dict[str, tuple[s
 def _raw_size(item: dict[str, Any], left: int) -> int | None:
     """How many raw bytes an input has, or None if it has JSON."""
     size = _parameters(item, _INPUT_PARAMETERS).get("binary_data_size")
-    if (size is None) == ("data" not in item):
+    if (size is None) == (item.get("data") is None):
         raise RequestError(f"input {item['name']!r}: give `data`, or `binary_data_size`")
     if size is None:
         return None
@@ -214,7 +216,8 @@ def _raw_size(item: dict[str, Any], left: int) -> int | None:
 
 
 def _objects(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    items = document.get(key, [])
+    items = document.get(key)
+    items = [] if items is None else items
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError(f"`{key}` is no list of JSON objects")
     return items
@@ -237,16 +240,26 @@ def _shape(item: Mapping[str, Any]) -> list[int]:
 
 
 def _parameters(item: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """The parameters of something; a misspelt one must not go unnoticed."""
-    found = item.get("parameters", {})
+    """The parameters of something."""
+    found = item.get("parameters")
+    found = {} if found is None else found
     if not isinstance(found, dict):
         raise RequestError("`parameters` is no JSON object")
-    if unknown := sorted(found.keys() - known):
+    refuse_unknown(found, known)
+    return found
+
+
+def refuse_unknown(parameters: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse parameters that mean nothing; a misspelt one must not go unnoticed.
+
+    Raises:
+        RequestError: With the first of them.
+    """
+    if unknown := sorted(parameters.keys() - known - _FOREIGN_PARAMETERS):
         raise RequestError(
             f"parameter {unknown[0]!r} is not supported",
             hint=f"supported here: {', '.join(sorted(known))}",
         )
-    return found
 
 
 def _flag(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:

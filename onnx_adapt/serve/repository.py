@@ -7,7 +7,6 @@ passed, the old one is served, from a copy of our own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import threading
@@ -129,11 +128,20 @@ class Repository:
 
         Raises:
             AdapterNotFoundError: If the version is not kept any more.
+            FileNotFoundError: If a sweep removes it meanwhile.
+        """
+        path = self.path(version)
+        return path.name, path.read_bytes()
+
+    def path(self, version: str) -> Path:
+        """Where the file of a version is, for as long as it is kept.
+
+        Raises:
+            AdapterNotFoundError: If it is not kept any more.
         """
         for path in self._versions.get(version.rpartition("@")[0], []):
             if path.stem == version:
-                with contextlib.suppress(FileNotFoundError):  # a sweep is faster
-                    return path.name, path.read_bytes()
+                return path
         raise AdapterNotFoundError(
             f"adapter version {version!r} is gone", hint="ask again for the present one"
         )

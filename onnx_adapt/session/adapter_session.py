@@ -18,9 +18,11 @@ from onnx_adapt.adapter.fitting import (
     warn_unchecked,
 )
 from onnx_adapt.errors import AdapterError, ArgumentError
+from onnx_adapt.session.adapter_feeds import adapter_feeds
 from onnx_adapt.session.batches import BatchAxis, find_batch
 from onnx_adapt.session.binding import AdapterBinding
 from onnx_adapt.session.cache import AdapterCache, Shares, Source
+from onnx_adapt.session.first_past import check_first_past
 from onnx_adapt.session.loaded_model import LoadedModel, base_values, checked_feeds
 from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
 from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
@@ -250,7 +252,7 @@ class AdapterSession:
             name: as_ort_value(value) if isinstance(value, np.ndarray) else value
             for name, value in checked_feeds(feeds, self._inputs).items()
         }
-        fed = {**values, **weights_to_feed(feeds, chosen)}
+        fed = {**values, **self._beside(values, chosen), **weights_to_feed(feeds, chosen)}
         found = self._model.run_with_ort_values(names, fed)
         return dict(zip(names, found, strict=True))
 
@@ -278,9 +280,16 @@ class AdapterSession:
                 "the binding is of another session", hint="use this session's io_binding()"
             )
         chosen = self._chosen(adapter)
+        binding.refuse_first_past(chosen)
         bound = binding.inputs
         rest = {k: v for k, v in self._model.neutral.items() if k not in bound}
+        rest |= self._beside(binding.readable, chosen)
         binding.run({**rest, **weights_to_feed(bound, chosen)}, chosen)
+
+    def _beside(self, feeds: Mapping[str, Any], chosen: OrtAdapter | None) -> dict[str, Any]:
+        """What an adapter needs fed beside its weights, as OrtValues."""
+        more = adapter_feeds(chosen, feeds, self._model.all_slots, self._model.inputs)
+        return {name: as_ort_value(value) for name, value in more.items()}
 
     def _chosen(self, adapter: Choice) -> OrtAdapter | None:
         return self._cache.blend(self._shares(adapter))
@@ -288,7 +297,9 @@ class AdapterSession:
     def _shares(self, adapter: Choice) -> Shares:
         if adapter is None:
             return ()
-        self._model.slots()  # raises if the model has none
+        alone = isinstance(adapter, Adapter) and adapter.initial_state
+        if self._cache.empty and not alone:
+            self._model.slots()  # raises if the model takes no adapters
         if isinstance(adapter, str):
             return ((self._cache.use(adapter), 1),)
         if isinstance(adapter, Adapter):
@@ -304,14 +315,18 @@ class AdapterSession:
 
     def _own(self, adapter: Adapter) -> Adapter:
         """What this model takes of an adapter that is for several files."""
-        return for_file(self._model.slots()[0], adapter)
+        return for_file(self._model.slots()[0], adapter) if adapter.other_bases else adapter
 
     def _check(
         self, adapter: Adapter, allow_partial: bool, blended: bool = False
     ) -> dict[str, Any]:
         """Check that an adapter fits; returns weights that keep the rest of the model off."""
+        check_first_past(self._model, adapter)
+        if adapter.initial_state and not (adapter.feeds() or self._model.is_swappable):
+            return {}
         manifest, replaceable = self._model.slots()
-        found = manifest_misfits(manifest, replaceable, adapter, allow_partial=allow_partial)
+        partial = allow_partial or bool(adapter.initial_state)
+        found = manifest_misfits(manifest, replaceable, adapter, allow_partial=partial)
         refuse_misfits(found, adapter, self._model.label)
         if rows_of(manifest, adapter):
             raise AdapterError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_adapt.errors import RunError
+from onnx_adapt.errors import AdapterError, RunError
 from onnx_adapt.ort import onnxruntime, shortened
 from onnx_adapt.session.ort_adapter import OrtAdapter
 
@@ -33,6 +33,14 @@ class AdapterBinding:
     def inputs(self) -> dict[str, Any]:
         """What is bound to each input."""
         return {name: call for (kind, name), call in self._calls.items() if kind == "input"}
+
+    @property
+    def readable(self) -> dict[str, Any]:
+        """The array or OrtValue bound to each input; None for memory by its address."""
+        return {
+            name: None if method == "bind_input" else arguments[1]
+            for name, (method, arguments) in self.inputs.items()
+        }
 
     def bind_cpu_input(self, name: str, array: Any) -> None:
         """Bind an input to an array in memory of the CPU; one that is not dense is copied."""
@@ -80,11 +88,24 @@ class AdapterBinding:
         """Whether it binds the inputs and outputs of a session of ONNX Runtime."""
         return self._session is session
 
+    def refuse_first_past(self, adapter: OrtAdapter | None) -> None:
+        """Refuse an adapter that would change what is bound.
+
+        Raises:
+            AdapterError: If it is the first past of a decoder.
+        """
+        if adapter is not None and adapter.initial_state:
+            raise AdapterError(
+                "the adapter is the first past of a decoder, which changes what is bound",
+                hint="use `run` or `run_with_ort_values`",
+            )
+
     def run(self, weights: Mapping[str, Any], adapter: OrtAdapter | None) -> None:
         """Run with these weights bound too; `AdapterSession` calls this."""
         self._ran = False
         try:
-            if self._binding is None or self._adapter is not adapter:
+            follows = adapter is not None and adapter.invocation_tokens  # what is bound
+            if self._binding is None or self._adapter is not adapter or follows:
                 self._binding = None
                 self._binding = self._bound(weights)
                 self._adapter = adapter

@@ -89,6 +89,11 @@ class AdapterCache:
         )
         self._origins: dict[str, _Origin] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether no adapter is loaded."""
+        return not self._adapters
+
     def load(self, name: str, source: Source, *, allow_partial: bool) -> LoadedAdapter:
         """Load and check an adapter; it replaces one of the same name."""
         if not isinstance(name, str) or not name:

@@ -24,8 +24,8 @@ from onnx_adapt.ort import (
     without_slot_warnings,
 )
 from onnx_adapt.session.ort_adapter import as_ort_value, stamp_of
-from onnx_adapt.slot.manifest import KEY, Manifest, manifest_from_text, read_manifest
-from onnx_adapt.slot.required import must_be_fed, neutral_feeds
+from onnx_adapt.slot.manifest import KEY, Manifest, Slot, manifest_from_text, read_manifest
+from onnx_adapt.slot.required import required_feeds
 from onnx_adapt.words import beside
 
 if TYPE_CHECKING:
@@ -59,12 +59,14 @@ class LoadedModel:
         providers: Sequence[Any] | None,
         options: Any,
     ) -> None:
+        self._given = model
         self.label, self._session = _start(model, providers, options)
         given = self._session.get_inputs()
         self.outputs = {item.name: item.shape for item in self._session.get_outputs()}
         record = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         self.manifest = manifest_from_text(record) if record else None
-        self.neutral = _neutral(self.manifest, model)
+        feeds = required_feeds(self.manifest, base_values(model))
+        self.neutral = {name: as_ort_value(value) for name, value in feeds.items()}
         self.inputs = {i.name: i.shape for i in given if i.name not in self.neutral}
         self._slots: tuple[Manifest, Replaceable] | None = None
 
@@ -121,6 +123,35 @@ class LoadedModel:
         """
         fed = {**self.neutral, **feeds}
         return run_ort_values(self.session, names, fed, label=self.label)
+
+    @property
+    def all_slots(self) -> tuple[Slot, ...]:
+        """Its slots; none if it is a model without."""
+        return self.manifest.slots if self.manifest else ()
+
+    @property
+    def is_swappable(self) -> bool:
+        """Whether it has slots or weights that can be fed."""
+        known = self.manifest
+        if known is None:
+            return False
+        return any(s.swappable for s in known.slots) or any(w.swappable for w in known.weights)
+
+    @property
+    def input_types(self) -> dict[str, str]:
+        """The element type of each input, as adapters name it."""
+        given = self.session.get_inputs()
+        return {item.name: ORT_TYPES.get(item.type, item.type) for item in given}
+
+    def identity(self) -> str:
+        """The fingerprint of the base."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        from onnx_adapt.model.file import Model, open_model
+        from onnx_adapt.model.fingerprint import fingerprint
+
+        given = self._given
+        return fingerprint(given if isinstance(given, Model) else open_model(given))
 
     def slots(self) -> tuple[Manifest, Replaceable]:
         """The slots and weights that can be fed.
@@ -267,16 +298,6 @@ def base_values(model: ModelLike) -> Callable[[], dict[str, Array]]:
         }
 
     return read
-
-
-def _neutral(manifest: Manifest | None, model: ModelLike) -> dict[str, Any]:
-    """What to feed so that the slots that must be fed are off, as OrtValues."""
-    if manifest is None or not must_be_fed(manifest):
-        return {}
-    kept = {weight.name for weight in manifest.weights if weight.default}
-    base = base_values(model)() if kept else {}
-    feeds = {**neutral_feeds(manifest.slots), **{name: base[name] for name in kept}}
-    return {name: as_ort_value(value) for name, value in feeds.items()}
 
 
 def _swappable(

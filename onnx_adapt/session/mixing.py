@@ -81,6 +81,12 @@ def pack(slots: Sequence[Slot], adapters: Sequence[Adapter]) -> Pack:
             have normalisations of their own.
     """
     for adapter in adapters:
+        if adapter.initial_state:
+            raise AdapterError(
+                f"adapter {adapter.name!r} is the first past of a decoder, of another length "
+                "than that of other rows",
+                hint="run the rows of each adapter by themselves",
+            )
         if adapter.replaced:
             raise AdapterError(
                 f"adapter {adapter.name!r} replaces {min(adapter.replaced)!r} of the base, "

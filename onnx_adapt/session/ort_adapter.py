@@ -56,6 +56,8 @@ class OrtAdapter:
             its file.
         last_used: When a run last asked for it (`time.time()`).
         rest: Weights by input name that keep the slots off for which it has none.
+        invocation_tokens: The tokens that switch it on, or none.
+        initial_state: The first past that it is, by input name, or nothing.
     """
 
     path: Path | None
@@ -67,6 +69,8 @@ class OrtAdapter:
     _lora: Any
     _adapter: Adapter | None
     rest: Mapping[str, Any] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
+    initial_state: Mapping[str, Array] = field(default_factory=dict)
     _values: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -174,9 +178,20 @@ def _loaded(
     adapter: Adapter, path: Path | None, stamp: Stamp, lora: Any = None, options: Any = None
 ) -> OrtAdapter:
     feeds = adapter.feeds()
-    size = sum(array.nbytes for array in feeds.values())
+    size = adapter.size
     kept = None if lora else adapter
-    return OrtAdapter(path, stamp, size, frozenset(feeds), options, time.time(), lora, kept)
+    return OrtAdapter(
+        path,
+        stamp,
+        size,
+        frozenset(feeds),
+        options,
+        time.time(),
+        lora,
+        kept,
+        invocation_tokens=adapter.invocation_tokens,
+        initial_state=adapter.initial_state,
+    )
 
 
 def in_memory(adapter: Adapter, read_before: OrtAdapter) -> OrtAdapter:

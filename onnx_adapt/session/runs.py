@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.session.adapter_feeds import adapter_feeds
 from onnx_adapt.session.batches import BatchAxes, count_rows, join_rows, take_rows
 from onnx_adapt.session.cache import AdapterCache, Shares
 from onnx_adapt.session.loaded_model import LoadedModel
@@ -29,6 +30,7 @@ def run_one(
     if adapter is None:
         return model.run(names, feeds)
     refuse_overlap(feeds, adapter)
+    feeds = {**feeds, **adapter_feeds(adapter, feeds, model.all_slots, model.inputs)}
     if adapter.options is None or model.neutral:  # ONNX Runtime's own checks see feeds only
         return model.run(names, {**feeds, **adapter.values})
     fed = {**feeds, **adapter.rest} if adapter.rest else feeds
@@ -75,7 +77,7 @@ def _mixed(
     model: LoadedModel, cache: AdapterCache, feeds: Mapping[str, Any], rows: list[Shares]
 ) -> tuple[dict[str, Any], OrtAdapter] | None:
     """The feeds and weights for one run of all rows; None if they cannot share a run."""
-    slots = model.slots()[0].slots
+    slots = model.all_slots
     batched = bool(slots) and all(slot.batched for slot in slots)
     mixed = cache.mix(slots, rows) if batched else None
     if mixed is None:

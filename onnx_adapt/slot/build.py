@@ -10,8 +10,9 @@ from onnx import helper, numpy_helper
 
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.form import Form, new_slot
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.names import node_name
 from onnx_adapt.slot.weights import fresh_weights

@@ -62,6 +62,7 @@ class Form:
         swappable: Whether the weights can be fed at inference time.
         bottleneck: Inner size if it is fixed; 0 if each adapter brings its own.
         batched: Whether one run can give each row of a batch another adapter.
+        by_token: Whether it is on for the tokens alone that the input `active` names.
     """
 
     parts: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ class Form:
     swappable: bool = True
     bottleneck: int = 0
     batched: bool = False
+    by_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def new_slot(name: str, target: Target, form: Form, *, width: int | None = None)
     """
     size = target.width or 0 if width is None else width
     inner = inner_name(name)
-    ranked = target.axis == 1 or form.batched
+    ranked = target.axis == 1 or form.batched or form.by_token
     return Slot(
         name=name,
         graph=target.graph,
@@ -214,4 +216,5 @@ def new_slot(name: str, target: Target, form: Form, *, width: int | None = None)
         window=form.window,
         plus=form.plus,
         batched=form.batched,
+        by_token=form.by_token,
     )

@@ -14,14 +14,13 @@ too: where the slot reads the sum of its target and another tensor, `plus`, the 
 A batched slot can give each row of a batch another adapter: `mask`, one number for each
 row and unit, multiplies what the activation gives, and what else differs from row to row
 (`up_bias`, `scale`) has an input of its own. It works on `(rows, positions, width)`, and
-reshapes to that tensors of another rank.
+reshapes to that tensors of another rank. A slot that is on for some tokens alone multiplies
+its term by `active`, `(rows, positions, 1)`.
 
 A slot on a weight inside an operator has a formula of its own, in `weight_update.py`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -31,89 +30,11 @@ from onnx_adapt.slot.activations import ACTIVATIONS, Emitter
 from onnx_adapt.slot.coupling import emit_coupling
 from onnx_adapt.slot.manifest import SLOT_KEY, Slot
 from onnx_adapt.slot.names import slot_prefix
-from onnx_adapt.slot.parts import PARTS, coupling_parts
-from onnx_adapt.slot.weight_update import check_weight_slot, emit_weight_update
+from onnx_adapt.slot.parts import ACTIVE, PARTS
+from onnx_adapt.slot.weight_update import emit_weight_update
 
 EPSILON = float(np.float32(1e-5))
 """Epsilon of a slot's own LayerNorms: torch.nn.LayerNorm's, as an attribute holds it."""
-
-
-def check_slot(slot: Slot, opset: int) -> None:
-    """Refuse a slot that has no meaning.
-
-    Raises:
-        SlotError: If the activation or a part is unknown, parts are missing, or the
-            opset is older than 7.
-    """
-    parts = set(slot.parts)
-    if slot.activation not in ACTIVATIONS:
-        raise SlotError(
-            f"unknown activation {slot.activation!r}", hint=f"one of {', '.join(ACTIVATIONS)}"
-        )
-    if unknown := parts - set(PARTS):
-        raise SlotError(f"unknown parts {sorted(unknown)}", hint=f"known: {', '.join(PARTS)}")
-    if slot.on_weight:
-        check_weight_slot(slot)
-    _check_batched(slot)
-    coupling = coupling_parts()
-    if parts & set(coupling):
-        if parts != set(coupling) or slot.width % 2 or slot.axis == 1 or opset < 11:
-            raise SlotError(
-                f"slot {slot.name!r}: a coupling has all of {', '.join(coupling)}, an even "
-                "width on the last axis, and needs opset 11"
-            )
-        return
-    for part in slot.parts:
-        needs = PARTS[part].needs
-        if needs and parts.isdisjoint(needs):
-            raise SlotError(f"part {part!r} of a slot needs {needs[0]!r}")
-    if {"table", "down"} <= parts:
-        raise SlotError(f"slot {slot.name!r} has both 'table' and 'down'")
-    if not parts:
-        raise SlotError(f"slot {slot.name!r} has no parts")
-    if not _fits_its_form(slot, parts):
-        raise SlotError(f"slot {slot.name!r}: its parts do not fit its form")
-    last_only = any(PARTS[part].channels is None for part in slot.parts)
-    if slot.axis == 1 and (last_only or slot.norm):
-        raise SlotError("norm and gate are defined on the last axis, not on channels")
-    if opset < 7:
-        raise SlotError(
-            f"the model uses opset {opset}; slots need 7 or newer",
-            hint="convert it with onnx.version_converter",
-        )
-
-
-def _fits_its_form(slot: Slot, parts: Collection[str]) -> bool:
-    """Whether the parts agree with the fields that say where a norm or a sum is."""
-    return (
-        slot.norm_after in ("", "term", "sum")
-        and bool(slot.norm_after) == ("after_weight" in parts)
-        and (slot.norm_after == "sum") == ("switch" in parts)
-        and ("down" in parts or not slot.norm)
-        and (bool(slot.plus) or "residual" not in parts)
-    )
-
-
-def _check_batched(slot: Slot) -> None:
-    if not slot.batched:
-        return
-    if other := [part for part in slot.parts if PARTS[part].closed]:
-        raise SlotError(
-            f"slot {slot.name!r} cannot give each row an adapter: its part {other[0]!r} makes "
-            "its term no sum over the bottleneck",
-            hint="insert it without --batched; rows are then run by adapter",
-        )
-    if slot.rank < 2:
-        raise SlotError(
-            f"slot {slot.name!r} cannot give each row an adapter: the rank of tensor "
-            f"{slot.tensor!r} is {slot.rank or 'unknown'}",
-            hint="insert it without --batched; rows are then run by adapter",
-        )
-    if slot.bottleneck or not slot.swappable:
-        raise SlotError(
-            f"slot {slot.name!r} cannot give each row an adapter: its bottleneck is fixed",
-            hint="leave out --bottleneck and --baked, or --batched",
-        )
 
 
 def slot_nodes(
@@ -261,6 +182,11 @@ def _emit_term(emit: Emitter, slot: Slot, w: dict[str, str], read: str) -> str:
     x = _emit_projection(emit, x, w["up"], w.get("up_bias", ""), "up", slot, {})
     if slot.batched and slot.axis == 1 and "up_bias" in w:
         x = emit.node("Add", x, slot.weight("row_up_bias"))
+    if slot.by_token:
+        active = slot.weight(ACTIVE.name)
+        if slot.rank == 2:  # of the positions of all rows, one after the other
+            active = emit.node("Reshape", active, _emit_int64(emit, [-1, 1]))
+        x = emit.node("Mul", x, active, label="activated")
     if "gain" in w:
         x = emit.node("Mul", x, w["gain"], label="gained")
     if "gate" in w:

@@ -26,6 +26,7 @@ def slot_row(slot: Slot, slots: Iterable[Slot]) -> tuple[object, ...]:
     """One slot as a row of a table, with the number of its places among all slots."""
     size = str(slot.bottleneck or "any") if slot.swappable else f"{slot.bottleneck} (baked)"
     size += " (batched)" if slot.batched else ""
+    size += " (by token)" if slot.by_token else ""
     parts = " ".join(slot.parts)
     width: object = slot.width
     axis: object = slot.axis

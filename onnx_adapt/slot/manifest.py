@@ -16,7 +16,7 @@ from onnx_adapt.errors import ManifestError
 from onnx_adapt.slot.activations import ACTIVATIONS
 from onnx_adapt.slot.base_changes import Head, ReplaceableWeight, Unfused, Widened
 from onnx_adapt.slot.names import weight_name
-from onnx_adapt.slot.parts import RowForm, part_of
+from onnx_adapt.slot.parts import ACTIVE, RowForm, part_of
 from onnx_adapt.slot.record import (
     Extra,
     SameAs,
@@ -63,14 +63,12 @@ class Slot:
         node: Name of the node that produces the site's tensor.
         tensor: The site's tensor.
         inner: The name the producer's output has now.
-        output: The name of the slot's output: `tensor`, or the `inner` of the slot
-            stacked on this one.
+        output: The name of its output: `tensor`, or the `inner` of the slot stacked on it.
         source: The tensor the adapter reads; equal to `inner` unless chosen.
-        width: Size of the feature axis of the site's tensor.
-        source_width: The same of the source.
+        width, source_width: Size of the feature axis of the site's tensor, and the source's.
         dtype: `float32`, `float16`, `bfloat16` or `float64`.
         axis: The feature axis: -1, or 1 for channels.
-        rank: Number of axes of the tensor if the axis is 1 or the slot is batched, else 0.
+        rank: Number of axes of the tensor if the axis is 1 or it has `row_parts`, else 0.
         activation: Name of the activation between the projections.
         parts: Names of the weights, in the order of the formula.
         norm: Output of a normalisation of the base that is re-applied to the source, or ''.
@@ -78,8 +76,8 @@ class Slot:
         module: PyTorch module path of the site, or ''.
         swappable: Whether the weights can be fed at inference time.
         bottleneck: Inner size if it is fixed; 0 if each adapter brings its own.
-        window: For a convolution that looks at more than one position: kernel, strides,
-            pads and dilations of the down-projection, one after the other; else empty.
+        window: Kernel, strides, pads and dilations of the down-projection, one after the
+            other, for a convolution that looks at more than one position; else empty.
         plus: A tensor that is added to the source before anything else, or ''.
         batched: Whether one run can give each row of a batch another adapter.
         modules: The PyTorch modules that it adapts, where the site computes several side by
@@ -89,6 +87,7 @@ class Slot:
         readers: The nodes that alone read what it makes, as addresses of their first outputs.
         shares: The slot whose weights it uses, as a further place of that; '' for its own.
         required: Whether its weights must be fed: the model has no default for them.
+        by_token: Whether the input `active` says for each token how far its term counts.
         extra: Keys of its record that this version does not know, with JSON texts.
     """
 
@@ -120,6 +119,7 @@ class Slot:
     readers: tuple[str, ...] = ()
     shares: str = ""
     required: bool = False
+    by_token: bool = False
     extra: Extra = ()
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class Slot:
         behind = self.rank if self.axis == 1 else 0
         kind = (self.dtype, self.axis, behind, self.activation, self.norm_after)
         parts = (self.parts, self.modules, self.columns, self.weight_shape)
-        return (*sizes, *kind, *parts, self.swappable, self.batched)
+        return (*sizes, *kind, *parts, self.swappable, self.batched, self.by_token)
 
     def weight(self, part: str) -> str:
         """Return the name of one weight in the model, and of the input that feeds it."""
@@ -161,13 +161,14 @@ class Slot:
 
     @property
     def row_forms(self) -> dict[str, RowForm]:
-        """The inputs of a batched slot that have a value for each row, by name."""
-        parts = self.parts if self.batched else ()
-        return {row.name: row for part in parts if (row := part_of(part).row)}
+        """Its inputs that have a value for each row or token, by name."""
+        forms = [ACTIVE] if self.by_token else []
+        forms += [row for p in self.parts if self.batched and (row := part_of(p).row)]
+        return {form.name: form for form in forms}
 
     @property
     def row_parts(self) -> tuple[str, ...]:
-        """The names of the inputs of a batched slot that have a value for each row."""
+        """The names of its inputs that have a value for each row or token."""
         return tuple(self.row_forms)
 
     @property
@@ -187,8 +188,8 @@ class Manifest:
         inlined: Whether model-local functions were inlined before insertion.
         slots: The slots, in order of insertion.
         weights: Weights of the base that adapters may replace.
-        inputs: Weights that the base, in an IR before 4, had to list as inputs: place and
-            declaration in hexadecimal. From IR 4 on that would make them replaceable.
+        inputs: Weights that the base, in an IR before 4, had to list as inputs, which would
+            make them replaceable later: place, and declaration in hexadecimal.
         widened: Constants of calibrated ranges that were widened.
         unfused: Fused nodes that were written out.
         heads: Heads that were added on outputs of the base.
@@ -221,6 +222,7 @@ class _Base:
     extra: Extra = ()
 
 
+_AGAIN = "another tool rewrote it; insert into the base model again"
 _LISTS = ("weights", "widened", "unfused", "heads")
 
 
@@ -230,8 +232,8 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
     Raises:
         ManifestError: If the record is damaged or of a newer format.
     """
-    texts = [entry.value for entry in proto.metadata_props if entry.key == KEY]
-    return _located(proto, manifest_from_text(texts[0])) if texts else None
+    text = next((entry.value for entry in proto.metadata_props if entry.key == KEY), None)
+    return None if text is None else _located(proto, manifest_from_text(text))
 
 
 def manifest_from_text(text: str) -> Manifest:
@@ -246,8 +248,7 @@ def manifest_from_text(text: str) -> Manifest:
         if isinstance(error, ManifestError):
             raise
         raise ManifestError(
-            f"the record of slots in the model is damaged ({error!r})",
-            hint="another tool rewrote it; insert into the base model again",
+            f"the record of slots in the model is damaged ({error!r})", hint=_AGAIN
         ) from error
     _check_names(manifest.slots)
     return manifest
@@ -260,11 +261,9 @@ def _check_names(slots: Sequence[Slot]) -> None:
     for slot in slots:
         owner = by_name.get(slot.owner)
         if owner is None or owner.shares or owner.needs != slot.needs:
-            raise ManifestError(
-                f"the record of slots in the model is damaged: slot {slot.name!r} cannot use "
-                f"the weights of {slot.owner!r}",
-                hint="another tool rewrote it; insert into the base model again",
-            )
+            why = f"slot {slot.name!r} cannot use the weights of {slot.owner!r}"
+            told = f"the record of slots in the model is damaged: {why}"
+            raise ManifestError(told, hint=_AGAIN)
 
 
 def _read(data: dict[str, Any]) -> Manifest:

@@ -195,6 +195,9 @@ def _term(slot: Slot, read: Bounded, w: Mapping[str, Bounded]) -> Bounded:
     hidden = ACTIVATIONS[slot.activation][1](inner)
     hidden = hidden * w["mask"] if "mask" in w else hidden
     term = hidden.project(w["up"], w.get("up_bias"))
+    if "active" in w:
+        flat = term.value.ndim == 2
+        term = term * (w["active"].each(lambda v: v.reshape(-1, 1)) if flat else w["active"])
     term = term * w["gain"] if "gain" in w else term
     if "gate" in w:
         openness = ACTIVATIONS["sigmoid"][1](read.project(w["gate"], w.get("gate_bias")))

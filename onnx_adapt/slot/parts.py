@@ -120,6 +120,9 @@ class Part:
 
 
 _MASK = RowForm("mask", "Mul", "r", Draw.NORMAL)
+ACTIVE = RowForm("active", "Mul", 1, Draw.NORMAL)
+"""Of a slot that is on for some tokens alone: `(rows, positions, 1)`, times its term."""
+
 _GATE, _NORM, _NICE = (
     "a gate",
     "a normalisation of its term",

@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.slot.base_changes import ReplaceableWeight
-from onnx_adapt.slot.manifest import Manifest, Slot, read_manifest
+from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.places import owners
 from onnx_adapt.slot.weights import neutral_rows, neutral_weights
 
 if TYPE_CHECKING:
     import onnx
-
-    from onnx_adapt.model.file import Model
 
 
 def neutral_slot(slot: Slot) -> dict[str, Array]:
@@ -39,24 +37,23 @@ def neutral_feeds(slots: Iterable[Slot]) -> dict[str, Array]:
     }
 
 
-def required_feeds(model: Model) -> dict[str, Array]:
+def required_feeds(
+    manifest: Manifest | None, base_values: Callable[[], Mapping[str, Array]]
+) -> dict[str, Array]:
     """What to feed to a model beside its own inputs, so that it computes its base.
 
     It is empty for a model that has its defaults.
 
-    Raises:
-        ModelFileError: If data of the model cannot be read.
+    Args:
+        manifest: The model's record, or None if it has no slots.
+        base_values: Reads the base's own values of replaceable weights; it is called where
+            the model has no default for some of them.
     """
-    from onnx_adapt.model.tensors import read_tensor
-
-    manifest = read_manifest(model.proto)
     if manifest is None:
         return {}
-    stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
-    kept = {
-        w.name: read_tensor(model, stored[w.default]) for w in manifest.weights if w.default
-    }
-    return {**neutral_feeds(manifest.slots), **kept}
+    kept = [weight.name for weight in manifest.weights if weight.default]
+    base = base_values() if kept else {}
+    return {**neutral_feeds(manifest.slots), **{name: base[name] for name in kept}}
 
 
 def must_be_fed(manifest: Manifest) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.training.data import Batch, Dataset, Order
-from onnx_adapt.training.engine import Evaluation, Result
+from onnx_adapt.training.engine import Result
+from onnx_adapt.training.evaluation import Evaluation
 from onnx_adapt.training.metrics import Metric, read_metric
 from onnx_adapt.training.optimisers import rate_at
 from onnx_adapt.training.progress import Epoch, Progress, Report, Weights
@@ -54,7 +55,6 @@ def fit(
     Raises:
         TrainingError: If a loss or a gradient is not finite.
     """
-    rate = settings.rate or settings.optimiser.rule.rate
     each = -(-len(order.plan(data, 0)) // settings.accumulate)
     steps = each * settings.epochs
     warm_up = round(steps * settings.warm_up)
@@ -64,7 +64,9 @@ def fit(
         for number in range(begin, each):
             at = number * settings.accumulate
             batches = [data.read(*item) for item in plan[at : at + settings.accumulate]]
-            now = rate_at(settings.schedule, rate, progress.step, steps, warm_up)
+            now = rate_at(
+                settings.schedule, settings.largest_rate, progress.step, steps, warm_up
+            )
             progress, loss = take_step(engine, progress, batches, settings, now)
             done = None
             if number == each - 1:

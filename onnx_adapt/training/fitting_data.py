@@ -46,14 +46,23 @@ def for_step(step: StepModel, data: Dataset) -> Dataset:
     for group in groups:
         for name in wanted:
             if dtypes[name].kind in "iu":
-                _require_integers(group.inputs[name], repr(name), data.label)
+                _require_integers(group.inputs[name], name, group, data.label)
         _check_labels(step, data, group)
     return replace(data, groups=groups)
 
 
-def _require_integers(values: Array, name: str, label: str) -> None:
-    if values.dtype.kind == "f" and not np.array_equal(values, np.floor(values)):
-        raise TrainingError(f"{name} of {label} holds fractions or NaN, not integers")
+def _require_integers(values: Array, name: str, group: Group, label: str) -> None:
+    """Refuse fractions, NaN and infinity where the model or the loss takes integers."""
+    if values.dtype.kind != "f":
+        return
+    whole = np.isfinite(values) & (values == np.floor(values))
+    if not whole.all():
+        row = int(np.argwhere(~whole)[0][0]) if values.ndim else 0
+        raise TrainingError(
+            f"{name!r} of sample {group.numbers[row]} of {label} is "
+            f"{values[~whole].flat[0]}, and integers are taken",
+            hint="repair the data, or leave this sample out",
+        )
 
 
 def _check_labels(step: StepModel, data: Dataset, group: Group) -> None:
@@ -68,7 +77,7 @@ def _check_labels(step: StepModel, data: Dataset, group: Group) -> None:
             hint="the first axis is that of the samples",
         )
     if step.integers:
-        _require_integers(labels, "'labels'", data.label)
+        _require_integers(labels, "labels", group, data.label)
     if not step.classes:
         return
     wrong = (labels != step.ignored) & ((labels < 0) | (labels >= step.classes))

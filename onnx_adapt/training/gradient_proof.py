@@ -14,6 +14,7 @@ from onnx_adapt.edit.export import require_feeds
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.errors import GradientError
+from onnx_adapt.graph.gradients.prepare import index_for_gradients, prepare
 from onnx_adapt.graph.gradients.reverse import differentiate, find_way, weights_on_way
 from onnx_adapt.graph.gradients.tape import Tape
 from onnx_adapt.graph.index import ModelIndex, default_opset, index_model
@@ -22,9 +23,9 @@ from onnx_adapt.ort import CPU
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.runner import Runner
+from onnx_adapt.training.axes import find_axes
 from onnx_adapt.training.double import double_name, in_double
 from onnx_adapt.training.starting import weights_to_train
-from onnx_adapt.training.step_model import raise_opset
 from onnx_adapt.training.unrounded import node_that_rounds, without_rounding
 from onnx_adapt.words import count
 
@@ -117,21 +118,32 @@ def check_gradient_nodes(
         The check `gradients`.
 
     Raises:
-        TrainingError: If the slots are baked, or the model is too old.
+        TrainingError: If the slots are baked.
         RunError: If ONNX Runtime refuses the model that computes the gradients.
 
     Example:
         >>> import onnx_adapt as oa
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> adapted = oa.insert(base, after="mos_estimator_small_1/dense_4/MatMul_add")
+        >>> base = oa.open_model("tests/cases/peft_bert_lora_default_ts/base.onnx")
+        >>> adapted = oa.insert(base, after="bert.encoder.layer.1.output.dense")
         >>> check_gradient_nodes(adapted).passed
         True
     """
     tell = stage or (lambda _: None)
     model = with_defaults(adapted)
     begun = weights_to_train(model, BOTTLENECK, None, seed)
-    forward, rounded = without_rounding(raise_opset(require_feeds(model)))
-    index = index_model(_with_functional(forward))
+    fed = require_feeds(model)
+    outputs = [
+        value.name
+        for value in fed.proto.graph.output
+        if value.type.tensor_type.elem_type in FLOATS
+    ]
+    try:
+        prepared = prepare(fed, outputs, list(begun))
+    except GradientError as error:
+        return _refused(error)
+    known = find_axes(model, prepared, outputs, list(begun))
+    forward, rounded = without_rounding(prepared)
+    index = index_for_gradients(_with_functional(forward), LOSS, list(begun), known)
     moving = weights_on_way(index.main, LOSS, list(begun))
     if not moving:
         return Check("gradients", False, "no output depends on a slot")
@@ -144,13 +156,17 @@ def check_gradient_nodes(
     try:
         proof = _Proof(forward, index, begun, moving, seed)
     except GradientError as error:
-        return Check("gradients", False, " ".join(filter(None, (error.message, error.hint))))
+        return _refused(error)
     slopes: list[Slope] = []
     feeds = inputs_for(remove(adapted), inputs, seed)
     for number, item in enumerate(feeds, 1):
         tell(f"comparing gradients with differences, inputs {number} of {len(feeds)}")
         slopes += proof.slopes(item)
     return _judge(slopes, list(begun), rounded)
+
+
+def _refused(error: GradientError) -> Check:
+    return Check("gradients", False, " ".join(filter(None, (error.message, error.hint))))
 
 
 def _judge(slopes: Sequence[Slope], weights: Sequence[str], rounded: int) -> Check:

@@ -140,9 +140,9 @@ class ProgressFile:
             was = theirs.get(key)
             if was != value:
                 short = max(len(str(was)), len(str(value))) < _LONG
-                told = f": {was!r} there, {value!r} now" if short else ""
+                told = f"{key}: {was!r} then, {value!r} now" if short else f"other {key}"
                 raise TrainingError(
-                    f"{self.path} is of a training with another {key}{told}",
+                    f"{self.path} is of another training: {told}",
                     hint="resume with the data, model and settings that it began with",
                 )
 

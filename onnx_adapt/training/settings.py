@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onnx_adapt.training.optimisers import Optimiser
+from onnx_adapt.errors import TrainingError
+from onnx_adapt.training.optimisers import Optimiser, require_rule, require_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class Settings:
         epochs: How often to go through the samples.
         batch_size: Samples in one run of the model.
         accumulate: How many batches make one step; the gradient is their mean.
-        rate: The largest learning rate; 0 for the optimiser's own.
+        rate: The largest learning rate; 0 for the optimiser's own, or without gradients 20
+            times that.
         optimiser: The optimiser.
         schedule: The schedule of the rate after the warm-up.
         warm_up: The share of the steps in which the rate rises.
@@ -24,6 +26,8 @@ class Settings:
         metric: What to choose the best weights by: `loss`, `accuracy`, `f1` or `recall@K`.
         patience: After how many epochs that are no better to stop; 0 for never.
         seed: Seed of all random numbers.
+        forward_only: Whether the loss is tried on both sides of random moves of the weights,
+            in place of gradients: slow, for models that have none.
     """
 
     epochs: int = 3
@@ -37,3 +41,37 @@ class Settings:
     metric: str = "loss"
     patience: int = 0
     seed: int = 0
+    forward_only: bool = False
+
+    def check(self) -> None:
+        """Refuse settings that are not possible.
+
+        Raises:
+            TrainingError: If one is out of its range, or a name is unknown.
+        """
+        require_rule(self.optimiser.name)
+        require_schedule(self.schedule)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise TrainingError(
+                    f"the setting {name} is {value}", hint=f"give {low} to {high}"
+                )
+
+    @property
+    def largest_rate(self) -> float:
+        """The largest learning rate, also where none is given."""
+        return self.rate or self.optimiser.rule.rate * (20 if self.forward_only else 1)
+
+
+_RANGES = {
+    "epochs": (1, 10**9),
+    "batch_size": (1, 10**9),
+    "accumulate": (1, 10**9),
+    "rate": (0, 1e9),
+    "warm_up": (0, 1),
+    "average": (0, 0.999999999),
+    "patience": (0, 10**9),
+    "seed": (0, 2**63),
+}
+"""What each number must be between."""

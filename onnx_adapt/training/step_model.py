@@ -10,12 +10,14 @@ from onnx import helper
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.edit.export import require_feeds
-from onnx_adapt.errors import TrainingError
-from onnx_adapt.graph.gradients.reverse import OLDEST, differentiate
+from onnx_adapt.errors import GradientError, TrainingError
+from onnx_adapt.graph.gradients.prepare import index_for_gradients, prepare
+from onnx_adapt.graph.gradients.reverse import differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 from onnx_adapt.graph.index import Shape, default_opset, index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest
+from onnx_adapt.training.axes import find_axes
 from onnx_adapt.training.losses import FLOAT, IGNORED, LOSSES, Settings, settings_of
 
 LABELS = "labels"
@@ -91,26 +93,43 @@ def make_step(
         GradientError: If the graph cannot be differentiated.
     """
     chosen = choose_output(model, output)
-    result = raise_opset(require_feeds(model))
-    _add_loss(result, chosen, loss, settings or {})
-    index = index_model(result)
-    found = differentiate(index, LOSS, weights)
+    result = prepare(require_feeds(model), [chosen], weights)
+    known = find_axes(model, result, [chosen], weights)
+    add_loss(result, chosen, loss, settings or {})
+    index = index_for_gradients(result, LOSS, weights, known)
+    found = differentiate(index, LOSS, weights, chosen)
+    if flat := [weight for weight in weights if not found.grads.get(weight)]:
+        raise GradientError(
+            f"the loss has no gradient for {flat[0]!r}: what is behind it is made of steps",
+            hint="put the slot behind the steps, nearer to the output",
+        )
     graph = result.proto.graph
     graph.node.extend(found.nodes)
     graph.initializer.extend(found.constants)
     graph.output.append(helper.make_tensor_value_info(LOSS, FLOAT, []))
     for weight in weights:
-        kind = index.main.type_of(weight).elem_type
-        graph.output.append(helper.make_tensor_value_info(found.grads[weight], kind, None))
+        grad, kind = found.grads[weight], found.elem_types[weight]
+        graph.output.append(helper.make_tensor_value_info(grad, kind, None))
     shape = index.main.type_of(chosen).shape or ()
     made = StepModel(result, LOSS, chosen, found.grads, LABELS, shape)
-    made = replace(made, rows=_fixed_rows(made))
-    return _with_labels(made, loss, settings or {}, shape) if isinstance(loss, str) else made
+    return with_labels(made, loss, settings or {})
 
 
-def _with_labels(step: StepModel, loss: str, settings: Settings, shape: Shape) -> StepModel:
-    """A step model with what is known of the labels of its loss."""
-    row, chosen = LOSSES[loss], settings_of(loss, settings)
+def with_labels(step: StepModel, loss: str | LossFunction, settings: Settings) -> StepModel:
+    """A step model with what is known of its rows, and of the labels of its loss.
+
+    Args:
+        step: A step model whose labels have the shape of its output.
+        loss: The loss.
+        settings: Its settings.
+
+    Raises:
+        TrainingError: If the loss or a setting is unknown, or does not fit the output.
+    """
+    step, shape = replace(step, rows=_fixed_rows(step)), step.label_shape
+    if not isinstance(loss, str):
+        return step
+    chosen, row = settings_of(loss, settings), LOSSES[loss]
     last = shape[-1] if shape else None
     if row.paired and len(shape) != 2:
         raise TrainingError(
@@ -175,41 +194,12 @@ def choose_output(model: Model, output: str) -> str:
     return str(floats[0])
 
 
-_BEFORE_RENAMED_DEFAULT = 16
-"""RoiAlign samples half a pixel aside by default since this operator set."""
-
-
-def raise_opset(model: Model) -> Model:
-    """A model in an operator set that gradients can be written in.
-
-    From operator set 13 to 17 no operator changed what it computes except RoiAlign, whose
-    default is written down.
+def add_loss(model: Model, output: str, loss: str | LossFunction, settings: Settings) -> None:
+    """Add the labels as an input and the nodes of a loss in float32, in place.
 
     Raises:
-        TrainingError: If its operator set is older than 13.
+        TrainingError: If the loss or a setting is unknown, or the names are taken.
     """
-    version = default_opset(model.proto)
-    if version >= OLDEST:
-        return model
-    if version < 13:
-        raise TrainingError(
-            f"{model.label} uses opset {version}; training needs 13 or newer",
-            hint="convert it: onnx.version_converter.convert_version(model, 17)",
-        )
-    result = model.copy()
-    for item in result.proto.opset_import:
-        if item.domain in ("", "ai.onnx"):
-            item.version = OLDEST
-    for node in result.proto.graph.node:
-        named = any(a.name == "coordinate_transformation_mode" for a in node.attribute)
-        if node.op_type == "RoiAlign" and version < _BEFORE_RENAMED_DEFAULT and not named:
-            mode = helper.make_attribute("coordinate_transformation_mode", "output_half_pixel")
-            node.attribute.append(mode)
-    return result
-
-
-def _add_loss(model: Model, output: str, loss: str | LossFunction, settings: Settings) -> None:
-    """Add the labels as an input, and the nodes of a loss in float32."""
     view = index_model(model).main
     if LABELS in {*view.inferred, *view.producers} or LOSS in view.producers:
         raise TrainingError(f"{model.label} has a tensor {LABELS!r} or {LOSS!r} of its own")

@@ -10,12 +10,12 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import required_manifest
 from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.required import with_defaults
-from onnx_adapt.errors import TrainingError
+from onnx_adapt.errors import GradientError, TrainingError
 from onnx_adapt.model.file import Model
 from onnx_adapt.training.data import Dataset, Order, split
 from onnx_adapt.training.fitting_data import for_step
+from onnx_adapt.training.forward_only import forward_model
 from onnx_adapt.training.metrics import require_labels
-from onnx_adapt.training.optimisers import require_rule, require_schedule
 from onnx_adapt.training.reading import DataArgument, read_dataset
 from onnx_adapt.training.resuming import fingerprint_arrays, fingerprint_data
 from onnx_adapt.training.settings import Settings
@@ -35,7 +35,8 @@ class Task:
         held_back: The samples to choose the best weights by, if any.
         settings: How to train.
         order: The order of the samples.
-        loss: The loss and its settings, as texts.
+        loss: The loss.
+        loss_settings: Its settings.
     """
 
     model: Model
@@ -45,21 +46,25 @@ class Task:
     held_back: Dataset | None
     settings: Settings
     order: Order
-    loss: tuple[str, str]
+    loss: str | LossFunction
+    loss_settings: Mapping[str, object]
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when the training is resumed, by what people call it."""
         held_back = fingerprint_data(self.held_back) if self.held_back is not None else ""
-        settings = asdict(self.settings)
+        settings, loss = asdict(self.settings), self.loss
+        chosen = ", ".join(f"{key}={v}" for key, v in sorted(self.loss_settings.items()))
+        name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
         return {
             "base": required_manifest(self.model).fingerprint,
             "model output": self.step.output,
-            "loss": list(self.loss),
+            "loss": str(name),
+            "settings of the loss": chosen,
             "data": fingerprint_data(self.samples),
             "validation data": held_back,
             **{key.replace("_", " "): value for key, value in settings.items()},
-            "set of weights": [[name, list(v.shape)] for name, v in self.begun.items()],
-            "start": fingerprint_arrays(self.begun),
+            "weights": [[name, list(v.shape)] for name, v in self.begun.items()],
+            "first weights": fingerprint_arrays(self.begun),
         }
 
 
@@ -82,24 +87,40 @@ def prepare(
         TrainingError: If the data, the loss or a setting does not fit.
         GradientError: If the model cannot be differentiated.
     """
-    require_rule(settings.optimiser.name)
-    require_schedule(settings.schedule)
+    settings.check()
     model = with_defaults(model)
     begun = weights_to_train(model, bottleneck, start_from, settings.seed)
-    step = make_step(model, list(begun), loss=loss, output=output, settings=loss_settings)
+    asked: dict[str, Any] = {"loss": loss, "output": output, "settings": loss_settings}
+    if settings.forward_only:
+        step = forward_model(model, **asked)
+    else:
+        step = _differentiable(model, list(begun), asked)
     require_labels(
         settings.metric,
         classes=step.integers and not step.paired,
         groups=step.integers and len(step.label_shape) == 1,
     )
     samples, held_back = _samples(data, validation, labels, step, settings.seed)
+    chooses = settings.metric != "loss" or settings.patience
+    if chooses and held_back is None:
+        raise TrainingError(
+            "a metric and patience need samples that are held back, and there are none",
+            hint="hold a larger share back, or give samples to validate with",
+        )
     size = settings.batch_size
     if step.rows > 1:
         size = max(1, size // step.rows) * step.rows
     order = Order(size, settings.seed, step.paired, step.rows > 1)
-    name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
-    chosen = (str(name), repr(sorted(loss_settings.items())))
-    return Task(model, begun, step, samples, held_back, settings, order, chosen)
+    parts = (model, begun, step, samples, held_back, settings, order)
+    return Task(*parts, loss, loss_settings)
+
+
+def _differentiable(model: Model, weights: list[str], asked: Mapping[str, Any]) -> StepModel:
+    try:
+        return make_step(model, weights, **asked)
+    except GradientError as error:
+        hint = f"{error.hint}; --forward-only trains without gradients, slowly"
+        raise GradientError(error.message, hint=hint) from error
 
 
 def _samples(

@@ -15,7 +15,8 @@ from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument
 from onnx_adapt.training.engine import Engine
-from onnx_adapt.training.fit import fit
+from onnx_adapt.training.fit import Stepper, fit
+from onnx_adapt.training.forward_only import ForwardEngine
 from onnx_adapt.training.gradient_check import Checked, check_gradients
 from onnx_adapt.training.progress import Epoch, Progress, Report, start
 from onnx_adapt.training.reading import DataArgument
@@ -130,11 +131,17 @@ def train(
         validation=validation,
     )
     file, progress = _first_progress(task, checkpoint, resume=resume)
-    engine = Engine(task.step, read_providers(provider))
     checks: Sequence[Checked] = ()
-    if check and not resume:
-        batch = task.samples.first(max(_CHECKED, task.step.rows))
-        checks = check_gradients(engine, task.begun, batch, settings.seed)
+    providers = read_providers(provider)
+    if settings.forward_only:
+        engine: Stepper = ForwardEngine(
+            *(task.step, loss, loss_settings or {}, providers, settings.seed)
+        )
+    else:
+        engine = exact = Engine(task.step, providers)
+        if check and not resume:
+            batch = task.samples.first(max(_CHECKED, task.step.rows))
+            checks = check_gradients(exact, task.begun, batch, settings.seed)
     steps = fit(engine, progress, task.samples, task.held_back, settings, task.order)
     progress, finished, failure = _follow(steps, progress, file, on_step, stop)
     best = progress.best or progress.current

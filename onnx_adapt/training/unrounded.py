@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from onnx_adapt.graph.gradients.reverse import Way
+from onnx_adapt.graph.gradients.backward import Way
 from onnx_adapt.graph.index import index_model
 from onnx_adapt.model.file import Model
 

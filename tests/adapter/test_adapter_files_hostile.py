@@ -190,9 +190,9 @@ def test_a_damaged_record_is_refused(suffix: str, record: str, tmp_path: Path) -
 
 
 def test_a_record_of_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
-    header = _header(__metadata__={"onnx_adapt": '{"format":3,"news":[]}'})
+    header = _header(__metadata__={"onnx_adapt": '{"format":4,"news":[]}'})
     error = _refused(safetensors_file(header), tmp_path / "trained.safetensors")
-    assert "format 3" in error.message
+    assert "format 4" in error.message
     assert "upgrade" in error.hint
 
 

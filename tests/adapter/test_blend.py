@@ -13,7 +13,7 @@ from slot_formula import PLAIN
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
-from onnx_adapt.slot.formula import check_slot
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.oracle import slot_value
 from onnx_adapt.slot.weights import part_shape
 

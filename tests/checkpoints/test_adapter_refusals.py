@@ -69,9 +69,9 @@ def _config_is_a_folder(path: Path) -> None:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "missing": (lambda path: None, ["no file or folder", "trained", "save_pretrained"]),
+    "missing": (lambda path: None, ["no file or folder", "trained", "saved: torchtune; PEFT"]),
     "a file": (lambda path: path.write_text("hello"), ["no file of weights", "trained"]),
-    "an empty folder": (Path.mkdir, ["no adapter_config.json", "save_adapter"]),
+    "an empty folder": (Path.mkdir, ["no adapter_config.json", "AdapterHub"]),
     "folders of checkpoints": (
         _folder_of_folders,
         ["one of its folders? best, checkpoint-500"],

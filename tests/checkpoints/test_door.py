@@ -81,7 +81,7 @@ def test_weights_of_no_adapter_are_refused_with_what_was_seen(tmp_path: Path) ->
     text = _refused(path, base)
     assert "encoder.fc1.weight" in text
     assert "no trained adapter" in text
-    assert "save_pretrained" in text
+    assert "one of these saved: torchtune; PEFT; AdapterHub" in text
 
 
 def test_other_files_are_refused_by_what_they_are(tmp_path: Path) -> None:

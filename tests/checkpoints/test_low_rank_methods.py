@@ -16,6 +16,7 @@ from trained_cases import CASES, ROOT, run
 import onnx_adapt as oa
 from onnx_adapt.checkpoints.edits import BySize, Edit, LowRank, Replacement, Reweight
 from onnx_adapt.checkpoints.readers.peft_methods.table import METHODS, REFUSED_METHODS
+from onnx_adapt.checkpoints.readers.peft_methods.virtual_tokens import VIRTUAL_TOKENS
 from onnx_adapt.checkpoints.readers.saved import Saved
 from onnx_adapt.checkpoints.readers.table import read_edits
 from onnx_adapt.errors import CheckpointError
@@ -75,8 +76,9 @@ PEFT_TYPES = [
 
 def test_every_method_of_peft_is_read_or_refused_by_name() -> None:
     assert len(PEFT_TYPES) == 45
-    assert set(PEFT_TYPES) <= METHODS.keys() | REFUSED_METHODS.keys()
-    assert not METHODS.keys() & REFUSED_METHODS.keys()
+    read = METHODS.keys() | VIRTUAL_TOKENS.keys()
+    assert set(PEFT_TYPES) <= read | REFUSED_METHODS.keys()
+    assert not read & REFUSED_METHODS.keys()
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED_METHODS))

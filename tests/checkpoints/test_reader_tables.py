@@ -62,7 +62,6 @@ def test_a_library_is_one_row_and_one_function(
         label="RankOne",
         recognises=lambda files: "rank_one" in files.config(),
         mark="`rank_one`",
-        gives="the folder that dump (RankOne) wrote",
         read=read,
         edits=rank_one,
     )

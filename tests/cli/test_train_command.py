@@ -75,6 +75,23 @@ BAD = {
     ),
     "no teacher": (["--loss", "kl", "--teacher", "nowhere.onnx"], "nowhere.onnx"),
     "nothing to resume": (["--loss", "cross_entropy", "--resume"], "no checkpoint"),
+    "a metric on nothing": (
+        ["--loss", "cross_entropy", "--metric", "f1", "--held-back", "0"],
+        "a metric and patience need samples that are held back",
+    ),
+    "another form of adapter": (["--loss", "mse", "-o", "x.xyz"], "no known adapter format"),
+    "a folder for a checkpoint": (
+        ["--loss", "mse", "--checkpoint", "/"],
+        "/ cannot be written",
+    ),
+    "a file for two things": (
+        ["--loss", "mse", "--log", "x.csv", "--checkpoint", "x.csv"],
+        "--checkpoint and --log are one file",
+    ),
+    "the base as a log": (
+        ["--loss", "mse", "--log", str(BASE), "--teacher", str(BASE)],
+        "which is read",
+    ),
     "another log": (["--loss", "cross_entropy", "--log", "x.txt"], "cannot be written as"),
     "another optimiser": (
         ["--loss", "cross_entropy", "--optimiser", "x"],
@@ -90,7 +107,7 @@ def test_bad_input_is_said_and_nothing_is_written(
     options, words = BAD[what]
     given = options if "--data" in options else ["--data", str(data), *options]
     out = model.with_name("mine.safetensors")
-    code, _, said = _train(capsys, model, *given, "-o", out)
+    code, _, said = _train(capsys, model, "-o", out, *given)
     assert code == 2
     assert words in said
     assert not out.exists()
@@ -134,7 +151,7 @@ def test_ctrl_c_saves_and_the_training_goes_on(
     assert len(steps) >= done
     code, _, said = _train(capsys, *given, "--resume", "--lr", 0.5)
     assert code == 2
-    assert "another rate: 0.0 there, 0.5 now" in said
+    assert "rate: 0.0 then, 0.5 now" in said
 
 
 def test_what_was_trained_before_nan_is_written_and_said(

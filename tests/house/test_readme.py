@@ -1,5 +1,6 @@
 """The code on every page runs, and the commands do what they say."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -121,6 +122,13 @@ def test_every_block_for_the_shell_runs(
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code, arguments
+
+
+def test_the_python_reference_names_what_is_there() -> None:
+    for line in _read("docs/reference/api.md").splitlines():
+        if line.startswith("::: ") and line != "::: onnx_adapt.errors":
+            home, _, name = line.removeprefix("::: ").rpartition(".")
+            assert hasattr(importlib.import_module(home), name), line
 
 
 def test_the_readme_gives_the_base_back(folder: Path) -> None:

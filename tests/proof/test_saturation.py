@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from onnx import numpy_helper
 from slot_models import cli, model_of, saved, session
 
@@ -79,6 +80,41 @@ def test_a_lora_that_saturates_is_not_verified_and_calibrated_it_is_pytorchs(
     assert off_by(answers(wide, None, known["x"]), known["base"]) < WEIGHTS_ONLY
     assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
     assert oa.remove(wide).proto.SerializeToString() == base.proto.SerializeToString()
+
+
+def as_whole_weights(case: str, folder: Path) -> Path:
+    """The LoRA of a case as SHiRA that trained every entry: it replaces whole weights."""
+    tensors, parts = (
+        {},
+        safetensors.numpy.load_file(QDQ / case / "adapter" / "adapter_model.safetensors"),
+    )
+    for module in ("base_model.model.first", "base_model.model.second"):
+        added = 2 * parts[f"{module}.lora_B.weight"] @ parts[f"{module}.lora_A.weight"]
+        tensors[f"{module}.shira_weight"] = added.ravel()
+        places = np.indices(added.shape).reshape(2, -1).astype(np.int32)
+        tensors[f"{module}.shira_indices"] = places
+    config = {"peft_type": "SHIRA", "r": 2, "target_modules": ["first", "second"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_replaced_weights_that_saturate_are_not_verified_and_can_be_calibrated(
+    tmp_path: Path,
+) -> None:
+    base, known = base_of("dense_uint8"), truth("dense_uint8")
+    checkpoint = oa.load_checkpoint(as_whole_weights("dense_uint8", tmp_path), base)
+    adapter, inputs = checkpoint.adapter, {"x": known["x"]}
+    plain = oa.insert_checkpoint(base, checkpoint)
+    assert not checkpoint.slots
+    assert off_by(answers(plain, adapter, known["x"]), known["lora"]) > 0.5
+    report = oa.verify(base, plain, adapter=adapter, inputs=inputs)
+    assert failed(report) == ["saturation"]
+    assert any("trained weight 'base.first.weight'" in line for line in report.warnings)
+
+    wide = oa.calibrate(plain, adapter, inputs)
+    assert off_by(answers(wide, adapter, known["x"]), known["lora"]) < WEIGHTS_ONLY
+    assert failed(oa.verify(base, wide, adapter=adapter, inputs=inputs)) == []
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -387,7 +423,7 @@ def test_nothing_to_calibrate_is_an_error(
     options = ["--adapter", str(FLOAT / "adapter"), "--calibrate", given, "-o", str(out)]
     code, _, err = cli(capsys, "insert", base, *options)
     assert code == 2
-    assert "no slot whose value is quantised with a calibrated range" in err
+    assert "nothing that an adapter changes with a calibrated range" in err
     assert not out.exists()
 
 
@@ -414,7 +450,7 @@ def test_an_adapter_on_a_float_model_has_nothing_to_saturate_and_that_is_said(
     adapted = oa.insert_checkpoint(base, trained)
     report = oa.verify(base, adapted, adapter=trained.adapter, inputs=given)
     (check,) = [check for check in report.checks if check.name == "saturation"]
-    assert (check.passed, check.detail[:26]) == (True, "no value of a slot is quan")
+    assert (check.passed, check.detail[:26]) == (True, "no value that an adapter c")
     oa.save_model(adapted, tmp_path / "a.onnx")
     oa.save_adapter(trained.adapter, tmp_path / "fr.npz")
     files = [str(tmp_path / "a.onnx"), str(tmp_path / "fr.npz")]

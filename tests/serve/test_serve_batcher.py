@@ -190,3 +190,14 @@ def test_a_server_takes_a_provider_and_refuses_one_that_is_not_here(tmp_path: Pa
     assert Batcher(path, provider="cpu").inputs
     with pytest.raises(RunError, match="no execution provider 'cudda'"):
         Batcher(path, provider="cudda")
+
+
+def test_two_sizes_of_one_symbol_are_refused(tmp_path: Path) -> None:
+    case = "tests/cases/peft_bert_lora_default_ts/base.onnx"
+    batcher = Batcher(case, threads=1)
+    feeds = {name: np.ones((2, 3), np.int64) for name in batcher.inputs}
+    types = dict.fromkeys(feeds, "INT64")
+    batcher.check(feeds, types, ())
+    feeds["attention_mask"] = feeds["attention_mask"][:1]
+    with pytest.raises(RequestError, match="is 2 in 'input_ids' and 1 in 'attention_mask'"):
+        batcher.check(feeds, types, ())

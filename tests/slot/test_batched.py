@@ -26,7 +26,8 @@ import onnx_adapt as oa
 from onnx_adapt.dtypes import DTYPES
 from onnx_adapt.edit.damage import damages
 from onnx_adapt.errors import AdapterError, MismatchError, SlotError
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
 from onnx_adapt.slot.parts import PARTS

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from slot_formula import PLAIN, SOURCE_WIDTH, WIDTH, run_nodes
 
-from onnx_adapt.slot.formula import check_slot
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.oracle import slot_value
 
 KERNEL, STRIDES, BEGINS, ENDS, DILATIONS = (

@@ -23,7 +23,8 @@ from slot_models import dense, model_of, run
 
 import onnx_adapt as oa
 from onnx_adapt.errors import RunError, SlotError
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
 from onnx_adapt.slot.weights import neutral_rows, part_shape, row_shape

@@ -26,7 +26,8 @@ from slot_formula import (
 
 from onnx_adapt.errors import SlotError
 from onnx_adapt.slot.bounds import ARITHMETIC, exact
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.checks import check_slot
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import Norm, slot_value
 from onnx_adapt.slot.parts import PARTS, coupling_parts

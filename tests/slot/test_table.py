@@ -11,7 +11,7 @@ import onnx_adapt as oa
 from onnx_adapt.adapter.own_weights import make_adapter
 from onnx_adapt.errors import AdapterError, SlotError
 from onnx_adapt.proof.probe import neutral_model
-from onnx_adapt.slot.formula import check_slot
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.parts import PARTS, Blend, Draw, Part, RowForm, in_order
 from onnx_adapt.slot.weights import (
     bottleneck_axis,

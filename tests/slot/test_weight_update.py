@@ -12,8 +12,9 @@ from weight_slots import changed
 
 from onnx_adapt.dtypes import DTYPES, ELEM_TYPES
 from onnx_adapt.errors import SlotError
+from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.form import WeightTarget, new_weight_slot
-from onnx_adapt.slot.formula import check_slot, slot_nodes
+from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import Slot
 from onnx_adapt.slot.oracle import slot_bounded
 from onnx_adapt.slot.parts import in_order

@@ -14,7 +14,7 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.ort import failures
 from onnx_adapt.training.losses import IGNORED, settings_of
-from onnx_adapt.training.step_model import LABELS, _add_loss
+from onnx_adapt.training.step_model import LABELS, add_loss
 
 X = np.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5], [-0.75, 0.0, 1.0], [2.0, -2.0, 0.5]])
 CLASSES = np.array([2, 0, IGNORED, 1])
@@ -57,7 +57,7 @@ def _model(loss: str, settings: dict[str, Any], shape: tuple[int, ...]) -> onnx.
     x, y = (helper.make_tensor_value_info(name, 1, shape) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
     model = oa.Model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
-    _add_loss(model, "y", loss, settings)
+    add_loss(model, "y", loss, settings)
     model.proto.graph.output.append(helper.make_tensor_value_info("loss", 1, []))
     return model.proto
 

@@ -12,7 +12,7 @@ import onnx_adapt as oa
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.training.data import Batch
-from onnx_adapt.training.engine import require_finite_loss
+from onnx_adapt.training.evaluation import require_finite_loss
 from onnx_adapt.training.log import Log
 from onnx_adapt.training.optimisers import Optimiser
 from onnx_adapt.training.progress import Report
@@ -72,16 +72,22 @@ def _other(data: dict[str, Array]) -> dict[str, Array]:
 
 
 OTHERS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
-    "data": (lambda d: {"data": _other(d)}, "another data"),
-    "rate": (lambda d: {"settings": replace(SETTINGS, rate=1.0)}, "rate: 0.01 there, 1.0 now"),
-    "epochs": (lambda d: {"settings": replace(SETTINGS, epochs=4)}, "epochs: 3 there"),
+    "data": (lambda d: {"data": _other(d)}, "other data"),
+    "rate": (
+        lambda d: {"settings": replace(SETTINGS, rate=1.0)},
+        "rate: 0.01 then, 1.0 now",
+    ),
+    "epochs": (lambda d: {"settings": replace(SETTINGS, epochs=4)}, "epochs: 3 then, 4 now"),
     "optimiser": (
         lambda d: {"settings": replace(SETTINGS, optimiser=Optimiser("sgd"))},
-        "another optimiser",
+        "other optimiser",
     ),
-    "bottleneck": (lambda d: {"bottleneck": 4}, "another set of weights"),
-    "loss": (lambda d: {"loss_settings": {"label_smoothing": 0.1}}, "another loss"),
-    "validation": (lambda d: {"validation": d}, "another data"),
+    "bottleneck": (lambda d: {"bottleneck": 4}, "other weights"),
+    "loss": (
+        lambda d: {"loss_settings": {"label_smoothing": 0.1}},
+        "settings of the loss: .* then, 'label_smoothing=0.1' now",
+    ),
+    "validation": (lambda d: {"validation": d}, "other data"),
 }
 
 

@@ -145,6 +145,13 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"settings": Settings(metric="bleu")},
         "unknown metric",
     ),
+    "no epoch": (lambda d: d, {"settings": Settings(epochs=0)}, "setting epochs is 0"),
+    "a NaN rate": (lambda d: d, {"settings": Settings(rate=np.nan)}, "setting rate is nan"),
+    "batches of nothing": (
+        lambda d: d,
+        {"settings": Settings(batch_size=0)},
+        "setting batch_size is 0",
+    ),
     "an unknown schedule": (
         lambda d: d,
         {"settings": Settings(schedule="up")},
@@ -194,8 +201,10 @@ def test_further_inputs_are_left_out_and_missing_ones_named(
     assert "left out comment of the data" in caplog.text
     with pytest.raises(TrainingError, match="no 'attention_mask', which"):
         oa.train(model, _without(data, "attention_mask"), loss="cross_entropy")
-    with pytest.raises(TrainingError, match="'input_ids' of the data holds fractions"):
+    with pytest.raises(TrainingError, match=r"'input_ids' of sample 0 of the data is \d+\.5,"):
         oa.train(model, {**data, "input_ids": data["input_ids"] + 0.5}, loss="cross_entropy")
+    with pytest.raises(oa.AdaptError, match=r"does not run|on samples \d"):
+        oa.train(model, {**data, "input_ids": data["input_ids"] + 99}, loss="cross_entropy")
 
 
 def test_an_exported_model_trains_as_the_one_it_was_exported_from(

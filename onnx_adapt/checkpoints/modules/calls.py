@@ -14,6 +14,7 @@ from onnx_adapt.graph.layers import find_weight
 from onnx_adapt.graph.modules import module_output
 from onnx_adapt.graph.norms import find_norms
 from onnx_adapt.graph.sites import Survey
+from onnx_adapt.slot.manifest import slot_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,28 +84,37 @@ def block_output(survey: Survey, call: LayerCall, module: str) -> str:
     for view, tensor in module_output(survey.modules, module):
         if view is call.view and module in survey.modules.paths:
             return survey.after_slots(view.scope.path, tensor)
-    return moved_output(call.view, call.output)
+    return moved_output(survey, call.view, call.output)
 
 
-def moved_output(view: GraphView, tensor: str) -> str:
+def moved_output(survey: Survey, view: GraphView, tensor: str) -> str:
     """Follow a tensor through Reshapes and the like, as long as nothing else reads it."""
-    while len(readers := view.readers(tensor)) == 1 and readers[0].op_type in _PASS_ON:
-        tensor = str(readers[0].output[0])
+    while len(readers := _base_readers(view, tensor)) == 1 and readers[0].op_type in _PASS_ON:
+        tensor = survey.after_slots(view.scope.path, str(readers[0].output[0]))
     return tensor
 
 
-def residual_add(view: GraphView, tensor: str) -> tuple[str, str]:
+def _base_readers(view: GraphView, tensor: str) -> list[onnx.NodeProto]:
+    """The nodes of the base that read a tensor; those of slots are not among them."""
+    return [node for node in view.readers(tensor) if not slot_of(node)]
+
+
+def residual_add(survey: Survey, view: GraphView, tensor: str) -> tuple[str, str]:
     """Find the Add that closes the residual connection around a sub-layer.
 
     Returns:
-        The Add's output and its other operand, the residual input.
+        The Add's output behind the slots that are on it, and its other operand, the
+        residual input.
 
     Raises:
         CheckpointError: If there is no such Add, or more than one.
     """
     found = [
-        (str(node.output[0]), str(node.input[1 - list(node.input).index(tensor)]))
-        for node in view.readers(tensor)
+        (
+            survey.after_slots(view.scope.path, str(node.output[0])),
+            str(node.input[1 - list(node.input).index(tensor)]),
+        )
+        for node in _base_readers(view, tensor)
         if node.op_type == "Add" and list(node.input).count(tensor) == 1
         if find_weight(view, node.input[1 - list(node.input).index(tensor)]) is None
     ]

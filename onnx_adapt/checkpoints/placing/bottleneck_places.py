@@ -51,7 +51,7 @@ def bottleneck_place(
     output = block_output(survey, call, module)
     if place == "output" and reads == "target":
         return BottleneckPlace(output)
-    total, residual = residual_add(view, output)
+    total, residual = residual_add(survey, view, output)
     target = output
     if place == "norm":
         target = norm_behind(survey, view, total)

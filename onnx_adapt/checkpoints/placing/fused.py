@@ -58,7 +58,7 @@ def _places(
         sums = around and behind.node.op_type in _SUMS
         yield FusedPlace(path, str(behind.node.output[0]), call.output, sums)
     elif around and not inside and not (behind and behind.unsure):
-        tensor = moved_output(call.view, call.output)
+        tensor = moved_output(survey, call.view, call.output)
         for node in call.view.readers(tensor):
             if node.op_type in _SUMS and tensor in node.input[:2]:
                 yield FusedPlace(path, str(node.output[0]), tensor, residual=True)

@@ -7,6 +7,7 @@ import numpy as np
 from onnx_adapt.checkpoints.edits import LowRank
 from onnx_adapt.checkpoints.modules.weights import read_bias, read_matrix
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.stacking import in_front_of, refuse_second_in_layer
 from onnx_adapt.checkpoints.placing.vocabulary import refuse_other_vocabulary
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -31,6 +32,7 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
         CheckpointError: If the matrices do not fit the layer, or it is of a form not known.
     """
     _refuse_hidden(edit.module, call)
+    refuse_second_in_layer(placement, edit.module, call)
     a, b = edit.a, edit.b
     window: tuple[int, ...] = ()
     operator = OPERATORS[call.node.op_type]
@@ -60,11 +62,15 @@ def place_low_rank(placement: Placement, edit: LowRank, call: LayerCall) -> None
             )
         parts["gate"], parts["gate_bias"] = edit.gate[0].T, edit.gate[1]
     source = placement.survey.after_slots(call.view.scope.path, call.source)
-    form = Form(source=source, source_width=a.shape[1], window=window)
+    if edit.invocation:
+        _refuse_without_sequence(edit.module, target)
+    by_token = bool(edit.invocation)
+    form = Form(source=source, source_width=a.shape[1], window=window, by_token=by_token)
+    front = in_front_of(placement, call)
     if call.packing is None or edit.gate is not None:
-        placement.add(target, placement.slot_name(edit.module), parts, form)
+        placement.add(target, placement.slot_name(edit.module), parts, form, front=front)
     else:
-        placement.add_beside(edit.module, target, call.packing, parts, form)
+        placement.add_beside(edit.module, target, call.packing, parts, form, front=front)
 
 
 def _rescale(
@@ -93,6 +99,16 @@ def _rescale(
         return placement.survey.site(call.view, call.raw)
     parts["up_bias"] = parts.get("up_bias", 0) + (1 - scale) * inside
     return placement.survey.site(call.view, call.output)
+
+
+def _refuse_without_sequence(module: str, target: Site) -> None:
+    """Refuse an update that is on for some tokens alone where no axis is known as theirs."""
+    if target.axis == 1 or target.rank not in (2, 3):
+        raise CheckpointError(
+            f"module {module!r}: aLoRA is on for some tokens alone, and tensor "
+            f"{target.tensor!r} is not of the shape (batch, sequence, width)",
+            hint="export the model with input_ids of (batch, sequence)",
+        )
 
 
 def _refuse_hidden(module: str, call: LayerCall) -> None:

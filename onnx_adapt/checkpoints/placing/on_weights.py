@@ -53,6 +53,13 @@ def place_low_rank_on_weights(
             f"({inner[0].node.op_type}), where its weight can be adapted and not its output",
             hint="insert the adapter into the model as it was exported, then optimise",
         )
+    if edit.invocation:
+        raise CheckpointError(
+            f"module {edit.module!r} is inside node {inner[0].label!r} "
+            f"({inner[0].node.op_type}), where its weight is adapted for all tokens alike, "
+            "and aLoRA is on for some of them",
+            hint="insert the adapter into the model as it was exported, then optimise",
+        )
     for target, weight in _targets(placement, edit.module, inner, bias=False):
         parts = _low_rank_parts(placement, edit, target, weight)
         apart = weight.group is not None

@@ -24,6 +24,11 @@ from onnx_adapt.checkpoints.placing.placement import Placement
 from onnx_adapt.checkpoints.placing.replacing import as_low_rank, place_replacement
 from onnx_adapt.checkpoints.placing.reweighting import place_reweight
 from onnx_adapt.checkpoints.placing.scaling import place_scaling
+from onnx_adapt.checkpoints.placing.stacking import (
+    refuse_second_coupling,
+    refuse_second_on_weight,
+    refuse_unlike_stack,
+)
 from onnx_adapt.checkpoints.placing.token_rows import place_token_rows
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.layer_calls import LayerCall
@@ -51,6 +56,8 @@ def place(placement: Placement, edit: Edit) -> None:
         place_token_rows(placement, edit)
         return
     inner = placement.inner_weights(edit.module)
+    if inner:
+        refuse_second_on_weight(placement, edit.module)
     if isinstance(edit, LowRank):
         if inner:
             place_low_rank_on_weights(placement, edit, inner)
@@ -72,6 +79,7 @@ def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -
     module, name = placement.names[edit.module], placement.slot_name(edit.module)
     view = call.view
     placement.with_bias(edit.module, call)
+    refuse_unlike_stack(placement, edit, call)
     place = bottleneck_place(placement.survey, call, module, edit.place, edit.reads)
     width = edit.parts["down"].shape[0] if place.source else 0
     target = placement.survey.after_slots(view.scope.path, place.target)
@@ -91,6 +99,7 @@ def _place_bottleneck(placement: Placement, edit: Bottleneck, call: LayerCall) -
 
 
 def _place_coupling(placement: Placement, edit: Coupling) -> None:
+    refuse_second_coupling(placement, edit.module)
     module = placement.names[edit.module]
     outputs = placement.finder.output(module)
     if len(outputs) != 1:

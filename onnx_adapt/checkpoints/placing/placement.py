@@ -84,6 +84,7 @@ class Placement:
         on_weights: The slots on weights inside operators, by graph, name and readers of the
             weight.
         full_names: Whether slots are called after the checkpoint's paths, not the graph's.
+        library: The library that saved the checkpoint, as in `Saved`.
         plans: The weights of the base that are replaced.
         replaced: What replaces them, by the names of the plans.
     """
@@ -99,6 +100,7 @@ class Placement:
     beside: dict[tuple[str, str], str] = field(default_factory=dict)
     on_weights: dict[tuple[str, str, tuple[str, ...]], str] = field(default_factory=dict)
     full_names: bool = False
+    library: str = ""
     plans: list[ReplacementPlan] = field(default_factory=list)
     replaced: dict[str, Array] = field(default_factory=dict)
 
@@ -165,7 +167,13 @@ class Placement:
         )
 
     def add(
-        self, target: Site, name: str, parts: Mapping[str, Array], form: Form = _PLAIN
+        self,
+        target: Site,
+        name: str,
+        parts: Mapping[str, Array],
+        form: Form = _PLAIN,
+        *,
+        front: str = "",
     ) -> None:
         """Add a slot with its weights.
 
@@ -174,6 +182,8 @@ class Placement:
             name: What to call the slot; a number is added if another has the name.
             parts: The weights by part.
             form: What the slot computes; its parts are those of the weights.
+            front: What an earlier slot on the place reads, to go in front of it; '' to go
+                behind all.
 
         Raises:
             CheckpointError: If the site cannot take it.
@@ -192,6 +202,8 @@ class Placement:
         self.wanted[unique] = name
         ordered = in_order(parts)
         slot = new_slot(unique, target, replace(form, parts=ordered), width=width)
+        if front and front != slot.output:
+            slot = replace(slot, output=front)
         dtype = DTYPES[target.dtype]
         weights = {
             part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
@@ -208,6 +220,8 @@ class Placement:
         packing: Packing,
         parts: Mapping[str, Array],
         form: Form = _PLAIN,
+        *,
+        front: str = "",
     ) -> None:
         """Add the weights of one of the modules that a layer computes side by side.
 
@@ -222,13 +236,14 @@ class Placement:
             packing: The modules that the layer computes.
             parts: The weights by part, on all columns: `up` is zero outside the module's.
             form: What the slot computes; its parts are those of the weights.
+            front: As in `add`.
         """
         key = (target.address, form.source)
         if key in self.beside:
             name = self.beside[key]
             self._set_weights(name, joined_beside(self.weights[name], parts))
             return
-        self.add(target, self.slot_name(module, packing.layer), parts, form)
+        self.add(target, self.slot_name(module, packing.layer), parts, form, front=front)
         slot = self.slots[-1]
         self.beside[key] = slot.name
         self.slots[-1] = replace(slot, modules=packing.modules, columns=packing.columns)

@@ -14,6 +14,7 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import Scaling
 from onnx_adapt.checkpoints.placing.placement import Placement
+from onnx_adapt.checkpoints.placing.stacking import in_front_of, refuse_second_scaling
 from onnx_adapt.dtypes import FLOATS, Array
 from onnx_adapt.errors import CheckpointError
 from onnx_adapt.graph.index import text
@@ -42,11 +43,13 @@ def place_scaling(placement: Placement, edit: Scaling, call: LayerCall) -> None:
         _scale_input(placement, edit, call, parts)
         return
     parts["scale"] = call.spread(parts["scale"], fill=1)
+    refuse_second_scaling(placement, edit.module, call)
     target = placement.with_bias(edit.module, call)
+    front = in_front_of(placement, call)
     if call.packing is None:
-        placement.add(target, placement.slot_name(edit.module), parts)
+        placement.add(target, placement.slot_name(edit.module), parts, front=front)
     else:
-        placement.add_beside(edit.module, target, call.packing, parts)
+        placement.add_beside(edit.module, target, call.packing, parts, front=front)
 
 
 def _scale_input(

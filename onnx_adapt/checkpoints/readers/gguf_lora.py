@@ -154,7 +154,11 @@ def gguf_edits(saved: Saved) -> list[Edit]:
             "converted to GGUF instead",
         )
     if "adapter.alora.invocation_tokens" in config:
-        raise CheckpointError("the adapter switches on in the middle of a sequence (aLoRA)")
+        raise CheckpointError(
+            "the adapter is on from its invocation tokens on (aLoRA), which are not read from "
+            "GGUF",
+            hint="give the folder of PEFT that was converted to GGUF",
+        )
     modules, others = sort_by_module(saved.tensors, _ENDINGS)
     refuse_others(others, "lora_a and lora_b of a weight")
     alpha = number(config["adapter.lora.alpha"], "adapter.lora.alpha")

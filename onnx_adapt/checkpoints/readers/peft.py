@@ -15,6 +15,10 @@ from onnx_adapt.checkpoints.readers.peft_methods.table import (
 )
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.checkpoints.readers.peft_methods.tokens import settle_tables
+from onnx_adapt.checkpoints.readers.peft_methods.virtual_tokens import (
+    VIRTUAL_TOKENS,
+    virtual_tokens,
+)
 from onnx_adapt.checkpoints.readers.peft_parameters import parameter_edit, split_parameters
 from onnx_adapt.checkpoints.readers.peft_settings import by_pattern, scale_of
 from onnx_adapt.checkpoints.readers.saved import Saved, name_damage, number
@@ -23,8 +27,6 @@ from onnx_adapt.errors import CheckpointError
 
 _CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _REFUSED_SETTINGS = {
-    "alora_invocation_tokens": "the adapter switches on in the middle of a sequence, and "
-    "cannot be merged; a plain LoRA can be trained instead",
     "layer_replication": "layers of the base are repeated",
     "arrow_config": "adapters are routed at run time",
     "megatron_config": "the model is split over machines",
@@ -39,6 +41,8 @@ def peft_edits(saved: Saved) -> list[Edit]:
     """
     config = saved.config
     kind = str(config.get("peft_type"))
+    if kind in VIRTUAL_TOKENS:
+        return [virtual_tokens(saved)]
     method = METHODS.get(kind)
     if method is None:
         reason = f": {REFUSED_METHODS[kind]}" if kind in REFUSED_METHODS else ""

@@ -55,7 +55,6 @@ class Reader:
         recognises: Whether files are this library's.
         mark: What only this library writes into adapter_config.json, in words; '' if files
             of it are known by other things.
-        gives: What the user gives, in words: the function that saves it, or the file.
         read: Reads the files.
         edits: What they ask for.
         words: Words in the keys of its tensors, by which a file that lacks what it needs is
@@ -65,7 +64,6 @@ class Reader:
     label: str
     recognises: Callable[[Files], bool]
     mark: str
-    gives: str
     read: Callable[[Files], Saved]
     edits: Callable[[Saved], list[Edit]]
     words: tuple[str, ...] = ()
@@ -96,7 +94,6 @@ READERS: dict[str, Reader] = {
         label="torchtune",
         recognises=is_torchtune,
         mark="",
-        gives="torchtune's folder",
         read=read_torchtune,
         edits=torchtune_edits,
     ),
@@ -104,7 +101,6 @@ READERS: dict[str, Reader] = {
         label="PEFT",
         recognises=lambda files: "peft_type" in files.config(),
         mark="`peft_type`",
-        gives="the folder that save_pretrained (PEFT) wrote",
         read=_read_peft,
         edits=peft_edits,
         words=tuple(part for method in METHODS.values() for part in method.parts),
@@ -113,7 +109,6 @@ READERS: dict[str, Reader] = {
         label="AdapterHub",
         recognises=_has_settings,
         mark="a `config` with settings",
-        gives="the folder that save_adapter (AdapterHub) wrote",
         read=_read_adapterhub,
         edits=adapterhub_edits,
         words=("adapters", "loras", "invertible_adapters"),
@@ -122,7 +117,6 @@ READERS: dict[str, Reader] = {
         label="diffusers",
         recognises=is_diffusers,
         mark="",
-        gives="the file or folder that save_lora_weights (diffusers) wrote",
         read=read_diffusers,
         edits=diffusers_edits,
     ),
@@ -130,7 +124,6 @@ READERS: dict[str, Reader] = {
         label="sd-scripts, LyCORIS or ComfyUI",
         recognises=is_kohya,
         mark="",
-        gives="the file of an image LoRA (sd-scripts, LyCORIS, ComfyUI)",
         read=read_kohya,
         edits=kohya_edits,
     ),
@@ -138,7 +131,6 @@ READERS: dict[str, Reader] = {
         label="MLX-LM",
         recognises=is_mlx,
         mark="`lora_parameters`",
-        gives="MLX-LM's folder",
         read=read_mlx,
         edits=mlx_edits,
     ),
@@ -146,7 +138,6 @@ READERS: dict[str, Reader] = {
         label="LitGPT",
         recognises=is_litgpt,
         mark="",
-        gives="LitGPT's folder",
         read=read_litgpt,
         edits=litgpt_edits,
     ),
@@ -154,7 +145,6 @@ READERS: dict[str, Reader] = {
         label="llama.cpp",
         recognises=is_gguf,
         mark="",
-        gives="llama.cpp's GGUF file of a LoRA",
         read=read_gguf,
         edits=gguf_edits,
     ),
@@ -162,7 +152,6 @@ READERS: dict[str, Reader] = {
         label="KerasHub",
         recognises=is_keras_hub,
         mark="",
-        gives="KerasHub's .lora.h5 with an adapter_config.json",
         read=read_keras_hub,
         edits=keras_hub_edits,
     ),
@@ -170,7 +159,6 @@ READERS: dict[str, Reader] = {
         label="loralib",
         recognises=is_loralib,
         mark="",
-        gives="loralib's state dict with an adapter_config.json",
         read=read_loralib,
         edits=loralib_edits,
     ),
@@ -178,7 +166,6 @@ READERS: dict[str, Reader] = {
         label="NeMo",
         recognises=is_nemo,
         mark="",
-        gives="NeMo's .nemo file",
         read=read_nemo,
         edits=nemo_edits,
     ),
@@ -186,7 +173,6 @@ READERS: dict[str, Reader] = {
         label="Edifice",
         recognises=is_edifice,
         mark="",
-        gives="Edifice's safetensors file",
         read=read_edifice,
         edits=edifice_edits,
     ),
@@ -286,5 +272,6 @@ _BARE = (
 
 
 def _expected() -> str:
-    *others, last = (row.gives for row in READERS.values())
-    return f"give {', '.join(others)} or {last}"
+    """What to give, in words: a hint."""
+    *others, last = (row.label for row in READERS.values())
+    return f"give the folder or file that one of these saved: {'; '.join(others)}; {last}"

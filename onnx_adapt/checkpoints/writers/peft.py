@@ -65,6 +65,11 @@ def write(wanted: Wanted) -> Files:
         )
     tensors, settings = _ia3(scalings) if scalings else _lora(low_rank)
     trained_tensors, trained_settings = _replaced(replaced, [*low_rank, *scalings], settings)
+    if wanted.invocation_tokens:
+        settings |= {
+            "alora_invocation_tokens": list(wanted.invocation_tokens),
+            "task_type": "CAUSAL_LM",
+        }
     config = {**_COMMON, **settings, **trained_settings}
     return {
         "adapter_config.json": config_file(config),

@@ -33,11 +33,13 @@ class Wanted:
         name: What it is called.
         items: What its slots ask for; the scale of LoRA is in B, and is 1.
         modules: The paths of the modules of the graph.
+        invocation_tokens: The tokens that switch it on (aLoRA), or none.
     """
 
     name: str
     items: Sequence[SlotEdit]
     modules: Sequence[str] = ()
+    invocation_tokens: tuple[int, ...] = ()
 
 
 Files = dict[str, bytes]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_adapt.graph.gradients.moving import added
 from onnx_adapt.graph.gradients.rule import Grads, Rule, Step, only
 from onnx_adapt.graph.gradients.tape import INT64, Tape
 
@@ -177,11 +178,11 @@ def max_pool(tape: Tape, step: Step) -> Grads:
     x = step.input()
     made = tape.add_several("MaxPool", (x,), 2, **kept)
     tape.elem_types[made[1]] = INT64
-    flat = tape.add("Reshape", tape.zeros_like(x), tape.integers(-1))
+    count = tape.add("Reshape", tape.once("Size", x, elem_type=INT64), tape.integers(1))
     places, grads = (
         tape.add("Reshape", name, tape.integers(-1)) for name in (made[1], step.grad)
     )
-    total = tape.add("ScatterElements", flat, places, grads, axis=0, reduction="add")
+    total = added(tape, "ScatterElements", count, places, grads, axis=0)
     return only(tape.like(total, x))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.graph.gradients.rule import Grads, Rule, Step, only
-from onnx_adapt.graph.gradients.tape import INT64, Tape
+from onnx_adapt.graph.gradients.tape import BFLOAT16, FLOAT, FLOAT16, INT64, Tape
 
 
 def reshape(tape: Tape, step: Step) -> Grads:
@@ -85,6 +87,19 @@ def pad(tape: Tape, step: Step) -> Grads:
 # added, row by row, at the ids. Where the axis is not the first, it is moved there.
 
 
+def added(tape: Tape, op: str, shape: str, places: str, grad: str, **attributes: Any) -> str:
+    """Add numbers to zeros at some places; half precision in float32.
+
+    ONNX Runtime has no sums of scattered half-precision numbers on the CPU, and these would
+    lose digits.
+    """
+    kind = tape.elem_type(grad)
+    wide = tape.cast(grad, FLOAT) if kind in (FLOAT16, BFLOAT16) else grad
+    zeros = tape.add("Expand", tape.number(0, wide), shape)
+    total = tape.add(op, zeros, places, wide, reduction="add", **attributes)
+    return tape.cast(total, kind)
+
+
 def scattered(tape: Tape, grad: str, places: str, like: str, axis: int, rank: int) -> str:
     """Add gradients to zeros along an axis.
 
@@ -102,9 +117,8 @@ def scattered(tape: Tape, grad: str, places: str, like: str, axis: int, rank: in
     moved = tape.permuted(grad, order)
     others = [k for k in range(tape.rank(like)) if k != axis]
     shape = tape.joined(*(tape.size(like, k) for k in (axis, *others)))
-    zeros = tape.add("Expand", tape.number(0, grad), shape)
     rows = tape.unsqueezed(places, -1)
-    total = tape.add("ScatterND", zeros, rows, moved, reduction="add")
+    total = added(tape, "ScatterND", shape, rows, moved)
     back = np.argsort([axis, *others]).tolist()
     return tape.permuted(total, back)
 
@@ -119,19 +133,16 @@ def gather(tape: Tape, step: Step) -> Grads:
 
 def gather_elements(tape: Tape, step: Step) -> Grads:
     """GatherElements: gradients are added where the numbers came from."""
-    zeros, axis = tape.zeros_like(step.input()), step.attribute("axis", 0)
-    places = step.input(1)
-    return only(
-        tape.add("ScatterElements", zeros, places, step.grad, axis=axis, reduction="add")
-    )
+    shape, axis = tape.shape_of(step.input()), step.attribute("axis", 0)
+    return only(added(tape, "ScatterElements", shape, step.input(1), step.grad, axis=axis))
 
 
 def gather_nd(tape: Tape, step: Step) -> Grads:
     """GatherND: gradients are added where the numbers came from."""
     if step.attribute("batch_dims", 0):
         raise step.refuse("it has batch_dims")
-    zeros = tape.zeros_like(step.input())
-    return only(tape.add("ScatterND", zeros, step.input(1), step.grad, reduction="add"))
+    shape = tape.shape_of(step.input())
+    return only(added(tape, "ScatterND", shape, step.input(1), step.grad))
 
 
 def scatter(tape: Tape, step: Step) -> Grads:
@@ -201,16 +212,16 @@ def _scattered_in_all(tape: Tape, grad: str, places: dict[int, str], like: str) 
     return grad
 
 
-def depth_to_space(tape: Tape, step: Step) -> Grads:
-    """DepthToSpace in the order DCR: SpaceToDepth."""
-    if step.attribute("mode", "DCR") != "DCR":
-        raise step.refuse("its mode is CRD")
-    return only(tape.add("SpaceToDepth", step.grad, blocksize=step.attribute("blocksize", 1)))
+def trilu(tape: Tape, step: Step) -> Grads:
+    """Trilu: the same triangle of the gradient."""
+    inputs = (step.input(1),) if step.input(1) else ()
+    return only(tape.add("Trilu", step.grad, *inputs, upper=step.attribute("upper", 1)))
 
 
-def space_to_depth(tape: Tape, step: Step) -> Grads:
-    """SpaceToDepth: DepthToSpace."""
-    return only(tape.add("DepthToSpace", step.grad, blocksize=step.attribute("blocksize", 1)))
+def reverse_sequence(tape: Tape, step: Step) -> Grads:
+    """ReverseSequence, which is its own inverse."""
+    axes = {name: step.attribute(name, None) for name in ("batch_axis", "time_axis")}
+    return only(tape.add("ReverseSequence", step.grad, step.input(1), **axes))
 
 
 MOVING: dict[str, Rule] = {
@@ -227,7 +238,7 @@ MOVING: dict[str, Rule] = {
     "GatherND": gather_nd,
     **dict.fromkeys(("ScatterND", "ScatterElements"), scatter),
     "Slice": slice_,
-    "DepthToSpace": depth_to_space,
-    "SpaceToDepth": space_to_depth,
+    "Trilu": trilu,
+    "ReverseSequence": reverse_sequence,
 }
 """The rules by operator."""

@@ -100,31 +100,6 @@ def _gemm(tape: Tape, pair: tuple[str, str], turned: tuple[bool, bool], alpha: f
     return tape.add("Gemm", *pair, alpha=alpha, transA=first, transB=second)
 
 
-def fused_matmul(tape: Tape, step: Step) -> Grads:
-    """FusedMatMul of ONNX Runtime: `alpha * x @ y`, with their matrices transposed or not."""
-    if step.attribute("transBatchA", 0) or step.attribute("transBatchB", 0):
-        raise step.refuse("it moves axes of its stacks")
-    flips = [bool(step.attribute(name, 0)) for name in ("transA", "transB")]
-    names = [step.input(0), step.input(1)]
-    ranks = [tape.rank(name) for name in names]
-    if min(ranks) < 2:
-        raise step.refuse("one of its inputs is a vector")
-    x, y = (
-        tape.swapped(n, r) if f else n for n, r, f in zip(names, ranks, flips, strict=True)
-    )
-    grad = tape.times(step.grad, step.attribute("alpha", 1.0))
-    grads: list[str | None] = [None, None]
-    if step.wants(0):
-        made = tape.add("MatMul", grad, tape.swapped(y, ranks[1]))
-        made = tape.swapped(made, max(ranks)) if flips[0] else made
-        grads[0] = tape.unbroadcast(made, names[0], step.output, matrix=True)
-    if step.wants(1):
-        made = tape.add("MatMul", tape.swapped(x, ranks[0]), grad)
-        made = tape.swapped(made, max(ranks)) if flips[1] else made
-        grads[1] = tape.unbroadcast(made, names[1], step.output, matrix=True)
-    return grads
-
-
 def einsum(tape: Tape, step: Step) -> Grads:
     """Einsum: the gradient of an operand is an Einsum of the others with the gradient.
 
@@ -160,7 +135,6 @@ def einsum(tape: Tape, step: Step) -> Grads:
 PRODUCTS: dict[str, Rule] = {
     "MatMul": matmul,
     "Gemm": gemm,
-    "FusedMatMul": fused_matmul,
     "Einsum": einsum,
 }
 """The rules by operator."""

@@ -21,12 +21,19 @@ class Step:
     Attributes:
         node: The node.
         grads: The gradient of each output; '' where nothing depends on it.
-        wanted: For each input whether its gradient is needed.
+        wanted: For each tensor that it reads whether its gradient is needed.
+        captured: What its bodies read from the graphs around them, behind the inputs.
     """
 
     node: onnx.NodeProto
     grads: tuple[str, ...]
     wanted: tuple[bool, ...]
+    captured: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All that the node reads: its inputs, and what its bodies capture."""
+        return (*self.node.input, *self.captured)
 
     @property
     def grad(self) -> str:
@@ -65,7 +72,7 @@ class Step:
 
 
 Grads = Sequence[str | None]
-"""The gradient of each input, or None where there is none or none is needed."""
+"""The gradient of each tensor that is read, or None where there is none or none is needed."""
 
 Rule = Callable[[Tape, Step], Grads]
 """Adds the nodes for the gradients of a node's inputs."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from onnx_adapt.graph.index import GraphView, Shape
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
 
+FLOAT = onnx.TensorProto.FLOAT
+FLOAT16 = onnx.TensorProto.FLOAT16
+BFLOAT16 = onnx.TensorProto.BFLOAT16
 INT64 = onnx.TensorProto.INT64
+UINT8 = onnx.TensorProto.UINT8
 BOOL = onnx.TensorProto.BOOL
 
 PREFIX = "gradient:"
@@ -40,6 +45,8 @@ class Tape:
         elem_types: Element types of the tensors that were added.
         known: What is computed once, by what it is.
         prefix: What new names begin with.
+        rules: The rule of each operator.
+        views: The views of all graphs of the model, bodies included, by path.
     """
 
     model: Model
@@ -49,9 +56,32 @@ class Tape:
     constants: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = field(
         default_factory=dict
     )
-    elem_types: dict[str, int] = field(default_factory=dict)
-    known: dict[tuple[str, ...], str] = field(default_factory=dict)
+    elem_types: MutableMapping[str, int] = field(default_factory=dict)
+    known: MutableMapping[tuple[str, ...], str] = field(default_factory=dict)
     prefix: str = PREFIX
+    rules: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    views: Mapping[str, GraphView] = field(default_factory=dict)
+
+    def inside(self, view: GraphView, part: str, model: Model | None = None) -> Tape:
+        """A tape for a body that a node of this tape is to have.
+
+        What was added here so far can be read there; what is added there stays there, except
+        for constants.
+
+        Args:
+            view: The graph that is differentiated in the body.
+            part: What tells the names in this body from those in others.
+            model: The model of that graph, if it is another one.
+        """
+        return replace(
+            self,
+            model=model or self.model,
+            view=view,
+            nodes=[],
+            elem_types=ChainMap({}, self.elem_types),
+            known=ChainMap({}, self.known),
+            prefix=f"{self.prefix}{len(self.nodes)}:{part}:",
+        )
 
     def add(
         self,
@@ -108,8 +138,9 @@ class Tape:
         if key not in self.constants:
             name = f"{self.prefix}constant:{len(self.constants)}"
             self.constants[key] = numpy_helper.from_array(array, name)
-            self.elem_types[name] = self.constants[key].data_type
-        return self.constants[key].name
+        made = self.constants[key]
+        self.elem_types[made.name] = made.data_type
+        return str(made.name)
 
     def integers(self, *values: int) -> str:
         """A constant of one axis: `(len(values),)`."""
@@ -205,6 +236,11 @@ class Tape:
     def zeros_like(self, tensor: str) -> str:
         """Zeros of the shape and element type of a tensor."""
         return self.add("Expand", self.number(0, tensor), self.shape_of(tensor))
+
+    def zeros_like_made(self, tensor: str) -> str:
+        """Zeros of the shape of a tensor that was added here."""
+        shape = self.once("Shape", tensor, elem_type=INT64)
+        return self.add("Expand", self.number(0, tensor), shape)
 
     def total(self, tensor: str, axes: Iterable[int], *, keep: bool = True) -> str:
         """The sum over some axes; if `keep`, they stay with size 1."""

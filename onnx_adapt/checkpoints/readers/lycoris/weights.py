@@ -8,6 +8,7 @@ import numpy as np
 
 from onnx_adapt.checkpoints.edits import Edit, Replacement, Reweight, Weighed
 from onnx_adapt.checkpoints.readers.lycoris.tensors import alpha_scale, matrices, misfit
+from onnx_adapt.checkpoints.readers.peft_methods.rotations import cayley
 from onnx_adapt.checkpoints.readers.peft_methods.tensors import ModuleTensors
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import CheckpointError
@@ -71,7 +72,11 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
             f"module {found.module!r}: oft_blocks {list(blocks.shape)} has too many stages"
         )
     limit = alpha_scale(found, 1) * outputs if "alpha" in found.parts else 0
-    rotations = _cayley(blocks, limit)
+    skew = blocks - blocks.swapaxes(-1, -2)
+    length = np.linalg.norm(skew) + 1e-8
+    if 0 < limit < length:
+        skew = skew * limit / length
+    rotations = cayley(-skew)
     factors = found.parts.get("rescale", np.ones(outputs))
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
@@ -86,15 +91,6 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
         return turned * factors.reshape(-1, *(1,) * (weight.ndim - 1)), bias
 
     yield Reweight(found.module, compute)
-
-
-def _cayley(blocks: Array, limit: float) -> Array:
-    q = blocks - blocks.swapaxes(-1, -2)
-    length = np.linalg.norm(q) + 1e-8
-    if 0 < limit < length:
-        q = q * limit / length
-    eye = np.eye(blocks.shape[-1])
-    return np.asarray((eye + q) @ np.linalg.inv(eye - q))
 
 
 def _butterfly(rotations: Array, weight: Array) -> Array:

@@ -131,10 +131,22 @@ def _orthonormal(weight: Array, edit: LowRank) -> Array:
     return np.asarray(edit.scale * (q[:, :rank] @ r[:rank]))
 
 
+def _activated(edit: LowRank, found: ModuleTensors) -> LowRank:
+    """Activated LoRA (arXiv 2504.12397): the update is on from its invocation tokens on."""
+    tokens = found.config["alora_invocation_tokens"]
+    if not isinstance(tokens, list) or any(type(t) is not int or t < 0 for t in tokens):
+        raise CheckpointError(
+            f"alora_invocation_tokens is {tokens!r}, which is no list of token ids",
+            hint="was adapter_config.json written by hand? PEFT writes a list of numbers",
+        )
+    return replace(edit, invocation=tuple(tokens))
+
+
 _VARIANTS: dict[str, Callable[[LowRank, ModuleTensors], Edit]] = {
     "use_qalora": _pooled,
     "use_bdlora": _block_diagonal,
     "kasa_config": _of_singular_values,
+    "alora_invocation_tokens": _activated,
 }
 """The settings that change the form of A and B, or the base."""
 

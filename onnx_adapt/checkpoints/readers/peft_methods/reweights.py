@@ -36,7 +36,7 @@ def lokr_edits(found: ModuleTensors) -> Iterator[Edit]:
     config = found.config
     rank = number(by_pattern(found.module, config, "rank_pattern", config.get("r", 8)), "r")
     alpha = by_pattern(found.module, config, "alpha_pattern", config.get("alpha", 8))
-    parts = {name.removeprefix("lokr_"): found.part(name) for name in found.parts}
+    parts = {name.removeprefix("lokr_"): found.read(name) for name in found.parts}
     yield kronecker(found.module, parts, number(alpha, "alpha") / rank)
 
 
@@ -76,7 +76,7 @@ def hira_edits(found: ModuleTensors) -> Iterator[Edit]:
     """HiRA (openreview.net/forum?id=TwJrTz9cRS): the weight times a matrix of low rank."""
     embeds = "hira_embedding_A" in found.parts
     names = ("hira_embedding_A", "hira_embedding_B") if embeds else ("hira_A", "hira_B")
-    a, b = (found.part(name) for name in names)
+    a, b = (found.read(name) for name in names)
     factors = np.tensordot(b.reshape(len(b), -1), a, axes=1)
     if embeds:
         factors = factors.T
@@ -93,7 +93,7 @@ def randlora_edits(found: ModuleTensors) -> Iterator[Edit]:
     rows, columns = (
         found.shared[name].astype(np.float64) for name in ("randlora_A", "randlora_B")
     )
-    lambdas, gammas = found.part("randlora_lambda"), found.part("randlora_gamma")
+    lambdas, gammas = found.read("randlora_lambda"), found.read("randlora_gamma")
     rank, count = lambdas.shape
     scale = number(found.config.get("randlora_alpha", 640), "randlora_alpha") / rank
 
@@ -109,7 +109,7 @@ def randlora_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def shira_edits(found: ModuleTensors) -> Iterator[Edit]:
     """SHiRA (arXiv 2406.13175): single entries of the weight were trained."""
-    values = found.part("shira_weight")
+    values = found.read("shira_weight")
     rows, columns = found.parts["shira_indices"].astype(np.int64)
 
     def added(weight: Array) -> Array:
@@ -124,7 +124,7 @@ def shira_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def c3a_edits(found: ModuleTensors) -> Iterator[Edit]:
     """C3A (arXiv 2407.19342): circulant blocks, each told by its first row."""
-    kernel = found.part("c3a_kernel")
+    kernel = found.read("c3a_kernel")
     size = kernel.shape[2]
     shifts = (np.arange(size)[None, :] - np.arange(size)[:, None]) % size
 
@@ -137,7 +137,7 @@ def c3a_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def bat_edits(found: ModuleTensors) -> Iterator[Edit]:
     """MiSS with `init_weights="bat"`: blocks of the weight times blocks that were trained."""
-    trained = found.part("miss_block")
+    trained = found.read("miss_block")
     if trained.ndim != 3 or trained.shape[1] != trained.shape[2]:
         raise CheckpointError(
             f"module {found.module!r}: miss_block is {list(trained.shape)}, which is not that "
@@ -162,9 +162,9 @@ def glora_edits(found: ModuleTensors) -> Iterator[Edit]:
     def path(name: str) -> Array:
         """A product of two, a vector, a number, or the zeros of what was not trained."""
         if {f"{name}.Xd", f"{name}.Xu"} & found.parts.keys():
-            return found.part(f"{name}.Xd") @ found.part(f"{name}.Xu")
+            return found.read(f"{name}.Xd") @ found.read(f"{name}.Xu")
         given = [part for part in (f"{name}.X", f"{name}.zeros") if part in found.parts]
-        return found.part(given[0]) if given else np.zeros(1)
+        return found.read(given[0]) if given else np.zeros(1)
 
     a, b, c, d, e = (path(f"glora_{letter}") for letter in "ABCDE")
 
@@ -183,9 +183,9 @@ def peanut_edits(found: ModuleTensors) -> Iterator[Edit]:
     if name not in ACTIVATIONS:
         raise CheckpointError(f"PEANuT with the activation {name!r} is not supported")
     _, compute = ACTIVATIONS[name]
-    first, last = found.part("peanut_A"), found.part("peanut_B")
+    first, last = found.read("peanut_A"), found.read("peanut_B")
     layers = [
-        [found.part(f"peanut_{kind}.{i}") for kind in ("encoders", "decoders")]
+        [found.read(f"peanut_{kind}.{i}") for kind in ("encoders", "decoders")]
         for i in range(sum(part.startswith("peanut_encoders") for part in found.parts))
     ]
     scale = number(found.config.get("scaling", 1.0), "scaling")
@@ -207,7 +207,7 @@ def peanut_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def osf_edits(found: ModuleTensors) -> Iterator[Edit]:
     """OSF (arXiv 2504.07097): the small singular values and their vectors were trained."""
-    u, s, v = (found.part(f"osf_svd_params.{name}") for name in ("U_low", "S_low", "V_low"))
+    u, s, v = (found.read(f"osf_svd_params.{name}") for name in ("U_low", "S_low", "V_low"))
 
     def added(weight: Array) -> Array:
         left, sizes, right = np.linalg.svd(weight, full_matrices=False)

@@ -31,7 +31,7 @@ def oft_edits(found: ModuleTensors) -> Iterator[Edit]:
             hint="train it again with a newer PEFT",
         )
     embeds = "oft_embedding_R" in found.parts
-    skew = _skew(found.part("oft_embedding_R" if embeds else "oft_R"))
+    skew = _skew(found.read("oft_embedding_R" if embeds else "oft_R"))
     if config.get("coft"):
         most = number(config.get("eps", 6e-5), "eps") / math.sqrt(len(skew))
         norms = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
@@ -103,10 +103,10 @@ def _neumann(skew: Array, found: ModuleTensors) -> Array:
 
 def boft_edits(found: ModuleTensors) -> Iterator[Edit]:
     """BOFT (arXiv 2311.06243): products of rotations in groups; a scale for each output."""
-    blocks = found.part("boft_R")
+    blocks = found.read("boft_R")
     factors, count, size, _ = blocks.shape
     turns = cayley(0.5 * (blocks - blocks.swapaxes(-1, -2)))
-    scale = found.part("boft_s").reshape(-1, 1)
+    scale = found.read("boft_s").reshape(-1, 1)
 
     def compute(weight: Array, bias: Array | None) -> Weighed:
         turned = weight.reshape(len(weight), -1).copy()
@@ -125,7 +125,7 @@ def boft_edits(found: ModuleTensors) -> Iterator[Edit]:
 
 def hra_edits(found: ModuleTensors) -> Iterator[Edit]:
     """HRA (arXiv 2405.17484): the inputs are mirrored, once for each column of `hra_u`."""
-    columns = found.part("hra_u")
+    columns = found.read("hra_u")
     with np.errstate(all="ignore"):  # a column of zeros gives NaN, which is refused later
         mirrors = columns / np.linalg.norm(columns, axis=0)
         for i in range(1, mirrors.shape[1]) if found.config.get("apply_GS") else ():
@@ -148,7 +148,7 @@ def road_edits(found: ModuleTensors) -> Iterator[Edit]:
     A group of 4 outputs has the pairs 0, 2 and 1, 3.
     """
     half = int(number(found.config.get("group_size", 64), "group_size")) // 2
-    theta, alpha = found.part("road_theta"), found.part("road_alpha")
+    theta, alpha = found.read("road_theta"), found.read("road_alpha")
     match found.config.get("variant", "road_1"):
         case "road_1":  # one angle for both outputs of a pair
             theta, alpha = (np.tile(v.reshape(-1, 1, half), (1, 2, 1)) for v in (theta, alpha))

@@ -28,7 +28,7 @@ _MOST = (2**32 - 1) // 20
 
 def fourierft_edits(found: ModuleTensors) -> Iterator[Edit]:
     """FourierFT (arXiv 2405.03003): coefficients of the Fourier transform of what is added."""
-    values, scale = found.part("fourierft_spectrum"), _scaling(found, 150.0)
+    values, scale = found.read("fourierft_spectrum"), _scaling(found, 150.0)
     seed = _seed(found)
 
     def added(weight: Array) -> Array:
@@ -44,7 +44,7 @@ def waveft_edits(found: ModuleTensors) -> Iterator[Edit]:
 
     A single coefficient is what is added itself where `use_idwt` is off.
     """
-    values, scale = found.part("waveft_spectrum"), _scaling(found, 25.0)
+    values, scale = found.read("waveft_spectrum"), _scaling(found, 25.0)
     seed, family = _seed(found), found.config.get("wavelet_family", "db1")
     transforms = found.config.get("use_idwt", True)
     if transforms and family != "db1":

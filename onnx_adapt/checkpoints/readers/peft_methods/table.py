@@ -190,16 +190,12 @@ REFUSED_METHODS = {
     "ADAMSS": "which rows of the weight it changes follows from a clustering of the base's "
     "weight, which is not in the file",
     "ADAPTION_PROMPT": "it adds an attention over learned prompts to that of each layer",
-    "CARTRIDGE": "it adds keys and values to the attention, and changes no weight",
     "CPT": _TOKENS,
     "FROD": "it rotates the base's singular vectors, and its update's rank is not low",
     "LILY": "how it mixes its matrices depends on all tokens of the input at once",
     "MULTITASK_PROMPT_TUNING": _TOKENS,
     "POLY": "which mix of its LoRAs runs depends on the task of each row",
-    "PREFIX_TUNING": "prefix tuning adds keys and values to the attention",
-    "PROMPT_TUNING": "prompt tuning adds tokens to the input",
     "PSOFT": "it rotates the principal singular vectors of the base's weight",
-    "P_TUNING": "prompt tuning adds tokens to the input",
     "SHADOW": "it runs a second, small network beside the model",
     "XLORA": "which mix of its LoRAs runs depends on each token",
 }

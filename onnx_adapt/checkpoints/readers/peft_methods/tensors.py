@@ -33,7 +33,7 @@ class ModuleTensors:
 
         Args:
             part: What PEFT calls it.
-            shape: The shape that it has to have; None is any size.
+            shape: The shape that it has to have; None is any size, and no shape is any.
 
         Raises:
             CheckpointError: If the module has no such tensor, or it is of another shape.
@@ -43,7 +43,9 @@ class ModuleTensors:
                 f"module {self.module!r} has {', '.join(self.parts)}, and no {part}",
                 hint="save the adapter again; a part of it is missing",
             )
-        return checked(f"module {self.module!r}: {part}", self.parts[part], *shape)
+        value = self.parts[part]
+        what = f"module {self.module!r}: {part}"
+        return checked(what, value, *shape) if shape else value.astype(np.float64)
 
     def read_shared(self, name: str, *shape: int | None) -> Array:
         """Read a tensor that all modules share, in float64.
@@ -57,14 +59,6 @@ class ModuleTensors:
                 hint="save the adapter again; a part of it is missing",
             )
         return checked(name, self.shared[name], *shape)
-
-    def part(self, name: str) -> Array:
-        """One of its tensors in float64.
-
-        Raises:
-            KeyError: If it has none of this name.
-        """
-        return self.parts[name].astype(np.float64)
 
 
 def checked(what: str, value: Array, *shape: int | None) -> Array:

@@ -1,0 +1,85 @@
+"""The edge of the server: every HTTP request passes here first, and every answer last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onnx_adapt.serve.gateway import Gateway
+
+_ALWAYS = ("/v2/health/live", "/v2/health/ready", "/metrics")
+"""What is answered while the server stops, or has too much to do."""
+
+_MOST = 1000
+"""Requests that may be under way in one process; the rest get a 503."""
+
+
+class Edge:
+    """ASGI middleware that counts requests, and refuses them where there must be no more.
+
+    Args:
+        app: What answers requests.
+        gateway_of: The gateway of this process.
+    """
+
+    def __init__(self, app: ASGIApp, gateway_of: Callable[[], Gateway]) -> None:
+        self._app = app
+        self._gateway_of = gateway_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+            await self._app(scope, receive, send)
+            return
+        gateway = self._gateway_of()
+        if gateway.stopping:
+            await _unavailable("the server is stopping", 1)(scope, receive, send)
+        elif gateway.under_way >= _MOST:
+            await _unavailable("too many requests; try later", 1)(scope, receive, send)
+        else:
+            gateway.under_way += 1
+            try:
+                await self._app(scope, receive, _closing(send, gateway))
+            finally:
+                gateway.under_way -= 1
+
+
+def _unavailable(why: str, seconds: int) -> JSONResponse:
+    headers = {"Retry-After": str(seconds), "Connection": "close"}
+    return JSONResponse({"error": why}, 503, headers)
+
+
+def _closing(send: Send, gateway: Gateway) -> Send:
+    """A `send` that ends the connection after its answer once the server stops.
+
+    A client that sent its next request on it would find it closed, and not know whether the
+    request was run.
+    """
+
+    async def sent(message: Message) -> None:
+        if gateway.stopping and message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+        await send(message)
+
+    return sent
+
+
+async def drained(gateway: Gateway, grace_s: float, settle_s: float) -> None:
+    """Refuse new requests, and wait for those under way.
+
+    Args:
+        gateway: Which takes no more requests from now on.
+        grace_s: How long to wait for them at most.
+        settle_s: How long to refuse requests at least: clients that are connected, and
+            whoever watches readiness, learn of the end by an answer.
+    """
+    gateway.stopping = True
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while (passed := loop.time() - began) < grace_s:
+        if not gateway.under_way and passed >= settle_s:
+            return
+        await asyncio.sleep(0.02)

@@ -1,0 +1,279 @@
+"""The Open Inference Protocol over gRPC: the same gateway, behind other messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from onnx_adapt import __version__
+from onnx_adapt.errors import AdaptError, RequestError, RunError
+from onnx_adapt.serve.choice import read_choice
+from onnx_adapt.serve.gateway import Gateway, label, status_of
+from onnx_adapt.serve.grpc_messages import message
+from onnx_adapt.serve.protocol import InferRequest, Spec, refuse_unknown
+from onnx_adapt.serve.tensors import array_of_bytes, array_of_json, bytes_of_array
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""What gRPC calls an HTTP status."""
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Where the values of a datatype are, if they are not raw; others can only be raw."""
+
+_IGNORED = {"binary_data_output", "binary_data_size", "binary_data"}
+"""Parameters of the HTTP protocol that mean nothing here: outputs are always raw."""
+
+
+def grpc_server(gateway: Gateway, address: str) -> Any:
+    """A server that is to be started in the loop of the gateway.
+
+    Args:
+        gateway: What answers.
+        address: `host:port` to listen on.
+
+    Raises:
+        RunError: If it cannot listen there.
+    """
+    most = int(gateway.settings.max_body_mb * 1e6)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", most),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    server.add_generic_rpc_handlers((_handlers(Servicer(gateway)),))
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise RunError(f"cannot listen on {address}", hint="choose another port") from error
+    return server
+
+
+class Servicer:
+    """The calls of the protocol, each from its request to its response."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def server_live(self, request: Any) -> Any:
+        """Whether the process is there."""
+        return message("ServerLiveResponse")(live=True)
+
+    async def server_ready(self, request: Any) -> Any:
+        """Whether requests are taken."""
+        return message("ServerReadyResponse")(ready=await self._gateway.ready())
+
+    async def server_metadata(self, request: Any) -> Any:
+        """What the server is."""
+        return message("ServerMetadataResponse")(
+            name="onnx-adapt", version=__version__, extensions=["model_repository"]
+        )
+
+    async def model_ready(self, request: Any) -> Any:
+        """Whether a model is served; an unknown one is not."""
+        try:
+            self._gateway.named(request.name, request.version)
+        except AdaptError:
+            return message("ModelReadyResponse")(ready=False)
+        return message("ModelReadyResponse")(ready=await self._gateway.ready())
+
+    async def model_metadata(self, request: Any) -> Any:
+        """The inputs and outputs of a model."""
+        version = self._gateway.named(request.name, request.version)
+        return message("ModelMetadataResponse")(
+            name=request.name,
+            versions=[version],
+            platform="onnxruntime_onnx",
+            inputs=[_described(spec) for spec in self._gateway.inputs.values()],
+            outputs=[_described(spec) for spec in self._gateway.outputs.values()],
+        )
+
+    async def repository_index(self, request: Any) -> Any:
+        """What there is."""
+        await self._gateway.refresh()
+        states = self._gateway.states()
+        ready = [state for state in states if state["state"] == "READY"]
+        return message("RepositoryIndexResponse")(models=ready if request.ready else states)
+
+    async def repository_load(self, request: Any) -> Any:
+        """Check an adapter's file again, and serve it."""
+        _refuse_parameters(request)
+        self._gateway.refuse_base(request.model_name)
+        await self._gateway.load(request.model_name)
+        return message("RepositoryModelLoadResponse")()
+
+    async def repository_unload(self, request: Any) -> Any:
+        """Serve an adapter no more."""
+        self._gateway.refuse_base(request.model_name)
+        await self._gateway.unload(request.model_name)
+        return message("RepositoryModelUnloadResponse")()
+
+    async def infer(self, request: Any) -> Any:
+        """Run the model, and count what became of it."""
+        gateway, began = self._gateway, time.monotonic()
+        counted, status = "unknown", 500
+        if gateway.stopping:
+            raise RequestError("the server is stopping", hint="try another", status=503)
+        gateway.under_way += 1
+        try:
+            version = gateway.named(request.model_name, request.model_version)
+            asked = read_grpc_request(request)
+            blend = read_choice(request.model_name, gateway.base, asked.adapter, "")
+            for adapter in blend:
+                gateway.version(adapter)
+            counted = label(blend)
+            active, outputs = await gateway.infer(asked, blend)
+            status = 200
+        except AdaptError as error:
+            status = status_of(error)
+            raise
+        finally:
+            gateway.under_way -= 1
+            gateway.answered(counted, status, time.monotonic() - began)
+        response = message("ModelInferResponse")(
+            model_name=request.model_name, model_version=version, id=request.id
+        )
+        response.parameters["adapter"].string_param = active
+        for name, array in outputs.items():
+            datatype = gateway.outputs[name].datatype
+            response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+            response.raw_output_contents.append(bytes_of_array(datatype, array))
+        return response
+
+    async def stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """Answer requests one after the other; one that fails does not end the stream."""
+        async for request in requests:
+            try:
+                found = {"infer_response": await self.infer(request)}
+            except AdaptError as error:
+                found = {"error_message": f"{error.message}; {error.hint}"}
+            yield message("ModelStreamInferResponse")(**found)
+
+
+def read_grpc_request(request: Any) -> InferRequest:
+    """A request to run the model, from its message.
+
+    Raises:
+        RequestError: If anything about it is not as the protocol has it.
+    """
+    parameters = _parameters(request.parameters)
+    refuse_unknown(parameters, {"adapter"} | _IGNORED)
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise RequestError(f"{len(raw)} raw contents for {len(request.inputs)} inputs")
+    feeds: dict[str, Any] = {}
+    for i, tensor in enumerate(request.inputs):
+        refuse_unknown(_parameters(tensor.parameters), _IGNORED)
+        if tensor.name in feeds:
+            raise RequestError(f"input {tensor.name!r} is given twice")
+        try:
+            feeds[tensor.name] = _array(tensor, raw[i] if raw else None)
+        except RequestError as error:
+            raise RequestError(
+                f"input {tensor.name!r}: {error.message}", hint=error.hint
+            ) from error
+    if not feeds:
+        raise RequestError("the request has no `inputs`")
+    return InferRequest(
+        id=request.id,
+        adapter=parameters.get("adapter"),
+        feeds=feeds,
+        datatypes={tensor.name: tensor.datatype for tensor in request.inputs},
+        outputs=tuple(output.name for output in request.outputs),
+        binary=frozenset(),
+        all_binary=True,
+    )
+
+
+def _array(tensor: Any, raw: bytes | None) -> Any:
+    shape = list(tensor.shape)
+    if any(size < 0 for size in shape) or len(shape) > 32:
+        raise RequestError(f"`shape` is {shape!r:.99}", hint="give a list of numbers")
+    if raw is not None:
+        if tensor.HasField("contents"):
+            raise RequestError("give `contents` or `raw_input_contents`, not both")
+        return array_of_bytes(tensor.datatype, shape, memoryview(raw))
+    if tensor.datatype not in _CONTENTS:
+        raise RequestError(
+            f"{tensor.datatype!r:.20} has no contents", hint="send `raw_input_contents`"
+        )
+    values = list(getattr(tensor.contents, _CONTENTS[tensor.datatype]))
+    if tensor.datatype == "BYTES":
+        try:
+            values = [text.decode() for text in values]
+        except UnicodeDecodeError as error:
+            raise RequestError(f"ONNX texts are UTF-8: {error}") from error
+    return array_of_json(tensor.datatype, shape, values)
+
+
+def _parameters(found: Any) -> dict[str, Any]:
+    chosen = {key: value.WhichOneof("parameter_choice") for key, value in found.items()}
+    return {key: getattr(found[key], kind) if kind else None for key, kind in chosen.items()}
+
+
+def _refuse_parameters(request: Any) -> None:
+    if request.parameters:
+        raise RequestError(
+            "parameters of load are not supported",
+            hint="adapters come from the server's folder only",
+        )
+
+
+def _described(spec: Spec) -> Any:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def _handlers(servicer: Servicer) -> Any:
+    calls = {
+        "ServerLive": servicer.server_live,
+        "ServerReady": servicer.server_ready,
+        "ServerMetadata": servicer.server_metadata,
+        "ModelReady": servicer.model_ready,
+        "ModelMetadata": servicer.model_metadata,
+        "ModelInfer": servicer.infer,
+        "RepositoryIndex": servicer.repository_index,
+        "RepositoryModelLoad": servicer.repository_load,
+        "RepositoryModelUnload": servicer.repository_unload,
+    }
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _answering(call),
+            request_deserializer=message(f"{name}Request").FromString,
+            response_serializer=lambda found: found.SerializeToString(),
+        )
+        for name, call in calls.items()
+    }
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        servicer.stream,
+        request_deserializer=message("ModelInferRequest").FromString,
+        response_serializer=lambda found: found.SerializeToString(),
+    )
+    return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+
+
+def _answering(call: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            return await call(request)
+        except AdaptError as error:
+            code = _CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
+            await context.abort(code, f"{error.message}; {error.hint}")
+
+    return answer

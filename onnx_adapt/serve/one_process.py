@@ -1,0 +1,203 @@
+"""A server in one process: uvicorn, the gateway, one replica and the repository."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from onnx_adapt.errors import RunError, UnprovableError
+from onnx_adapt.serve.copies import Copies
+from onnx_adapt.serve.edge import drained
+from onnx_adapt.serve.gateway import Gateway, News
+from onnx_adapt.serve.grpc_server import grpc_server
+from onnx_adapt.serve.http import api, metrics_route, openai_routes
+from onnx_adapt.serve.metrics import PrometheusMetrics
+from onnx_adapt.serve.replica import Replica
+from onnx_adapt.serve.repository import Repository
+from onnx_adapt.serve.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_S = 0.5
+"""How long a server that ends goes on to say so at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """How `/v1/embeddings` makes vectors of texts.
+
+    Attributes:
+        tokenizer: The path of the tokenizer's file.
+        pooling: How the vectors of a text's tokens become one: mean, cls or last.
+        normalize: Whether vectors get length 1.
+    """
+
+    tokenizer: str
+    pooling: str
+    normalize: bool
+
+
+def serve_here(
+    settings: Settings,
+    listening: socket.socket,
+    grace_s: float,
+    started: Callable[[], None],
+    grpc_address: str = "",
+    embed: Embed | None = None,
+) -> None:
+    """Serve until the process is told to end by SIGTERM or SIGINT.
+
+    Args:
+        settings: What was said about the server.
+        listening: The socket to take connections from.
+        grace_s: How long requests under way may take after the signal.
+        started: Called once requests are answered.
+        grpc_address: `host:port` to take gRPC calls on, or '' for none.
+        embed: How `/v1/embeddings` makes vectors, or None for no such path.
+
+    Raises:
+        AdaptError: If the model or the folder of adapters cannot be used.
+    """
+    with contextlib.closing(Copies()) as copies:
+        repository = Repository(settings.model, settings.adapters, copies.path, settings.base)
+        repository.sweep()
+        metrics = PrometheusMetrics()
+
+        async def fetch(version: str) -> Path:
+            return copies.link(repository.path(version))
+
+        replica = Replica(settings, fetch, metrics)
+        gateway = Gateway(settings, replica, _Local(repository), metrics)
+        routes = [metrics_route(metrics)]
+        if embed is not None:
+            routes += _embedding(embed, replica, gateway)
+        app = api(lambda: gateway, *routes)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, lifespan="off"
+        )
+        with _watched(repository, settings.poll_s, gateway):
+            _Server(config, gateway, grace_s, started, grpc_address).run([listening])
+
+
+def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
+    try:
+        from onnx_adapt.serve import embeddings
+    except ModuleNotFoundError as error:
+        raise UnprovableError(
+            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve-embed]'"
+        ) from error
+    inputs, outputs = replica.specs
+    embeddings.refuse_other_models(list(inputs.values()), list(outputs.values()))
+    tokenizer = embeddings.read_tokenizer(embed.tokenizer)
+    embedder = embeddings.Embedder(gateway, tokenizer, embed.pooling, embed.normalize)
+    return openai_routes(embedder.answer, embeddings.openai_error)
+
+
+class _Local:
+    """The repository of this process, as the gateway asks for it."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    async def news(self, under_way: int) -> News:
+        return News(self._repository.entries)
+
+    async def load(self, name: str) -> None:
+        await asyncio.to_thread(self._repository.load, name)
+
+    async def unload(self, name: str) -> None:
+        await asyncio.to_thread(self._repository.unload, name)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which by itself closes its door at the signal; this one says first why."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gateway: Gateway,
+        grace_s: float,
+        started: Callable[[], None],
+        grpc_address: str,
+    ) -> None:
+        super().__init__(config)
+        self._grpc_address = grpc_address
+        self._grpc: Any = None
+        self._gateway = gateway
+        self._grace_s = grace_s
+        self._told = started
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._gateway.start()
+        self._loop = asyncio.get_running_loop()
+        if self._grpc_address:
+            self._grpc = grpc_server(self._gateway, self._grpc_address)
+            await self._grpc.start()
+        await super().startup(sockets)
+        self._told()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal: the first ends what is under way, the second everything."""
+        if self._gateway.stopping:
+            self.should_exit = self.force_exit = True
+        else:
+            self._gateway.stopping = True
+            self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._drain = self._loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        await drained(self._gateway, self._grace_s, _SETTLE_S)
+        if self._grpc is not None:
+            await self._grpc.stop(0.5)
+        self.config.timeout_graceful_shutdown = 1  # what is left had its time
+        self.should_exit = True
+
+
+@contextlib.contextmanager
+def _watched(repository: Repository, poll_s: float, gateway: Gateway) -> Iterator[None]:
+    """Look at the adapters every while, as long as the block lasts."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(poll_s):
+            try:
+                repository.sweep()
+                gateway.entries = repository.entries
+            except Exception:  # the libraries of object stores may raise anything
+                _log.exception("cannot look at the adapters; what is known is served")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        RunError: If the address is taken, or none of this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port"
+        ) from error
