@@ -247,8 +247,15 @@ def require_fit(model: Model, adapter: Adapter, *, allow_partial: bool = False) 
     """Raise unless an adapter fits a model.
 
     Raises:
-        AdapterError: With the first three misfits.
+        AdapterError: With the first three misfits; or if it is the first past of a decoder,
+            which is fed and has no weights.
     """
+    if adapter.initial_state and not adapter.feeds():
+        raise AdapterError(
+            f"adapter {adapter.name!r} is the first past of a decoder, and has no weights for "
+            f"the slots of {model.label}",
+            hint="AdapterSession feeds it; `onnx-adapt run --adapter` shows what it does",
+        )
     found = misfits(model, adapter, allow_partial=allow_partial)
     refuse_misfits(found, adapter, model.label)
 

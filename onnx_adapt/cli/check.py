@@ -51,11 +51,19 @@ def command(
     with patience(f"checking {model}"):
         adapters = [oa.load_adapter(file) for file in files]
         named = dict(zip(files, adapters, strict=True))
-        problems = _problems(model, named, allow_partial)
+        pasts = {file: adapter for file, adapter in named.items() if adapter.initial_state}
+        slotted = {file: named[file] for file in named if file not in pasts}
+        problems: dict[str, list[str]] = {model: []}
         notes: dict[str, list[str]] = {}
-        if not any(problems.values()):
-            notes = _saturation(model, named, inputs, provider, problems)
-        silent = _unchecked(model, named) if any(f in problems for f in files) else {}
+        silent: dict[str, list[str]] = {}
+        if slotted or not pasts or oa.list_slots(oa.open_model(model)):
+            problems = _problems(model, slotted, allow_partial)
+            if not any(problems.values()):
+                notes = _saturation(model, slotted, inputs, provider, problems)
+            if any(file in problems for file in slotted):
+                silent = _unchecked(model, slotted)
+        if pasts and not problems[model]:
+            problems |= _past_problems(model, pasts)
     together = overlaps(adapters)
     wrong = any(problems.values())
     if as_json:
@@ -107,6 +115,9 @@ def _suggest(model: str, fitting: Mapping[str, Adapter]) -> None:
     if not fitting:
         say_next("slots", model)
         return
+    if past := next((file for file in fitting if fitting[file].initial_state), ""):
+        say_next("run", model, "--inputs", "x.npz", "--adapter", past, "--compare", "base")
+        return
     manifest = required_manifest(oa.open_model(model))
     single = [file for file, adapter in fitting.items() if not rows_of(manifest, adapter)]
     if not single:
@@ -146,6 +157,22 @@ def _problems(
     for file, adapter in adapters.items() if readable else ():
         found = misfits(opened, adapter, allow_partial=allow_partial)
         problems.setdefault(file, []).extend(found)
+    return problems
+
+
+def _past_problems(model: str, pasts: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """Why each adapter that is the first past of a decoder cannot be used with the model."""
+    import onnx_adapt as oa
+    from onnx_adapt.errors import AdapterError
+
+    problems: dict[str, list[str]] = {}
+    with oa.AdapterSession(model) as session:
+        for file, adapter in pasts.items():
+            problems[file] = []
+            try:
+                session.load(file, adapter)
+            except AdapterError as error:
+                problems[file].append(error.message)
     return problems
 
 

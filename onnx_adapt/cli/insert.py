@@ -21,7 +21,6 @@ from onnx_adapt.cli.inserted import (
 )
 from onnx_adapt.cli.outputs import adapter_beside, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import format_names
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Checkpoint, Model, Report
@@ -70,14 +69,7 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 @options.part
 @options.module_map
 @options.allow_missing
-@click.option(
-    "--format",
-    "file_format",
-    default=format_names()[0],
-    show_default=True,
-    type=click.Choice(format_names()),
-    help="The format of the adapter file that is written.",
-)
+@options.file_format
 @click.option(
     "-o",
     "--output",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from onnx_adapt.formats import format_names
+
 MAX_BOTTLENECK = 1 << 16
 """The largest bottleneck that commands accept; weights beyond it would not fit into memory."""
 
@@ -97,3 +99,48 @@ allow_missing = click.option(
 )
 
 adapter_name = click.option("--name", default="", help="The name to give the adapter.")
+
+data = click.option(
+    "--data",
+    required=True,
+    type=click.Path(),
+    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
+    ".npy files.",
+)
+
+loss = click.option(
+    "--loss",
+    required=True,
+    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
+)
+
+labels = click.option(
+    "--labels", default="labels", show_default=True, help="What the labels are called."
+)
+
+on_output = click.option(
+    "--on", "model_output", default="", help="The model's output that the loss is on."
+)
+
+loss_settings = click.option(
+    "--set",
+    "loss_settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
+)
+
+file_format = click.option(
+    "--format",
+    "file_format",
+    default=format_names()[0],
+    show_default=True,
+    type=click.Choice(format_names()),
+    help="The format of the adapter file that is written.",
+)
+
+optimiser = click.option(
+    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
+)
+
+decay = click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")

@@ -20,7 +20,6 @@ from onnx_adapt.cli.outputs import (
     tell_saved,
 )
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import format_names
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -43,14 +42,7 @@ if TYPE_CHECKING:
     help="Instead of a rank, the share of each difference's energy to keep, such as 0.99.",
 )
 @options.adapter_name
-@click.option(
-    "--format",
-    "file_format",
-    default=format_names()[0],
-    show_default=True,
-    type=click.Choice(format_names()),
-    help="The format of the adapter file that is written.",
-)
+@options.file_format
 @click.option(
     "-o",
     "--output",

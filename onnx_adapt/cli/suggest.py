@@ -16,31 +16,11 @@ from onnx_adapt.words import count
 
 @click.command("suggest", short_help="Rank the places that are worth a slot.")
 @click.argument("model", type=click.Path())
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(),
-    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
-    ".npy files.",
-)
-@click.option(
-    "--loss",
-    required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
-)
-@click.option(
-    "--labels", default="labels", show_default=True, help="What the labels are called."
-)
-@click.option(
-    "--on", "model_output", default="", help="The model's output that the loss is on."
-)
-@click.option(
-    "--set",
-    "loss_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
-)
+@options.data
+@options.loss
+@options.labels
+@options.on_output
+@options.loss_settings
 @click.option(
     "--samples",
     type=click.IntRange(1),

@@ -30,18 +30,8 @@ if TYPE_CHECKING:
 
 @click.command("train", short_help="Train an adapter on the model's file alone.")
 @click.argument("model", type=click.Path())
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(),
-    help="An .npz, .csv, .jsonl or .parquet with each input and the labels, or a folder of "
-    ".npy files.",
-)
-@click.option(
-    "--loss",
-    required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
-)
+@options.data
+@options.loss
 @click.option(
     "-o",
     "--output",
@@ -63,9 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option("--train-norms", is_flag=True, help="Train the base's normalisations too.")
 @options.adapter_name
-@click.option(
-    "--labels", default="labels", show_default=True, help="What the labels are called."
-)
+@options.labels
 @click.option(
     "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
 )
@@ -76,21 +64,13 @@ if TYPE_CHECKING:
     metavar="COLUMN",
     help="The column with the texts; twice for pairs. By default the only one with texts.",
 )
-@click.option(
-    "--on", "model_output", default="", help="The model's output that the loss is on."
-)
+@options.on_output
 @click.option(
     "--teacher",
     type=click.Path(),
     help="A model whose output for the same samples is what to learn, as with kl.",
 )
-@click.option(
-    "--set",
-    "loss_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
-)
+@options.loss_settings
 @click.option("--validation", type=click.Path(), help="Data of its own to choose the best by.")
 @click.option(
     "--held-back",
@@ -108,11 +88,9 @@ if TYPE_CHECKING:
     help="How many batches make one step; their gradients are averaged.",
 )
 @click.option("--lr", "rate", type=click.FloatRange(0, min_open=True), help="Learning rate.")
-@click.option(
-    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
-)
+@options.optimiser
 @click.option("--schedule", default="cosine", show_default=True, help="Also linear, constant.")
-@click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")
+@options.decay
 @click.option(
     "--average",
     type=click.FloatRange(0, 1, max_open=True),
@@ -206,6 +184,8 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
 def _tell(model: str, output: str, trained: Trained, *, as_json: bool) -> None:
     """Print what was written."""
     slots = count(len(trained.adapter.weights), "slot")
+    if not trained.checks:
+        say("the gradients were not compared with differences of the loss")
     say(f"wrote {output} ({size_text(Path(output).stat().st_size)}, {slots})")
     if not as_json:
         return

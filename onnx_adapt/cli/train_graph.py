@@ -18,28 +18,14 @@ if TYPE_CHECKING:
 
 @click.command("train-graph", short_help="Write a model that trains, for other programs.")
 @click.argument("model", type=click.Path())
-@click.option(
-    "--loss",
-    required=True,
-    help="cross_entropy, mse, mae, huber, bce, cosine, contrastive, triplet or kl.",
-)
+@options.loss
 @click.option(
     "-o", "--output", required=True, type=click.Path(), help="The model file to write."
 )
-@click.option(
-    "--on", "model_output", default="", help="The model's output that the loss is on."
-)
-@click.option(
-    "--set",
-    "loss_settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of the loss, such as label_smoothing=0.1. Repeatable.",
-)
-@click.option(
-    "--optimiser", default="adamw", show_default=True, help="Also sgd, momentum, lion."
-)
-@click.option("--decay", type=click.FloatRange(0), default=0.0, help="Weight decay.")
+@options.on_output
+@options.loss_settings
+@options.optimiser
+@options.decay
 @click.option(
     "--clip",
     type=click.FloatRange(0),

@@ -234,12 +234,21 @@ def protect_files(model: Model, *outputs: str | os.PathLike[str]) -> None:
     Raises:
         SaveError: If an output is one of them, under whatever name.
     """
-    needed = {payload.source.path for payload in model.payloads}
+    destination.refuse_replacing_files(outputs, files_of(model), model.label)
+
+
+def files_of(model: Model) -> set[Path]:
+    """The files that a model is in: its own, and those with its weights.
+
+    Raises:
+        ExternalDataError: If a data file's place is outside the model's folder.
+    """
+    found = {payload.source.path for payload in model.payloads}
     items = external_data.by_location(external_data.references(model.proto))
     if model.path is not None:
-        needed |= {external_data.locate(model.path, item) for item in items.values()}
-        needed.add(model.path)
-    destination.refuse_replacing_files(outputs, needed, model.label)
+        found |= {external_data.locate(model.path, item) for item in items.values()}
+        found.add(model.path)
+    return found
 
 
 def _thin(model: Model, place: Destination) -> tuple[onnx.ModelProto, tuple[Path, ...]]:

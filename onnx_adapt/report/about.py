@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from onnx_adapt.graph.index import read_type
-from onnx_adapt.model.file import Model
+from onnx_adapt.model.file import Model, files_of
 from onnx_adapt.model.fingerprint import fingerprint
 
 
@@ -68,10 +68,7 @@ def about(
 
 def _size(model: Model) -> int:
     """Bytes of a model's files; weights that a thin model borrows count too."""
-    found = {place.source.path: place.source.size for place in model.payloads}
-    if model.path and model.path.exists():
-        found[model.path] = model.path.stat().st_size
-    return sum(found.values())
+    return sum({path.resolve(): path.stat().st_size for path in files_of(model)}.values())
 
 
 def _named(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

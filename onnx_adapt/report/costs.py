@@ -32,7 +32,7 @@ _ROUNDS, _BLOCK = 10, 5
 _ENOUGH = 4
 """The rounds that it takes to tell how far they disagree."""
 
-_SECONDS = 2.0
+_SECONDS = 1.0
 """No new round begins after this time."""
 
 _NO_PARAMETERS = {"INT32", "INT64", "BOOL", "STRING"}

@@ -30,11 +30,12 @@ def in_one_sentence(overview: Overview) -> str:
             f"Do not use {report.adapted} in place of {report.base}: {what}, and the table "
             "below says what was measured."
         )
-    own = sum(not view.slot.shares for view in overview.slots)
-    places = count(own, "place")
+    shown = sum(not needs_a_look(view) for view in overview.slots)
+    left = len(overview.slots) - shown
     off = f"While its adapter is off, {report.adapted} answers as {report.base} does"
-    on = f"at {places} an adapter changes what is computed, exactly as its formula says"
-    return f"{off}; while it is on, {on}{_price(overview)}."
+    on = f"at {count(shown, 'place')} an adapter changes what is computed, as its formula says"
+    rest = f" {count(left, 'more place')} showed no effect with these inputs." if left else ""
+    return f"{off}; while it is on, {on}{_price(overview)}.{rest}"
 
 
 def _price(overview: Overview) -> str:

@@ -141,19 +141,29 @@ def _finish_epoch(
     """Validate, and keep the weights if they are the best so far."""
     metric = read_metric(settings.metric)
     loss = score = None
-    better = True
     if held_back is not None and held_back.size:
         found = engine.evaluate(progress.current, held_back, settings.batch_size, metric)
         loss, score = found.loss, found.loss if metric is None else found.score
-        sign = -1 if metric is None else 1
-        best = progress.best_score
-        better = best is None or sign * score > sign * best
     mean = progress.loss_sum / progress.seen
-    epoch = Epoch(number + 1, mean, loss, score, better)
-    if better:
-        progress = replace(progress, best=progress.current, best_score=score)
+    epoch = Epoch(number + 1, mean, loss, score, best=True)
+    best = next((epoch for epoch in reversed(progress.history) if epoch.best), None)
+    if best is not None and _merit(epoch, metric) <= _merit(best, metric):
+        epoch = replace(epoch, best=False)
+    if epoch.best:
+        progress = replace(progress, best=progress.current)
     history = (*progress.history, epoch)
     return replace(progress, history=history, loss_sum=0.0, seen=0), epoch
+
+
+def _merit(epoch: Epoch, metric: Metric | None) -> tuple[float, float]:
+    """How good an epoch is: the metric, and of two with one metric the lower loss.
+
+    On few samples many epochs have one accuracy, and the first of them has learned least.
+    Without samples that are held back the last epoch is the best.
+    """
+    if epoch.validation_loss is None or epoch.score is None:
+        return float(epoch.number), 0.0
+    return 0.0 if metric is None else epoch.score, -epoch.validation_loss
 
 
 def _out_of_patience(progress: Progress, patience: int) -> bool:

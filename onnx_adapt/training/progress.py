@@ -42,7 +42,6 @@ class Progress:
         step: How many steps were taken.
         average: The moving average of the weights; empty without one.
         best: The best weights so far; empty before the first epoch is done.
-        best_score: Their score; None before the first epoch is done.
         history: What each epoch gave.
         loss_sum: The losses of an epoch under way, each times its samples.
         seen: How many samples of that epoch were seen.
@@ -53,7 +52,6 @@ class Progress:
     step: int = 0
     average: Weights = field(default_factory=dict)
     best: Weights = field(default_factory=dict)
-    best_score: float | None = None
     history: tuple[Epoch, ...] = ()
     loss_sum: float = 0.0
     seen: int = 0

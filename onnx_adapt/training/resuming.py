@@ -85,7 +85,6 @@ class ProgressFile:
             "run": self.run,
             "names": names,
             "step": progress.step,
-            "best_score": progress.best_score,
             "history": [asdict(epoch) for epoch in progress.history],
             "loss_sum": progress.loss_sum,
             "seen": progress.seen,
@@ -160,7 +159,6 @@ def _progress(record: Mapping[str, Any], file: Mapping[str, Array]) -> Progress:
     return Progress(
         **arrays,
         step=record["step"],
-        best_score=record["best_score"],
         history=tuple(Epoch(**epoch) for epoch in record["history"]),
         loss_sum=record["loss_sum"],
         seen=record["seen"],

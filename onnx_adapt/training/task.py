@@ -107,6 +107,11 @@ def prepare(
             "a metric and patience need samples that are held back, and there are none",
             hint="hold a larger share back, or give samples to validate with",
         )
+    if held_back is not None and all(len(g.rows) < step.rows for g in held_back.groups):
+        raise TrainingError(
+            f"{held_back.size} samples are held back, and the model takes {step.rows} at once",
+            hint="hold a larger share back, or none",
+        )
     size = settings.batch_size
     if step.rows > 1:
         size = max(1, size // step.rows) * step.rows

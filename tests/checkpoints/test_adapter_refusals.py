@@ -105,6 +105,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "alpha is a list": {"lora_alpha": [16]},
     "alpha is NaN": {"lora_alpha": float("nan")},
     "alpha is infinite": {"lora_alpha": 1e999},
+    "alpha is beyond float32": {"lora_alpha": 1e40},
     "pattern is broken": {"alpha_pattern": {"(": 3}},
     "pattern is a list": {"alpha_pattern": ["fc1"]},
     "pattern is text": {"alpha_pattern": "fc1"},

@@ -148,3 +148,43 @@ def test_a_tied_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "b.onnx")
     with pytest.raises(CheckpointError, match="a bias that PEFT leaves out"):
         oa.load_checkpoint(TIED.adapter, oa.open_model(tmp_path / "b.onnx"))
+
+
+def _one_table_with_two_names(folder: Path) -> Path:
+    """An encoder as TorchScript exports T5's: `shared.weight`, called as `embed_tokens`."""
+    table = np.arange(24, dtype=np.float32).reshape(6, 4)
+    node = onnx.helper.make_node(
+        "Gather", ["shared.weight", "ids"], ["y"], name="/encoder/embed_tokens/Gather"
+    )
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])
+    weight = numpy_helper.from_array(table, "shared.weight")
+    graph = onnx.helper.make_graph([node], "t5", [ids], [y], [weight])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset), folder / "t5.onnx")
+    return folder / "t5.onnx"
+
+
+def test_trained_rows_of_t5_s_shared_embedding_are_mapped_to_the_name_that_is_called(
+    tmp_path: Path,
+) -> None:
+    base = oa.open_model(_one_table_with_two_names(tmp_path))
+    rows = np.full((2, 4), 9, np.float32)
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 4]}
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.shared.trainable_tokens_delta"
+    save_file({key: rows}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError) as refused:
+        oa.load_checkpoint(folder, base)
+    assert "--map shared=encoder.embed_tokens" in (refused.value.hint or "")
+
+    found = oa.load_checkpoint(folder, base, module_map={"shared": "encoder.embed_tokens"})
+    oa.save_model(oa.insert_checkpoint(base, found), tmp_path / "a.onnx")
+    feeds = {"ids": np.arange(6)}
+    wanted = np.arange(24, dtype=np.float32).reshape(6, 4)
+    wanted[[1, 4]] = rows
+    np.testing.assert_allclose(
+        run(tmp_path / "a.onnx", {**feeds, **found.adapter.feeds()})["y"], wanted, atol=1e-5
+    )

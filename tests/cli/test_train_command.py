@@ -166,6 +166,7 @@ def test_what_was_trained_before_nan_is_written_and_said(
     code, _, said = _train(capsys, *given, "--no-check", "--held-back", 0)
     assert code == 1, said
     assert "'labels' of sample 7" in said
+    assert "not compared with differences" in said
     assert f"{out} has the best weights before that" in said
     assert oa.load_adapter(out).weights
 

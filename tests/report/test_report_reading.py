@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from slot_models import MLP, MODELS, cli, model_of
 
 import onnx_adapt as oa
 from onnx_adapt.errors import AdapterError
+from onnx_adapt.report.about import about
 from onnx_adapt.report.costs import Costs, Latency
 from onnx_adapt.report.overview import Overview, overview
 from onnx_adapt.report.page import render
@@ -77,6 +79,10 @@ def test_the_page_begins_with_one_sentence_of_plain_words(mlp: Overview) -> None
     words = in_one_sentence(mlp)
     assert words.startswith("While its adapter is off, the result answers as the model does")
     assert "at 2 places" in words
+    assert "showed no effect" not in words
+    unseen = replace(mlp, slots=(mlp.slots[0], replace(mlp.slots[1], result=None)))
+    assert "at 1 place an" in in_one_sentence(unseen)
+    assert in_one_sentence(unseen).endswith("1 more place showed no effect with these inputs.")
     bad = replace(mlp.report.checks[2], passed=False)
     checks = (*mlp.report.checks[:2], bad, *mlp.report.checks[3:])
     failed = replace(mlp, report=replace(mlp.report, checks=checks))
@@ -96,6 +102,19 @@ def test_the_page_tells_its_files_inputs_and_command() -> None:
     assert about.fingerprint in page
     assert "onnx-adapt report a b" in page
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", page)
+
+
+def test_the_sizes_are_those_of_all_files_of_a_model(tmp_path: Path) -> None:
+    """Data beside a model counts, and so do the weights that a thin model borrows."""
+    proto = onnx.load(MODELS / "plcmos.onnx")
+    onnx.save(proto, tmp_path / "base.onnx", save_as_external_data=True, location="w.data")
+    base = oa.open_model(tmp_path / "base.onnx")
+    site = next(site.address for site in oa.find_sites(base) if not site.refused)
+    oa.save_model(oa.insert(base, after=site), tmp_path / "thin.onnx", thin=True)
+    whole = (tmp_path / "w.data").stat().st_size
+    found = about(base, oa.open_model(tmp_path / "thin.onnx"), [])
+    sizes = [whole + (tmp_path / name).stat().st_size for name in ("base.onnx", "thin.onnx")]
+    assert [file.size for file in found.files] == sizes
 
 
 def test_a_difference_within_the_noise_is_no_difference(mlp: Overview) -> None:

@@ -156,6 +156,10 @@ def test_what_a_first_past_cannot_be_is_refused(tmp_path: Path) -> None:
         oa.fill(model, adapter)
     with pytest.raises(AdapterError, match="whose tensors ONNX Runtime feeds"):
         oa.save_adapter(adapter, tmp_path / "a.onnx_adapter")
+    with pytest.raises(AdapterError, match="has no weights for the slots"):
+        oa.verify(base, model, adapter=adapter)
+    with pytest.raises(AdapterError, match="has no weights for the slots"):
+        oa.train(model, {}, loss="mse", start_from=adapter)
     with pytest.raises(AdapterError, match="cannot be blended"):
         oa.blend([adapter, adapter], [0.5, 0.5])
     with pytest.raises(CheckpointError, match="not written back"):
@@ -301,3 +305,19 @@ def test_the_commands_convert_and_run_it(
     assert (code, "needs no slots" in err) == (2, True)
     with pytest.raises(AdaptError):
         oa.load_checkpoint(folder, oa.open_model(ROOT.parent / "bases/llama_dynamo/base.onnx"))
+
+
+def test_check_tells_whether_a_first_past_fits_a_decoder_without_slots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(oa.save_adapter(_adapter("prefix"), tmp_path / "a.safetensors"))
+    code, out, err = cli(capsys, "check", str(PAST), file)
+    assert (code, out) == (0, f"{PAST}: ok\n{file}: ok\n")
+    assert "next: onnx-adapt run" in err
+    other = str(oa.save_adapter(BAD["heads"][0], tmp_path / "b.safetensors"))
+    code, out, _ = cli(capsys, "check", str(PAST), file, other, "--json")
+    problems = json.loads(out)["problems"]
+    assert (code, problems[file]) == (1, [])
+    assert "has shape" in problems[other][0]
+    code, _, err = cli(capsys, "check", str(PAST))
+    assert (code, "has no slots" in err) == (2, True)

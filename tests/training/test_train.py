@@ -90,6 +90,36 @@ def test_the_best_weights_are_kept(model: oa.Model, data: dict[str, Array]) -> N
     assert _losses(model, trained.adapter, data) == pytest.approx(best, rel=1e-3)
 
 
+def test_of_epochs_with_one_accuracy_the_one_with_the_lowest_loss_is_kept(
+    model: oa.Model, data: dict[str, Array]
+) -> None:
+    held = {name: value[:2] for name, value in data.items()}
+    settings = Settings(epochs=8, rate=3e-3, batch_size=16, metric="accuracy")
+    given = {"settings": settings, "validation": held, "check": False}
+    trained = oa.train(model, data, loss="cross_entropy", **given)  # type: ignore[arg-type]
+    epochs = trained.epochs
+    assert len({epoch.score for epoch in epochs}) < len(epochs)
+    best = max(epochs, key=lambda e: (e.score or 0, -(e.validation_loss or 0)))
+    assert _losses(model, trained.adapter, held) == pytest.approx(
+        best.validation_loss, rel=1e-3
+    )
+    assert [epoch.number for epoch in epochs if epoch.best][-1] == best.number > 1
+
+
+def test_fewer_held_back_samples_than_the_model_takes_at_once_are_refused() -> None:
+    base = oa.open_model(CASE / "base.onnx")
+    for value in base.proto.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    fixed = oa.insert(base, after="bert.encoder.layer.1.output.dense")
+    ids = np.random.default_rng(0).integers(1, 60, (16, 6))
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids[:, 0] % 2}
+    with pytest.raises(TrainingError, match="2 samples are held back"):
+        oa.train(fixed, given, loss="cross_entropy", validation=0.1)
+    settings = Settings(epochs=1, batch_size=4)
+    trained = oa.train(fixed, given, loss="cross_entropy", validation=0.25, settings=settings)
+    assert trained.epochs[0].validation_loss
+
+
 def test_a_wrong_gradient_is_found_before_training(
     model: oa.Model, data: dict[str, Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,9 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         raise CheckpointError(
             f"the weight of module {module!r} is in node {call.node.name!r}, which is of "
             f"{f'module {scope!r}' if scope else 'the model itself'}",
-            hint="it was folded with a BatchNorm (export with optimize=False), or PyTorch "
+            hint=_ONE_TABLE.format(module, scope)
+            if scope and OPERATORS[call.node.op_type].embeds
+            else "it was folded with a BatchNorm (export with optimize=False), or PyTorch "
             "uses it without calling the module, so that an adapter there has no effect",
         )
     if called and own:
@@ -167,6 +169,13 @@ def _calls_by_name(survey: Survey, module: str, called: bool) -> list[LayerCall]
         for call in [call for call, scope in found if scope is None]:
             _refuse_unsure(call, module)
     return own
+
+
+_ONE_TABLE = (
+    "PyTorch calls the embedding by its other name: LoRA and modules_to_save have no effect "
+    "there; trained tokens have: --map {}={} for an adapter with these alone or beside LoRA"
+)
+"""T5 and BART have one table as `shared` and `encoder.embed_tokens`, and call the latter."""
 
 
 def _layers_named(survey: Survey, module: str) -> list[tuple[LayerCall, str | None]]:

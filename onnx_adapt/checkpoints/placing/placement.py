@@ -205,10 +205,11 @@ class Placement:
         if front and front != slot.output:
             slot = replace(slot, output=front)
         dtype = DTYPES[target.dtype]
-        weights = {
-            part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
-            for part in ordered
-        }
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            weights = {
+                part: np.ascontiguousarray(_laid_out(slot, part, parts[part]), dtype)
+                for part in ordered
+            }
         _check_weights(slot, parts, weights)
         self.slots.append(slot)
         self.weights[unique] = weights
