@@ -15,7 +15,7 @@ from onnx_adapt.cli.progress import patience
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
-    from onnx_adapt.report.differences import Differences
+    from onnx_adapt.proof.differences import Differences
 
 
 @click.command("diff", short_help="Compare two models, or two adapters, slot by slot.")
@@ -39,7 +39,7 @@ def command(
       onnx-adapt diff fr.safetensors fr-old.safetensors --for model.adapted.onnx
     """
     import onnx_adapt as oa
-    from onnx_adapt.report.differences import diff_adapters, diff_models
+    from onnx_adapt.proof.differences import diff_adapters, diff_models
 
     models = [Path(file).suffix == ".onnx" for file in (first, second)]
     if models[0] != models[1]:

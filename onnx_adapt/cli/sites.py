@@ -34,6 +34,8 @@ def command(
       onnx-adapt sites model.onnx '*.output.dense'
       onnx-adapt sites model.onnx --names | grep dense
     """
+    if names and as_json:
+        raise click.UsageError("--names has no effect with --json")
     import onnx_adapt as oa
     from onnx_adapt.slot.manifest import read_manifest
     from onnx_adapt.slot.required import must_be_fed
@@ -41,8 +43,6 @@ def command(
     with patience(f"reading {model}"):
         opened = oa.open_model(model)
         sites = oa.find_sites(opened, pattern, all_tensors=all_tensors)
-    if names and as_json:
-        raise click.UsageError("--names has no effect with --json")
     if names:
         for site in sites.good:
             emit(site.address)

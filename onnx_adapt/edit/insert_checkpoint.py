@@ -84,12 +84,7 @@ def insert_checkpoint(
     adapter = checkpoint.adapter
     plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)
-    slots = [
-        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.owner]))
-        if baked
-        else s
-        for s in checkpoint.slots
-    ]
+    slots = _baked_slots(checkpoint) if baked else list(checkpoint.slots)
     if batched:
         slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
     weights = {
@@ -98,6 +93,15 @@ def insert_checkpoint(
     make_replaceable(result.proto, plans)
     weights_of_base = (*known.weights, *(plan.weight for plan in plans))
     return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)
+
+
+def _baked_slots(checkpoint: Checkpoint) -> list[Slot]:
+    """The slots of a checkpoint, each with the bottleneck of its trained weights."""
+    weights = checkpoint.adapter.weights
+    return [
+        replace(slot, swappable=False, bottleneck=bottleneck_of(slot, weights[slot.owner]))
+        for slot in checkpoint.slots
+    ]
 
 
 def _refuse_large(adapter: Adapter) -> None:

@@ -19,9 +19,9 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.ort import CPU
 from onnx_adapt.proof.compare import distance
+from onnx_adapt.proof.compared import compare, movements, require_comparable
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.runner import Runner
-from onnx_adapt.report.compared import compare, movements, require_comparable
 from onnx_adapt.slot.manifest import Slot
 
 
@@ -120,7 +120,7 @@ def diff_adapters(
         >>> def adapter(value):
         ...     fc = {"down": np.ones((8, 2)), "up": np.full((2, 8), value)}
         ...     return oa.Adapter("fr", {"fc": fc}, activations={"fc": "identity"})
-        >>> diff_adapters(adapter(1.0), adapter(1.5)).slots[0].apart
+        >>> round(diff_adapters(adapter(1.0), adapter(1.5)).slots[0].apart, 6)
         0.5
     """
     known = [[a.fingerprint, *a.other_bases] for a in (one, other)]
