@@ -203,8 +203,10 @@ class Repository:
         """Copy a version, and keep the one before: requests for it may be under way."""
         digest = hashlib.sha256(data).hexdigest()[:12]
         path = self._copies / f"{name}@{digest}{suffix}"
-        kept = [item for item in self._versions.get(name, []) if item != path]
-        path.write_bytes(data)
+        known = self._versions.get(name, [])
+        if path not in known:  # else it may be mapped, and must not be written again
+            path.write_bytes(data)
+        kept = [item for item in known if item != path]
         for old in kept[:-1]:
             old.unlink()
         self._versions[name] = [*kept[-1:], path]

@@ -189,6 +189,7 @@ CHAT = {"model": "llama", "messages": HI}
         ("completions", {**TEXT, "prompt": [60]}, 400, "no token 60"),
         ("completions", {**TEXT, "prompt": [-1]}, 400, "no token -1"),
         ("completions", {**TEXT, "prompt": [5] * 64}, 400, "64 tokens; the prompt has 64"),
+        ("completions", {**TEXT, "prompt": "a cat " * 99}, 400, "has 594 characters"),
         ("completions", {**TEXT, "max_tokens": 10**30}, 400, "context has 64 tokens"),
         ("completions", {**TEXT, "max_tokens": 0}, 400, "`max_tokens` is 0"),
         ("completions", {**TEXT, "max_tokens": 5.0}, 400, "`max_tokens` is 5.0"),

@@ -273,8 +273,8 @@ def _number(
         return default
     right = isinstance(value, int if kind is int else int | float)
     if not right or isinstance(value, bool) or not least <= value <= most:
-        span = f"{least:g} or more" if most >= 2**31 - 1 else f"{least:g} to {most:g}"
         what = "a whole number" if kind is int else "a number"
+        span = f"{least} or more" if most == math.inf else f"{least} to {most}"
         raise ParameterError(name, f"`{name}` is {value!r:.50}", hint=f"give {what}, {span}")
     return value
 
@@ -310,3 +310,26 @@ def most_behind(prompt: int, asked: Asked, context: int) -> int:
             code="context_length_exceeded",
         )
     return most
+
+
+def refuse_endless(asked: Asked, context: int, longest: int) -> None:
+    """Refuse what cannot fit, before it is made into tokens: that takes time and memory.
+
+    Args:
+        asked: The request.
+        context: How many tokens a prompt and its answer can have.
+        longest: How many characters a token can have.
+
+    Raises:
+        RequestError: If a prompt has more characters than so many tokens.
+    """
+    sizes = [len(prompt) for prompt in asked.prompts if isinstance(prompt, str)]
+    sizes += [sum(len(message["content"]) for message in asked.messages or ())]
+    if max(sizes) > context * longest:
+        raise ParameterError(
+            "prompt" if asked.messages is None else "messages",
+            f"the model's context has {context} tokens of {longest} characters at most; the "
+            f"prompt has {max(sizes)} characters",
+            hint="shorten it",
+            code="context_length_exceeded",
+        )

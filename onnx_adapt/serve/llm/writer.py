@@ -20,7 +20,7 @@ from onnx_adapt.serve.gateway import Gateway, status_of
 from onnx_adapt.serve.llm.answers import Piece, Usage
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.llm.model import LanguageModel, Order
-from onnx_adapt.serve.llm.requests import Asked, Prompt, most_behind
+from onnx_adapt.serve.llm.requests import Asked, Prompt, most_behind, refuse_endless
 from onnx_adapt.serve.llm.texts import Answer, read_tokenizer
 from onnx_adapt.serve.llm.turns import Turns
 from onnx_adapt.serve.metrics import Metrics
@@ -56,6 +56,7 @@ class Writer:
         self.facts = writing.facts
         self.context = writing.context
         self._tokenizer = read_tokenizer(self.facts.folder)
+        self._longest = max(map(len, self._tokenizer.get_vocab()))
         self._model = LanguageModel(self.facts, settings.threads)
         self._fetch = fetch
         self._metrics = metrics
@@ -86,6 +87,7 @@ class Writer:
 
     async def _orders(self, asked: Asked) -> list[Order]:
         """What is to be written, by the base."""
+        refuse_endless(asked, self.context, self._longest)
         given: Sequence[Prompt] = asked.prompts
         if asked.messages is not None:
             given = [self._model.templated(asked.messages)]
