@@ -20,11 +20,12 @@ from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News, Versions
 from onnx_adapt.serve.grpc_server import grpc_server
+from onnx_adapt.serve.held import Fetch
 from onnx_adapt.serve.http import api, metrics_route, openai_routes
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.metrics import Metrics, PrometheusMetrics
 from onnx_adapt.serve.openai_errors import openai_error
-from onnx_adapt.serve.replica import Fetch, Replica
+from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, RunError
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.gateway import Gateway, status_of
+from onnx_adapt.serve.held import Fetch, Held, Loads, Recent
 from onnx_adapt.serve.llm.answers import Piece, Usage
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.llm.model import LanguageModel, Order
@@ -25,7 +25,6 @@ from onnx_adapt.serve.llm.texts import Answer, read_tokenizer
 from onnx_adapt.serve.llm.turns import Turns
 from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import Spec
-from onnx_adapt.serve.replica import Fetch, Held, Recent
 from onnx_adapt.serve.settings import Settings
 
 _SMALL = 1 << 16
@@ -58,9 +57,6 @@ class Writer:
         self._tokenizer = read_tokenizer(self.facts.folder)
         self._longest = max(map(len, self._tokenizer.get_vocab()))
         self._model = LanguageModel(self.facts, settings.threads)
-        self._fetch = fetch
-        self._metrics = metrics
-        self._loads = 0
         self._thread = ThreadPoolExecutor(1)
         self._turns = Turns(
             self._model.start,
@@ -69,7 +65,8 @@ class Writer:
             writing.waiting,
             settings.timeout_s,
         )
-        self._hold = Recent(self._load, settings.max_adapters)
+        loads = Loads(fetch, self._load, self._unload, metrics, self._thread)
+        self._hold = Recent(loads, settings.max_adapters)
 
     async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
         """The tensors that a client can send and get: none."""
@@ -202,34 +199,21 @@ class Writer:
             await gateway.refresh()
             return await self._hold(gateway.version(model))
 
-    async def _load(self, version: str) -> Held:
-        """Load a version under a name that was never used: it may have been there before."""
-        try:
-            path = await self._fetch(version)
-        except FileNotFoundError as error:
-            raise AdapterNotFoundError(
-                f"adapter version {version!r} is gone", hint="ask for the present one"
-            ) from error
-        self._loads += 1
-        held = Held(f"{version}#{self._loads}")
-        mapped = path.with_suffix(".onnx_adapter")
-        # Files go with the folder that they are in when the process ends.
-        weakref.finalize(
-            held, self._thread.submit, self._unload, held.name, mapped
-        ).atexit = False
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._take, held.name, path, mapped)
-        self._metrics.loaded(version.rpartition("@")[0])
-        return held
-
-    def _take(self, name: str, path: Path, mapped: Path) -> None:
+    def _load(self, name: str, path: Path) -> None:
         """Load a file, whatever its format."""
-        save_adapter(load_adapter(path), mapped)
-        if path != mapped:
-            path.unlink()
-        self._model.load(name, mapped)
+        self._model.load(name, save_adapter(load_adapter(path), _mapped(path)))
 
-    def _unload(self, name: str, mapped: Path) -> None:
-        with contextlib.suppress(RunError):  # loading it failed
-            self._model.unload(name)
-        mapped.unlink(missing_ok=True)
+    def _unload(self, name: str, path: Path) -> None:
+        def unload() -> None:
+            with contextlib.suppress(RunError):  # loading it failed
+                self._model.unload(name)
+            path.unlink(missing_ok=True)
+            _mapped(path).unlink(missing_ok=True)
+
+        with contextlib.suppress(RuntimeError):  # the process ends, and with it the thread
+            self._thread.submit(unload)
+
+
+def _mapped(path: Path) -> Path:
+    """Where an adapter's file is in the format that onnxruntime-genai maps into memory."""
+    return path.with_suffix(".onnx_adapter")
