@@ -979,6 +979,22 @@ def _quantised_attention() -> None:
     )
 
 
+def means_at_the_border() -> None:
+    """AveragePool where the last window is not full, with padding that counts and does not."""
+    for counted in (False, True):
+        case(
+            "AveragePool",
+            lambda x, counted=counted: F.avg_pool2d(x, 3, 2, 1, True, counted),
+            [n(2, 2, 6, 7)],
+            kind=f"up to the border, counted {int(counted)}",
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            pads=[1, 1, 1, 1],
+            ceil_mode=1,
+            count_include_pad=int(counted),
+        )
+
+
 def main() -> None:
     """Make all cases, and write them."""
     torch.manual_seed(0)
@@ -988,6 +1004,7 @@ def main() -> None:
     recurrent()
     attentions()
     several()
+    means_at_the_border()
     index = np.frombuffer(json.dumps(CASES).encode(), np.uint8)
     counts = np.concatenate([item.astype(np.int64) for item in COUNTS])
     np.savez_compressed(FILE, index=index, floats=np.concatenate(FLOATS), counts=counts)

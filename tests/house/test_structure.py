@@ -31,6 +31,7 @@ FLOORS = (
     ("__init__",),
     ("serve",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up; a module imports only from floors below its own."""
 

@@ -59,14 +59,18 @@ def _window(tape: Tape, step: Step, kernel: tuple[int, ...]) -> _Window:
 
 def _same_padding(tape: Tape, step: Step, window: _Window, *, upper: bool) -> str:
     """The padding at the start that makes an output of size / stride, in a run."""
-    sizes, made = (_spatial(tape, name) for name in (step.input(), step.output))
-    steps = tape.add("Sub", made, tape.integers(1))
-    reached = tape.add("Mul", steps, tape.integers(*window.strides))
-    reached = tape.add("Add", reached, tape.integers(*window.spans))
-    total = tape.add("Sub", reached, sizes)
+    sizes = _spatial(tape, step.input())
+    total = tape.add("Sub", _reached(tape, step, window), sizes)
     total = tape.add("Max", total, tape.integers(0))
     more = total if upper else tape.add("Add", total, tape.integers(1))
     return tape.add("Div", more, tape.integers(2))
+
+
+def _reached(tape: Tape, step: Step, window: _Window) -> str:
+    """How much of the padded input the output is made of, in a run."""
+    steps = tape.add("Sub", _spatial(tape, step.output), tape.integers(1))
+    reached = tape.add("Mul", steps, tape.integers(*window.strides))
+    return tape.add("Add", reached, tape.integers(*window.spans))
 
 
 def _spatial(tape: Tape, tensor: str) -> str:
@@ -187,22 +191,43 @@ def max_pool(tape: Tape, step: Step) -> Grads:
 
 
 def average_pool(tape: Tape, step: Step) -> Grads:
-    """AveragePool: each gradient is spread evenly over the numbers that were averaged."""
+    """AveragePool: each gradient is spread evenly over the numbers that were averaged.
+
+    Channels count as samples of one channel, so that their number need not be known.
+    """
     x = step.input()
-    channels = tape.shape(x)[1]
-    if step.attribute("ceil_mode", 0) or not isinstance(channels, int):
-        raise step.refuse("it has ceil_mode, or the number of channels is not known")
     kernel = tuple(step.attribute("kernel_shape", ()))
     window = _window(tape, step, kernel)
-    grad = tape.times(step.grad, 1 / int(np.prod(kernel)))
-    if not step.attribute("count_include_pad", 0):
-        names = ("kernel_shape", "strides", "dilations", "pads", "auto_pad")
-        kept = {name: step.attribute(name, None) for name in names}
-        ones = tape.add("Expand", tape.number(1, x), tape.shape_of(x))
-        share = tape.add("AveragePool", ones, count_include_pad=1, **kept)
-        grad = tape.add("Div", grad, share)  # the share of the kernel that is inside
-    even = tape.constant(np.ones((channels, 1, *kernel), tape.dtype(x)))
-    return only(_spread(tape, step, grad, even, window, channels))
+    even = tape.constant(np.ones((1, 1, *kernel), tape.dtype(x)))
+    single = tape.joined(tape.integers(-1, 1), _spatial(tape, step.output))
+    grad = tape.add("Reshape", step.grad, single)
+    if window.pads is None or any(window.pads) or step.attribute("ceil_mode", 0):
+        grad = tape.add("Mul", grad, _share(tape, step, window, even))
+    else:
+        grad = tape.times(grad, 1 / int(np.prod(kernel)))
+    return only(tape.like(_spread(tape, step, grad, even, window, 1), x))
+
+
+def _share(tape: Tape, step: Step, window: _Window, even: str) -> str:
+    """The share of each number in the mean it is a part of, `(1, 1, ...)`.
+
+    What is behind the border may count in the mean or not, by three attributes. The mean of
+    ones tells: if 4 numbers are averaged of which one is padding, it is 3/4, and 3 is the sum
+    of the ones, so that the share is (3/4) / 3 = 1/4. If padding does not count, it is 1 / 3.
+    """
+    names = ("kernel_shape", "strides", "dilations", "pads", "auto_pad", "ceil_mode")
+    kept = {name: step.attribute(name, None) for name in (*names, "count_include_pad")}
+    sizes = _spatial(tape, step.input())
+    shape = tape.joined(tape.integers(1, 1), sizes)
+    ones = tape.add("Expand", tape.number(1, step.input()), shape)
+    mean = tape.add("AveragePool", ones, **kept)
+    end = tape.add("Sub", _reached(tape, step, window), sizes)
+    end = tape.add("Sub", end, window.begin)
+    none = tape.integers(0, 0)
+    padded = tape.add("Pad", ones, tape.joined(none, window.begin, none, end))
+    strides, dilations = list(window.strides), list(window.dilations)
+    count = tape.add("Conv", padded, even, strides=strides, dilations=dilations)
+    return tape.add("Div", mean, count)
 
 
 def global_average_pool(tape: Tape, step: Step) -> Grads:

@@ -72,7 +72,7 @@ def differentiate(
     refuse_missing(index, loss, weights)
     tape = Tape(index.model, view, opset, rules=RULES, views=index.views)
     seed = tape.add("Expand", tape.number(1, loss), tape.shape_of(loss))
-    if output and any(tape.elem_type(name) == FLOAT16 for name in way.reads()):
+    if output and any(view.type_of(name).elem_type == FLOAT16 for name in way.reads()):
         grads = _scaled(tape, loss, seed, weights, output)
     else:
         grads = go_back(tape, {loss: seed}, weights)

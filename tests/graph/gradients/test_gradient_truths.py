@@ -65,7 +65,7 @@ def _model(item: dict[str, Any]) -> onnx.ModelProto:
 
 
 _FIXED = {
-    *("Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv", "AveragePool"),
+    *("Conv", "ConvTranspose", "FusedConv", "ConvInteger", "QLinearConv"),
     *("QLinearAveragePool", "Attention", "MultiHeadAttention", "GroupQueryAttention"),
     *("LSTM", "GRU", "RNN", "GroupNormalization", "FusedMatMul"),
 }

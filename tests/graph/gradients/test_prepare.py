@@ -140,3 +140,12 @@ def test_small_gradients_of_a_float16_model_are_not_lost(scale: float) -> None:
         assert grad.dtype == np.float32
         apart = np.linalg.norm(grad - wanted[key]) / np.linalg.norm(wanted[key])
         assert apart < 0.01, key
+
+
+def test_a_layer_before_recurrent_ones_gets_gradients() -> None:
+    """Their optional inputs are left out; an old opset and an unknown rank are on the way."""
+    base = oa.open_model(Path(__file__).parents[3] / "models/plcmos.onnx")
+    adapted = oa.insert(base, after="input")
+    weights = list(weights_to_train(adapted, 4, None, 0))
+    step = make_step(adapted, weights, loss="mse")
+    assert list(step.grads) == weights
