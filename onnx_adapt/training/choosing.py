@@ -15,10 +15,10 @@ from onnx_adapt.training.step_model import LossFunction
 from onnx_adapt.training.suggest import suggest
 
 # The gradient of a slot says how fast the loss falls at first, and not how far in the end. It
-# is large after a LayerNorm because the output there is large. Of MiniLM-L3, three slots at the
-# largest gradients reached what three at the ends of blocks did (78.0 and 78.0 % right on the
-# task mood of examples/two-tasks, 83.2 and 84.4 % on source; 2000 sentences). So ends of blocks
-# are taken, as Pfeiffer et al. (2020) do, and the gradient tells which of them learn at all.
+# is large after a LayerNorm because the output there is large. Of MiniLM-L3, three slots at
+# the largest gradients reached what three at the ends of blocks did (78.0 and 78.0 % right on
+# the task mood of examples/two-tasks, 83.2 and 84.4 % on source; 2000 sentences). So ends of
+# blocks are taken, as Pfeiffer et al. (2020) do, and the gradient tells which of them learn.
 # Where there are no blocks, as in a CNN, it is the best that is known of the layers.
 
 
