@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.cli.outputs import say
+from onnx_adapt.cli.serve_llm import llm_options, read_llm
 from onnx_adapt.errors import UnprovableError
 
 if TYPE_CHECKING:
     from onnx_adapt.serve.access import Access
+    from onnx_adapt.serve.llm.facts import Writing
     from onnx_adapt.serve.settings import Settings
 
 _ACCESS = ("token_file", "ssl_certfile", "ssl_keyfile")
@@ -21,7 +23,7 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 
 
 @click.command("serve", short_help="Serve a model and a folder of adapters over HTTP.")
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), required=False)
 @click.option("--adapters", required=True, help="The folder of adapters: a path or a URL.")
 @click.option(
     "--host",
@@ -60,6 +62,7 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="With --embed: how the vectors of a text's tokens become one; by default mean.",
 )
 @click.option("--normalize", is_flag=True, help="With --embed: give vectors length 1.")
+@llm_options
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
     "--threads",
@@ -137,7 +140,7 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="On Ray: the port for metrics in the format of Prometheus.",
 )
 def command(
-    model: str,
+    model: str | None,
     host: str,
     port: int,
     grpc_port: int | None,
@@ -148,7 +151,8 @@ def command(
 
     The server speaks the Open Inference Protocol 2, like KServe and Triton, and runs until
     it is interrupted. New and changed adapters in the folder are checked and then served.
-    It is one process. With --replicas or --address it is many, on Ray Serve.
+    It is one process. With --replicas or --address it is many, on Ray Serve. With --llm
+    instead of MODEL it writes texts, like the servers of OpenAI and vLLM.
 
     \b
       onnx-adapt serve adapted.onnx --adapters adapters/
@@ -158,6 +162,7 @@ def command(
     from onnx_adapt.serve.access import read_access
     from onnx_adapt.serve.settings import read_settings
 
+    model, write = read_llm(model, options)
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
     access = [options.pop(name) for name in _ACCESS]
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
@@ -177,7 +182,7 @@ def command(
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
     found = read_access(*access)
-    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, found)
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, write, found)
 
 
 def _embed(
@@ -199,6 +204,7 @@ def _serve_here(
     grpc_port: int | None,
     grace: float,
     embed: tuple[str, str, bool] | None,
+    write: Writing | None,
     access: Access,
 ) -> None:
     try:
@@ -218,6 +224,7 @@ def _serve_here(
             lambda: _say_serving(f"{scheme}://{own}:{found}"),
             f"{own}:{grpc_port}" if grpc_port else "",
             Embed(*embed) if embed else None,
+            write,
             access,
         )
 

@@ -10,7 +10,8 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.training_data import read_settings
+from onnx_adapt.cli.training_data import read_settings, read_texts
+from onnx_adapt.cli.training_model import read_head
 from onnx_adapt.words import count
 
 
@@ -19,7 +20,10 @@ from onnx_adapt.words import count
 @options.data
 @options.loss
 @options.labels
+@options.tokenizer
+@options.texts
 @options.on_output
+@options.head
 @options.loss_settings
 @click.option(
     "--samples",
@@ -49,11 +53,12 @@ def command(model: str, as_json: bool, **given: Any) -> None:
     with patience("looking at gradients"):
         found = suggest(
             opened,
-            read_dataset(given["data"], given["labels"]),
+            read_dataset(given["data"], given["labels"], text=read_texts(opened, given)),
             loss=given["loss"],
             output=given["model_output"],
             labels=given["labels"],
             loss_settings=read_settings(given["loss_settings"]),
+            head=read_head(given),
             samples=given["samples"],
             seed=given["seed"],
             provider=given["provider"],
