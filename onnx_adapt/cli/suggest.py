@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,9 @@ from onnx_adapt.cli.progress import patience
 from onnx_adapt.cli.training_data import read_settings, read_texts
 from onnx_adapt.cli.training_model import read_head
 from onnx_adapt.words import count
+
+if TYPE_CHECKING:
+    from onnx_adapt.training.suggest import Suggestion
 
 
 @click.command("suggest", short_help="Rank the places that are worth a slot.")
@@ -66,6 +70,10 @@ def command(model: str, as_json: bool, **given: Any) -> None:
     if as_json:
         print_json({"sites": [asdict(item) for item in found]})
         return
+    _show(model, found)
+
+
+def _show(model: str, found: Sequence[Suggestion]) -> None:
     largest = max(item.norm for item in found) or 1.0
     print_table(
         ("address", "module", "gradient", "of largest", "per parameter", "slot"),
