@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from starlette.requests import Request
 
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.settings import Settings
 
-_CODINGS: dict[str, Any] = {"identity": None, "gzip": 31, "deflate": 15}
+_CODINGS: dict[str, int | None] = {"identity": None, "gzip": 31, "deflate": 15}
 """How bodies may be compressed, with what zlib calls it."""
 
 _READ_TO_THE_END = 4
@@ -71,13 +70,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         hint="send less at once, or raise --max-body-mb",
         status=413,
     )
-    coding = request.headers.get("content-encoding", "identity")
-    if coding not in _CODINGS:
-        raise RequestError(
-            f"content-encoding {coding!r:.50} is not taken",
-            hint=f"one of {', '.join(_CODINGS)}",
-            status=415,
-        )
+    bits = _coding(request)
     length = request.headers.get("content-length", "")
     # A body that does not say where it ends may have none.
     readable = (_READ_TO_THE_END if length.isdecimal() else 1) * most
@@ -103,11 +96,23 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise RequestError(
             f"the body did not come within {settings.timeout_s:g} s", status=408
         ) from error
-    if _CODINGS[coding] is None:
+    if bits is None:
         return body
-    found = await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
+    found = await asyncio.to_thread(_inflated, body, bits, most, too_large)
     take(len(found))
     return found
+
+
+def _coding(request: Request) -> int | None:
+    """What zlib calls the form that a body is compressed in, or None if it is not."""
+    name = request.headers.get("content-encoding", "identity")
+    if name not in _CODINGS:
+        raise RequestError(
+            f"content-encoding {name!r:.50} is not taken",
+            hint=f"one of {', '.join(_CODINGS)}",
+            status=415,
+        )
+    return _CODINGS[name]
 
 
 def _inflated(body: bytes, bits: int, most: int, too_large: RequestError) -> bytes:

@@ -39,6 +39,9 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        if scope["type"] != "http":  # Ray's server starts and ends the application by messages
+            await self._app(scope, receive, send)
+            return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if scope["path"] not in _PROBES and not self._access.allows(given):
             await _UNKNOWN(scope, receive, send)

@@ -62,7 +62,7 @@ DOORS = {
     "ray": {"serve/ray_app", "serve/ray_metrics", "serve/ray_running"},
     "starlette": {"serve/bodies", "serve/edge", "serve/http", "serve/llm/routes"},
     "tokenizers": {"serve/embeddings", "serve/llm/texts"},
-    "uvicorn": {"serve/one_process"},
+    "uvicorn": {"serve/connections", "serve/one_process"},
     "prometheus_client": {"serve/metrics"},
     "jinja2": {"report/page"},
     "markupsafe": {"report/page"},
