@@ -77,8 +77,12 @@ def read_access(token_file: str = "", certificate: str = "", key: str = "") -> A
 def _read_token(path: str) -> str:
     try:
         token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise RequestError(
+            f"{path} cannot be read: {error.strerror}", hint="--token-file takes a file"
+        ) from error
+    except ValueError:  # not ASCII: no token either
+        token = ""
     if len(token) < _SHORTEST or len(token.split()) != 1:
         raise RequestError(
             f"{path} holds no token",

@@ -27,7 +27,8 @@ class Choice:
     """Where slots go.
 
     Attributes:
-        places: The addresses, in the order of the graph.
+        places: The addresses, of blocks in the order of the graph; else the largest gradient
+            is first.
         reason: Why these, in a few words.
     """
 
@@ -89,6 +90,4 @@ def choose_places(
         left = len(ends) - len(places)
         without = f", without {left} that no gradient reaches" if left else ""
         return Choice(places, f"the output layer of each block{without}")
-    order = {item.address: at for at, item in enumerate(found)}
-    best = sorted(learning[:LAST], key=order.__getitem__)
-    return Choice(tuple(best), "those with the largest gradients")
+    return Choice(tuple(learning[:LAST]), "those with the largest gradients")

@@ -47,7 +47,6 @@ class Answer:
         stops: The texts that end it; they are no part of it.
 
     Attributes:
-        tokens: How many tokens it has.
         stopped: Whether a stop string came.
     """
 
@@ -61,12 +60,10 @@ class Answer:
             self._window = []
         self._known = len(self._window)
         self._held = ""
-        self.tokens = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Add a token: the text that is sure by now, and was not told before."""
-        self.tokens += 1
         self._window.append(token)
         before = self._decoded(self._window[: self._known])
         now = self._decoded(self._window)

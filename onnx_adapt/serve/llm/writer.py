@@ -87,7 +87,10 @@ class Writer:
         refuse_endless(asked, self.context, self._longest)
         given: Sequence[Prompt] = asked.prompts
         if asked.messages is not None:
-            given = [self._model.templated(asked.messages)]
+            made = asyncio.get_running_loop().run_in_executor(
+                self._thread, self._model.templated, asked.messages
+            )
+            given = [await made]
         prompts = [await self._tokens(prompt, asked) for prompt in given]
         mosts = [most_behind(len(prompt), asked, self.context) for prompt in prompts]
         return [
