@@ -86,6 +86,7 @@ _OPTIONS = {
     "--part": 'part="{}"',
     "--resume": "resume=True",
     "--text": 'columns=("{}",)',
+    "--stack": "stack=True",
     "--thin": "thin=True",
     "--tokenizer": 'text=Texts("{}")',
     "--to": 'library="{}"',

@@ -31,7 +31,7 @@ ROOMS = (
         "session",
     ),
     *("graph", "checkpoints", "edit", "graphsurgeon", "proof", "training"),
-    *("report", "serve", "cli"),
+    *("report", "serve", "cli", "__main__"),
 )
 """Rooms and files of the package from the ground up."""
 

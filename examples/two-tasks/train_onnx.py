@@ -4,6 +4,9 @@
     python examples/two-tasks/train_onnx.py              # some minutes on one core
     python examples/two-tasks/train_onnx.py --base int4  # on a base with weights of 4 bits
 
+Bases: `float32` as it is deployed, `int8` (quantised while it runs), `qdq` (int8 with
+calibrated activations) and `int4` (MatMulNBits).
+
 Texts, bottlenecks, epochs, batches and rate are those of `train.py`, and so is the way to
 answer: a text gets the class whose centre has the direction nearest to its embedding. The
 adapters are plain slots at both ends of each layer. `-o FOLDER` keeps them.
@@ -44,6 +47,18 @@ class Outcome:
     seconds: float
 
 
+class Calibration:
+    """Texts to measure the ranges of activations with, as `quantize_static` reads them."""
+
+    def __init__(self) -> None:
+        texts = load_tasks()["mood"].splits["train"].texts[:128]
+        self._feeds = iter([tokenize(texts[at : at + 32]) for at in range(0, 128, 32)])
+
+    def get_next(self) -> dict[str, Array] | None:
+        """Give one batch, or None after the last."""
+        return next(self._feeds, None)
+
+
 def open_base(kind: str, folder: Path) -> oa.Model:
     """Return the encoder as it is deployed, or with weights of 8 or 4 bits."""
     path = Path(fetch("minilm-l3"))
@@ -52,6 +67,14 @@ def open_base(kind: str, folder: Path) -> oa.Model:
         from onnxruntime.quantization import quantize_dynamic
 
         quantize_dynamic(path, made, extra_options={"DefaultTensorType": 1})
+    elif kind == "qdq":
+        from onnxruntime.quantization import QuantFormat, quantize_static
+
+        quantize_static(
+            *(path, made, Calibration()),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+        )
     elif kind == "int4":
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -119,7 +142,9 @@ def train_task(base: oa.Model, task: Task, folder: Path, seed: int) -> Outcome:
 def main() -> None:
     """Print one row for each task."""
     parser = argparse.ArgumentParser(description="Train two-tasks on the ONNX file alone.")
-    parser.add_argument("--base", choices=("float32", "int8", "int4"), default="float32")
+    parser.add_argument(
+        "--base", choices=("float32", "int8", "qdq", "int4"), default="float32"
+    )
     parser.add_argument("--tasks", nargs="+", choices=BOTTLENECKS, default=list(BOTTLENECKS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="a folder for the adapters")

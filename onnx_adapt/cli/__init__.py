@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import sys
@@ -12,19 +13,22 @@ from typing import Any
 import click
 
 from onnx_adapt import __version__
-from onnx_adapt.cli.outputs import be_quiet, drop_output, say
+from onnx_adapt.cli.outputs import be_quiet, drop_output, print_json, say
 from onnx_adapt.errors import AdaptError, MismatchError, UncheckedWarning
 
 _COMMANDS = (
     *("sites", "insert", "remove", "slots", "verify", "check"),
     *("report", "convert", "fill", "extract", "run", "build", "pack", "pack-rows", "export"),
-    *("merge", "compress", "subtract", "quantize", "inspect", "suggest"),
+    *("merge", "compress", "subtract", "quantize", "inspect", "diff", "suggest"),
     *("train", "train-graph"),
     *("serve", "completion"),
 )
 
 COMPLETE_VARIABLE = "_ONNX_ADAPT_COMPLETE"
 """The environment variable by which completion scripts ask for completions."""
+
+_INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C ended: 128 and the number of the signal."""
 
 _HELP = "`onnx-adapt --help` lists the commands"
 
@@ -90,7 +94,8 @@ def cli(ctx: click.Context) -> None:
 
     `onnx-adapt completion bash` (or zsh, fish) prints a completion script for your shell.
 
-    Exit status: 0 if it is done, 1 if a check failed, 2 if it could not be done.
+    Exit status: 0 if it is done, 1 if a check failed, 2 if it could not be done. With --json
+    an error is a JSON document as well.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help(), err=True)
@@ -107,22 +112,34 @@ def main() -> None:
             prog_name="onnx-adapt", complete_var=COMPLETE_VARIABLE, standalone_mode=False
         )
     except AdaptError as error:
+        _print_error(error.message, error.hint, type(error).__name__)
         status = fail(error.message, error.hint)
         if isinstance(error, MismatchError):
             status = 1
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "onnx-adapt"
-        status = fail(error.format_message(), f"see `{where} --help`")
+        hint = f"see `{where} --help`"
+        _print_error(error.format_message(), hint, "UsageError")
+        status = fail(error.format_message(), hint)
     except click.ClickException as error:
         status = fail(error.format_message(), _HELP)
     except (click.Abort, KeyboardInterrupt):
-        status = fail("interrupted; nothing was changed")
+        fail("interrupted; nothing was changed")
+        status = _INTERRUPTED
     except MemoryError as error:
         status = fail(f"not enough memory: {error}", "choose smaller sizes")
     except OSError as error:
+        _print_error(str(error), "", "OSError")
         drop_output()
         status = fail(str(error), "check the path, the permissions and the free space")
     sys.exit(status or 0)
+
+
+def _print_error(message: str, hint: str, kind: str) -> None:
+    """Print an error as the document that a script asked for with `--json`."""
+    if "--json" in sys.argv[1:]:
+        with contextlib.suppress(AdaptError):
+            print_json({"error": {"kind": kind, "message": message, "hint": hint}})
 
 
 def _show_notes() -> None:

@@ -12,7 +12,13 @@ from click.core import ParameterSource
 from onnx_adapt.cli import options
 from onnx_adapt.cli.complete import activation_names, site_names
 from onnx_adapt.cli.insert_folder import insert_into_folder
-from onnx_adapt.cli.inserted import show_inserted, tell_growth, tell_update_cost
+from onnx_adapt.cli.inserted import (
+    Shown,
+    show_inserted,
+    show_planned,
+    tell_growth,
+    tell_update_cost,
+)
 from onnx_adapt.cli.outputs import adapter_beside, output_path, say, say_next, tell_thin
 from onnx_adapt.cli.progress import patience
 
@@ -103,6 +109,7 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     "--inline-functions", is_flag=True, help="Inline the model's own functions first."
 )
 @options.inputs
+@click.option("--stack", is_flag=True, help="Insert behind slots that are at a place already.")
 @click.option("--no-verify", is_flag=True, help="Do not prove the result in ONNX Runtime.")
 @options.provider
 @options.keep_external
@@ -112,6 +119,10 @@ def _axis(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     help="Refer to the weights in MODEL's file instead of copying them; the result is a few "
     "kB and needs MODEL beside it.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be inserted; prove and write nothing."
+)
+@click.option("--long", is_flag=True, help="Show a line for each slot, however many.")
 @options.force
 @options.as_json
 @click.pass_context
@@ -131,6 +142,8 @@ def command(
     provider: tuple[str, ...],
     keep_external: bool,
     thin: bool,
+    dry_run: bool,
+    long: bool,
     force: bool,
     as_json: bool,
     **slot: Any,
@@ -139,7 +152,7 @@ def command(
 
     \b
       onnx-adapt insert model.onnx --after encoder.layer.0.output.dense
-      onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --bias
+      onnx-adapt insert model.onnx --after 'encoder.layer.*.output.dense' --dry-run
       onnx-adapt insert model.onnx --adapter trained/ -o adapted.onnx
       onnx-adapt insert model.onnx --adapter trained/ --baked --thin
       onnx-adapt insert model.onnx --adapter trained/ --batched
@@ -173,6 +186,9 @@ def command(
     if calibrate and trained is not None:
         with patience("measuring what the adapter brings"):
             adapted = oa.calibrate(adapted, trained, calibrate, provider=provider)
+    if dry_run:
+        show_planned(base, adapted, long=long, as_json=as_json)
+        return
     resolve_destination(path)  # before a proof that may take long
     with patience() as (progress, stage):
         used = trained if calibrate or not swappable else None
@@ -180,18 +196,10 @@ def command(
         proof = None if no_verify else _prove(*given, stage)
         cost = update_cost(*given[:2], trained, given[2], provider) if proof else None
         weights = adapter_beside(path, checkpoint, file_format) if swappable else []
-        saved = oa.save_model(
-            adapted,
-            path,
-            overwrite=force,
-            keep_external=keep_external,
-            thin=thin,
-            beside=weights,
-            progress=progress,
-        )
-    files = [file for file, _ in weights]
-    calibrated = bool(calibrate)
-    show_inserted(base, adapted, saved, proof, files, calibrated=calibrated, as_json=as_json)
+        form = {"overwrite": force, "keep_external": keep_external, "thin": thin}
+        saved = oa.save_model(adapted, path, beside=weights, progress=progress, **form)
+    shown = Shown(calibrated=bool(calibrate), long=long, as_json=as_json)
+    show_inserted(base, adapted, saved, proof, [file for file, _ in weights], shown)
     tell_update_cost(cost)
     if thin:
         tell_thin(base, saved)
@@ -261,7 +269,7 @@ def _with_slots(
     if checkpoint is None:
         given = {key: value for key, value in options.items() if key not in _READING}
         return oa.insert(base, after=after, **given)
-    form = {name: options[name] for name in ("baked", "batched")}
+    form = {name: options[name] for name in ("baked", "batched", "stack")}
     return oa.insert_checkpoint(base, checkpoint, **form)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_adapt.cli.grouped import COLUMNS, group_row, group_slots, natural, summary
 from onnx_adapt.cli.outputs import print_json, print_table, say, size_text, tell_saved
 from onnx_adapt.cli.slots import slot_dict
 from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
@@ -34,15 +35,53 @@ def _new_places(base: Model, adapted: Model) -> list[Slot]:
     return [slot for slot in all_places(adapted) if slot.name not in before]
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How a result is shown.
+
+    Attributes:
+        calibrated: Whether ranges were widened as asked, so that they need no warning.
+        long: Whether each slot has a line.
+        as_json: Whether it is one JSON document.
+    """
+
+    calibrated: bool
+    long: bool
+    as_json: bool
+
+
+_MOST_LINES = 12
+"""How many slots have a line each; more are grouped by module."""
+
+
+def _print_slots(slots: Sequence[Slot], *, long: bool) -> None:
+    own = sorted(owners(slots), key=lambda slot: natural(slot.name))
+    groups = group_slots(own)
+    if long or len(own) <= _MOST_LINES or len(groups) == len(own):
+        print_table(SLOT_COLUMNS, [slot_row(slot, slots) for slot in own])
+    else:
+        print_table(COLUMNS, map(group_row, groups))
+        say(f"{summary(groups)} (--long has a line for each)")
+
+
+def show_planned(base: Model, adapted: Model, *, long: bool, as_json: bool) -> None:
+    """Print what would be inserted."""
+    new = _new_places(base, adapted)
+    if as_json:
+        slots = [slot_dict(slot, new) for slot in owners(new)]
+        print_json({"output": None, "verified": False, "slots": slots})
+    else:
+        _print_slots(new, long=long)
+    say(f"{count(len(owners(new)), 'slot')} would be inserted; nothing was proven or written")
+
+
 def show_inserted(
     base: Model,
     adapted: Model,
     saved: Saved,
     proof: Report | None,
     weights: Sequence[Path],
-    *,
-    calibrated: bool,
-    as_json: bool,
+    how: Shown,
 ) -> None:
     """Print what was inserted, proven and written."""
     from onnx_adapt.edit.ranges import widened_ranges
@@ -50,10 +89,10 @@ def show_inserted(
     from onnx_adapt.proof.saturation import range_warnings
 
     new = _new_places(base, adapted)
-    warnings = [] if calibrated else range_warnings(adapted, new)
+    warnings = [] if how.calibrated else range_warnings(adapted, new)
     widened = widened_ranges(adapted)
     unfused = unfused_nodes(adapted)
-    if as_json:
+    if how.as_json:
         print_json(
             {
                 "output": str(saved.path),
@@ -69,7 +108,7 @@ def show_inserted(
             }
         )
     else:
-        print_table(SLOT_COLUMNS, [slot_row(slot, new) for slot in owners(new)])
+        _print_slots(new, long=how.long)
     if proof is not None:
         detail = next(check.detail for check in proof.checks if check.name == "off")
         say(f"verified against {base.label}: {detail}")
@@ -79,7 +118,7 @@ def show_inserted(
             f"note: {base.label} is not encoded as protobuf encodes it; removing the slots "
             "gives the same model, but not the same bytes"
         )
-    _tell_ranges(warnings, widened, calibrated=calibrated)
+    _tell_ranges(warnings, widened, calibrated=how.calibrated)
     _tell_unfused(base, unfused)
     _tell_weights(weights, new)
 

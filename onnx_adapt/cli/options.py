@@ -118,8 +118,26 @@ labels = click.option(
     "--labels", default="labels", show_default=True, help="What the labels are called."
 )
 
+tokenizer = click.option(
+    "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
+)
+
+texts = click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="COLUMN",
+    help="The column with the texts; twice for pairs. By default the only one with texts.",
+)
+
 on_output = click.option(
     "--on", "model_output", default="", help="The model's output that the loss is on."
+)
+
+head = click.option(
+    "--head",
+    metavar="classes=N[,pooling=mean|cls]",
+    help="Add a linear layer on the output, which trains too.",
 )
 
 loss_settings = click.option(

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.cli.outputs import say
+from onnx_adapt.cli.serve_llm import llm_options, read_llm
 from onnx_adapt.errors import UnprovableError
 
 if TYPE_CHECKING:
+    from onnx_adapt.serve.access import Access
+    from onnx_adapt.serve.llm.facts import Writing
     from onnx_adapt.serve.settings import Settings
 
+_ACCESS = ("token_file", "ssl_certfile", "ssl_keyfile")
 _EMBED = ("embed", "tokenizer", "pooling", "normalize")
 _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 """The options that mean nothing to a server of one process."""
 
 
 @click.command("serve", short_help="Serve a model and a folder of adapters over HTTP.")
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), required=False)
 @click.option("--adapters", required=True, help="The folder of adapters: a path or a URL.")
 @click.option(
     "--host",
@@ -40,6 +44,15 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="The port to take gRPC calls on as well; not on Ray.",
 )
 @click.option(
+    "--token-file",
+    default="",
+    help="A file with the bearer token that clients must send; not on Ray.",
+)
+@click.option(
+    "--ssl-certfile", default="", help="A file with certificates, for TLS; not on Ray."
+)
+@click.option("--ssl-keyfile", default="", help="A file with their private key.")
+@click.option(
     "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
 )
 @click.option("--tokenizer", help="With --embed: the file tokenizer.json of the model.")
@@ -49,6 +62,7 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="With --embed: how the vectors of a text's tokens become one; by default mean.",
 )
 @click.option("--normalize", is_flag=True, help="With --embed: give vectors length 1.")
+@llm_options
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
     "--threads",
@@ -126,22 +140,31 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
     help="On Ray: the port for metrics in the format of Prometheus.",
 )
 def command(
-    model: str, host: str, port: int, grpc_port: int | None, grace: float, **options: Any
+    model: str | None,
+    host: str,
+    port: int,
+    grpc_port: int | None,
+    grace: float,
+    **options: Any,
 ) -> None:
     """Serve MODEL and a folder of adapters over HTTP.
 
     The server speaks the Open Inference Protocol 2, like KServe and Triton, and runs until
     it is interrupted. New and changed adapters in the folder are checked and then served.
-    It is one process. With --replicas or --address it is many, on Ray Serve.
+    It is one process. With --replicas or --address it is many, on Ray Serve. With --llm
+    instead of MODEL it writes texts, like the servers of OpenAI and vLLM.
 
     \b
       onnx-adapt serve adapted.onnx --adapters adapters/
       curl localhost:8000/v2/models/fr
     """
     from onnx_adapt.ort import read_providers
+    from onnx_adapt.serve.access import read_access
     from onnx_adapt.serve.settings import read_settings
 
+    model, write = read_llm(model, options)
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
+    access = [options.pop(name) for name in _ACCESS]
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
     on_ray = {name: value for name, value in on_ray.items() if value is not None}
     options["model"] = os.path.abspath(model)
@@ -150,14 +173,16 @@ def command(
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
-        if grpc_port or embed:
-            name = "--grpc-port" if grpc_port else "--embed"
+        alone = {"--grpc-port": grpc_port, "--embed": embed}
+        alone |= {f"--{n.replace('_', '-')}": a for n, a in zip(_ACCESS, access, strict=True)}
+        for name in filter(alone.get, alone):
             raise click.UsageError(f"{name} is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    _serve_here(read_settings(options), host, port, grpc_port, grace, embed)
+    found = read_access(*access)
+    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, write, found)
 
 
 def _embed(
@@ -179,6 +204,8 @@ def _serve_here(
     grpc_port: int | None,
     grace: float,
     embed: tuple[str, str, bool] | None,
+    write: Writing | None,
+    access: Access,
 ) -> None:
     try:
         from onnx_adapt.serve.one_process import Embed, listen, serve_here
@@ -186,6 +213,7 @@ def _serve_here(
         raise UnprovableError(
             f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve]'"
         ) from error
+    scheme = "https" if access.certificate else "http"
     with listen(host, port) as listening:
         found = listening.getsockname()[1]
         own = f"[{host}]" if ":" in host else host
@@ -193,9 +221,11 @@ def _serve_here(
             settings,
             listening,
             grace,
-            lambda: _say_serving(f"http://{own}:{found}"),
+            lambda: _say_serving(f"{scheme}://{own}:{found}"),
             f"{own}:{grpc_port}" if grpc_port else "",
             Embed(*embed) if embed else None,
+            write,
+            access,
         )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.cli.training_data import read_settings
+from onnx_adapt.cli.training_data import read_settings, read_texts
+from onnx_adapt.cli.training_model import read_head
 from onnx_adapt.words import count
+
+if TYPE_CHECKING:
+    from onnx_adapt.training.suggest import Suggestion
 
 
 @click.command("suggest", short_help="Rank the places that are worth a slot.")
@@ -19,7 +24,10 @@ from onnx_adapt.words import count
 @options.data
 @options.loss
 @options.labels
+@options.tokenizer
+@options.texts
 @options.on_output
+@options.head
 @options.loss_settings
 @click.option(
     "--samples",
@@ -49,11 +57,12 @@ def command(model: str, as_json: bool, **given: Any) -> None:
     with patience("looking at gradients"):
         found = suggest(
             opened,
-            read_dataset(given["data"], given["labels"]),
+            read_dataset(given["data"], given["labels"], text=read_texts(opened, given)),
             loss=given["loss"],
             output=given["model_output"],
             labels=given["labels"],
             loss_settings=read_settings(given["loss_settings"]),
+            head=read_head(given),
             samples=given["samples"],
             seed=given["seed"],
             provider=given["provider"],
@@ -61,6 +70,10 @@ def command(model: str, as_json: bool, **given: Any) -> None:
     if as_json:
         print_json({"sites": [asdict(item) for item in found]})
         return
+    _show(model, found)
+
+
+def _show(model: str, found: Sequence[Suggestion]) -> None:
     largest = max(item.norm for item in found) or 1.0
     print_table(
         ("address", "module", "gradient", "of largest", "per parameter", "slot"),

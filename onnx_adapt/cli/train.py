@@ -46,24 +46,12 @@ if TYPE_CHECKING:
     help="Where the model goes if it gets slots, a head or norms; by default "
     "MODEL.adapted.onnx.",
 )
-@click.option(
-    "--head",
-    metavar="classes=N[,pooling=mean|cls]",
-    help="Add a linear layer on the output, and train it too.",
-)
+@options.head
 @click.option("--train-norms", is_flag=True, help="Train the base's normalisations too.")
 @options.adapter_name
 @options.labels
-@click.option(
-    "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
-)
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="COLUMN",
-    help="The column with the texts; twice for pairs. By default the only one with texts.",
-)
+@options.tokenizer
+@options.texts
 @options.on_output
 @click.option(
     "--teacher",
@@ -138,7 +126,8 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
     """Train an adapter for MODEL, without PyTorch.
 
     The gradients are computed by ONNX Runtime. MODEL stays as it is. If it has no slots yet,
-    they are inserted in the usual places, and the adapted model is written as well.
+    they are inserted where they have something to learn from, which is said, and the adapted
+    model is written as well.
 
     \b
       onnx-adapt train base.onnx --data train.npz --loss cross_entropy -o mine.safetensors
@@ -149,10 +138,10 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
 
     check_paths(model, output, given)
     opened = oa.open_model(model)
-    ready = with_what_trains(opened, given)
+    samples = read_samples(opened, given)
+    ready = with_what_trains(opened, samples[0], given)
     if given["model_path"] and ready is opened:
         raise click.UsageError("--model-output has no effect: MODEL stays as it is")
-    samples = read_samples(ready, given)
     failure = None
     try:
         trained = _train(opened, ready, samples, given["name"] or Path(output).stem, given)

@@ -13,6 +13,7 @@ from onnx_adapt.cli.outputs import say
 if TYPE_CHECKING:
     from onnx_adapt import Model
     from onnx_adapt.training.data import Dataset
+    from onnx_adapt.training.texts import Texts
 
 
 def read_samples(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Dataset | float]:
@@ -25,13 +26,8 @@ def read_samples(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Datas
     import onnx_adapt as oa
     from onnx_adapt.training.reading import read_dataset
     from onnx_adapt.training.teacher import taught
-    from onnx_adapt.training.texts import texts_for
 
-    text = None
-    if given["tokenizer"]:
-        text = texts_for(model, given["tokenizer"], given["texts"])
-    elif given["texts"]:
-        raise click.UsageError("--text needs --tokenizer")
+    text = read_texts(model, given)
     labels = "" if given["teacher"] else given["labels"]
     samples = read_dataset(given["data"], labels, text=text)
     if classes := samples.classes:
@@ -47,6 +43,17 @@ def read_samples(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Datas
                 held_back, teacher, output=given["model_output"], provider=where
             )
     return samples, held_back
+
+
+def read_texts(model: Model, given: Mapping[str, Any]) -> Texts | None:
+    """How texts become the inputs of a model, from `--tokenizer` and `--text`; else None."""
+    from onnx_adapt.training.texts import texts_for
+
+    if given["tokenizer"]:
+        return texts_for(model, given["tokenizer"], given["texts"])
+    if given["texts"]:
+        raise click.UsageError("--text needs --tokenizer")
+    return None
 
 
 def read_settings(pairs: tuple[str, ...]) -> dict[str, Any]:

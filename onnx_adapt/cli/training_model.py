@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.cli.outputs import output_path, refuse_to_replace, say, tell_saved
+from onnx_adapt.cli.progress import patience
+from onnx_adapt.cli.training_data import read_settings
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -19,11 +21,12 @@ _SHOWN = 6
 """How many places are named."""
 
 
-def with_what_trains(model: Model, given: Mapping[str, Any]) -> Model:
+def with_what_trains(model: Model, samples: Dataset, given: Mapping[str, Any]) -> Model:
     """Insert slots into a base, and add a head and replaceable norms if they are asked for.
 
     Args:
         model: A base, or a model with slots.
+        samples: The samples to train with; where slots go in a base depends on them.
         given: The options of the command.
 
     Returns:
@@ -32,23 +35,48 @@ def with_what_trains(model: Model, given: Mapping[str, Any]) -> Model:
     import onnx_adapt as oa
     from onnx_adapt.edit.norm_weights import replaceable_norms
     from onnx_adapt.slot.manifest import read_manifest
-    from onnx_adapt.training.places import usual_places
 
+    head = read_head(given)
     if read_manifest(model.proto) is None:
-        places = usual_places(model)
-        more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-        named = ", ".join(place.removeprefix("main:") for place in places[:_SHOWN])
-        say(f"slots after {count(len(places), 'layer')}, the usual places: {named}{more}")
-        model = oa.insert(model, after=places)
-    if given["head"]:
-        form = _head(given["head"])
-        model = oa.add_head(model, output=given["model_output"], **form)
+        model = oa.insert(model, after=_places(model, samples, head, given))
+    if head:
+        model = oa.add_head(model, **head)
     return replaceable_norms(model) if given["train_norms"] else model
 
 
-def _head(text: str) -> dict[str, Any]:
-    """What `classes=3,pooling=mean` says."""
-    found: dict[str, Any] = {}
+def _places(
+    model: Model, samples: Dataset, head: dict[str, Any], given: Mapping[str, Any]
+) -> list[str]:
+    """Where slots go in a base, which is said."""
+    from onnx_adapt.training.choosing import choose_places
+    from onnx_adapt.training.places import usual_places
+
+    if given["forward_only"]:  # there may be no gradient to choose by
+        places, reason = usual_places(model), "the usual places"
+    else:
+        with patience("looking where slots learn"):
+            chosen = choose_places(
+                *(model, samples),
+                loss=given["loss"],
+                output=given["model_output"],
+                loss_settings=read_settings(given["loss_settings"]),
+                head=head,
+                seed=given["seed"],
+                provider=given["provider"],
+            )
+        places, reason = list(chosen.places), chosen.reason
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    named = ", ".join(place.removeprefix("main:") for place in places[:_SHOWN])
+    say(f"slots after {count(len(places), 'layer')}, {reason}: {named}{more}")
+    return places
+
+
+def read_head(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `add_head` takes, from `--head classes=3,pooling=mean` and `--on`; else nothing."""
+    text = given["head"]
+    if not text:
+        return {}
+    found: dict[str, Any] = {"output": given["model_output"]}
     for item in text.split(","):
         key, _, value = item.partition("=")
         if key == "classes" and value.isdecimal():

@@ -28,7 +28,7 @@ from onnx_adapt.slot.form import Form
 from onnx_adapt.slot.listing import Slots
 from onnx_adapt.slot.manifest import Slot, read_manifest
 from onnx_adapt.slot.parts import in_order
-from onnx_adapt.slot.places import can_share, further_place, owners
+from onnx_adapt.slot.places import can_share, further_place, owners, refuse_stacking
 from onnx_adapt.slot.weights import fresh_weights, neutral_weights
 
 BAKED_BOTTLENECK = 64
@@ -53,6 +53,7 @@ def insert(
     batched: bool = False,
     seed: int = 0,
     inline_functions: bool = False,
+    stack: bool = True,
 ) -> Model:
     """Insert an adapter slot after each named place.
 
@@ -79,10 +80,11 @@ def insert(
         batched: Let one run give each row of a batch another adapter.
         seed: Seed of the random `down`.
         inline_functions: Inline the model's functions first, to reach inside them.
+        stack: Insert behind slots that are at a place already; if not, that is refused.
 
     Raises:
         SiteError: If a name means nothing, several places, or a place that cannot take
-            an adapter.
+            an adapter or has a slot.
         SlotError: If the slot itself makes no sense.
 
     Example:
@@ -111,7 +113,7 @@ def insert(
     )
     recipe = Recipe(form, source=source, axis=axis, norm=norm, seed=seed)
     names = _names(after)
-    return _insert(as_model(model), names, recipe, inline_functions=inline_functions)
+    return _insert(as_model(model), names, recipe, inline=inline_functions, stack=stack)
 
 
 def _names(after: object) -> list[str]:
@@ -144,10 +146,10 @@ def _no_place(given: object) -> ArgumentError:
 
 
 def _insert(
-    model: Model, names: list[str], recipe: Recipe, *, inline_functions: bool
+    model: Model, names: list[str], recipe: Recipe, *, inline: bool, stack: bool
 ) -> Model:
-    known = manifest_of(model, inlined=inline_functions and bool(model.proto.functions))
-    result = inline_model(model) if inline_functions else model.copy()
+    known = manifest_of(model, inlined=inline and bool(model.proto.functions))
+    result = inline_model(model) if inline else model.copy()
     survey = survey_model(result)
     if known.inlined:
         names = [_inlined_name(survey, name) for name in names]
@@ -156,13 +158,14 @@ def _insert(
         known = replace(known, unfused=unfused)
         survey = survey_model(result)
     resolution = resolve(survey, names, axis=recipe.axis)
-    for site in resolution.skipped:
-        _log.warning("left out %s: %s", site.address, site.reason)
+    _tell_skipped(resolution.skipped)
     taken = reserved_names(survey.index)
     slots: list[Slot] = []
     for choice in resolution.choices:
         _tell_bias(survey, choice)
         slots += _plan_places(survey, choice, recipe, taken)
+    if not stack:
+        refuse_stacking(known.slots, slots)
     rng = np.random.default_rng(recipe.seed)
     weights = {
         slot.name: fresh_weights(slot, slot.bottleneck, rng)
@@ -171,6 +174,16 @@ def _insert(
         for slot in owners(slots)
     }
     return insert_slots(result, survey.index, known, slots, weights)
+
+
+def _tell_skipped(skipped: Sequence[Site]) -> None:
+    """Say what was left out, once for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for site in skipped:
+        reasons.setdefault(str(site.reason), []).append(site.address)
+    for reason, addresses in reasons.items():
+        more = f" and {len(addresses) - 1} more" if len(addresses) > 1 else ""
+        _log.warning("left out %s%s: %s", addresses[0], more, reason)
 
 
 def _tell_bias(survey: Survey, choice: Choice) -> None:

@@ -16,7 +16,7 @@ from onnx_adapt.model.file import PROTOBUF_LIMIT, Model
 from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.model.tensors import tensor_of
 from onnx_adapt.slot.manifest import Slot
-from onnx_adapt.slot.places import owners
+from onnx_adapt.slot.places import owners, refuse_stacking
 from onnx_adapt.slot.weights import bottleneck_of, neutral_weights
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def insert_checkpoint(
-    model: ModelLike, checkpoint: Checkpoint, *, baked: bool = False, batched: bool = False
+    model: ModelLike,
+    checkpoint: Checkpoint,
+    *,
+    baked: bool = False,
+    batched: bool = False,
+    stack: bool = True,
 ) -> Model:
     """Insert the slots that a trained checkpoint needs.
 
@@ -37,8 +42,10 @@ def insert_checkpoint(
         checkpoint: What `load_checkpoint` returned.
         baked: Put the trained weights into the model as constants.
         batched: Let one run give each row of a batch another adapter.
+        stack: Insert behind slots that are at a place already; if not, that is refused.
 
     Raises:
+        SiteRefusedError: If a place has a slot; `convert` makes another adapter for that.
         SlotError: If the checkpoint was loaded for another model, the slots cannot be
             batched, or the weights to bake in pass 2 GB.
 
@@ -70,17 +77,14 @@ def insert_checkpoint(
         )
     if baked:
         _refuse_large(checkpoint.adapter)
+    if not stack:
+        refuse_stacking(known.slots, checkpoint.slots)
     result, unfused = unfuse(model.copy(), checkpoint.unfused, known.slots, known.unfused)
     known = replace(known, unfused=unfused)
     adapter = checkpoint.adapter
     plans = [_baked_plan(o, adapter) if baked else o for o in checkpoint.replacements]
     index = index_model(result)
-    slots = [
-        replace(s, swappable=False, bottleneck=bottleneck_of(s, adapter.weights[s.owner]))
-        if baked
-        else s
-        for s in checkpoint.slots
-    ]
+    slots = _baked_slots(checkpoint) if baked else list(checkpoint.slots)
     if batched:
         slots = [replace(s, batched=True, rank=_rank(index, s)) for s in slots]
     weights = {
@@ -89,6 +93,15 @@ def insert_checkpoint(
     make_replaceable(result.proto, plans)
     weights_of_base = (*known.weights, *(plan.weight for plan in plans))
     return insert_slots(result, index, replace(known, weights=weights_of_base), slots, weights)
+
+
+def _baked_slots(checkpoint: Checkpoint) -> list[Slot]:
+    """The slots of a checkpoint, each with the bottleneck of its trained weights."""
+    weights = checkpoint.adapter.weights
+    return [
+        replace(slot, swappable=False, bottleneck=bottleneck_of(slot, weights[slot.owner]))
+        for slot in checkpoint.slots
+    ]
 
 
 def _refuse_large(adapter: Adapter) -> None:

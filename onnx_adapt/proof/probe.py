@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx
 
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import DTYPES, ELEM_TYPES, Array
+from onnx_adapt.dtypes import ELEM_TYPES, Array
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.weights import fill_weights, make_swappable, read_weights
-from onnx_adapt.errors import SlotError
-from onnx_adapt.graph.index import index_model
+from onnx_adapt.errors import RunError, SlotError
+from onnx_adapt.graph.index import ModelIndex, index_model
 from onnx_adapt.graph.norms import own_norm
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.tensors import read_tensor
@@ -21,25 +23,23 @@ from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.deviation import Deviation, slot_deviation
 from onnx_adapt.proof.feeds import Feeds
+from onnx_adapt.proof.random_weights import SIZES, RandomWeights
 from onnx_adapt.proof.runner import Runner, Values, as_arrays
+from onnx_adapt.proof.stretches import (
+    add_reads,
+    computed_reads,
+    find_stretches,
+    movements,
+)
 from onnx_adapt.proof.taps import Tap, Tapper
 from onnx_adapt.slot.formula import EPSILON
 from onnx_adapt.slot.manifest import Slot, slot_of, write_manifest
 from onnx_adapt.slot.oracle import Norm
-from onnx_adapt.slot.parts import PARTS, Draw
 from onnx_adapt.slot.places import owners, places
-from onnx_adapt.slot.weights import (
-    bottleneck_axis,
-    fan_in,
-    is_off,
-    neutral_weights,
-    part_shape,
-    row_shape,
-)
+from onnx_adapt.slot.weights import bottleneck_axis, is_off, neutral_weights
 
 _LARGE = 1 << 22
 """A weight of more numbers is read in a run of its own: a mixture of experts has gigabytes."""
-_SIZES = (1, 8, 64)
 _STRENGTHS = (1.0, 10.0, 100.0)
 """How strong the random weights are; a quantised model may round a small change away."""
 
@@ -110,41 +110,20 @@ class Probe:
         large = [slot for slot in slots if math.prod(slot.weight_shape) > _LARGE]
         self._portions = [[s for s in slots if s not in large], *([slot] for slot in large)]
         self._outputs = list(outputs)
-        self._rng = np.random.default_rng(seed)
+        self._providers = providers
+        self._random = RandomWeights(np.random.default_rng(seed))
         self._own = read_weights(model, slots)
         self._norms = {slot.name: read_norm(model, slot) for slot in slots if slot.norm}
         swappable = make_swappable(model)
         index = index_model(swappable)
         neutral = {slot.name: neutral_weights(slot) for slot in owners(slots)}
         swappable = fill_weights(swappable, neutral)
-        tapper = Tapper(swappable.proto)
-        self._taps: dict[str, _SlotTaps] = {}
-        for slot in slots:
-            view = index.views[slot.graph]
-            names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
-            elem_types = [
-                view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names
-            ]
-            taps = [
-                tapper.tap(slot.graph, name, elem_type)
-                for name, elem_type in zip(names, elem_types, strict=True)
-            ]
-            if not all(taps):
-                raise SlotError(
-                    f"slot {slot.name!r} is inside an operator that hides its tensors",
-                    hint="only If, Loop and Scan can be looked into; in Python "
-                    "onnx_adapt.verify(base, adapted, weights=False) proves the rest",
-                )
-            self._taps[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
-        self._runner = Runner(
-            replace(swappable, path=model.path),
-            providers,
-            optimised=True,
-            fuse_quantised=False,
-        )
+        self._stretches = find_stretches(swappable.proto, slots, outputs)
+        self._taps = _tapped(swappable.proto, index, slots)
+        add_reads(swappable.proto, self._stretches)
+        self._model = replace(swappable, path=model.path)
+        self._runner = Runner(self._model, providers, optimised=True, fuse_quantised=False)
         self._still: list[Values] = []
-        self._typical: dict[str, list[tuple[float, float]]] = {}
-        self._rows: dict[str, list[int]] = {}
 
     def measure(self, feeds: Sequence[Feeds]) -> dict[str, Measurement]:
         """Run with random weights of several bottlenecks and compare with the oracle."""
@@ -155,10 +134,10 @@ class Probe:
                 self._still += [still] if portion is self._portions[0] else []
                 for slot in owners(portion):
                     self._note(slot, quiet)
-        for shift in range(len(_SIZES)):
+        for shift in range(len(SIZES)):
             for number, item in enumerate(feeds):
                 weights = {
-                    slot.name: self._random(slot, self._size(slot, i + shift), number)
+                    slot.name: self._random.draw(slot, number, i + shift)
                     for i, slot in enumerate(owners(self._slots))
                 }
                 self._compare(item, weights, found)
@@ -168,15 +147,11 @@ class Probe:
         return found
 
     def _note(self, slot: Slot, quiet: Values) -> None:
-        """Note the typical sizes of what a slot reads everywhere, and how many rows it has."""
+        """Note what a slot reads everywhere."""
         everywhere = [self._taps[place.name] for place in places(self._slots, slot.name)]
-        source = _typical(quiet[taps.source.values] for taps in everywhere)
-        target = _typical(quiet[taps.target.values] for taps in everywhere)
-        self._typical.setdefault(slot.name, []).append((source, target))
-        read = [value for taps in everywhere for value in taps.target.read(quiet)]
-        sizes = {len(value) for value in read if value.ndim}
-        rows = sizes.pop() if len(sizes) == 1 else 1
-        self._rows.setdefault(slot.name, []).append(rows)
+        sources = [value for taps in everywhere for value in taps.source.read(quiet)]
+        targets = [value for taps in everywhere for value in taps.target.read(quiet)]
+        self._random.note(slot, sources, targets)
 
     def _runs(self, fed: Feeds) -> Iterator[tuple[list[Slot], Values]]:
         """Run once for each portion of the slots, to hold few large weights at a time.
@@ -189,35 +164,82 @@ class Probe:
             yield portion, self._runner.run(fed, list(dict.fromkeys([*outputs, *taps])))
             outputs = []
 
-    def _size(self, slot: Slot, turn: int) -> int:
-        return slot.bottleneck or _SIZES[turn % len(_SIZES)]
-
-    def effect(
-        self, slot: Slot, feeds: Sequence[Feeds], seen: Mapping[str, Measurement]
-    ) -> float:
-        """How far the outputs move when one slot alone is on, at all its places.
+    def effects(
+        self,
+        feeds: Sequence[Feeds],
+        seen: Mapping[str, Measurement],
+        tell: Callable[[str], None],
+    ) -> dict[str, float]:
+        """How far the outputs move when one slot alone is on, at all its places, by slot.
 
         It is 0 if nothing moves. The smallest inputs are tried first, and the first that move
-        an output are enough. A slot that read values that are not finite is measured here
-        once more. Random weights of the slots before it may cause such values, by the root of
-        a negative number or by overflow. Alone, a slot reads what the base computes.
+        an output are enough. Where that is quicker, the slot runs with the part of the model
+        up to the nearest output alone (`stretches.py`), and with the whole model only if
+        that output does not move.
 
         Args:
-            slot: The slot, which owns its weights.
             feeds: The inputs, in the order of `measure`.
             seen: What was measured at each place so far.
+            tell: Called with what is being done.
         """
-        again = [
-            place
-            for place in places(self._slots, slot.name)
-            if seen[place.name].deviation.unjudged
-        ]
-        taps = {name for place in again for name in self._taps[place.name].names}
+        own = owners(self._slots)
+        found: dict[str, float] = {}
         by_size = sorted(range(len(feeds)), key=lambda number: _size_of(feeds[number]))
+        for slot, moved in self._nearby(feeds, by_size):
+            if moved and not self._unread(slot, seen):
+                found[slot.name] = moved
+                tell(f"turning on slot {len(found)} of {len(own)}")
+        for slot in own:
+            if slot.name not in found:
+                tell(f"turning on slot {len(found) + 1} of {len(own)}")
+                found[slot.name] = self._effect(slot, feeds, by_size, seen)
+        return {slot.name: found[slot.name] for slot in own}
+
+    def _nearby(
+        self, feeds: Sequence[Feeds], by_size: Sequence[int]
+    ) -> Iterator[tuple[Slot, float]]:
+        """How far each slot moves the nearest outputs, for the smallest inputs.
+
+        A slot is left out where the part up to there does not pay, or does not run alone.
+        """
+        if not (self._stretches and by_size):
+            return
+        number = by_size[0]
+
+        def weights(slot: Slot) -> dict[str, Array]:
+            return _as_feeds(slot, self._random.draw(slot, number, 1))
+
+        with suppress(RunError):
+            read = computed_reads(self._model.proto, self._stretches)
+            values = {**feeds[number], **self._runner.run(feeds[number], read)}
+            for item in self._stretches:
+                with suppress(RunError):
+                    yield from movements(self._model, item, values, weights, self._providers)
+
+    def _unread(self, slot: Slot, seen: Mapping[str, Measurement]) -> list[Slot]:
+        """The places of a slot that read values that are not finite."""
+        everywhere = places(self._slots, slot.name)
+        return [place for place in everywhere if seen[place.name].deviation.unjudged]
+
+    def _effect(
+        self,
+        slot: Slot,
+        feeds: Sequence[Feeds],
+        by_size: Sequence[int],
+        seen: Mapping[str, Measurement],
+    ) -> float:
+        """The effect of one slot in the whole model.
+
+        A slot that read values that are not finite is measured here once more. Random weights
+        of the slots before it may cause such values, by the root of a negative number or by
+        overflow. Alone, a slot reads what the base computes.
+        """
+        again = self._unread(slot, seen)
+        taps = {name for place in again for name in self._taps[place.name].names}
         for strength in _STRENGTHS:
             moved = 0.0
             for number in by_size:
-                weights = self._random(slot, self._size(slot, 1), number, strength)
+                weights = self._random.draw(slot, number, 1, strength)
                 fed = {**feeds[number], **_as_feeds(slot, weights)}
                 got = self._runner.run(fed, [*self._outputs, *taps])
                 moved = max(moved, movement(self._still[number], got))
@@ -258,30 +280,33 @@ class Probe:
                 weights[part].shape[axis] for part, axis in axes.items() if axis is not None
             }
 
-    def _random(
-        self, slot: Slot, size: int, number: int, strength: float = 1.0
-    ) -> dict[str, Array]:
-        """Random weights whose effect has the size of the target itself."""
-        source, target = self._typical[slot.name][number]
-        if slot.on_weight:  # it multiplies `down` by `up`, and no source by `down`
-            source = fan_in(slot, "down") ** -0.5
-        rows = self._rows[slot.name][number]
-        drawn: dict[str, tuple[tuple[int, ...], Draw]] = {
-            part: (part_shape(slot, part, size), PARTS[part].draw) for part in slot.parts
-        }
-        for name, row in slot.row_forms.items():
-            drawn[name] = (row_shape(slot, name, rows, size), row.draw)
-        weights = {}
-        for part, (shape, how) in drawn.items():
-            value = self._rng.standard_normal(shape)
-            if how is Draw.FAN_IN:
-                value *= 1 / (source * np.sqrt(fan_in(slot, part)))
-            elif how is Draw.TARGET:
-                value *= 0.5 * strength * target / np.sqrt(max(size, 1))
-            elif how is Draw.NEAR_ONE:
-                value = 1 + 0.3 * value
-            weights[part] = value.astype(DTYPES[slot.dtype])
-        return weights
+
+def _tapped(
+    proto: onnx.ModelProto, index: ModelIndex, slots: Sequence[Slot]
+) -> dict[str, _SlotTaps]:
+    """Make the tensors around each slot readable, in place.
+
+    Raises:
+        SlotError: If an operator hides those of a slot.
+    """
+    tapper = Tapper(proto)
+    found = {}
+    for slot in slots:
+        view = index.views[slot.graph]
+        names = (slot.inner, slot.source, slot.output, slot.plus or slot.inner)
+        elem_types = [view.type_of(name).elem_type or ELEM_TYPES[slot.dtype] for name in names]
+        taps = [
+            tapper.tap(slot.graph, name, elem_type)
+            for name, elem_type in zip(names, elem_types, strict=True)
+        ]
+        if not all(taps):
+            raise SlotError(
+                f"slot {slot.name!r} is inside an operator that hides its tensors",
+                hint="only If, Loop and Scan can be looked into; in Python "
+                "onnx_adapt.verify(base, adapted, weights=False) proves the rest",
+            )
+        found[slot.name] = _SlotTaps(*(tap for tap in taps if tap))
+    return found
 
 
 def read_norm(model: Model, slot: Slot) -> Norm:
@@ -304,13 +329,3 @@ def _size_of(feeds: Feeds) -> int:
 
 def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:
     return {slot.weight(part): value for part, value in weights.items()}
-
-
-def _typical(values: Iterable[Array]) -> float:
-    """The root mean square of some tensors; 1 if they are empty or all zero."""
-    total, count = 0.0, 0
-    for value in values:
-        wide = value.astype(np.float64)
-        wide = wide[np.isfinite(wide)]
-        total, count = total + float(np.sum(wide * wide)), count + wide.size
-    return float(np.sqrt(total / count)) or 1.0 if count else 1.0

@@ -47,7 +47,8 @@ class SlotResult:
         bottlenecks: The bottlenecks that were tried.
         effect: The largest change of a model output when this slot alone is on, at all its
             places, relative to the output's largest value, with the smallest inputs that show
-            one; 0 for a place that was not reached; None if effects were not measured.
+            one; of a large model with many outputs only the nearest ones may be looked at.
+            0 for a place that was not reached; None if effects were not measured.
         ratio: The error divided by its bound; more than 1 is more than rounding explains.
         shares: For a further place, the slot that it is a place of; else ''.
     """

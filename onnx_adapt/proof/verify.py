@@ -31,7 +31,6 @@ from onnx_adapt.proof.saturation import check_ranges, check_saturation
 from onnx_adapt.proof.slots_off import OffProof
 from onnx_adapt.slot.manifest import Manifest, Slot
 from onnx_adapt.slot.names import node_name
-from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
 Stage = Callable[[str], None]
@@ -262,14 +261,10 @@ class _Proof:
         """Every slot's output is the oracle's, and the model's outputs move."""
         outputs = list(self.expected[True][0])
         self.tell("running with slots on")
-        effects = {}
         try:
             probe = Probe(self.adapted, self.slots, outputs, self.seed, self.providers)
             measured = probe.measure(self.filled)
-            own = owners(self.slots)
-            for number, slot in enumerate(own, 1):
-                self.tell(f"turning on slot {number} of {len(own)}")
-                effects[slot.name] = probe.effect(slot, self.filled, measured)
+            effects = probe.effects(self.filled, measured, self.tell)
         except RunError as error:
             # The base ran with these inputs, so this is what the slots did.
             detail = self._with_slot(error.message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,11 @@ import onnx
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import required_manifest
-from onnx_adapt.dtypes import Array
 from onnx_adapt.edit.weights import read_weights
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
+from onnx_adapt.proof.compared import Weights, weights_fed
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.probe import neutral_model
@@ -108,10 +108,6 @@ class Costs:
         return slower if abs(slower) > self.noise else None
 
 
-Weights = Mapping[str, Mapping[str, Array]]
-"""Weights by slot and part."""
-
-
 @dataclass(frozen=True, slots=True)
 class UpdateCost:
     """What the slots on weights of a model compute in one run, whatever its inputs.
@@ -190,15 +186,6 @@ def weights_on(model: Model, adapter: Adapter | None, bottleneck: int, seed: int
         else stored[slot.name]
         for slot in slots
     }
-
-
-def weights_fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
-    """The weights that a model takes as inputs, by input name."""
-    slots = owners(required_manifest(model).slots)
-    named = {s.weight(part): v for s in slots for part, v in weights[s.name].items()}
-    named.update(adapter.replaced if adapter else {})
-    inputs = {value.name for value in model.proto.graph.input}
-    return {name: value for name, value in named.items() if name in inputs}
 
 
 def measure_costs(

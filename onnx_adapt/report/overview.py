@@ -16,19 +16,24 @@ from onnx_adapt.graph.index import GraphView, ModelIndex, index_model, text
 from onnx_adapt.graph.layers import is_layer, weight_width
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
+from onnx_adapt.proof.compared import (
+    Compared,
+    Weights,
+    compare,
+    movements,
+    require_comparable,
+    weights_fed,
+)
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.result import Report, SlotResult
 from onnx_adapt.proof.runner import ProviderArgument, proof_providers
 from onnx_adapt.proof.verify import Stage, verify
 from onnx_adapt.report.about import About, about
-from onnx_adapt.report.compared import Compared, compare, movements, require_comparable
 from onnx_adapt.report.costs import (
     Costs,
     SlotCost,
-    Weights,
     measure_costs,
-    weights_fed,
     weights_on,
 )
 from onnx_adapt.report.surroundings import (

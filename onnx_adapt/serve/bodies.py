@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from starlette.requests import Request
 
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.settings import Settings
 
-_CODINGS: dict[str, Any] = {"identity": None, "gzip": 31, "deflate": 15}
+_CODINGS: dict[str, int | None] = {"identity": None, "gzip": 31, "deflate": 15}
 """How bodies may be compressed, with what zlib calls it."""
 
 _READ_TO_THE_END = 4
@@ -20,26 +21,56 @@ _READ_TO_THE_END = 4
 Who is still sending does not read an answer, and would find the connection closed.
 """
 
+_MOST_AT_A_TIME = 8
+"""The bodies of all requests under way have at most this many times what one may have."""
+
+
+class Bodies:
+    """The memory that the bodies of requests under way have.
+
+    Args:
+        settings: What was said about the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._left = _MOST_AT_A_TIME * int(settings.max_body_mb * 1e6)
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What a request calls with the bytes that it needs, for as long as the block lasts.
+
+        Raises:
+            RequestError: That call, if there are not so many left.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._left:
+                raise RequestError("too many bodies at a time", hint="try later", status=503)
+            self._left -= size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
 
 async def read_body(request: Request, settings: Settings) -> bytes:
-    """The body, if it is not too large and comes in time.
+    """The body, if it is not too large, comes in time, and there is memory for it.
 
     Raises:
-        RequestError: If it is, or does not.
+        RequestError: If it is, or does not, or there is not.
     """
+    take: Callable[[int], None] = request.scope["take"]
     most = int(settings.max_body_mb * 1e6)
     too_large = RequestError(
         f"the body has more than {settings.max_body_mb:g} MB",
         hint="send less at once, or raise --max-body-mb",
         status=413,
     )
-    coding = request.headers.get("content-encoding", "identity")
-    if coding not in _CODINGS:
-        raise RequestError(
-            f"content-encoding {coding!r:.50} is not taken",
-            hint=f"one of {', '.join(_CODINGS)}",
-            status=415,
-        )
+    bits = _coding(request)
     length = request.headers.get("content-length", "")
     # A body that does not say where it ends may have none.
     readable = (_READ_TO_THE_END if length.isdecimal() else 1) * most
@@ -52,7 +83,9 @@ async def read_body(request: Request, settings: Settings) -> bytes:
             seen += len(chunk)
             if seen > readable:
                 raise too_large
-            body += chunk if seen <= most else b""
+            if seen <= most:
+                take(len(chunk))
+                body += chunk
         if seen > most:
             raise too_large
         return bytes(body)
@@ -63,9 +96,23 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise RequestError(
             f"the body did not come within {settings.timeout_s:g} s", status=408
         ) from error
-    if _CODINGS[coding] is None:
+    if bits is None:
         return body
-    return await asyncio.to_thread(_inflated, body, _CODINGS[coding], most, too_large)
+    found = await asyncio.to_thread(_inflated, body, bits, most, too_large)
+    take(len(found))
+    return found
+
+
+def _coding(request: Request) -> int | None:
+    """What zlib calls the form that a body is compressed in, or None if it is not."""
+    name = request.headers.get("content-encoding", "identity")
+    if name not in _CODINGS:
+        raise RequestError(
+            f"content-encoding {name!r:.50} is not taken",
+            hint=f"one of {', '.join(_CODINGS)}",
+            status=415,
+        )
+    return _CODINGS[name]
 
 
 def _inflated(body: bytes, bits: int, most: int, too_large: RequestError) -> bytes:

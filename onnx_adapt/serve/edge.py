@@ -8,9 +8,13 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.gateway import Gateway
 
-_ALWAYS = ("/v2/health/live", "/v2/health/ready", "/metrics")
+_PROBES = ("/v2/health/live", "/v2/health/ready")
+"""What needs no token: whoever watches the server has none."""
+
+_ALWAYS = (*_PROBES, "/metrics")
 """What is answered while the server stops, or has too much to do."""
 
 _MOST = 1000
@@ -23,15 +27,26 @@ class Edge:
     Args:
         app: What answers requests.
         gateway_of: The gateway of this process.
+        access: Who may use the server.
     """
 
-    def __init__(self, app: ASGIApp, gateway_of: Callable[[], Gateway]) -> None:
+    def __init__(
+        self, app: ASGIApp, gateway_of: Callable[[], Gateway], access: Access
+    ) -> None:
         self._app = app
         self._gateway_of = gateway_of
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+        if scope["type"] != "http":  # Ray's server starts and ends the application by messages
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] not in _PROBES and not self._access.allows(given):
+            await _UNKNOWN(scope, receive, send)
+            return
+        if scope["path"] in _ALWAYS:
             await self._app(scope, receive, send)
             return
         gateway = self._gateway_of()
@@ -42,9 +57,15 @@ class Edge:
         else:
             gateway.under_way += 1
             try:
-                await self._app(scope, receive, _closing(send, gateway))
+                with gateway.bodies.share() as scope["take"]:
+                    await self._app(scope, receive, _closing(send, gateway))
             finally:
                 gateway.under_way -= 1
+
+
+_UNKNOWN = JSONResponse(
+    {"error": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"}
+)
 
 
 def _unavailable(why: str, seconds: int) -> JSONResponse:

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.gateway import Gateway, label, status_of
 from onnx_adapt.serve.protocol import InferRequest, Spec
@@ -225,11 +225,3 @@ def _written(vector: Array, wanted: str) -> Any:
     if wanted == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
-
-
-def openai_error(error: AdaptError) -> tuple[dict[str, Any], int]:
-    """An error as OpenAI's clients read it, and its status."""
-    missing = isinstance(error, AdapterNotFoundError)
-    kind = "invalid_request_error" if status_of(error) < 500 else "server_error"
-    what = {"message": f"{error.message}; {error.hint}", "type": kind, "param": None}
-    return {"error": what | {"code": "model_not_found" if missing else None}}, status_of(error)

@@ -18,6 +18,7 @@ from onnx_adapt.errors import (
     RunError,
 )
 from onnx_adapt.serve.batcher import Result
+from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
@@ -134,6 +135,7 @@ class Gateway:
         outputs: Its outputs.
         entries: The adapters, by name.
         counted: What was answered, by adapter.
+        bodies: The memory that the bodies of requests have.
         under_way: How many requests are not answered yet.
         stopping: Whether new requests are refused, because the server ends.
     """
@@ -149,6 +151,7 @@ class Gateway:
         self.base = settings.base
         self.metrics = metrics
         self.counted: dict[str, Counted] = {}
+        self.bodies = Bodies(settings)
         self.under_way = 0
         self.stopping = False
         self._replicas = replicas

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError, RunError
+from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.gateway import Gateway, label, status_of
 from onnx_adapt.serve.grpc_messages import message
@@ -40,30 +42,67 @@ _IGNORED = {"binary_data_output", "binary_data_size", "binary_data"}
 """Parameters of the HTTP protocol that mean nothing here: outputs are always raw."""
 
 
-def grpc_server(gateway: Gateway, address: str) -> Any:
+_PROBES = ("ServerLive", "ServerReady")
+"""What needs no token: whoever watches the server has none."""
+
+_MOST = 1000
+"""Calls that may be under way in one process."""
+
+
+def grpc_server(gateway: Gateway, address: str, access: Access) -> Any:
     """A server that is to be started in the loop of the gateway.
 
     Args:
         gateway: What answers.
         address: `host:port` to listen on.
+        access: Who may use the server, and whether by TLS.
 
     Raises:
         RunError: If it cannot listen there.
     """
     most = int(gateway.settings.max_body_mb * 1e6)
     server = grpc.aio.server(
+        interceptors=[_Guard(access)],
+        maximum_concurrent_rpcs=_MOST,
         options=[
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-        ]
+        ],
     )
     server.add_generic_rpc_handlers((_handlers(Servicer(gateway)),))
     try:
-        server.add_insecure_port(address)
+        if access.certificate:
+            server.add_secure_port(address, _credentials(access))
+        else:
+            server.add_insecure_port(address)
     except RuntimeError as error:
         raise RunError(f"cannot listen on {address}", hint="choose another port") from error
     return server
+
+
+def _credentials(access: Access) -> Any:
+    certificate = Path(access.certificate).read_bytes()
+    key = Path(access.key).read_bytes() if access.key else certificate
+    return grpc.ssl_server_credentials([(key, certificate)])
+
+
+class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
+    """Refuses calls without the token, which is metadata as it is a header of HTTP."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        given = dict(details.invocation_metadata).get("authorization", "")
+        probe = details.method.rpartition("/")[2] in _PROBES
+        if probe or self._access.allows(given.encode()):
+            return await continuation(details)
+
+        async def refuse(request: Any, context: Any) -> None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 class Servicer:
@@ -133,13 +172,15 @@ class Servicer:
             raise RequestError("the server is stopping", hint="try another", status=503)
         gateway.under_way += 1
         try:
-            version = gateway.named(request.model_name, request.model_version)
-            asked = read_grpc_request(request)
-            blend = read_choice(request.model_name, gateway.base, asked.adapter, "")
-            for adapter in blend:
-                gateway.version(adapter)
-            counted = label(blend)
-            active, outputs = await gateway.infer(asked, blend)
+            with gateway.bodies.share() as take:
+                take(request.ByteSize())
+                version = gateway.named(request.model_name, request.model_version)
+                asked = read_grpc_request(request)
+                blend = read_choice(request.model_name, gateway.base, asked.adapter, "")
+                for adapter in blend:
+                    gateway.version(adapter)
+                counted = label(blend)
+                active, outputs = await gateway.infer(asked, blend)
             status = 200
         except AdaptError as error:
             status = status_of(error)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError
+from onnx_adapt.serve.access import ANYBODY, Access
 from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.edge import Edge
@@ -41,12 +42,15 @@ _SMALL = 1 << 16
 """Bytes that are read or written faster than a thread can be asked to."""
 
 
-def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
+def api(
+    gateway_of: Callable[[], Gateway], *more: Route, access: Access = ANYBODY
+) -> Starlette:
     """The routes of the protocol, and more, answered by the gateway of this process.
 
     Args:
         gateway_of: Finds that gateway.
         more: What else is answered.
+        access: Who may use the server.
     """
     model = "/v2/models/{model}"
     routes = [
@@ -73,7 +77,7 @@ def api(gateway_of: Callable[[], Gateway], *more: Route) -> Starlette:
         HTTPException: _unknown,
         Exception: _failed,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of)
+    edge = Middleware(Edge, gateway_of=gateway_of, access=access)
     app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
     app.state.gateway_of = gateway_of
     return app

@@ -16,12 +16,17 @@ from typing import Any
 import uvicorn
 
 from onnx_adapt.errors import RunError, UnprovableError
+from onnx_adapt.serve.access import ANYBODY, Access
+from onnx_adapt.serve.connections import limited, most_connections
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
-from onnx_adapt.serve.gateway import Gateway, News
+from onnx_adapt.serve.gateway import Gateway, News, Versions
 from onnx_adapt.serve.grpc_server import grpc_server
+from onnx_adapt.serve.held import Fetch
 from onnx_adapt.serve.http import api, metrics_route, openai_routes
-from onnx_adapt.serve.metrics import PrometheusMetrics
+from onnx_adapt.serve.llm.facts import Writing
+from onnx_adapt.serve.metrics import Metrics, PrometheusMetrics
+from onnx_adapt.serve.openai_errors import openai_error
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
@@ -54,6 +59,8 @@ def serve_here(
     started: Callable[[], None],
     grpc_address: str = "",
     embed: Embed | None = None,
+    write: Writing | None = None,
+    access: Access = ANYBODY,
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -64,29 +71,48 @@ def serve_here(
         started: Called once requests are answered.
         grpc_address: `host:port` to take gRPC calls on, or '' for none.
         embed: How `/v1/embeddings` makes vectors, or None for no such path.
+        write: How `/v1/completions` writes texts, or None for no such path. The model is
+            that of its folder then, and runs no tensors.
+        access: Who may use the server, and whether by TLS.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
     """
     with contextlib.closing(Copies()) as copies:
-        repository = Repository(settings.model, settings.adapters, copies.path, settings.base)
+        model, place, base = settings.model, settings.adapters, settings.base
+        repository = Repository(model, place, copies.path, base, feeds=write is None)
         repository.sweep()
         metrics = PrometheusMetrics()
 
         async def fetch(version: str) -> Path:
             return copies.link(repository.path(version))
 
-        replica = Replica(settings, fetch, metrics)
-        gateway = Gateway(settings, replica, _Local(repository), metrics)
-        routes = [metrics_route(metrics)]
-        if embed is not None:
-            routes += _embedding(embed, replica, gateway)
-        app = api(lambda: gateway, *routes)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="off"
-        )
+        versions, routes = _Local(repository), [metrics_route(metrics)]
+        if write is None:
+            replica = Replica(settings, fetch, metrics)
+            gateway = Gateway(settings, replica, versions, metrics)
+            if embed is not None:
+                routes += _embedding(embed, replica, gateway)
+        else:
+            gateway, texts = _writing(settings, write, versions, fetch, metrics)
+            routes += texts
+        app = api(lambda: gateway, *routes, access=access)
         with _watched(repository, settings.poll_s, gateway):
-            _Server(config, gateway, grace_s, started, grpc_address).run([listening])
+            config = _config(app, settings, access)
+            _Server(config, gateway, grace_s, started, grpc_address, access).run([listening])
+
+
+def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ssl_certfile=access.certificate or None,
+        ssl_keyfile=access.key or None,
+        **limited(settings.timeout_s, most_connections()),
+    )
 
 
 def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
@@ -100,7 +126,22 @@ def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
     embeddings.refuse_other_models(list(inputs.values()), list(outputs.values()))
     tokenizer = embeddings.read_tokenizer(embed.tokenizer)
     embedder = embeddings.Embedder(gateway, tokenizer, embed.pooling, embed.normalize)
-    return openai_routes(embedder.answer, embeddings.openai_error)
+    return openai_routes(embedder.answer, openai_error)
+
+
+def _writing(
+    settings: Settings, write: Writing, versions: Versions, fetch: Fetch, metrics: Metrics
+) -> tuple[Gateway, list[Any]]:
+    try:
+        from onnx_adapt.serve.llm.routes import text_routes
+        from onnx_adapt.serve.llm.writer import Writer
+    except ModuleNotFoundError as error:
+        raise UnprovableError(
+            f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve-llm]'"
+        ) from error
+    writer = Writer(settings, write, fetch, metrics)
+    gateway = Gateway(settings, writer, versions, metrics)
+    return gateway, text_routes(writer, gateway)
 
 
 class _Local:
@@ -129,8 +170,10 @@ class _Server(uvicorn.Server):
         grace_s: float,
         started: Callable[[], None],
         grpc_address: str,
+        access: Access,
     ) -> None:
         super().__init__(config)
+        self._access = access
         self._grpc_address = grpc_address
         self._grpc: Any = None
         self._gateway = gateway
@@ -142,7 +185,7 @@ class _Server(uvicorn.Server):
         await self._gateway.start()
         self._loop = asyncio.get_running_loop()
         if self._grpc_address:
-            self._grpc = grpc_server(self._gateway, self._grpc_address)
+            self._grpc = grpc_server(self._gateway, self._grpc_address, self._access)
             await self._grpc.start()
         await super().startup(sockets)
         self._told()

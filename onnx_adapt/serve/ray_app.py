@@ -31,10 +31,11 @@ from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.gateway import Gateway, News, ReplicaDiedError
+from onnx_adapt.serve.held import Held
 from onnx_adapt.serve.http import api
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.serve.ray_metrics import RayMetrics
-from onnx_adapt.serve.replica import Held, Replica
+from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
 

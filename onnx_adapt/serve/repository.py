@@ -25,7 +25,13 @@ from onnx_adapt.adapter.fitting import (
     replaceable_of,
     required_manifest,
 )
-from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, SlotError
+from onnx_adapt.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdaptError,
+    RequestError,
+    SlotError,
+)
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.serve.choice import is_name
@@ -56,13 +62,17 @@ class Repository:
         location: The folder: a path, or a URL that fsspec opens.
         copies: A local folder to keep the versions in; nobody else writes there.
         base: What the base is called: no adapter can be.
+        feeds: Whether what runs the model feeds what adapters need besides their weights.
 
     Raises:
         AdaptError: If the model has no swappable slots, or there is no such folder.
     """
 
-    def __init__(self, model: str, location: str, copies: Path, base: str) -> None:
+    def __init__(
+        self, model: str, location: str, copies: Path, base: str, *, feeds: bool = True
+    ) -> None:
         self._check = checker(open_model(model))
+        self._feeds = feeds
         self._location = location
         self._files, self._root = fsspec.core.url_to_fs(location)
         if not self._files.isdir(self._root):
@@ -180,6 +190,8 @@ class Repository:
             data = self._files.cat_file(infos[0]["name"])
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
+            if not self._feeds:
+                _refuse_unfed(adapter)
         except AdaptError as error:
             return error.message
         except OSError as error:
@@ -191,8 +203,10 @@ class Repository:
         """Copy a version, and keep the one before: requests for it may be under way."""
         digest = hashlib.sha256(data).hexdigest()[:12]
         path = self._copies / f"{name}@{digest}{suffix}"
-        kept = [item for item in self._versions.get(name, []) if item != path]
-        path.write_bytes(data)
+        known = self._versions.get(name, [])
+        if path not in known:  # else it may be mapped, and must not be written again
+            path.write_bytes(data)
+        kept = [item for item in known if item != path]
         for old in kept[:-1]:
             old.unlink()
         self._versions[name] = [*kept[-1:], path]
@@ -200,6 +214,13 @@ class Repository:
     def _forget(self, name: str) -> None:
         for path in self._versions.pop(name):
             path.unlink()
+
+
+def _refuse_unfed(adapter: Adapter) -> None:
+    """Refuse an adapter that would be without effect, or wrong, by its weights alone."""
+    if adapter.invocation_tokens or adapter.initial_state:
+        what = "invocation tokens" if adapter.invocation_tokens else "a first past"
+        raise AdapterError(f"it has {what}, which onnxruntime-genai does not feed")
 
 
 def _off(entry: Entry) -> Entry:

@@ -16,10 +16,11 @@ is about nodes goes over all slots: inserting, removing, proving.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from onnx_adapt.errors import SiteRefusedError
 from onnx_adapt.slot.names import inner_name
 
 if TYPE_CHECKING:
@@ -50,6 +51,27 @@ def further_place(slot: Slot, owner: Slot, taken: Collection[str]) -> Slot:
     inner = inner_name(name)
     source = inner if slot.source == slot.inner else slot.source
     return replace(slot, name=name, shares=owner.name, inner=inner, source=source)
+
+
+def refuse_stacking(before: Iterable[Slot], new: Sequence[Slot]) -> None:
+    """Refuse to insert at a place where a slot is: it would rarely be meant.
+
+    Raises:
+        SiteRefusedError: If a new slot is on the tensor of one from before, or of another new
+            one.
+    """
+    there = {(slot.graph, slot.tensor): slot.name for slot in before if not slot.on_edge}
+    for slot in new:
+        if slot.on_edge:
+            continue
+        place = slot.graph, slot.tensor
+        if place in there:
+            raise SiteRefusedError(
+                f"slot {there[place]!r} is at {':'.join(place)} already",
+                hint="adapters are made for the slot that is there; --stack puts another one "
+                "behind it",
+            )
+        there[place] = slot.name
 
 
 def can_share(one: Slot, other: Slot) -> bool:

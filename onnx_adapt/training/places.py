@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from onnx_adapt.errors import SiteError
 from onnx_adapt.graph.index import GraphView
 from onnx_adapt.graph.layer_calls import layer_call
@@ -16,7 +18,7 @@ _SUMS = ("Add", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _PASSING = ("Reshape", "Cast", "Identity", "Dropout")
 """What may stand between a layer and such a sum."""
 
-_LAST = 4
+LAST = 4
 """How many layers are taken where there are no blocks."""
 
 
@@ -43,13 +45,22 @@ def usual_places(model: Model) -> list[str]:
     layers = [site for site in survey.sites if site.layer and site.reason is None]
     if not layers:
         raise SiteError(f"no layer of {model.label} can take a slot")
-    views = survey.index.views
-    ends = [site for site in layers if _ends_block(views[site.graph], site)]
-    narrowing = [site for site in ends if _narrows(views[site.graph], site)]
     outputs = survey.index.main.outputs
     inner = [site for site in layers if site.tensor not in outputs]
-    found = narrowing or ends or inner[-_LAST:] or layers[-1:]
+    found = _block_ends(survey.index.views, layers) or inner[-LAST:] or layers[-1:]
     return [site.address for site in found]
+
+
+def block_places(model: Model) -> list[str]:
+    """Those of `usual_places` that end a block; none in a model without blocks."""
+    survey = survey_model(model)
+    layers = [site for site in survey.sites if site.layer and site.reason is None]
+    return [site.address for site in _block_ends(survey.index.views, layers)]
+
+
+def _block_ends(views: Mapping[str, GraphView], layers: Sequence[Site]) -> list[Site]:
+    ends = [site for site in layers if _ends_block(views[site.graph], site)]
+    return [site for site in ends if _narrows(views[site.graph], site)] or ends
 
 
 def _ends_block(view: GraphView, site: Site) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from onnx_adapt.dtypes import Array
+from onnx_adapt.edit.heads import add_head
 from onnx_adapt.edit.insert import insert, list_slots
 from onnx_adapt.edit.remove import remove
 from onnx_adapt.errors import GradientError, SiteError, TrainingError
@@ -29,7 +31,8 @@ from onnx_adapt.training.step_model import LossFunction, StepModel, choose_outpu
 # in the model at once and change nothing, so one pass back gives the gradient of every `up`.
 # A step of length e along a gradient lowers the loss by e times the norm of the gradient, so
 # the norm says how fast a slot there would begin to learn. For a site with the values x and
-# the gradient g it is the norm of (x @ down).T @ g.
+# the gradient g it is the norm of (x @ down).T @ g. A head starts as zero, and nothing would
+# come back through it; so its weights are random here.
 
 RANK = 16
 """The bottleneck of the slots that are tried."""
@@ -38,6 +41,8 @@ SAMPLES = 64
 """How many samples are looked at."""
 
 BATCH = 16
+
+_HEAD = "head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ def suggest(
     output: str = "",
     labels: str = "labels",
     loss_settings: Mapping[str, object] | None = None,
+    head: Mapping[str, Any] | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
     provider: ProviderArgument = None,
@@ -86,6 +92,7 @@ def suggest(
         output: The output that the loss is on; by default the only float output.
         labels: What the labels are called in the data.
         loss_settings: Settings of the loss.
+        head: What `add_head` takes for a head that the loss is on, such as `{"classes": 3}`.
         samples: How many samples to look at, from the beginning of the data.
         seed: Seed of the slots that are tried.
         provider: Where to run; by default the CPU.
@@ -114,8 +121,8 @@ def suggest(
     sites = [site for site in find_sites(base) if site.layer and site.reason is None]
     if not sites:
         raise SiteError(f"no layer of {base.label} can take a slot")
-    chosen = choose_output(base, output)
-    trial = _Trial(base, loss, chosen, loss_settings or {}, seed)
+    chosen = "head" if head else choose_output(base, output)
+    trial = _Trial(base, loss, chosen, loss_settings or {}, seed, head)
     moving = trial.moving([site.address for site in sites])
     first, why = trial.first_with_gradient(moving)
     norms = trial.norms(moving[first:], data, labels, samples, provider)
@@ -138,13 +145,14 @@ def _address(slot: Slot) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A base that gets slots at some of its sites, and the loss on one of its outputs."""
+    """A base that gets slots at some of its sites, and the loss on an output or a head."""
 
     base: Model
     loss: str | LossFunction
     output: str
     settings: Mapping[str, object]
     seed: int
+    head: Mapping[str, Any] | None
 
     def moving(self, addresses: Sequence[str]) -> list[str]:
         """The sites that the output depends on, in the order of the graph.
@@ -209,11 +217,16 @@ class _Trial:
         }
 
     def _insert(self, addresses: Sequence[str]) -> Model:
-        return insert(self.base, after=addresses, activation="identity", seed=self.seed)
+        model = insert(self.base, after=addresses, activation="identity", seed=self.seed)
+        return add_head(model, **self.head) if self.head else model
 
     def _step(self, addresses: Sequence[str]) -> tuple[Model, dict[str, Array], StepModel]:
         adapted = self._insert(addresses)
         weights = weights_to_train(adapted, RANK, None, self.seed)
+        if self.head:
+            zeros = weights[_HEAD]
+            drawn = np.random.default_rng(self.seed).standard_normal(zeros.shape)
+            weights[_HEAD] = (drawn / len(zeros) ** 0.5).astype(zeros.dtype)
         step = make_step(
             *(adapted, list(weights)),
             loss=self.loss,

@@ -206,7 +206,7 @@ def test_one_command_trains_slots_and_a_head_on_a_base(
     assert document["classes"] == ["even", "odd"]
     adapted = base.with_name("base.adapted.onnx")
     assert document["model"] == str(adapted)
-    assert "slots after 2 layers, the usual places: linear_5, linear_11" in said
+    assert "slots after 2 layers, the output layer of each block: linear_5, linear_11" in said
     assert "verified" in said
     adapter = oa.load_adapter(out)
     assert len(adapter.weights) == 2

@@ -361,10 +361,12 @@ def test_an_address_from_the_json_is_what_after_takes(tmp_path: Path) -> None:
     )
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_on_stderr() -> None:
+def test_a_pattern_that_matches_nothing_is_an_error_for_people_and_machines() -> None:
     done = sites(fetch("dnsmos-p808"), "dense_33", "--json")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    told = json.loads(done.stdout)["error"]
     error, hint = done.stderr.splitlines()
+    assert (error, hint) == (f"error: {told['message']}", f"hint: {told['hint']}")
     assert error.startswith("error: ")
     assert "'dense_33'" in error
     assert hint.startswith("hint: nearest: ")

@@ -2,12 +2,18 @@
 
 import importlib
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 from pages import blocks, commands, link_files, run_command, run_python
 
 import onnx_adapt
+import onnx_adapt as oa
+from onnx_adapt.cli import cli, main
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +74,54 @@ def test_the_python_reference_has_every_public_name() -> None:
     text = _read("docs/reference/api.md")
     named = {line.rpartition(".")[2] for line in text.splitlines() if line[:4] == "::: "}
     assert set(onnx_adapt.__all__) - {"AdaptError"} <= named
+
+
+def _shell_commands(page: str) -> list[list[str]]:
+    """The commands of onnx-adapt in the `sh` blocks of a page, without the program."""
+    text = "\n".join(blocks("sh", _read(page))).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip().startswith("onnx-adapt ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("sh", _read(page))])
+def test_every_command_in_a_block_for_the_shell_exists(page: str) -> None:
+    for name, *arguments in _shell_commands(page):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, name
+        command.make_context(name, arguments)  # fails on an option that there is not
+
+
+RUNNABLE = {
+    "README.md": ".safetensors",
+    "docs/peft.md": ".safetensors",
+    "docs/sessions.md": ".safetensors",
+    "docs/blend.md": ".safetensors",
+    "docs/deploy.md": ".onnx_adapter",
+    "docs/troubleshooting.md": ".safetensors",
+}
+"""Pages whose blocks are about a base, its adapters, and files of these of this kind."""
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_every_block_for_the_shell_runs(
+    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = ROOT / "tests/cases/peft_bert_lora_default_ts"
+    for name in ("trained", "trained-de"):
+        (folder / name).symlink_to(case / "adapter")
+    shutil.copy(case / "base.onnx", folder)
+    few = np.load(case / "inputs.npz")
+    np.savez("x.npz", **{name: few[name][[0, 1, 0]] for name in few.files})
+    base = oa.open_model("base.onnx")
+    trained = oa.load_checkpoint("trained", base)
+    oa.save_model(oa.insert_checkpoint(base, trained), "adapted.onnx")
+    for name in ("fr", "de"):
+        oa.save_adapter(trained.adapter, name + RUNNABLE[page])
+    for arguments in _shell_commands(page):
+        monkeypatch.setattr("sys.argv", ["onnx-adapt", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, arguments
 
 
 def test_the_python_reference_names_what_is_there() -> None:

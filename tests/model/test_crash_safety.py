@@ -114,7 +114,7 @@ def test_a_real_ctrl_c_while_a_command_writes_is_one_error_line(tmp_path: Path) 
         assert err.readline() == "writing\n"
         child.send_signal(signal.SIGINT)
         text = err.read()
-    assert child.wait(timeout=LONG) == 2
+    assert child.wait(timeout=LONG) == 130
     assert text.splitlines()[-1] == "error: interrupted; nothing was changed"
     assert "Traceback" not in text
     assert files(tmp_path) == before

@@ -253,8 +253,8 @@ def test_nothing_made_from_a_base_replaces_it(
     for target in ("base.onnx", "link.onnx"):
         for command in (
             ("insert", "base.onnx", "--after", "dense", "--thin"),
-            ("insert", "thin.onnx", "--after", "dense", "--thin"),
-            ("insert", "thin.onnx", "--after", "dense"),
+            ("insert", "thin.onnx", "--after", "dense", "--stack", "--thin"),
+            ("insert", "thin.onnx", "--after", "dense", "--stack"),
             ("pack", "thin.onnx"),
             ("remove", "thin.onnx"),
         ):

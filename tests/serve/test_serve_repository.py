@@ -44,6 +44,20 @@ def same(one: oa.Adapter, other: oa.Adapter) -> bool:
     return all(a == b and (x == y).all() for (a, x), (b, y) in pairs)
 
 
+def test_a_version_that_is_kept_is_never_written_again(
+    repository: Repository, folder: Path
+) -> None:
+    """Who runs it may have it mapped: cut short for a moment, it ends the process."""
+    file = oa.save_adapter(FR, folder / "fr.onnx_adapter")
+    repository.sweep()
+    path = repository.path(repository.entries["fr"].version)
+    before = path.stat()
+    file.write_bytes(file.read_bytes())
+    repository.load("fr")
+    assert repository.path(repository.entries["fr"].version) == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "onnx_adapter", "npz"])
 def test_a_file_that_appears_is_served(
     repository: Repository, folder: Path, suffix: str

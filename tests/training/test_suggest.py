@@ -12,6 +12,8 @@ from slot_models import cli, saved
 import onnx_adapt as oa
 from onnx_adapt.errors import GradientError
 from onnx_adapt.graph.gradients import table
+from onnx_adapt.training.choosing import choose_places
+from onnx_adapt.training.places import usual_places
 from onnx_adapt.training.starting import weights_to_train
 from onnx_adapt.training.suggest import RANK, suggest
 
@@ -26,6 +28,7 @@ g (float[n, 4] x) => (float[n, 3] y, float[n, 4] other)
   y = MatMul(t, v)
 }
 """
+BERT = Path(__file__).parents[1] / "cases/bases/bert_headless/base.onnx"
 RNG = np.random.default_rng(0)
 W, V, X = RNG.standard_normal((4, 4)), RNG.standard_normal((4, 3)), RNG.standard_normal((8, 4))
 DATA = {"x": X.astype(np.float32), "labels": np.zeros((8, 3), np.float32)}
@@ -69,6 +72,26 @@ def test_sites_before_an_operator_without_a_gradient_are_named(
     monkeypatch.delitem(table.RULES, "MatMul")
     with pytest.raises(GradientError, match="MatMul"):
         suggest(_base(), DATA, loss="mse", output="y")
+
+
+def test_a_base_without_blocks_gets_slots_where_the_gradients_are_largest() -> None:
+    choice = choose_places(_base(), DATA, loss="mse", output="y")
+    assert choice.places == ("main:a", "main:y")
+    assert choice.reason == "those with the largest gradients"
+    flat = {**DATA, "x": np.zeros_like(DATA["x"])}
+    with pytest.raises(GradientError, match="zero at every site"):
+        choose_places(_base(), flat, loss="mse", output="y")
+
+
+def test_blocks_are_taken_if_a_gradient_reaches_them() -> None:
+    base = oa.open_model(BERT)
+    ids = np.random.default_rng(0).integers(1, 60, (16, 6))
+    data = {name: np.ones_like(ids) for name in ("attention_mask", "token_type_ids")}
+    data |= {"input_ids": ids, "labels": ids[:, 0] % 2}
+    head = {"classes": 2, "output": "last_hidden_state"}
+    choice = choose_places(base, data, loss="cross_entropy", head=head)
+    assert [place in choice.places for place in usual_places(base)] == [True, True]
+    assert choice.reason == "the output layer of each block"
 
 
 def test_the_command_ranks_sites_and_says_which_have_a_slot(

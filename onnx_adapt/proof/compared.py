@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.fitting import require_fit, required_manifest
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import Providers
@@ -14,8 +15,10 @@ from onnx_adapt.proof.compare import distance, movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
 from onnx_adapt.proof.runner import Runner
-from onnx_adapt.report.costs import Weights, weights_fed
 from onnx_adapt.slot.places import owners
+
+Weights = Mapping[str, Mapping[str, Array]]
+"""Weights by slot and part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,15 @@ class Compared:
     second: float
     apart: float
     moved: dict[str, float]
+
+
+def weights_fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feeds:
+    """The weights that a model takes as inputs, by input name."""
+    slots = owners(required_manifest(model).slots)
+    named = {s.weight(part): v for s in slots for part, v in weights[s.name].items()}
+    named.update(adapter.replaced if adapter else {})
+    inputs = {value.name for value in model.proto.graph.input}
+    return {name: value for name, value in named.items() if name in inputs}
 
 
 def movements(

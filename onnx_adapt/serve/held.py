@@ -1,0 +1,102 @@
+"""Versions of adapters that are loaded: for as long as anybody holds them."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from onnx_adapt.errors import AdapterNotFoundError
+from onnx_adapt.serve.metrics import Metrics
+
+Fetch = Callable[[str], Awaitable[Path]]
+"""Puts the file of a version where it stays until it is unlinked."""
+
+
+class Held:
+    """A loaded version: as long as anybody holds this, it stays loaded.
+
+    Attributes:
+        name: What the session calls it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Loads:
+    """Loads versions, each under a name that was never used: it may have been there before.
+
+    Args:
+        fetch: Where their files come from.
+        load: Loads a file under a name.
+        unload: Unloads what has this name, if anything has, and removes its file.
+        metrics: What counts loads.
+        thread: Where files are loaded; by default in any thread.
+    """
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        load: Callable[[str, Path], Any],
+        unload: Callable[[str, Path], None],
+        metrics: Metrics,
+        thread: Executor | None = None,
+    ) -> None:
+        self._fetch = fetch
+        self._load = load
+        self._unload = unload
+        self._metrics = metrics
+        self._thread = thread
+        self._count = 0
+
+    async def __call__(self, version: str) -> Held:
+        """Load a version; it is unloaded when nobody holds it any more.
+
+        Raises:
+            AdapterNotFoundError: If it is not served any more.
+            AdaptError: If it cannot be loaded.
+        """
+        try:
+            path = await self._fetch(version)
+        except FileNotFoundError as error:
+            raise AdapterNotFoundError(
+                f"adapter version {version!r} is gone", hint="ask for the present one"
+            ) from error
+        self._count += 1
+        held = Held(f"{version}#{self._count}")
+        weakref.finalize(held, self._unload, held.name, path)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._load, held.name, path)
+        self._metrics.loaded(version.rpartition("@")[0])
+        return held
+
+
+class Recent:
+    """The versions that were used last; each is loaded once, however many ask at a time."""
+
+    def __init__(self, load: Callable[[str], Awaitable[Held]], most: int) -> None:
+        self._load = load
+        self._most = most
+        self._held: OrderedDict[str, asyncio.Future[Held]] = OrderedDict()
+
+    async def __call__(self, version: str) -> Held:
+        """The version, loaded if it is not."""
+        found = self._held.get(version)
+        if found is None:
+            found = self._held[version] = asyncio.ensure_future(self._load(version))
+            found.add_done_callback(lambda done: self._forget_failed(version, done))
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)  # whoever waits for it or uses it holds it
+        else:
+            self._held.move_to_end(version)
+        return await asyncio.shield(found)  # others wait for it, if this client goes
+
+    def _forget_failed(self, version: str, done: asyncio.Future[Held]) -> None:
+        failed = done.cancelled() or done.exception() is not None
+        if failed and self._held.get(version) is done:
+            del self._held[version]
