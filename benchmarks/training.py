@@ -3,10 +3,10 @@
     python benchmarks/training.py --torch PYTHON [--models minilm-l3 bert-base] [--rounds 8]
 
 PYTHON has torch, transformers, onnx and onnxscript. Each side is a process of its own on one
-core and with one thread. They take steps in turn, and time is that of the process on the processor, which other
-programs disturb little; of all rounds the shortest step counts. Both begin with the same
-adapters and see the same batch, and their losses are compared. Memory is the most that a
-process had resident, from its start. It exits with 1 if a goal is missed.
+core and with one thread. They take steps in turn, and time is that of the process on the
+processor, which other programs disturb little; of all rounds the shortest step counts. Both
+begin with the same adapters and see the same batch, and their losses are compared. Memory is
+the most that a process had resident, from its start. It exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations

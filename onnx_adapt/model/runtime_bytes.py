@@ -16,7 +16,6 @@ from onnx_adapt.model.tensors import payload_of, read_payload
 MAPPED = 1 << 28
 """Weights of more bytes than this in all are not read but referred to in their files."""
 
-
 _NO_PREPACKING = "session.disable_prepacking"
 
 _SLOW_UNPACKED = {"MatMulNBits"}
