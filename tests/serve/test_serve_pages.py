@@ -82,4 +82,4 @@ def test_the_benchmark_of_serving_finds_no_wrong_answer_and_leaves_no_file(
     assert list(tmp_path.glob("onnx-adapt-*")) == []
     table = done.stdout.decode()
     print(table)
-    assert len(table.splitlines()) == 5
+    assert len(table.splitlines()) == 3
