@@ -111,6 +111,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Train without gradients, for models that have none; slow.",
 )
+@click.option(
+    "--frozen-memory",
+    type=click.IntRange(0),
+    metavar="MB",
+    default=1024,
+    show_default=True,
+    help="What may be taken to keep, for each sample, what the layers before the first slot "
+    "give. It is computed in every step if that is too little, or 0.",
+)
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
 @options.provider
@@ -205,6 +214,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         patience=given["patience_"],
         seed=given["seed"],
         forward_only=given["forward_only"],
+        frozen_memory=given["frozen_memory"],
     )
 
 
@@ -240,6 +250,7 @@ def _train(
             check=not given["no_check"],
             provider=given["provider"],
             on_step=watch.tell,
+            notice=say,
             stop=watch.is_stopped,
             checkpoint=given["checkpoint"],
             resume=given["resume"],
