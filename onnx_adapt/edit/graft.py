@@ -242,8 +242,7 @@ def _insert_nodes(
             added.setdefault(position, []).extend(nodes)
         for position, nodes in behind.items():
             added.setdefault(position, []).extend(nodes)
-        merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
-        _set_nodes(view.scope.graph, [*added.get(_FRONT, ()), *merged])
+        _put_behind(view.scope.graph, added)
     order = {slot.name: i for i, slot in enumerate((*known, *slots))}
     return _from_inside(sorted(outputs.values(), key=lambda slot: order[slot.name]))
 
@@ -274,6 +273,21 @@ def _from_inside(slots: Sequence[Slot]) -> tuple[Slot, ...]:
             (item.name, item) for item in reversed(chain) if item.name not in ordered
         )
     return tuple(ordered.values())
+
+
+def _put_behind(graph: onnx.GraphProto, added: Mapping[int, Sequence[onnx.NodeProto]]) -> None:
+    """Put nodes behind those at the given positions, in place.
+
+    They are appended and then sorted: that moves no more than references, and a stable sort
+    keeps the order of all others. New nodes `x`, `y` behind the first of `a`, `b` give
+    `a`, `b`, `x`, `y` with the keys 0, 1, 0, 0.
+    """
+    keys = [*range(len(graph.node))]
+    for position, nodes in added.items():
+        keys += [position] * len(nodes)
+        graph.node.extend(nodes)
+    given = iter(keys)
+    graph.node.sort(key=lambda _: next(given))
 
 
 def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

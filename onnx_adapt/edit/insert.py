@@ -220,7 +220,7 @@ def _plan_places(
 
 def _tell_axis(survey: Survey, site: Site) -> None:
     """Warn if the operators around a site suggest another axis than the user named."""
-    told = survey.by_address.get(site.address, site)
+    told = survey.at(site.address) or site
     if told.axis not in (None, site.axis):
         _log.warning(
             "%s: the slot is on axis %s as you say; the operators around it say %s",

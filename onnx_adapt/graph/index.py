@@ -13,7 +13,7 @@ from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.graph.endless_shapes import MOST_AXES
 from onnx_adapt.graph.inference import infer
-from onnx_adapt.graph.liveness import inputs_read
+from onnx_adapt.graph.liveness import PARTLY_READ, inputs_read
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.walk import Scope
@@ -147,8 +147,7 @@ class GraphView:
         """The view of the graph that declares or produces a tensor readable here."""
         view: GraphView | None = self
         while view is not None:
-            known = (view.producers, view.constants, view.inferred)
-            if any(tensor in names for names in known):
+            if tensor in view.producers or tensor in view.constants or tensor in view.inferred:
                 return view
             view = view.parent
         return None
@@ -249,11 +248,16 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     for tensor in graph.initializer:
         view.constants[tensor.name] = tensor
     for index, node in enumerate(view.nodes):
-        names = [name for name in node.output if name]
-        view.repeated.update(name for name in names if name in view.producers)
-        view.producers.update(dict.fromkeys(names, index))
-        for name in filter(None, (*node.input, *walk.captured(node))):
-            view.consumers.setdefault(name, []).append(index)
+        for name in node.output:
+            if name and view.producers.setdefault(name, index) != index:
+                view.repeated.add(name)
+                view.producers[name] = index
+        read = node.input
+        if walk.has_bodies(node):
+            read = [*read, *walk.captured(node)]
+        for name in read:
+            if name:
+                view.consumers.setdefault(name, []).append(index)
         value = constant_of(node)
         if value is not None:
             view.constants.update((name, value) for name in node.output[:1])
@@ -323,7 +327,7 @@ def _mark_live(views: dict[str, GraphView]) -> None:
     for view in views.values():
         if view.parent is not None:
             children.setdefault((id(view.parent), view.scope.owner), []).append(view)
-    seen: set[tuple[int, int]] = set()
+    seen = {path: bytearray(len(view.nodes)) for path, view in views.items()}
     while waiting:
         view, tensor = waiting.popleft()
         home = view.home(tensor)
@@ -331,14 +335,17 @@ def _mark_live(views: dict[str, GraphView]) -> None:
             continue
         home.live.add(tensor)
         index = home.producers.get(tensor)
-        if index is None or (id(home), index) in seen:
+        if index is None or seen[home.scope.path][index]:
             continue
-        seen.add((id(home), index))
+        seen[home.scope.path][index] = True
         node = home.nodes[index]
-        # Of a graph's output all is read, whoever else reads it.
-        whole = node.output[0] in home.outputs
-        readers = [] if whole else home.readers(node.output[0])
-        read = inputs_read(node, readers, home.size, home.constant)
+        if node.op_type in PARTLY_READ:
+            # Of a graph's output all is read, whoever else reads it.
+            whole = node.output[0] in home.outputs
+            readers = [] if whole else home.readers(node.output[0])
+            read = inputs_read(node, readers, home.size, home.constant)
+        else:
+            read = [name for name in node.input if name]
         waiting.extend((home, name) for name in read)
         for body in children.get((id(home), index), ()):
             waiting.extend((body, name) for name in body.outputs)
