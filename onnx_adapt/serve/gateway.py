@@ -22,6 +22,7 @@ from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
+from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
 
@@ -209,6 +210,7 @@ class Gateway:
 
     def answered(self, adapter: str, status: int, seconds: float) -> None:
         """Count an inference request that was answered."""
+        note_adapter(adapter)
         self.metrics.answered(adapter, status, seconds)
         counted = self.counted.setdefault(adapter, Counted())
         total = counted.good if status == 200 else counted.bad

@@ -43,7 +43,10 @@ _SMALL = 1 << 16
 
 
 def api(
-    gateway_of: Callable[[], Gateway], *more: Route, access: Access = ANYBODY
+    gateway_of: Callable[[], Gateway],
+    *more: Route,
+    access: Access = ANYBODY,
+    names: bool = True,
 ) -> Starlette:
     """The routes of the protocol, and more, answered by the gateway of this process.
 
@@ -51,6 +54,7 @@ def api(
         gateway_of: Finds that gateway.
         more: What else is answered.
         access: Who may use the server.
+        names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
     routes = [
@@ -75,9 +79,8 @@ def api(
     failures: dict[Any, Callable[..., Any]] = {
         AdaptError: _refused,
         HTTPException: _unknown,
-        Exception: _failed,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of, access=access)
+    edge = Middleware(Edge, gateway_of=gateway_of, access=access, names=names)
     app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
     app.state.gateway_of = gateway_of
     return app
@@ -252,10 +255,6 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "the server failed; its log tells why"}, 500)
 
 
 def metrics_route(metrics: PrometheusMetrics) -> Route:
