@@ -14,6 +14,13 @@ FLEET = ("access_log",)
 
 _OPTIONS = (
     click.option(
+        "--max-per-adapter",
+        type=click.IntRange(0),
+        default=0,
+        help="How many requests for one adapter may be under way, those that wait included; "
+        "more get a 429. By default there is no limit.",
+    ),
+    click.option(
         "--access-log",
         default="",
         help="Write a line of JSON for each request to this file, or to stderr with -; not on "

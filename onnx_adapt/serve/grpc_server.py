@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError, RunError
 from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.choice import read_choice
-from onnx_adapt.serve.gateway import Gateway, label, status_of
+from onnx_adapt.serve.counting import status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.grpc_messages import message
 from onnx_adapt.serve.grpc_requests import read_grpc_request
 from onnx_adapt.serve.protocol import Spec
@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -160,28 +161,20 @@ class Servicer:
 
     async def infer(self, request: Any) -> Any:
         """Run the model, and count what became of it."""
-        gateway, began = self._gateway, time.monotonic()
-        counted, status = "unknown", 500
+        gateway = self._gateway
         if gateway.stopping:
             raise RequestError("the server is stopping", hint="try another", status=503)
         gateway.under_way += 1
         try:
-            with gateway.bodies.share() as take:
+            with gateway.request() as asking, gateway.bodies.share() as take:
                 take(request.ByteSize())
                 version = gateway.named(request.model_name, request.model_version)
                 asked = read_grpc_request(request)
                 blend = read_choice(request.model_name, gateway.base, asked.adapter, "")
-                for adapter in blend:
-                    gateway.version(adapter)
-                counted = label(blend)
+                asking.choose(blend)
                 active, outputs = await gateway.infer(asked, blend)
-            status = 200
-        except AdaptError as error:
-            status = status_of(error)
-            raise
         finally:
             gateway.under_way -= 1
-            gateway.answered(counted, status, time.monotonic() - began)
         response = message("ModelInferResponse")(
             model_name=request.model_name, model_version=version, id=request.id
         )
