@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
-from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.graph.endless_shapes import MOST_AXES
+from onnx_adapt.graph.finite import require_finite
 from onnx_adapt.graph.inference import infer
 from onnx_adapt.graph.liveness import PARTLY_READ, inputs_read
 from onnx_adapt.model import walk
@@ -221,24 +221,6 @@ def index_model(model: Model) -> ModelIndex:
         _note_types(view, inferred.values.get(path, ()))
     _mark_live(views)
     return ModelIndex(model, views, inferred.plain)
-
-
-_MOST_NODES = 1 << 20
-
-
-def require_finite(model: Model) -> None:
-    """Refuse functions that call themselves, or each other too often to be written out.
-
-    ONNX and ONNX Runtime go into each call, and run for ever or crash.
-
-    Raises:
-        ModelFileError: If there are any.
-    """
-    if model.proto.functions and walk.inlines_to_more_than(model.proto, _MOST_NODES):
-        raise ModelFileError(
-            f"the functions of {model.label} call themselves, or each other without end",
-            hint=f"no runtime takes that; inlined they may have {_MOST_NODES} nodes",
-        )
 
 
 def _view(scope: Scope, parent: GraphView | None) -> GraphView:
