@@ -1,7 +1,7 @@
 """A language model in onnxruntime-genai: the base, its slots off and on, and another build.
 
-The prompt is timed by the processor, and a token by the wall. Ways take turns, and each
-number is the shortest of many, a ratio to the base.
+Ways take turns, and each number is the shortest of many, a ratio to the base: of the processor
+for the prompt and a token, and of the wall for a token, which needs a quiet machine.
 
     onnx-adapt insert llm/model.onnx --adapter lora/ -o llm/adapted.onnx --thin
     onnx-adapt convert lora/ --for llm/adapted.onnx -o lora.onnx_adapter
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
-from measuring import Ratio
 
 from onnx_adapt.cli.outputs import print_table, say
 
 PROMPT, TOKENS = 128, 32
 
-Run = Callable[[], tuple[float, float]]
+Seconds = tuple[float, float, float]
+Run = Callable[[], Seconds]
 
 
 def model(folder: Path, threads: int, file: str = "") -> Any:
@@ -39,11 +39,11 @@ def model(folder: Path, threads: int, file: str = "") -> Any:
     return og.Model(config)
 
 
-def run(loaded: Any, adapters: Any = None) -> tuple[float, float]:
+def run(loaded: Any, adapters: Any = None) -> Seconds:
     """Write some tokens.
 
     Returns:
-        Seconds of the processor for the prompt, and the fewest of the wall for a token.
+        The processor's for the prompt, and the fewest of it and of the wall for a token.
     """
     settings = og.GeneratorParams(loaded)
     most = PROMPT + TOKENS + 2
@@ -55,12 +55,14 @@ def run(loaded: Any, adapters: Any = None) -> tuple[float, float]:
     started = time.process_time()
     generator.append_tokens(prompt)
     generator.generate_next_token()
-    read, tokens = time.process_time() - started, []
+    read = time.process_time() - started
+    busy, wall = [], []
     for _ in range(TOKENS):
-        began = time.perf_counter()
+        began, started = time.perf_counter(), time.process_time()
         generator.generate_next_token()
-        tokens.append(time.perf_counter() - began)
-    return read, min(tokens)
+        busy.append(time.process_time() - started)
+        wall.append(time.perf_counter() - began)
+    return read, min(busy), min(wall)
 
 
 def ways(given: argparse.Namespace, threads: int) -> dict[str, Run]:
@@ -94,20 +96,14 @@ def main() -> None:
     rows = []
     for threads in given.threads:
         calls = ways(given, threads)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        times: dict[str, list[Seconds]] = {name: [] for name in calls}
         for _ in range(given.rounds):
             for name, call in calls.items():
                 times[name].append(call())
         best = {name: np.min(each, 0) for name, each in times.items()}
         for name, each in best.items():
-            spread = [
-                Ratio.of([t[i] for t in times[name]], [t[i] for t in times["base"]])
-                for i in (0, 1)
-            ]
-            ratios = each / best["base"]
-            rows.append((threads, name, f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", *spread))
-    head = ("threads", "way", "prompt", "token", "prompt, median", "token, median")
-    print_table(head, rows)
+            rows.append((threads, name, *(f"{x:.3f}" for x in each / best["base"])))
+    print_table(("threads", "way", "prompt", "token", "token, wall"), rows)
 
 
 if __name__ == "__main__":
