@@ -199,26 +199,25 @@ async def _index(request: Request) -> Response:
 
 
 async def _load(request: Request) -> Response:
-    return await _change(request, _gateway(request).load)
+    parameters = await _parameters(request)
+    await _gateway(request).load(request.path_params["model"], parameters)
+    return JSONResponse({})
 
 
 async def _unload(request: Request) -> Response:
-    return await _change(request, _gateway(request).unload)
-
-
-async def _change(request: Request, action: Callable[[str], Awaitable[None]]) -> Response:
-    """Load or unload; weights and configurations are not taken over HTTP."""
-    body = await read_body(request, _gateway(request).settings)
-    parameters = read_json(body).get("parameters", {}) if body.strip() else {}
-    if not isinstance(parameters, dict) or parameters.keys() - {"unload_dependents"}:
-        raise RequestError(
-            "parameters of load and unload are not supported",
-            hint="adapters come from the server's folder only",
-        )
-    name = request.path_params["model"]
-    _gateway(request).refuse_base(name)
-    await action(name)
+    if await _parameters(request):
+        raise RequestError("parameters of unload are not supported")
+    await _gateway(request).unload(request.path_params["model"])
     return JSONResponse({})
+
+
+async def _parameters(request: Request) -> dict[str, Any]:
+    """The parameters of a load or unload; Triton's clients send one that has no bearing."""
+    body = await read_body(request, _gateway(request).settings)
+    parameters = (read_json(body).get("parameters") or {}) if body.strip() else {}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"`parameters` is {parameters!r:.50}", hint="give an object")
+    return {key: value for key, value in parameters.items() if key != "unload_dependents"}
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -157,6 +157,9 @@ class _Local:
     async def unload(self, name: str) -> None:
         await asyncio.to_thread(self._repository.unload, name)
 
+    async def point(self, name: str, adapter: str) -> None:
+        await asyncio.to_thread(self._repository.point, name, adapter)
+
 
 class _Server(uvicorn.Server):
     """uvicorn, which by itself closes its door at the signal; this one says first why."""

@@ -30,13 +30,20 @@ from onnx_adapt.errors import (
     AdapterNotFoundError,
     AdaptError,
     RequestError,
+    SaveError,
     SlotError,
+    reason,
 )
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
+from onnx_adapt.model.whole_files import write_files
+from onnx_adapt.serve.aliases import FILE, Aliases, changed, read_aliases, write_aliases
 from onnx_adapt.serve.choice import is_name
 
 _log = logging.getLogger(__name__)
+
+_ALIASES = "@aliases"
+"""What the file of aliases is seen under: no adapter can be called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ class Repository:
         self._seen: dict[str, str] = {}
         self._versions: dict[str, list[Path]] = {}
         self._off: set[str] = set()
+        self._aliases: Aliases = {}
+        self._alias_problem = ""
         self.entries: Mapping[str, Entry] = {}
 
     def sweep(self) -> None:
@@ -97,15 +106,17 @@ class Repository:
                 _log.warning("cannot list %s: %s", self._location, error)
                 return
             found: dict[str, list[dict[str, Any]]] = {}
+            aliases = [i for i in listed if PurePosixPath(i["name"]).name == FILE]
             for info in listed:
                 path = PurePosixPath(info["name"])
                 if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
             for name in self._versions.keys() - found.keys():
                 self._forget(name)
-            self._seen = {name: stamp for name, stamp in self._seen.items() if name in found}
-            entries = {name: self._entry(name, infos) for name, infos in found.items()}
-            self.entries = dict(sorted(entries.items()))
+            known = {*found, _ALIASES}
+            self._seen = {name: stamp for name, stamp in self._seen.items() if name in known}
+            self._take_aliases(aliases)
+            self._serve({name: self._entry(name, infos) for name, infos in found.items()})
 
     def load(self, name: str) -> None:
         """Check an adapter's file again, and serve it.
@@ -130,8 +141,39 @@ class Repository:
         """
         with self._lock:
             entry = self._present(name)
-            self._off.add(name)
-            self.entries = {**self.entries, name: _off(entry)}
+            alias = name in self._aliases
+            if not alias:
+                self._off.add(name)
+                self._serve({**self._own(), name: _off(entry)})
+        if alias:
+            self.point(name, None)
+
+    def point(self, name: str, adapter: str | None) -> None:
+        """Let an alias mean an adapter; '' is what it meant before, None is nothing.
+
+        Raises:
+            RequestError: If it meant nothing before, that adapter is not served, or the
+                file of aliases is bad or cannot be written.
+        """
+        with self._lock:
+            path = f"{self._root}/{FILE}"
+            try:
+                known = read_aliases(self._files.cat_file(path))
+            except FileNotFoundError:
+                known = {}
+            except (OSError, RequestError) as error:
+                raise RequestError(f"{FILE}: {reason(error)}", hint="mend it first") from error
+            wanted = changed(known, name, adapter)
+            if name in wanted:
+                version, why = self._meant(wanted[name].adapter, self._own())
+                if not version:
+                    raise RequestError(why, hint="put a file that fits in its place")
+            try:
+                _write(self._files, path, write_aliases(wanted))
+            except (OSError, SaveError) as error:
+                why = f"{FILE} cannot be written: {reason(error)}"
+                raise RequestError(why, hint="change it where it is", status=500) from error
+        self.sweep()
 
     def read(self, version: str) -> tuple[str, bytes]:
         """The file of a version: what to call it, and its bytes.
@@ -155,6 +197,46 @@ class Repository:
         raise AdapterNotFoundError(
             f"adapter version {version!r} is gone", hint="ask again for the present one"
         )
+
+    def _take_aliases(self, infos: list[dict[str, Any]]) -> None:
+        """Take up the file of aliases if it is new; while it is bad, the last good one."""
+        if not infos:
+            self._aliases, self._alias_problem = {}, ""
+            self._seen.pop(_ALIASES, None)
+        elif self._seen.get(_ALIASES) != (stamp := repr(sorted(infos[0].items()))):
+            try:
+                self._aliases = read_aliases(self._files.cat_file(infos[0]["name"]))
+                self._alias_problem = ""
+            except (OSError, RequestError) as error:
+                self._alias_problem = f"{FILE}: {reason(error)}"
+                _log.warning("aliases stay as they were: %s", self._alias_problem)
+            self._seen[_ALIASES] = stamp
+
+    def _own(self) -> dict[str, Entry]:
+        """What there is besides aliases."""
+        return {name: e for name, e in self.entries.items() if name not in self._aliases}
+
+    def _serve(self, own: Mapping[str, Entry]) -> None:
+        """Serve some adapters, and what aliases mean of them."""
+        aliased = {}
+        for name, alias in self._aliases.items():
+            version, why = self._meant(alias.adapter, own)
+            aliased[name] = Entry(name, version, why or self._alias_problem)
+        self.entries = dict(sorted({**own, **aliased}.items()))
+
+    def _meant(self, adapter: str, own: Mapping[str, Entry]) -> tuple[str, str]:
+        """The version that an alias means, or '' and why it means none."""
+        name = adapter.partition("@")[0]
+        if name not in own:
+            return "", f"there is no adapter {name!r}"
+        version = own[name].version
+        if not version:
+            return "", f"adapter {name!r} is not served: {own[name].reason}"
+        if adapter in (name, version):
+            return version, ""
+        if any(path.stem == adapter for path in self._versions[name]):
+            return adapter, ""
+        return "", f"there is no version {adapter!r}: the file is {version!r} now"
 
     def _present(self, name: str) -> Entry:
         if name not in self.entries:
@@ -207,9 +289,12 @@ class Repository:
         if path not in known:  # else it may be mapped, and must not be written again
             path.write_bytes(data)
         kept = [item for item in known if item != path]
+        pinned = {alias.adapter for alias in self._aliases.values()}
         for old in kept[:-1]:
-            old.unlink()
-        self._versions[name] = [*kept[-1:], path]
+            if old.stem not in pinned:
+                old.unlink()
+        stay = [old for old in kept[:-1] if old.stem in pinned]
+        self._versions[name] = [*stay, *kept[-1:], path]
 
     def _forget(self, name: str) -> None:
         for path in self._versions.pop(name):
@@ -221,6 +306,14 @@ def _refuse_unfed(adapter: Adapter) -> None:
     if adapter.invocation_tokens or adapter.initial_state:
         what = "invocation tokens" if adapter.invocation_tokens else "a first past"
         raise AdapterError(f"it has {what}, which onnxruntime-genai does not feed")
+
+
+def _write(files: Any, path: str, data: bytes) -> None:
+    """Write a file whole or not at all, as object stores do by themselves."""
+    if "file" in files.protocol:
+        write_files([(Path(path), [data])])
+    else:
+        files.pipe_file(path, data)
 
 
 def _off(entry: Entry) -> Entry:

@@ -371,6 +371,38 @@ def test_adapters_that_are_replaced_under_load_change_at_once_and_whole(
     until(lambda: asked(served, "v2/models/new")[0] == 404, served.said)
 
 
+def point(served: Server, alias: str, **parameters: Any) -> tuple[int, Any]:
+    body = json.dumps({"parameters": parameters}).encode()
+    return asked(served, f"v2/repository/models/{alias}/load", body)
+
+
+def test_an_alias_that_is_switched_under_load_changes_at_once_and_whole(
+    served: Server,
+) -> None:
+    changes = {100: {"adapter": "de"}, 200: {"adapter": "fr"}, 300: {"rollback": True}}
+    assert point(served, "x@live", adapter="fr") == (200, {})
+
+    def switch(count: int) -> None:
+        if count in changes:
+            assert point(served, "x@live", **changes[count]) == (200, {})
+
+    requests = [(X, "x@live")] * 400
+    answers = asyncio.run(load(served.address, requests, clients=10, answered=switch))
+    assert [answer.error for answer in answers if answer.error] == []
+    for answer in answers:
+        assert close(answer.array, TRUTH[answer.active.partition("@")[0]])
+    active = [answer.active.partition("@")[0] for answer in answers]
+    assert {*active[:90]} == {*active[220:290]} == {"fr"}
+    assert {*active[120:190]} == {*active[-50:]} == {"de"}
+    assert asked(served, "v2/models/x@live")[1]["name"] == "x@live"
+    body = document(parameters={"adapter": {"x@live": 0.5, "de": 0.5}})
+    assert close(output(asked(served, "v2/models/adapted/infer", body)), TRUTH["de"])
+    status, found = point(served, "x@live", rollback=True)
+    assert (status, list(found)) == (400, ["error"])
+    assert asked(served, "v2/repository/models/x@live/unload", b"") == (200, {})
+    assert asked(served, "v2/models/x@live")[0] == 404
+
+
 def exported(served: Server, pattern: str) -> list[float]:
     """The values of the metrics that a pattern matches."""
     with urllib.request.urlopen(f"http://{served.metrics}/metrics", timeout=LONG) as response:
