@@ -14,9 +14,6 @@ from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.choice import is_alias, is_name, is_version
 from onnx_adapt.serve.protocol import read_json
 
-FILE = "aliases.json"
-"""The name of the file."""
-
 _HINT = '{"fr@stable": "fr-2"}'
 
 

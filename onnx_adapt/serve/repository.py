@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -30,20 +31,23 @@ from onnx_adapt.errors import (
     AdapterNotFoundError,
     AdaptError,
     RequestError,
-    SaveError,
     SlotError,
-    reason,
 )
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
-from onnx_adapt.model.whole_files import write_files
-from onnx_adapt.serve.aliases import FILE, Aliases, changed, read_aliases, write_aliases
+from onnx_adapt.serve.alias_file import AliasFile
 from onnx_adapt.serve.choice import is_name
+from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
 
-_ALIASES = "@aliases"
-"""What the file of aliases is seen under: no adapter can be called so."""
+_SETTLE_S = 0.1
+"""How long a file must have been as it is before it is read: one that is written in place is
+the old one and the new one, in parts, meanwhile."""
+
+
+class _NotNowError(Exception):
+    """Why a file cannot be taken at this time; it is tried again at the next sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,7 @@ class Repository:
         self._seen: dict[str, str] = {}
         self._versions: dict[str, list[Path]] = {}
         self._off: set[str] = set()
-        self._aliases: Aliases = {}
-        self._alias_problem = ""
+        self._aliases = AliasFile(self._files, self._root, self._content)
         self.entries: Mapping[str, Entry] = {}
 
     def sweep(self) -> None:
@@ -106,17 +109,17 @@ class Repository:
                 _log.warning("cannot list %s: %s", self._location, error)
                 return
             found: dict[str, list[dict[str, Any]]] = {}
-            aliases = [i for i in listed if PurePosixPath(i["name"]).name == FILE]
-            for info in listed:
+            followed = list(filter(None, map(self._followed, listed)))
+            for info in followed:
                 path = PurePosixPath(info["name"])
                 if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
             for name in self._versions.keys() - found.keys():
                 self._forget(name)
-            known = {*found, _ALIASES}
-            self._seen = {name: stamp for name, stamp in self._seen.items() if name in known}
-            self._take_aliases(aliases)
-            self._serve({name: self._entry(name, infos) for name, infos in found.items()})
+            self._seen = {name: stamp for name, stamp in self._seen.items() if name in found}
+            own = {name: self._entry(name, infos) for name, infos in found.items()}
+            self._aliases.look(followed)
+            self._serve(own)
 
     def load(self, name: str) -> None:
         """Check an adapter's file again, and serve it.
@@ -131,7 +134,9 @@ class Repository:
         self.sweep()
         entry = self._present(name)
         if entry.reason:
-            raise RequestError(entry.reason, hint="put a file that fits in its place")
+            status = 400 if name in self._seen or name in self._aliases else 503
+            hint = "put a file that fits in its place" if status == 400 else "try again"
+            raise RequestError(entry.reason, hint=hint, status=status)
 
     def unload(self, name: str) -> None:
         """Serve an adapter no more, until it is loaded.
@@ -141,12 +146,11 @@ class Repository:
         """
         with self._lock:
             entry = self._present(name)
-            alias = name in self._aliases
-            if not alias:
+            if name not in self._aliases:
                 self._off.add(name)
                 self._serve({**self._own(), name: _off(entry)})
-        if alias:
-            self.point(name, None)
+                return
+        self.point(name, None)
 
     def point(self, name: str, adapter: str | None) -> None:
         """Let an alias mean an adapter; '' is what it meant before, None is nothing.
@@ -156,23 +160,7 @@ class Repository:
                 file of aliases is bad or cannot be written.
         """
         with self._lock:
-            path = f"{self._root}/{FILE}"
-            try:
-                known = read_aliases(self._files.cat_file(path))
-            except FileNotFoundError:
-                known = {}
-            except (OSError, RequestError) as error:
-                raise RequestError(f"{FILE}: {reason(error)}", hint="mend it first") from error
-            wanted = changed(known, name, adapter)
-            if name in wanted:
-                version, why = self._meant(wanted[name].adapter, self._own())
-                if not version:
-                    raise RequestError(why, hint="put a file that fits in its place")
-            try:
-                _write(self._files, path, write_aliases(wanted))
-            except (OSError, SaveError) as error:
-                why = f"{FILE} cannot be written: {reason(error)}"
-                raise RequestError(why, hint="change it where it is", status=500) from error
+            self._aliases.change(name, adapter, lambda item: self._version(item, self._own()))
         self.sweep()
 
     def read(self, version: str) -> tuple[str, bytes]:
@@ -198,19 +186,15 @@ class Repository:
             f"adapter version {version!r} is gone", hint="ask again for the present one"
         )
 
-    def _take_aliases(self, infos: list[dict[str, Any]]) -> None:
-        """Take up the file of aliases if it is new; while it is bad, the last good one."""
-        if not infos:
-            self._aliases, self._alias_problem = {}, ""
-            self._seen.pop(_ALIASES, None)
-        elif self._seen.get(_ALIASES) != (stamp := repr(sorted(infos[0].items()))):
-            try:
-                self._aliases = read_aliases(self._files.cat_file(infos[0]["name"]))
-                self._alias_problem = ""
-            except (OSError, RequestError) as error:
-                self._alias_problem = f"{FILE}: {reason(error)}"
-                _log.warning("aliases stay as they were: %s", self._alias_problem)
-            self._seen[_ALIASES] = stamp
+    def _followed(self, info: dict[str, Any]) -> dict[str, Any] | None:
+        """What a link leads to, as Kubernetes mounts files; None if it leads nowhere."""
+        try:
+            found: dict[str, Any] = info
+            if info.get("islink"):
+                found = self._files.info(info["name"])
+        except OSError:
+            return None
+        return found
 
     def _own(self) -> dict[str, Entry]:
         """What there is besides aliases."""
@@ -218,25 +202,25 @@ class Repository:
 
     def _serve(self, own: Mapping[str, Entry]) -> None:
         """Serve some adapters, and what aliases mean of them."""
-        aliased = {}
-        for name, alias in self._aliases.items():
-            version, why = self._meant(alias.adapter, own)
-            aliased[name] = Entry(name, version, why or self._alias_problem)
-        self.entries = dict(sorted({**own, **aliased}.items()))
+        meant = self._aliases.meant(lambda adapter: self._version(adapter, own))
+        aliases = {name: Entry(name, *found) for name, found in meant.items()}
+        self.entries = dict(sorted({**own, **aliases}.items()))
 
-    def _meant(self, adapter: str, own: Mapping[str, Entry]) -> tuple[str, str]:
-        """The version that an alias means, or '' and why it means none."""
+    def _version(self, adapter: str, own: Mapping[str, Entry]) -> str:
+        """The version that an adapter means, which may be named by its version itself."""
         name = adapter.partition("@")[0]
-        if name not in own:
-            return "", f"there is no adapter {name!r}"
-        version = own[name].version
-        if not version:
-            return "", f"adapter {name!r} is not served: {own[name].reason}"
-        if adapter in (name, version):
-            return version, ""
-        if any(path.stem == adapter for path in self._versions[name]):
-            return adapter, ""
-        return "", f"there is no version {adapter!r}: the file is {version!r} now"
+        why = f"there is no adapter {name!r}"
+        if name in own:
+            version = own[name].version
+            if version and adapter in (name, version, *self._kept(name)):
+                return version if adapter == name else adapter
+            why = f"adapter {name!r} is not served: {own[name].reason}"
+            if version:
+                why = f"there is no version {adapter!r}: the file is {version!r} now"
+        raise RequestError(why, hint="put a file that fits in its place")
+
+    def _kept(self, name: str) -> list[str]:
+        return [path.stem for path in self._versions.get(name, [])]
 
     def _present(self, name: str) -> Entry:
         if name not in self.entries:
@@ -249,11 +233,15 @@ class Repository:
         """What is served under a name, after a look at its file if that is new."""
         stamp = repr(sorted((info["name"], sorted(info.items())) for info in infos))
         reason = self.entries[name].reason if name in self.entries else ""
-        if self._seen.get(name) != stamp:
-            reason = self._refusal(name, infos)
-            self._seen[name] = stamp
-            if reason:
-                _log.warning("adapter %r is refused: %s", name, reason)
+        if self._seen.get(name) != stamp or self._lost(name):
+            try:
+                reason, self._seen[name] = self._refusal(name, infos), stamp
+                if reason:
+                    _log.warning("adapter %r is refused: %s", name, reason)
+            except _NotNowError as error:
+                self._seen.pop(name, None)
+                if reason != (reason := str(error)):
+                    _log.warning("adapter %r is not taken yet: %s", name, reason)
         kept = self._versions.get(name, [])
         entry = Entry(name, kept[-1].stem if kept else "", reason)
         return _off(entry) if name in self._off else replace(entry, reason=reason)
@@ -269,36 +257,56 @@ class Repository:
             return f"several files have this name: {', '.join(sorted(files))}"
         path = PurePosixPath(infos[0]["name"])
         try:
-            data = self._files.cat_file(infos[0]["name"])
+            data = self._content(infos[0])
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
             if not self._feeds:
                 _refuse_unfed(adapter)
         except AdaptError as error:
             return error.message
+        try:
+            self._keep(name, path.suffix, data)
         except OSError as error:
-            return f"cannot be read: {error}"
-        self._keep(name, path.suffix, data)
+            raise _NotNowError(f"cannot be kept: {error}") from error
         return ""
+
+    def _content(self, info: Mapping[str, Any]) -> bytes:
+        """The bytes of a file that nobody writes just now."""
+        name, written = info["name"], info.get("mtime")  # object stores change files at once
+        try:
+            if isinstance(written, float) and time.time() - written < _SETTLE_S:
+                time.sleep(_SETTLE_S)
+            data: bytes = self._files.cat_file(name)
+            changed = written is not None and self._files.info(name)["mtime"] != written
+        except Exception as error:  # the libraries of object stores may raise anything
+            raise _NotNowError(f"cannot be read: {error}") from error
+        if changed:
+            raise _NotNowError("it is being written")
+        return data
 
     def _keep(self, name: str, suffix: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
         digest = hashlib.sha256(data).hexdigest()[:12]
         path = self._copies / f"{name}@{digest}{suffix}"
         known = self._versions.get(name, [])
-        if path not in known:  # else it may be mapped, and must not be written again
-            path.write_bytes(data)
+        if not path.exists():  # else it may be mapped, and must not be written again
+            with whole(path):
+                path.write_bytes(data)
         kept = [item for item in known if item != path]
-        pinned = {alias.adapter for alias in self._aliases.values()}
+        pinned = [old for old in kept[:-1] if old.stem in self._aliases.pinned]
         for old in kept[:-1]:
-            if old.stem not in pinned:
-                old.unlink()
-        stay = [old for old in kept[:-1] if old.stem in pinned]
-        self._versions[name] = [*stay, *kept[-1:], path]
+            if old not in pinned:
+                old.unlink(missing_ok=True)
+        self._versions[name] = [*pinned, *kept[-1:], path]
 
     def _forget(self, name: str) -> None:
         for path in self._versions.pop(name):
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def _lost(self, name: str) -> bool:
+        """Whether somebody removed our copy, such as what cleans temporary folders."""
+        kept = self._versions.get(name, [])
+        return bool(kept) and not kept[-1].exists()
 
 
 def _refuse_unfed(adapter: Adapter) -> None:
@@ -306,14 +314,6 @@ def _refuse_unfed(adapter: Adapter) -> None:
     if adapter.invocation_tokens or adapter.initial_state:
         what = "invocation tokens" if adapter.invocation_tokens else "a first past"
         raise AdapterError(f"it has {what}, which onnxruntime-genai does not feed")
-
-
-def _write(files: Any, path: str, data: bytes) -> None:
-    """Write a file whole or not at all, as object stores do by themselves."""
-    if "file" in files.protocol:
-        write_files([(Path(path), [data])])
-    else:
-        files.pipe_file(path, data)
 
 
 def _off(entry: Entry) -> Entry:
