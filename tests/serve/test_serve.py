@@ -123,6 +123,25 @@ def test_the_server_tells_what_it_is_and_has(client: Any) -> None:
     assert {entry["state"] for entry in index} == {"READY"}
 
 
+def test_the_first_page_tells_a_person_and_a_program_what_this_is(served: Server) -> None:
+    for path in ("", "-/"):
+        status, found = asked(served, path)
+        assert (status, found["name"], found["model"]) == (200, "onnx-adapt", "adapted")
+        assert found["adapters"] >= 5
+        assert "/v2/models/{model}/infer" in found["addresses"]
+        assert "/v1/embeddings" not in found["addresses"]
+        for address, what in found["addresses"].items():
+            if what.startswith("GET") and "{" not in address:
+                with urllib.request.urlopen(f"http://{served.address}{address}") as response:
+                    assert response.status == 200
+    request = urllib.request.Request(
+        f"http://{served.address}/", headers={"Accept": "text/html"}
+    )
+    with urllib.request.urlopen(request, timeout=LONG) as response:
+        assert response.headers["content-type"].startswith("text/html")
+        assert '<a href="/v2/models">' in response.read().decode()
+
+
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("name", ["fr", None])
 def test_triton_s_client_gets_what_a_session_computes(
