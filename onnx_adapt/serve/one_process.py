@@ -21,7 +21,7 @@ from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News, Versions
 from onnx_adapt.serve.grpc_server import grpc_server
-from onnx_adapt.serve.held import Fetch
+from onnx_adapt.serve.held import Fetch, Recent
 from onnx_adapt.serve.http import api, metrics_route, openai_routes
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.metrics import Metrics, PrometheusMetrics
@@ -29,6 +29,7 @@ from onnx_adapt.serve.openai_errors import openai_error
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
+from onnx_adapt.serve.warm import COLD, Warm, Warmer
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def serve_here(
     embed: Embed | None = None,
     write: Writing | None = None,
     access: Access = ANYBODY,
+    warm: Warm = COLD,
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -73,6 +75,7 @@ def serve_here(
         write: How `/v1/completions` writes texts, or None for no such path. The model is
             that of its folder then, and runs no tensors.
         access: Who may use the server, and whether by TLS.
+        warm: Which adapters are loaded before requests are answered.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
@@ -89,15 +92,17 @@ def serve_here(
         versions, routes = _Local(repository), [metrics_route(metrics)]
         if write is None:
             replica = Replica(settings, fetch, metrics)
-            gateway = Gateway(settings, replica, versions, metrics)
+            gateway, recent = Gateway(settings, replica, versions, metrics), replica.recent
             if embed is not None:
                 routes += _embedding(embed, replica, gateway)
         else:
-            gateway, texts = _writing(settings, write, versions, fetch, metrics)
+            gateway, recent, texts = _writing(settings, write, versions, fetch, metrics)
             routes += texts
         app = api(lambda: gateway, *routes, access=access)
-        config, look = _config(app, settings, access), repository.sweep
-        _Server(config, gateway, look, grace_s, started, grpc_address, access).run([listening])
+        warmer, look = Warmer(warm, recent, gateway.version), repository.sweep
+        config = _config(app, settings, access)
+        grpc = (grpc_address, access) if grpc_address else None
+        _Server(config, gateway, warmer, look, grace_s, started, grpc).run([listening])
 
 
 def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
@@ -129,7 +134,7 @@ def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
 
 def _writing(
     settings: Settings, write: Writing, versions: Versions, fetch: Fetch, metrics: Metrics
-) -> tuple[Gateway, list[Any]]:
+) -> tuple[Gateway, Recent, list[Any]]:
     try:
         from onnx_adapt.serve.llm.routes import text_routes
         from onnx_adapt.serve.llm.writer import Writer
@@ -139,7 +144,7 @@ def _writing(
         ) from error
     writer = Writer(settings, write, fetch, metrics)
     gateway = Gateway(settings, writer, versions, metrics)
-    return gateway, text_routes(writer, gateway)
+    return gateway, writer.recent, text_routes(writer, gateway)
 
 
 class _Local:
@@ -168,16 +173,17 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         gateway: Gateway,
+        warmer: Warmer,
         look: Callable[[], None],
         grace_s: float,
         started: Callable[[], None],
-        grpc_address: str,
-        access: Access,
+        grpc_at: tuple[str, Access] | None,
     ) -> None:
         super().__init__(config)
+        self._warmer = warmer
         self._look = look
-        self._access = access
-        self._grpc_address = grpc_address
+        self._looks: asyncio.Task[None] | None = None
+        self._grpc_at = grpc_at
         self._grpc: Any = None
         self._gateway = gateway
         self._grace_s = grace_s
@@ -185,10 +191,11 @@ class _Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._gateway.start()
         self._loop = asyncio.get_running_loop()
-        if self._grpc_address:
-            self._grpc = grpc_server(self._gateway, self._grpc_address, self._access)
+        await self._gateway.start()
+        await self._warmer.begin()
+        if self._grpc_at is not None:
+            self._grpc = grpc_server(self._gateway, *self._grpc_at)
             await self._grpc.start()
         await super().startup(sockets)
         self._looks = self._loop.create_task(self._look_always())
@@ -201,6 +208,7 @@ class _Server(uvicorn.Server):
             try:
                 await asyncio.to_thread(self._look)
                 await self._gateway.refresh()
+                await self._warmer.follow()
             except Exception:  # the libraries of object stores may raise anything
                 _log.exception("cannot look at the adapters; what is known is served")
 
@@ -219,7 +227,8 @@ class _Server(uvicorn.Server):
         await drained(self._gateway, self._grace_s, _SETTLE_S)
         if self._grpc is not None:
             await self._grpc.stop(0.5)
-        self._looks.cancel()
+        if self._looks is not None:
+            self._looks.cancel()
         self.config.timeout_graceful_shutdown = 1  # what is left had its time
         self.should_exit = True
 
