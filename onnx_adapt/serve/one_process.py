@@ -80,7 +80,14 @@ def serve_here(
     """
     with contextlib.closing(Copies()) as copies:
         model, place, base = settings.model, settings.adapters, settings.base
-        repository = Repository(model, place, copies.path, base, feeds=write is None)
+        repository = Repository(
+            model,
+            place,
+            copies.path,
+            base,
+            feeds=write is None,
+            settle_s=settings.settle_s,
+        )
         repository.sweep()
         metrics = PrometheusMetrics()
 

@@ -40,10 +40,6 @@ from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
 
-_SETTLE_S = 0.1
-"""How long a file must have been as it is before it is read: one that is written in place is
-the old one and the new one, in parts, meanwhile."""
-
 
 class _NotNowError(Exception):
     """Why a file cannot be taken at this time; it is tried again at the next sweep."""
@@ -73,16 +69,26 @@ class Repository:
         copies: A local folder to keep the versions in; nobody else writes there.
         base: What the base is called: no adapter can be.
         feeds: Whether what runs the model feeds what adapters need besides their weights.
+        settle_s: How long a file must have been as it is before it is read: one that is
+            written in place is the old one and the new one, in parts, meanwhile.
 
     Raises:
         AdaptError: If the model has no swappable slots, or there is no such folder.
     """
 
     def __init__(
-        self, model: str, location: str, copies: Path, base: str, *, feeds: bool = True
+        self,
+        model: str,
+        location: str,
+        copies: Path,
+        base: str,
+        *,
+        feeds: bool = True,
+        settle_s: float = 0.1,
     ) -> None:
         self._check = checker(open_model(model))
         self._feeds = feeds
+        self._settle_s = settle_s
         self._location = location
         self._files, self._root = fsspec.core.url_to_fs(location)
         if not self._files.isdir(self._root):
@@ -230,8 +236,8 @@ class Repository:
         """The bytes of a file that nobody writes just now."""
         name, written = info["name"], info.get("mtime")  # object stores change files at once
         try:
-            if isinstance(written, float) and time.time() - written < _SETTLE_S:
-                time.sleep(_SETTLE_S)
+            if isinstance(written, float) and time.time() - written < self._settle_s:
+                time.sleep(self._settle_s)
             data: bytes = self._files.cat_file(name)
             changed = written is not None and self._files.info(name)["mtime"] != written
         except Exception as error:  # the libraries of object stores may raise anything

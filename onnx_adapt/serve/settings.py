@@ -56,6 +56,11 @@ class Settings:
         """What the base is called."""
         return self.name or Path(self.model).stem
 
+    @property
+    def settle_s(self) -> float:
+        """How long a file must have been as it is before it is read."""
+        return min(self.poll_s, 1.0)
+
 
 _LEAST = {"batch_axis": 0, "batch_wait_ms": 0, "max_body_mb": 0.001, "timeout_s": 0.001}
 
