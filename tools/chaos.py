@@ -72,6 +72,36 @@ def kill_part(victim: Victim, rng: Random) -> str:
     return name
 
 
+@contextlib.contextmanager
+def ended_with(victim: Victim) -> Iterator[None]:
+    """Start a server, and leave none behind."""
+    victim.start()
+    try:
+        yield
+    finally:
+        if victim.process is not None:
+            victim.process.kill()
+            victim.process.wait()
+
+
+def strike(victim: Victim, rng: Random, small: bool, on_ray: bool) -> Iterator[str]:
+    """Two seconds of accidents to files, then one to the server; what each is called."""
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        yield happen(victim.world, rng)
+        time.sleep(0.02)
+    if small and rng.random() < 0.3:
+        fill_the_disk(victim, rng)
+        yield "full disk"
+    if on_ray and rng.random() < 0.7:
+        yield f"{kill_part(victim, rng)} killed"
+        return
+    kind = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    victim.end(kind)
+    victim.start()
+    yield kind.name
+
+
 def run(requests: int, seed: int, on_ray: bool, folder: Path) -> int:
     """Let everything happen until so many requests were answered."""
     world, ledger, rng = make_world(folder, 6), Ledger(), Random(seed)
@@ -81,36 +111,21 @@ def run(requests: int, seed: int, on_ray: bool, folder: Path) -> int:
     happened: Counter[str] = Counter()
     with small_disk(temporary) as small:
         victim = Victim(world, ledger, options, temporary, grpc=not on_ray)
-        victim.start()
-        with asked(victim, 16):
-            while ledger.right < requests and not ledger.wrong:
-                end = time.monotonic() + 2
-                while time.monotonic() < end:
-                    happen(world, rng)
-                    happened["files"] += 1
-                    time.sleep(0.02)
-                if small and rng.random() < 0.3:
-                    fill_the_disk(victim, rng)
-                    happened["full disk"] += 1
-                if on_ray and rng.random() < 0.7:
-                    happened[kill_part(victim, rng)] += 1
-                else:
-                    kind = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-                    victim.end(kind)
-                    victim.start()
-                    happened[kind.name] += 1
-                print(f"{ledger.right} right, {dict(happened)}", file=sys.stderr)
-            settle(victim)
-        victim.end(signal.SIGTERM)
-        left = left_behind(victim)
+        with ended_with(victim):
+            with asked(victim, 16):
+                while ledger.right < requests and not ledger.wrong:
+                    happened.update(strike(victim, rng, small, on_ray))
+                    print(f"{ledger.right} right", file=sys.stderr)
+                settle(victim)
+            victim.end(signal.SIGTERM)
+        wrong = [*ledger.wrong[:20], *(f"left behind: {name}" for name in left_behind(victim))]
     print(f"{ledger.right} requests answered right")
-    for why, count in ledger.again.most_common():
-        print(f"{count:8} refused and sent again: {why}")
-    for name, count in happened.most_common():
-        print(f"{count:8} {name}")
-    for what in [*ledger.wrong[:20], *(f"left behind: {name}" for name in left)]:
-        print(f"WRONG    {what}")
-    return int(bool(ledger.wrong or left))
+    for title, counter in (("sent again", ledger.again), ("happened", happened)):
+        for what, count in counter.most_common():
+            print(f"{title}: {count:8} {what}")
+    for what in wrong:
+        print(f"WRONG: {what}")
+    return int(bool(wrong))
 
 
 def main() -> int:
@@ -121,6 +136,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another one, other accidents")
     parser.add_argument("--ray", action="store_true", help="two replicas on Ray")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as folder, patient():
         return run(given.requests, given.seed, given.ray, Path(folder))
 

@@ -235,7 +235,7 @@ def _watched(repository: Repository, poll_s: float, gateway: Gateway) -> Iterato
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(1)  # a folder or store that does not answer keeps nobody alive
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -234,17 +234,25 @@ class Repository:
 
     def _content(self, info: dict[str, Any]) -> bytes:
         """The bytes of a file that nobody writes just now."""
-        name, written = info["name"], info.get("mtime")  # object stores change files at once
+        name, written = info["name"], info.get("mtime")
         try:
             if isinstance(written, float) and time.time() - written < self._settle_s:
                 time.sleep(self._settle_s)
+                self._refuse_changed(info)  # what is a pipe now would be read for ever
             data: bytes = self._files.cat_file(name)
-            changed = written is not None and self._files.info(name)["mtime"] != written
+            self._refuse_changed(info)
+        except _NotNowError:
+            raise
         except Exception as error:  # the libraries of object stores may raise anything
             raise _NotNowError(f"cannot be read: {error}") from error
-        if changed:
-            raise _NotNowError("it is being written")
         return data
+
+    def _refuse_changed(self, info: dict[str, Any]) -> None:
+        """Refuse a file that is not as it was; object stores change theirs at once."""
+        if "mtime" in info:
+            now = self._files.info(info["name"])
+            if (now["type"], now["mtime"]) != (info["type"], info["mtime"]):
+                raise _NotNowError("it is being written")
 
     def _keep(self, name: str, suffix: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
