@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/fixtures"
 from chaos_clients import Ledger
 from chaos_files import make_world
 from chaos_victim import Victim, asked, fill_the_disk, happen, left_behind, settle
-from serve_clients import descendants, patient
+from serve_clients import alone, descendants, patient
 
 RAY = ["--replicas", "2"]
 PARTS = {
@@ -137,7 +137,8 @@ def main() -> int:
     parser.add_argument("--ray", action="store_true", help="two replicas on Ray")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with tempfile.TemporaryDirectory() as folder, patient():
+    one_ray = alone() if given.ray else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, patient(), one_ray:
         return run(given.requests, given.seed, given.ray, Path(folder))
 
 

@@ -15,7 +15,6 @@ from onnx_adapt.cli.training_data import read_samples, read_settings
 from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
 from onnx_adapt.cli.training_paths import check_paths
 from onnx_adapt.cli.training_watch import Watch
-from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -32,13 +31,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path())
 @options.data
 @options.loss
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @click.option(
     "--model-output",
     "model_path",
@@ -117,6 +110,15 @@ if TYPE_CHECKING:
     "--forward-only",
     is_flag=True,
     help="Train without gradients, for models that have none; slow.",
+)
+@click.option(
+    "--frozen-memory",
+    type=click.IntRange(0),
+    metavar="MB",
+    default=1024,
+    show_default=True,
+    help="What may be taken to keep, for each sample, what the layers before the first slot "
+    "give. It is computed in every step if that is too little, or 0.",
 )
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
@@ -212,6 +214,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         patience=given["patience_"],
         seed=given["seed"],
         forward_only=given["forward_only"],
+        frozen_memory=given["frozen_memory"],
     )
 
 
@@ -247,6 +250,7 @@ def _train(
             check=not given["no_check"],
             provider=given["provider"],
             on_step=watch.tell,
+            notice=say,
             stop=watch.is_stopped,
             checkpoint=given["checkpoint"],
             resume=given["resume"],

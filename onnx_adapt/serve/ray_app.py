@@ -246,4 +246,4 @@ def _api() -> Any:
         gateway: Gateway = replica.servable_object
         return gateway
 
-    return api(front)
+    return api(front, names=False)

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import helper
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.model.runtime_bytes import keep_unpacked, model_bytes
-from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session, threads
+from onnx_adapt.ort import Providers
 from onnx_adapt.training.data import Batch, Dataset
 from onnx_adapt.training.evaluation import Evaluation, evaluate, require_finite_loss
 from onnx_adapt.training.metrics import Metric
+from onnx_adapt.training.session import TrainingSession
 from onnx_adapt.training.step_model import StepModel
 
 Arrays = Mapping[str, Array]
@@ -44,29 +43,8 @@ class Engine:
     """
 
     def __init__(self, step: StepModel, providers: Providers) -> None:
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        # A step of MiniLM takes 379 MB so, and 520 MB by default, in the same time: without
-        # a Shape node keeping its tensor until late, and without one block for all tensors.
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        options.enable_mem_pattern = False
-        options.intra_op_num_threads = threads()
-        keep_unpacked(step.model, options)  # BERT base: 763 MB, 1079 MB packed; 3 % slower
         self.step = step
-        self._forward = ort.RunOptions()
-        self._forward.only_execute_path_to_fetches = True
-        self._session = start_session(
-            model_bytes(step.model, options),
-            options,
-            providers,
-            label=step.model.label,
-            hint="`onnx-adapt verify` says whether the adapted model runs",
-        )
-        self._dtypes = {
-            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            for value in step.model.proto.graph.input
-        }
+        self._session = TrainingSession(step.model, providers)
 
     def run(self, weights: Arrays, batch: Batch, step: int = 0) -> Result:
         """The loss of a batch and its gradients.
@@ -117,15 +95,4 @@ class Engine:
 
     def _run(self, weights: Arrays, batch: Batch, outputs: Sequence[str]) -> dict[str, Array]:
         feeds = {**batch.feeds(self.step.labels), **weights}
-        typed = {
-            name: np.asarray(value, self._dtypes.get(name, value.dtype))
-            for name, value in feeds.items()
-        }
-        values = run_session(
-            self._session,
-            outputs,
-            typed,
-            label=f"{self.step.model.label} on {batch.name}",
-            run_options=self._forward,
-        )
-        return dict(zip(outputs, values, strict=True))
+        return self._session.run(feeds, outputs, batch.name)

@@ -96,6 +96,19 @@ def require_finite_loss(loss: float, batch: Batch, when: str) -> None:
     """
     if np.isfinite(loss):
         return
+    require_finite_inputs(batch, when)
+    raise TrainingError(
+        f"{when}the loss is {loss} on {batch.name}",
+        hint="a lower rate may help",
+    )
+
+
+def require_finite_inputs(batch: Batch, when: str = "") -> None:
+    """Refuse samples that hold NaN or infinity.
+
+    Raises:
+        TrainingError: If one does; it names the first.
+    """
     for name, value in {**batch.inputs, "labels": batch.labels}.items():
         bad = ~np.isfinite(value) if value.dtype.kind == "f" else np.zeros(value.shape, bool)
         if bad.any():
@@ -105,7 +118,3 @@ def require_finite_loss(loss: float, batch: Batch, when: str) -> None:
                 "infinity",
                 hint="repair the data, or leave this sample out",
             )
-    raise TrainingError(
-        f"{when}the loss is {loss} on {batch.name}",
-        hint="a lower rate may help",
-    )

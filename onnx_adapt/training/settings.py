@@ -28,6 +28,9 @@ class Settings:
         seed: Seed of all random numbers.
         forward_only: Whether the loss is tried on both sides of random moves of the weights,
             in place of gradients: slow, for models that have none.
+        frozen_memory: How many MB may be taken to keep, for each sample, what the layers
+            before the first slot give, which never changes. If they do not suffice, or are 0,
+            it is computed in every step.
     """
 
     epochs: int = 3
@@ -42,6 +45,7 @@ class Settings:
     patience: int = 0
     seed: int = 0
     forward_only: bool = False
+    frozen_memory: int = 1024
 
     def check(self) -> None:
         """Refuse settings that are not possible.
@@ -72,6 +76,7 @@ _RANGES = {
     "warm_up": (0, 1),
     "average": (0, 0.999999999),
     "patience": (0, 10**9),
+    "frozen_memory": (0, 10**9),
     "seed": (0, 2**63),
 }
 """What each number must be between."""

@@ -10,7 +10,7 @@ from onnx import helper
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.edit.export import require_feeds
-from onnx_adapt.errors import GradientError, TrainingError
+from onnx_adapt.errors import TrainingError
 from onnx_adapt.graph.gradients.prepare import index_for_gradients, prepare
 from onnx_adapt.graph.gradients.reverse import differentiate
 from onnx_adapt.graph.gradients.tape import INT64, Tape
@@ -98,11 +98,6 @@ def make_step(
     add_loss(result, chosen, loss, settings or {})
     index = index_for_gradients(result, LOSS, weights, known)
     found = differentiate(index, LOSS, weights, chosen)
-    if flat := [weight for weight in weights if not found.grads.get(weight)]:
-        raise GradientError(
-            f"the loss has no gradient for {flat[0]!r}: what is behind it is made of steps",
-            hint="put the slot behind the steps, nearer to the output",
-        )
     graph = result.proto.graph
     graph.node.extend(found.nodes)
     graph.initializer.extend(found.constants)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.given import AdapterLike, as_adapter
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.model.given import ModelLike, as_model
-from onnx_adapt.ort import read_providers
+from onnx_adapt.ort import Providers, read_providers
 from onnx_adapt.proof.runner import ProviderArgument
 from onnx_adapt.training.engine import Engine
 from onnx_adapt.training.fit import Stepper, fit
 from onnx_adapt.training.forward_only import ForwardEngine
 from onnx_adapt.training.gradient_check import Checked, check_gradients
+from onnx_adapt.training.kept import keep_frozen
 from onnx_adapt.training.progress import Epoch, Progress, Report, start
 from onnx_adapt.training.reading import DataArgument
 from onnx_adapt.training.resuming import ProgressFile
@@ -71,6 +72,7 @@ def train(
     check: bool = True,
     provider: ProviderArgument = None,
     on_step: Callable[[Report], None] | None = None,
+    notice: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -97,6 +99,7 @@ def train(
         check: Compare the gradients with differences of the loss before the first step.
         provider: Where to run: an execution provider of ONNX Runtime, by default the CPU.
         on_step: Told of every step.
+        notice: Told, in a sentence, what is worth knowing before the first step.
         stop: Asked after every step whether to stop there; the best weights so far are given.
         checkpoint: A file that keeps how far the training is: after each epoch, after some
             minutes, when it stops and when a loss is not finite.
@@ -133,16 +136,17 @@ def train(
     file, progress = _first_progress(task, checkpoint, resume=resume)
     checks: Sequence[Checked] = ()
     providers = read_providers(provider)
+    faster = _with_kept(task, providers, notice or (lambda _: None))
     if settings.forward_only:
         engine: Stepper = ForwardEngine(
-            *(task.step, loss, loss_settings or {}, providers, settings.seed)
+            *(faster.step, loss, loss_settings or {}, providers, settings.seed)
         )
     else:
-        engine = exact = Engine(task.step, providers)
+        engine = exact = Engine(faster.step, providers)
         if check and not resume:
-            batch = task.samples.first(max(_CHECKED, task.step.rows))
+            batch = faster.samples.first(max(_CHECKED, task.step.rows))
             checks = check_gradients(exact, task.begun, batch, settings.seed)
-    steps = fit(engine, progress, task.samples, task.held_back, settings, task.order)
+    steps = fit(engine, progress, faster.samples, faster.held_back, settings, task.order)
     progress, finished, failure = _follow(steps, progress, file, on_step, stop)
     best = progress.best or progress.current
     trained = Trained(
@@ -156,6 +160,26 @@ def train(
         failure.trained = trained if progress.step else None
         raise failure
     return trained
+
+
+def _with_kept(task: Task, providers: Providers, notice: Callable[[str], None]) -> Task:
+    """The task with what is before the first slot kept for each sample, where that fits."""
+    most = task.settings.frozen_memory * 10**6
+    if not most:
+        return task
+    found = keep_frozen(
+        *(task.step, list(task.begun), task.samples, task.held_back),
+        batch_size=task.settings.batch_size,
+        most=most,
+        providers=providers,
+    )
+    if isinstance(found, str):
+        if found:
+            notice(found)
+        return task
+    taken = f"{found.size / 1e6:.1f} MB"
+    notice(f"what is before the first slot is computed once for each sample: {taken}")
+    return replace(task, step=found.step, samples=found.samples, held_back=found.held_back)
 
 
 def _first_progress(

@@ -60,8 +60,8 @@ def differentiate(
             gradients of half-precision numbers are scaled, and those of weights in float32.
 
     Raises:
-        GradientError: If the loss does not depend on a weight, or an operator on the way
-            has no rule.
+        GradientError: If the loss does not depend on a weight, or only through steps; or if
+            an operator on the way has no rule.
     """
     view, opset = index.main, default_opset(index.model.proto)
     if opset < TARGET:
@@ -76,6 +76,11 @@ def differentiate(
         grads = _scaled(tape, loss, seed, weights, output)
     else:
         grads = go_back(tape, {loss: seed}, weights)
+    if flat := [weight for weight in weights if weight not in grads]:
+        raise GradientError(
+            f"{loss!r} has no gradient for {flat[0]!r}: what is behind it is made of steps",
+            hint="put the slot behind the steps, nearer to the output",
+        )
     kinds = {weight: tape.elem_type(grad) for weight, grad in grads.items()}
     return Gradients(tuple(tape.nodes), tuple(tape.constants.values()), grads, kinds)
 
@@ -83,9 +88,11 @@ def differentiate(
 def _scaled(
     tape: Tape, loss: str, seed: str, weights: Sequence[str], output: str
 ) -> dict[str, str]:
-    """The gradients of weights in float32, by scaled ones in half precision."""
-    (own,) = go_back(tape, {loss: seed}, [output]).values()
-    own = tape.cast(own, FLOAT)
+    """The gradients of weights in float32, by scaled ones in half precision, if there are."""
+    found = go_back(tape, {loss: seed}, [output])
+    if not found:
+        return {}
+    own = tape.cast(found[output], FLOAT)
     largest = tape.add("ReduceMax", tape.add("Abs", own), keepdims=0)
     power = tape.times(tape.add("Log", largest), -1 / math.log(2))
     power = tape.plus(tape.add("Floor", power), _LARGEST)

@@ -6,6 +6,7 @@ from onnx import numpy_helper, parser
 
 import onnx_adapt as oa
 from onnx_adapt.errors import GradientError
+from onnx_adapt.training.gradient_proof import check_gradient_nodes
 
 LOOP = """
 <ir_version: 8, opset_import: ["": 17]>
@@ -50,3 +51,19 @@ def test_nothing_behind_an_operator_without_a_rule_is_said() -> None:
     with pytest.raises(GradientError, match="Loop") as caught:
         oa.train(oa.insert(_base(text), after="a"), DATA, loss="mse")
     assert "no layer is behind it" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_a_slot_before_steps_is_refused_by_training_and_by_the_proof(kind: str) -> None:
+    proto = parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g ({kind}[n, 4] x) => ({kind}[n, 4] y) {{ a = MatMul(x, w) y = Round(a) }}
+    """)
+    matrix = np.eye(4, dtype=np.float32 if kind == "float" else np.float16)
+    proto.graph.initializer.append(numpy_helper.from_array(matrix, "w"))
+    adapted = oa.insert(oa.Model(proto), after="a")
+    with pytest.raises(GradientError, match="made of steps"):
+        oa.train(adapted, DATA, loss="mse")
+    check = check_gradient_nodes(adapted)
+    assert not check.passed
+    assert "made of steps" in check.detail
