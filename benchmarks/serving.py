@@ -4,8 +4,8 @@ Clients ask for adapters at random, one row each, in the Open Inference Protocol
 answer is compared with what an `AdapterSession` computes.
 
     python benchmarks/serving.py --peers FOLDER  # with FastAPI, MLServer, KServe and LitServe
-    python benchmarks/serving.py                 # ours alone, in one process and on Ray
-    python benchmarks/serving.py --quick         # ours in one process, a little of each
+    python benchmarks/serving.py --ray           # ours in one process, and on Ray
+    python benchmarks/serving.py --quick         # a little of each
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ def measure(server: Server, requests: list[bytes], truth: list, found: Measured)
     found.started_s.append(server.started_s)
 
 
-def beside_peers(folder: Path, peers: Path | None, quick: bool) -> int:
+def beside_peers(folder: Path, peers: Path | None, ray: bool, quick: bool) -> int:
     """Each server in turn, some rounds of them; how many answers were wrong."""
     count, rounds, adapters = (40, 1, 3) if quick else (2000, 3, ADAPTERS)
     world = prepare(folder, adapters, adapters if peers else 0)
     chosen = np.random.default_rng(1).integers(0, adapters, count)
     documents, truth = asked(world, list(chosen))
     commands = {"onnx-adapt": ours(world.model, world.adapters)}
-    if not quick:
+    if ray:
         commands[RAY] = ours(world.model, world.adapters, "--replicas", "2")
     if peers:
         commands |= {name: peer(name, peers, world.baked) for name in INSTALLS}
@@ -193,12 +193,13 @@ def main() -> int:
     """Measure, and print tables."""
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one process, a little of each")
+    parser.add_argument("--quick", action="store_true", help="a little of each")
+    parser.add_argument("--ray", action="store_true", help="ours on Ray as well")
     parser.add_argument("--peers", type=Path, help="the folder of the peers' environments")
     given = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        failed += beside_peers(Path(one), given.peers, given.quick)
+        failed += beside_peers(Path(one), given.peers, given.ray, given.quick)
         failed += many_adapters(Path(other), given.quick)
     return int(failed > 0)
 

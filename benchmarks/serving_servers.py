@@ -22,6 +22,9 @@ HERE = Path(__file__).resolve().parent
 SECONDS = 60
 """How long a server may take to start."""
 
+PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(SECONDS)}
+"""On a busy machine Ray would end its proxy, and start it again, before it is ready."""
+
 INSTALLS = {
     "FastAPI": ("fastapi==0.165.0", "uvicorn[standard]==0.54.0"),
     "MLServer": ("mlserver==1.7.1",),
@@ -109,7 +112,7 @@ def running(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     began = time.perf_counter()
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    quiet = {**os.environ, **PATIENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as said:
         process = subprocess.Popen([*command, str(port)], stdout=said, stderr=said, env=quiet)
     try:
