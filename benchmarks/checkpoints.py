@@ -15,7 +15,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measuring import ADAPT, Command, CommandError, Cost, Finding, Part, Table, run, try_all
+from measuring import (
+    ADAPT,
+    Cell,
+    Command,
+    CommandError,
+    Cost,
+    Finding,
+    Part,
+    Ratio,
+    Table,
+    run,
+    try_all,
+)
 from setting import ROOT, Setting, alone
 
 from onnx_adapt.cli.outputs import say
@@ -93,16 +105,19 @@ def benchmark(setting: Setting) -> Part:
         run(ways["ours, command line"])
         costs = try_all(ways, setting.pick(3, 1, 1))
         outputs = {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
-    mine, rows = costs["ours, swappable"], []
+    mine = costs["ours, swappable"]
+    rows: list[tuple[Cell, ...]] = []
     if isinstance(mine, CommandError):
         raise SystemExit(str(mine))
     for who, cost in costs.items():
         if isinstance(cost, CommandError):
-            rows.append((who, "", "", "", "", str(cost)))
+            rows.append((who, "", "", "", "", "", str(cost)))
             continue
-        ratios = (cost.done.best / mine.done.best, cost.peak / mine.peak)
+        busy = Ratio.of(mine.busy.each, cost.busy.each)
+        ratios = (busy, cost.done.best / mine.done.best, cost.peak / mine.peak)
         rows.append((who, *ratios, cost.done.best, cost.peak / 1e6, ""))
-    columns = ("way", "time / ours", "memory / ours", "s", "MB", "fails with")
+    ratio_columns = ("ours / it, processor", "time / ours", "memory / ours")
+    columns = ("way", *ratio_columns, "s", "MB", "fails with")
     part.tables.append(Table(f"{name}: to the first output", columns, rows))
     wanted = outputs.pop("swapped")
     apart = max(float(np.abs(value - wanted).max()) for value in outputs.values())

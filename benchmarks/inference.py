@@ -188,8 +188,9 @@ def linear_work(proto: onnx.ModelProto) -> int:
 def goals(name: str, rows: list[dict[str, Any]]) -> list[Finding]:
     """The worst of all lines, where it is, and the middle of them."""
     for row in rows:
-        row["baked / limit"] = row["baked"] / row["arithmetic"]
+        row["baked / limit"] = row["baked"].value / row["arithmetic"]
     found = []
+    rows = [{key: getattr(cell, "value", cell) for key, cell in row.items()} for row in rows]
     for what, key, most in (
         ("off / base", "off", OFF),
         ("LoraAdapter / baked", "swapped / baked", ON),

@@ -22,11 +22,13 @@ from large_models import write_external, write_inline
 from lost import lost, rich_model
 from measuring import (
     ADAPT,
+    Cell,
     Command,
     CommandError,
     Cost,
     Finding,
     Part,
+    Ratio,
     Table,
     measure,
     run,
@@ -107,15 +109,17 @@ def worked(cost: Cost | CommandError) -> Cost:
     return cost
 
 
-def rows_of(name: str, costs: Costs) -> list[tuple[str | float, ...]]:
-    """Lines of a table: seconds, seconds until on disk, megabytes, and times of ours."""
-    mine, rows = worked(costs["insert"]), []
+def rows_of(name: str, costs: Costs) -> list[tuple[Cell, ...]]:
+    """Lines of a table: ours by it, seconds, seconds until on disk, megabytes."""
+    mine = worked(costs["insert"])
+    rows: list[tuple[Cell, ...]] = []
     for who, cost in costs.items():
         if isinstance(cost, CommandError):
-            rows.append((name, who, "", "", "", "", "", "", str(cost)))
+            rows.append((name, who, "", "", "", "", "", "", "", str(cost)))
             continue
         done, disk = cost.done.best, cost.on_disk.best
-        ratios = (done / mine.done.best, cost.peak / mine.peak)
+        busy = Ratio.of(mine.busy.each, cost.busy.each)
+        ratios = (busy, done / mine.done.best, cost.peak / mine.peak)
         rows.append((name, who, *ratios, done, disk, cost.busy.best, cost.peak / 1e6, ""))
     return rows
 
@@ -123,6 +127,7 @@ def rows_of(name: str, costs: Costs) -> list[tuple[str | float, ...]]:
 COLUMNS = (
     "of",
     "by",
+    "insert / it, processor",
     "time / ours",
     "memory / ours",
     "s",
@@ -146,7 +151,7 @@ def start(setting: Setting, sizes: Sizes) -> Part:
 def inline(setting: Setting, sizes: Sizes) -> Part:
     """Insert into models with inline weights: the curve over their size."""
     part = Part("inline")
-    rows: list[tuple[str | float, ...]] = []
+    rows: list[tuple[Cell, ...]] = []
     for layers, width in sizes.inline:
         with setting.room() as folder:
             model = folder / "base.onnx"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 ADAPT = str(Path(sys.executable).with_name("onnx-adapt"))
@@ -178,9 +178,34 @@ def in_turn(
     return times
 
 
-def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """The median of the ratios of two calls in the same round."""
-    return median(a / b for a, b in zip(times[name], times[to], strict=True))
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How long something took, measured by something else; less is better.
+
+    Attributes:
+        value: The median of the rounds.
+        spread: Half of the distance between the 10th and the 90th percentile of the rounds.
+    """
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], other: Sequence[float]) -> Ratio:
+        """The ratios of two calls that ran in the same rounds."""
+        rounds = [a / b for a, b in zip(ours, other, strict=True)]
+        if len(rounds) == 1:
+            return cls(rounds[0], 0.0)
+        tenths = quantiles(rounds, n=10, method="inclusive")
+        return cls(median(rounds), (tenths[-1] - tenths[0]) / 2)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.spread:.2f}"
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> Ratio:
+    """The ratio of two calls of `in_turn`."""
+    return Ratio.of(times[name], times[to])
 
 
 def one_thread() -> Any:
@@ -232,13 +257,19 @@ def same(what: str, holds: bool, detail: str = "") -> Finding:
     return Finding(what, float(holds), "yes", detail, least=1)
 
 
+Cell = str | float | Ratio
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Numbers side by side; a cell that is text says why there is no number."""
+    """Numbers side by side; a cell that is text says why there is no number.
+
+    `all.py --check` compares the ratios. A row is known by its first texts and whole numbers.
+    """
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str | float, ...]]
+    rows: Sequence[tuple[Cell, ...]]
 
 
 @dataclass(slots=True)

@@ -22,8 +22,14 @@ def rows(results: dict[str, Any], part: str, title: str) -> list[Row]:
     """The lines of the table whose title begins so, by column."""
     for table in results.get(part, {}).get("tables", ()):
         if table["title"].startswith(title):
-            return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+            bare = ([_number(cell) for cell in row] for row in table["rows"])
+            return [dict(zip(table["columns"], row, strict=True)) for row in bare]
     return []
+
+
+def _number(cell: Any) -> Any:
+    """A ratio without its spread; other cells as they are."""
+    return cell["value"] if isinstance(cell, dict) else cell
 
 
 def amount(text: str) -> float:

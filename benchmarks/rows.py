@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from dense_models import base_model, inputs, random_adapter
-from measuring import Part, Table, in_turn, one_thread, ratio
+from measuring import Cell, Part, Table, in_turn, one_thread, ratio
 from setting import Setting, alone
 
 import onnx_adapt as oa
@@ -78,14 +78,14 @@ def benchmark(setting: Setting) -> Part:
     """All of it."""
     say("mixed: rows")
     found = sessions(setting.pick(12, 4, 1))
-    rows: list[tuple[str | float, ...]] = []
+    rows: list[tuple[Cell, ...]] = []
     seconds = setting.pick(4.0, 1.0, 0.0)
     names = [name for name in WAYS if name in ("one by one", *found)]
     for case in setting.pick(FULL, QUICK, TINY):
         ways = calls(found, case)
         times = in_turn(ways, 5 if seconds else 1, seconds, time.process_time)
         ratios = {name: ratio(times, name, "base") for name in names}
-        rows.append((*case, *ratios.values(), min(names, key=lambda name: ratios[name])))
+        rows.append((*case, *ratios.values(), min(names, key=lambda name: ratios[name].value)))
     columns = ("batch", "positions", "adapters", *names, "best")
     title = f"time / base of the whole batch, bottleneck {BOTTLENECK}"
     part = Part("mixed", tables=[Table(title, columns, rows)])

@@ -10,14 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measuring import Finding, Part, Table
+from measuring import Cell, Finding, Part, Ratio, Table
 
 from onnx_adapt.cli.outputs import print_table
 
 FINDINGS = ("value", "of", "goal", "best (to worst), and details")
 
 
-def text(cell: str | float) -> str:
+def text(cell: Cell) -> str:
     """A cell as it is shown."""
     if isinstance(cell, float):
         return f"{cell:.3f}" if cell < 10 else f"{cell:.1f}" if cell < 100 else f"{cell:.0f}"
@@ -60,10 +60,17 @@ def from_json(found: dict[str, Any]) -> Part:
     return Part(
         found["name"],
         [Finding(**each) for each in found["findings"]],
-        [Table(**{**each, "columns": tuple(each["columns"])}) for each in found["tables"]],
+        [
+            Table(each["title"], tuple(each["columns"]), [_row(row) for row in each["rows"]])
+            for each in found["tables"]
+        ],
         found["notes"],
         found["where"],
     )
+
+
+def _row(cells: Sequence[Any]) -> tuple[Cell, ...]:
+    return tuple(Ratio(**cell) if isinstance(cell, dict) else cell for cell in cells)
 
 
 def to_markdown(part: Part) -> str:

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from dense_models import base_model, inputs, random_adapter
-from measuring import Finding, Part, Table, in_turn, one_thread, same
+from measuring import Cell, Finding, Part, Table, in_turn, one_thread, ratio, same
 from setting import Setting, alone
 
 import onnx_adapt as oa
 from onnx_adapt.cli.outputs import say
 
 LAYERS, BOTTLENECK = 24, 64
+NEW = "new InferenceSession and run"
 LOAD = 1.0
 """At most, in milliseconds, for an adapter of 9.5 MB."""
 
@@ -66,12 +67,10 @@ def loads(folder: Path, adapted: oa.Model, adapter: oa.Adapter, runs: int) -> Pa
     }
     calls["LoraAdapter.Load, unchecked"] = bare
     calls |= {f"load {file.suffix} and run": lambda file=file: swap(file) for file in files}
-    calls["new InferenceSession and run"] = anew
-    times = {
-        name: min(each) * 1e3
-        for name, each in in_turn(calls, runs, clock=time.process_time).items()
-    }
-    new = times["new InferenceSession and run"]
+    calls[NEW] = anew
+    rounds = in_turn(calls, runs, clock=time.process_time)
+    times = {name: min(each) * 1e3 for name, each in rounds.items()}
+    new = times[NEW]
     load, first = times["load .onnx_adapter"], times["load .onnx_adapter and run"]
     size = f"{adapter.size / 1e6:.1f} MB, checked"
     return Part(
@@ -83,8 +82,11 @@ def loads(folder: Path, adapted: oa.Model, adapter: oa.Adapter, runs: int) -> Pa
         [
             Table(
                 "an adapter of 9.5 MB, or a session with it baked in",
-                ("of", "ms", "times faster than a new session"),
-                [(name, value, new / value) for name, value in times.items()],
+                ("of", "to a new session", "ms", "times faster than a new session"),
+                [
+                    (name, ratio(rounds, name, NEW), value, new / value)
+                    for name, value in times.items()
+                ],
             )
         ],
     )
@@ -117,7 +119,7 @@ def memory(setting: Setting) -> Part:
     """One session with 1, 10 and 100 adapters, beside as many sessions."""
     counts = setting.pick((1, 10, 100), (1, 10), (1, 2))
     layers = setting.pick(8, 8, 1)
-    rows: list[tuple[str | float, ...]] = []
+    rows: list[tuple[Cell, ...]] = []
     with setting.room() as folder:
         adapted = model_with_slots(layers)
         adapter = random_adapter(adapted, 0, BOTTLENECK)
@@ -134,16 +136,13 @@ def memory(setting: Setting) -> Part:
                 line = [sys.executable, __file__, "--hold", kind, model, *each]
                 done = subprocess.run(line, capture_output=True, text=True, check=True)
                 found[kind] = int(done.stdout) / 1e6
-            ratio = found["sessions"] / found["adapters"]
-            rows.append((count, ratio, found["adapters"], found["sessions"]))
+            saved = found["sessions"] / found["adapters"]
+            rows.append((count, saved, found["adapters"], found["sessions"]))
     size = f"a model of {layers * 2.36:.0f} MB, adapters of {adapter.size / 1e6:.1f} MB"
     title = f"memory, {size}"
     columns = ("adapters", "sessions / ours", "one session, MB", "as many sessions, MB")
-    last = rows[-1]
-    what = f"memory of {last[0]} sessions / one with as many adapters"
-    return Part(
-        "memory", [Finding(what, float(last[1]), "x", size)], [Table(title, columns, rows)]
-    )
+    what = f"memory of {count} sessions / one with as many adapters"
+    return Part("memory", [Finding(what, saved, "x", size)], [Table(title, columns, rows)])
 
 
 def resident() -> int:
@@ -172,7 +171,7 @@ def thousand(folder: Path, adapted: oa.Model, count: int) -> Part:
             session.unload(f"a{i}")
         gc.collect()
         sizes.append(resident())
-    rows: list[tuple[str | float, ...]] = [
+    rows: list[tuple[Cell, ...]] = [
         ("all loaded (mapped files count)", (sizes[0] - started) / 1e6),
         ("all unloaded", (sizes[1] - started) / 1e6),
         ("unloaded the third time", (sizes[5] - started) / 1e6),

@@ -192,7 +192,7 @@ def run_session(
     try:
         return list(session.run(list(outputs), dict(feeds), run_options))
     except failures() as error:
-        raise _refused(session, label, error) from error
+        raise _refused(session, feeds, label, error) from error
 
 
 def run_ort_values(
@@ -206,13 +206,20 @@ def run_ort_values(
     try:
         return list(session.run_with_ort_values(list(outputs), dict(feeds)))
     except failures() as error:
-        raise _refused(session, label, error) from error
+        raise _refused(session, feeds, label, error) from error
 
 
-def _refused(session: Any, label: str, error: Exception) -> RunError:
-    wanted = ", ".join(f"{item.name} {item.shape}" for item in session.get_inputs())
+def _refused(session: Any, feeds: Mapping[str, Any], label: str, error: Exception) -> RunError:
+    asked = {item.name: item.shape for item in session.get_inputs()}
+    optional = {item.name for item in session.get_overridable_initializers()}
+    reason = shortened(error)
+    if unknown := [name for name in feeds if name not in {*asked, *optional}]:
+        reason = f"it has no input {unknown[0]!r}"
+    elif missing := [name for name in asked if name not in feeds]:
+        reason = f"its input {missing[0]!r} is not fed"
+    wanted = ", ".join(f"{name} {shape}" for name, shape in asked.items())
     return RunError(
-        f"{label} does not run: {shortened(error)}",
+        f"{label} does not run: {reason}",
         hint=f"do the inputs fit? The model asks for {shortened(wanted)}",
     )
 

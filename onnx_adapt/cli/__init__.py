@@ -72,7 +72,21 @@ class _Commands(click.Group):
             meant = difflib.get_close_matches(name, _COMMANDS, 1, 0.5)
             guess = f" (Did you mean '{meant[0]}'?)" if meant else ""
             ctx.fail(f"No such command '{name}'.{guess}")
-        return super().resolve_command(ctx, args)
+        found, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:  # as completions parse
+            _refuse_repeated(click.Context(command, ctx, found), rest)
+        return found, command, rest
+
+
+def _refuse_repeated(ctx: click.Context, args: list[str]) -> None:
+    """Refuse an option that takes one value and is given several: click takes the last."""
+    *_, given = ctx.command.make_parser(ctx).parse_args(list(args))
+    for param in given:
+        takes_one = isinstance(param, click.Option) and not (
+            param.multiple or param.is_flag or param.count
+        )
+        if takes_one and given.count(param) > 1:
+            ctx.fail(f"Option '{param.opts[-1]}' is given more than once.")
 
 
 @click.command(

@@ -8,7 +8,6 @@ from onnx_adapt.cli import options
 from onnx_adapt.cli.losses import losses_for_json, rank_of, show_losses
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import suffix_list
 
 
 @click.command("compress", short_help="Reduce the rank of an adapter.")
@@ -20,13 +19,7 @@ from onnx_adapt.formats import suffix_list
     help="The share of the squared singular values that each slot keeps, such as 0.99.",
 )
 @options.adapter_name
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @options.as_json
 def command(
     adapter: str,

@@ -7,19 +7,12 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 
 @click.command("extract", short_help="Write the adapter inside a model to a file.")
 @click.argument("model", type=click.Path())
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @options.adapter_name
 @options.as_json
 def command(model: str, output: str, name: str, as_json: bool) -> None:

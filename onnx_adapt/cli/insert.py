@@ -24,6 +24,7 @@ from onnx_adapt.cli.progress import patience
 
 if TYPE_CHECKING:
     from onnx_adapt import Adapter, Checkpoint, Model, Report
+    from onnx_adapt.report.costs import UpdateCost
 
 _ONLY_WITH_AFTER = (
     *("bias", "activation", "bottleneck", "source", "axis", "seed", "inline_functions"),
@@ -171,7 +172,6 @@ def command(
     """
     import onnx_adapt as oa
     from onnx_adapt.model.destination import resolve_destination
-    from onnx_adapt.report.costs import update_cost
 
     if Path(model).is_dir():
         insert_into_folder(ctx)
@@ -194,7 +194,7 @@ def command(
         used = trained if calibrate or not swappable else None
         given = base, adapted, inputs or calibrate or None, used, provider
         proof = None if no_verify else _prove(*given, stage)
-        cost = update_cost(*given[:2], trained, given[2], provider) if proof else None
+        cost = _cost(*given[:2], trained, given[2], provider) if proof else None
         weights = adapter_beside(path, checkpoint, file_format) if swappable else []
         form = {"overwrite": force, "keep_external": keep_external, "thin": thin}
         saved = oa.save_model(adapted, path, beside=weights, progress=progress, **form)
@@ -271,6 +271,19 @@ def _with_slots(
         return oa.insert(base, after=after, **given)
     form = {name: options[name] for name in ("baked", "batched", "stack")}
     return oa.insert_checkpoint(base, checkpoint, **form)
+
+
+def _cost(
+    base: Model,
+    adapted: Model,
+    trained: Adapter | None,
+    inputs: Sequence[str] | None,
+    provider: Sequence[str],
+) -> UpdateCost | None:
+    """What slots on weights cost in each run."""
+    from onnx_adapt.report.costs import update_cost
+
+    return update_cost(base, adapted, trained, inputs, provider)
 
 
 def _prove(

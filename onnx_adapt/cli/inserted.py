@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from onnx_adapt.cli.grouped import COLUMNS, group_row, group_slots, natural, summary
 from onnx_adapt.cli.outputs import print_json, print_table, say, size_text, tell_saved
 from onnx_adapt.cli.slots import slot_dict
-from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 from onnx_adapt.slot.places import owners
 from onnx_adapt.words import count
 
@@ -55,6 +54,8 @@ _MOST_LINES = 12
 
 
 def _print_slots(slots: Sequence[Slot], *, long: bool) -> None:
+    from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
+
     own = sorted(owners(slots), key=lambda slot: natural(slot.name))
     groups = group_slots(own)
     if long or len(own) <= _MOST_LINES or len(groups) == len(own):
@@ -86,10 +87,9 @@ def show_inserted(
     """Print what was inserted, proven and written."""
     from onnx_adapt.edit.ranges import widened_ranges
     from onnx_adapt.edit.unfuse import unfused_nodes
-    from onnx_adapt.proof.saturation import range_warnings
 
     new = _new_places(base, adapted)
-    warnings = [] if how.calibrated else range_warnings(adapted, new)
+    warnings = [] if how.calibrated else _range_warnings(adapted, new)
     widened = widened_ranges(adapted)
     unfused = unfused_nodes(adapted)
     if how.as_json:
@@ -121,6 +121,17 @@ def show_inserted(
     _tell_ranges(warnings, widened, calibrated=how.calibrated)
     _tell_unfused(base, unfused)
     _tell_weights(weights, new)
+
+
+def _range_warnings(adapted: Model, new: Sequence[Slot]) -> list[str]:
+    """What to say of the ranges behind new slots; few models have any."""
+    from onnx_adapt.graph.quantizers import has_quantizers
+
+    if not has_quantizers(adapted.proto):
+        return []
+    from onnx_adapt.proof.saturation import range_warnings
+
+    return range_warnings(adapted, new)
 
 
 def _tell_weights(weights: Sequence[Path], slots: Sequence[Slot]) -> None:
@@ -173,10 +184,10 @@ _MUCH = 0.05
 
 def tell_update_cost(cost: UpdateCost | None) -> None:
     """Print what slots on weights compute in each run, where it is much."""
-    from onnx_adapt.report.numbers import by_unit
-
     if cost is None or cost.share <= _MUCH:
         return
+    from onnx_adapt.report.numbers import by_unit
+
     shapes = ", ".join(
         f"{name} {list(getattr(value, 'shape', ()))}" for name, value in cost.feeds.items()
     )
@@ -189,13 +200,13 @@ def tell_update_cost(cost: UpdateCost | None) -> None:
 
 def _tell_ranges(warnings: Sequence[str], widened: Sequence[str], *, calibrated: bool) -> None:
     """Print which ranges of a quantised model were widened, or may be too narrow."""
-    from onnx_adapt.proof.result import CALIBRATE
-
     for text in warnings[:_MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(warnings) > _MOST_WARNINGS:
         say(f"warning: the same of {len(warnings) - _MOST_WARNINGS} more; --json has all")
     if warnings:
+        from onnx_adapt.proof.result import CALIBRATE
+
         say(f"hint: `onnx-adapt verify --adapter` measures it; {CALIBRATE}")
     if calibrated and not widened:
         say("note: no range was widened; all hold the adapter's values already")

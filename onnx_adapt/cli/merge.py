@@ -12,7 +12,6 @@ from onnx_adapt.cli.losses import losses_for_json, show_losses
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
 from onnx_adapt.errors import AdaptError
-from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -80,13 +79,7 @@ def _off_exact(
     help="A model with slots for the result: checked, and asked for the base's own head.",
 )
 @options.adapter_name
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @options.as_json
 def command(
     adapters: tuple[str, ...],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from onnx_adapt.formats import format_names
+from onnx_adapt.formats import format_names, suffix_list
 
 MAX_BOTTLENECK = 1 << 16
 """The largest bottleneck that commands accept; weights beyond it would not fit into memory."""
@@ -12,6 +12,14 @@ MAX_BOTTLENECK = 1 << 16
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 force = click.option("--force", is_flag=True, help="Allow the output to replace MODEL.")
+
+adapter_output = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
+)
 
 keep_external = click.option(
     "--keep-external",

@@ -7,7 +7,6 @@ import click
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, refuse_to_replace, say, say_next, size_text
 from onnx_adapt.cli.progress import patience
-from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 _BASE = "-"
@@ -16,13 +15,7 @@ _BASE = "-"
 @click.command("pack-rows", short_help="Pack an adapter for each row of a batch.")
 @click.argument("model", type=click.Path())
 @click.argument("files", nargs=-1, required=True, type=click.Path())
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @options.as_json
 def command(model: str, files: tuple[str, ...], output: str, as_json: bool) -> None:
     """Pack the adapters in FILES, one for each row of a batch, into one adapter file.

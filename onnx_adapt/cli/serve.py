@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_adapt.cli.outputs import say
+from onnx_adapt.cli.serve_fleet import FLEET, fleet_options
 from onnx_adapt.cli.serve_llm import llm_options, read_llm
 from onnx_adapt.errors import UnprovableError
 
@@ -63,6 +64,7 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 )
 @click.option("--normalize", is_flag=True, help="With --embed: give vectors length 1.")
 @llm_options
+@fleet_options
 @click.option("--name", default="", help="The name of the base; by default that of its file.")
 @click.option(
     "--threads",
@@ -160,11 +162,13 @@ def command(
     """
     from onnx_adapt.ort import read_providers
     from onnx_adapt.serve.access import read_access
+    from onnx_adapt.serve.records import open_access_log
     from onnx_adapt.serve.settings import read_settings
 
     model, write = read_llm(model, options)
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
     access = [options.pop(name) for name in _ACCESS]
+    fleet = {name: options.pop(name) for name in FLEET}
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
     on_ray = {name: value for name, value in on_ray.items() if value is not None}
     options["model"] = os.path.abspath(model)
@@ -174,7 +178,8 @@ def command(
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
         alone = {"--grpc-port": grpc_port, "--embed": embed}
-        alone |= {f"--{n.replace('_', '-')}": a for n, a in zip(_ACCESS, access, strict=True)}
+        named = {**dict(zip(_ACCESS, access, strict=True)), **fleet}
+        alone |= {f"--{name.replace('_', '-')}": value for name, value in named.items()}
         for name in filter(alone.get, alone):
             raise click.UsageError(f"{name} is for a server of one process, not for Ray")
         _serve_on_ray(options, host, port, grace, **on_ray)
@@ -182,6 +187,8 @@ def command(
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
     found = read_access(*access)
+    if fleet["access_log"]:
+        open_access_log(fleet["access_log"])
     _serve_here(read_settings(options), host, port, grpc_port, grace, embed, write, found)
 
 

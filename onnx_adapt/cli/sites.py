@@ -58,7 +58,8 @@ def command(
     good = sites.good
     say(f"{len(good)} of {len(sites)} can take an adapter")
     if good:
-        name = good[0].module or good[0].node or good[0].address
-        say_next("insert", model, "--after", name)
+        # Most adapters go behind a product, few behind an embedding or a norm.
+        first = next((site for site in good if site.multiplies), good[0])
+        say_next("insert", model, "--after", first.module or first.node or first.address)
     elif not all_tensors:
         say_next("sites", model, "--all")

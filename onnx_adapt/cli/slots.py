@@ -10,7 +10,6 @@ import click
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, print_table, say, say_next
-from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 from onnx_adapt.slot.places import places
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def command(model: str, as_json: bool) -> None:
     from onnx_adapt.edit.insert import all_places
     from onnx_adapt.edit.unfuse import unfused_nodes
     from onnx_adapt.edit.weights import check_weights
+    from onnx_adapt.slot.listing import SLOT_COLUMNS, slot_row
 
     opened = oa.open_model(model)
     slots = oa.list_slots(opened)

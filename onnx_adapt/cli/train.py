@@ -15,7 +15,6 @@ from onnx_adapt.cli.training_data import read_samples, read_settings
 from onnx_adapt.cli.training_model import prove, save_both, with_what_trains
 from onnx_adapt.cli.training_paths import check_paths
 from onnx_adapt.cli.training_watch import Watch
-from onnx_adapt.formats import suffix_list
 from onnx_adapt.words import count
 
 if TYPE_CHECKING:
@@ -32,13 +31,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path())
 @options.data
 @options.loss
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(),
-    help=f"The adapter file to write. Its suffix tells the format: {suffix_list()}.",
-)
+@options.adapter_output
 @click.option(
     "--model-output",
     "model_path",

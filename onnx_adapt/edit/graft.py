@@ -14,20 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from onnx_adapt.dtypes import ELEM_TYPES, Array
 from onnx_adapt.edit.damage import foreign_readers
 from onnx_adapt.edit.edge_readers import redirect_readers, restore_readers
 from onnx_adapt.edit.plan import norm_nodes
-from onnx_adapt.edit.weights import add_weights, check_model_weights, drop_named
-from onnx_adapt.errors import ManifestError, SlotError
+from onnx_adapt.edit.weight_inputs import drop_weight_inputs
+from onnx_adapt.edit.weights import add_weights, check_model_weights
+from onnx_adapt.errors import SlotError
 from onnx_adapt.graph.index import UNKNOWN, GraphView, ModelIndex, default_opset
 from onnx_adapt.graph.inference import typed_tensors
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
-from onnx_adapt.slot.base_changes import ReplaceableWeight
 from onnx_adapt.slot.checks import check_slot
 from onnx_adapt.slot.formula import slot_nodes
 from onnx_adapt.slot.manifest import (
@@ -89,7 +88,7 @@ def insert_slots(
     placed = _insert_nodes(index, slots, known.slots, opset)
     _record_targets(index, slots)
     if model.proto.ir_version < _OLDEST_IR:
-        known = replace(known, inputs=_drop_weight_inputs(model.proto, known.weights))
+        known = replace(known, inputs=drop_weight_inputs(model.proto, known.weights))
         model.proto.ir_version = _OLDEST_IR
     for slot in owners(slots):
         add_weights(model.proto, slot, weights[slot.name])
@@ -104,38 +103,6 @@ def _given_twice(index: ModelIndex) -> list[str]:
         names = Counter(tensor.name for tensor in view.scope.graph.initializer)
         found += [name for name, count in names.items() if count > 1]
     return found
-
-
-def _drop_weight_inputs(
-    proto: onnx.ModelProto, replaceable: Sequence[ReplaceableWeight]
-) -> tuple[tuple[int, str], ...]:
-    """Stop declaring weights as inputs, in place; before IR 4 each had to be declared as one.
-
-    Returns:
-        The position of each input that is gone, and its declaration in hexadecimal.
-    """
-    stored = {tensor.name for tensor in proto.graph.initializer}
-    stored |= {weight.original for weight in replaceable}
-    stored -= {weight.name for weight in replaceable}
-    inputs = proto.graph.input
-    found = [(i, value) for i, value in enumerate(inputs) if value.name in stored]
-    taken = tuple((i, value.SerializeToString().hex()) for i, value in found)
-    drop_named(inputs, stored)
-    return taken
-
-
-def undo_dropped_inputs(proto: onnx.ModelProto, inputs: Sequence[tuple[int, str]]) -> None:
-    """Declare weights of a model of an IR before 4 as inputs again, in place.
-
-    Raises:
-        ManifestError: If what it was is not recorded as it should be.
-    """
-    for place, declared in inputs:
-        try:
-            value = onnx.ValueInfoProto.FromString(bytes.fromhex(declared))
-        except DecodeError as error:
-            raise ManifestError(f"the record of input {place} is damaged: {error}") from error
-        proto.graph.input.insert(place, value)
 
 
 def _declare_shapes(index: ModelIndex, slot: Slot, nodes: Sequence[onnx.NodeProto]) -> None:
@@ -242,8 +209,7 @@ def _insert_nodes(
             added.setdefault(position, []).extend(nodes)
         for position, nodes in behind.items():
             added.setdefault(position, []).extend(nodes)
-        merged = [n for i, node in enumerate(view.nodes) for n in (node, *added.get(i, ()))]
-        _set_nodes(view.scope.graph, [*added.get(_FRONT, ()), *merged])
+        _put_behind(view.scope.graph, added)
     order = {slot.name: i for i, slot in enumerate((*known, *slots))}
     return _from_inside(sorted(outputs.values(), key=lambda slot: order[slot.name]))
 
@@ -274,6 +240,21 @@ def _from_inside(slots: Sequence[Slot]) -> tuple[Slot, ...]:
             (item.name, item) for item in reversed(chain) if item.name not in ordered
         )
     return tuple(ordered.values())
+
+
+def _put_behind(graph: onnx.GraphProto, added: Mapping[int, Sequence[onnx.NodeProto]]) -> None:
+    """Put nodes behind those at the given positions, in place.
+
+    They are appended and then sorted: that moves no more than references, and a stable sort
+    keeps the order of all others. New nodes `x`, `y` behind the first of `a`, `b` give
+    `a`, `b`, `x`, `y` with the keys 0, 1, 0, 0.
+    """
+    keys = [*range(len(graph.node))]
+    for position, nodes in added.items():
+        keys += [position] * len(nodes)
+        graph.node.extend(nodes)
+    given = iter(keys)
+    graph.node.sort(key=lambda _: next(given))
 
 
 def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

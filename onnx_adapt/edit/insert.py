@@ -15,8 +15,8 @@ from onnx_adapt.edit.graft import insert_slots, manifest_of
 from onnx_adapt.edit.plan import Recipe, plan_slot
 from onnx_adapt.errors import AmbiguousSiteError, ArgumentError, RunError, SiteError, SlotError
 from onnx_adapt.graph.choice import Choice
+from onnx_adapt.graph.finite import require_finite
 from onnx_adapt.graph.fused_bias import bias_behind
-from onnx_adapt.graph.index import require_finite
 from onnx_adapt.graph.names import free_name, reserved_names
 from onnx_adapt.graph.resolve import fused_places, resolve
 from onnx_adapt.graph.site import Site
@@ -220,7 +220,7 @@ def _plan_places(
 
 def _tell_axis(survey: Survey, site: Site) -> None:
     """Warn if the operators around a site suggest another axis than the user named."""
-    told = survey.by_address.get(site.address, site)
+    told = survey.at(site.address) or site
     if told.axis not in (None, site.axis):
         _log.warning(
             "%s: the slot is on axis %s as you say; the operators around it say %s",

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from onnx_adapt.edit.base_weights import undo_replaceable
 from onnx_adapt.edit.export import require_feeds
-from onnx_adapt.edit.graft import remove_nodes, undo_dropped_inputs
+from onnx_adapt.edit.graft import remove_nodes
 from onnx_adapt.edit.heads import remove_heads
 from onnx_adapt.edit.insert import list_slots
 from onnx_adapt.edit.ranges import undo_widening
 from onnx_adapt.edit.required import with_defaults
 from onnx_adapt.edit.unfuse import names_now, still_needed, undo_unfusing
+from onnx_adapt.edit.weight_inputs import undo_dropped_inputs
 from onnx_adapt.edit.weights import check_model_weights, drop_weights
 from onnx_adapt.errors import SlotError
 from onnx_adapt.model.externalise import internalise

@@ -74,13 +74,15 @@ class _Work:
         declared: Mapping[str, int],
     ) -> Bound:
         """Bound what nodes make, in order; returns the first that is too large."""
+        # Most graphs are in no other, and a dict is much faster than a chain of them.
+        known = bounds if len(bounds.maps) > 1 else bounds.maps[0]
         for node in nodes:
-            given = [bounds.get(name, (0, 0)) for name in node.input]
+            given = [known.get(name, (0, 0)) for name in node.input]
             made = self.node(node, given, bounds)
             if not self.fits(made):
                 return made
             for name in node.output:
-                bounds[name] = (declared.get(name, made[0]), made[1])
+                known[name] = (declared.get(name, made[0]), made[1])
         return 0, 0
 
     def node(
@@ -88,11 +90,12 @@ class _Work:
     ) -> Bound:
         """The largest that a node makes."""
         largest = _largest(given)
-        function = self.functions.get((node.domain, node.op_type, node.overload))
-        if function is not None:
-            return self.call(function, tuple(given))
+        if self.functions:
+            function = self.functions.get((node.domain, node.op_type, node.overload))
+            if function is not None:
+                return self.call(function, tuple(given))
         inside = []
-        for _, body in walk.bodies(node):
+        for _, body in walk.bodies(node) if walk.has_bodies(node) else ():
             inner = bounds.new_child({value.name: largest for value in body.input})
             inside.append(self.graph(body, inner))
             if not self.fits(inside[-1]):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
-from onnx_adapt.errors import ModelFileError
 from onnx_adapt.graph.constants import Weight, constant_of, derived, stored
 from onnx_adapt.graph.endless_shapes import MOST_AXES
+from onnx_adapt.graph.finite import require_finite
 from onnx_adapt.graph.inference import infer
-from onnx_adapt.graph.liveness import inputs_read
+from onnx_adapt.graph.liveness import PARTLY_READ, inputs_read
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.walk import Scope
@@ -147,8 +147,7 @@ class GraphView:
         """The view of the graph that declares or produces a tensor readable here."""
         view: GraphView | None = self
         while view is not None:
-            known = (view.producers, view.constants, view.inferred)
-            if any(tensor in names for names in known):
+            if tensor in view.producers or tensor in view.constants or tensor in view.inferred:
                 return view
             view = view.parent
         return None
@@ -224,24 +223,6 @@ def index_model(model: Model) -> ModelIndex:
     return ModelIndex(model, views, inferred.plain)
 
 
-_MOST_NODES = 1 << 20
-
-
-def require_finite(model: Model) -> None:
-    """Refuse functions that call themselves, or each other too often to be written out.
-
-    ONNX and ONNX Runtime go into each call, and run for ever or crash.
-
-    Raises:
-        ModelFileError: If there are any.
-    """
-    if model.proto.functions and walk.inlines_to_more_than(model.proto, _MOST_NODES):
-        raise ModelFileError(
-            f"the functions of {model.label} call themselves, or each other without end",
-            hint=f"no runtime takes that; inlined they may have {_MOST_NODES} nodes",
-        )
-
-
 def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     graph = scope.graph
     view = GraphView(scope, list(graph.node), parent)
@@ -249,11 +230,16 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     for tensor in graph.initializer:
         view.constants[tensor.name] = tensor
     for index, node in enumerate(view.nodes):
-        names = [name for name in node.output if name]
-        view.repeated.update(name for name in names if name in view.producers)
-        view.producers.update(dict.fromkeys(names, index))
-        for name in filter(None, (*node.input, *walk.captured(node))):
-            view.consumers.setdefault(name, []).append(index)
+        for name in node.output:
+            if name and view.producers.setdefault(name, index) != index:
+                view.repeated.add(name)
+                view.producers[name] = index
+        read = node.input
+        if walk.has_bodies(node):
+            read = [*read, *walk.captured(node)]
+        for name in read:
+            if name:
+                view.consumers.setdefault(name, []).append(index)
         value = constant_of(node)
         if value is not None:
             view.constants.update((name, value) for name in node.output[:1])
@@ -323,7 +309,7 @@ def _mark_live(views: dict[str, GraphView]) -> None:
     for view in views.values():
         if view.parent is not None:
             children.setdefault((id(view.parent), view.scope.owner), []).append(view)
-    seen: set[tuple[int, int]] = set()
+    seen = {path: bytearray(len(view.nodes)) for path, view in views.items()}
     while waiting:
         view, tensor = waiting.popleft()
         home = view.home(tensor)
@@ -331,14 +317,17 @@ def _mark_live(views: dict[str, GraphView]) -> None:
             continue
         home.live.add(tensor)
         index = home.producers.get(tensor)
-        if index is None or (id(home), index) in seen:
+        if index is None or seen[home.scope.path][index]:
             continue
-        seen.add((id(home), index))
+        seen[home.scope.path][index] = True
         node = home.nodes[index]
-        # Of a graph's output all is read, whoever else reads it.
-        whole = node.output[0] in home.outputs
-        readers = [] if whole else home.readers(node.output[0])
-        read = inputs_read(node, readers, home.size, home.constant)
+        if node.op_type in PARTLY_READ:
+            # Of a graph's output all is read, whoever else reads it.
+            whole = node.output[0] in home.outputs
+            readers = [] if whole else home.readers(node.output[0])
+            read = inputs_read(node, readers, home.size, home.constant)
+        else:
+            read = [name for name in node.input if name]
         waiting.extend((home, name) for name in read)
         for body in children.get((id(home), index), ()):
             waiting.extend((body, name) for name in body.outputs)

@@ -294,8 +294,25 @@ def _drop_weights(body: onnx.GraphProto) -> bool:
     return bool(places)
 
 
+def _in_order(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether each tensor is made before it is read, and by one node."""
+    made: set[str] = set()
+    read: set[str] = set()
+    for node in nodes:
+        read.update(node.input)
+        if walk.has_bodies(node):
+            read.update(walk.captured(node))
+        names = [name for name in node.output if name]
+        if not (made.isdisjoint(names) and read.isdisjoint(names)):
+            return False
+        made.update(names)
+    return True
+
+
 def _order(nodes: Sequence[onnx.NodeProto]) -> list[int] | None:
     """The places of nodes in an order in which they can run; None if they are in one."""
+    if _in_order(nodes):
+        return None
     makers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     before = {
         i: {makers[name] for name in (*node.input, *walk.captured(node)) if name in makers}

@@ -10,6 +10,9 @@ from onnx import numpy_helper
 VALUE_FREE = {"Shape", "Size"}
 """Operators that read a tensor's shape but not its values."""
 
+PARTLY_READ = {*VALUE_FREE, "Concat"}
+"""Operators that may hide values of what they read; all others show those of every input."""
+
 
 def inputs_read(
     node: onnx.NodeProto,

@@ -149,8 +149,7 @@ class ModuleIndex:
 def index_modules(index: ModelIndex) -> ModuleIndex:
     """Read the module of every node."""
     scopes = {
-        graph: [None if slot_of(node) else module_of(node) for node in view.nodes]
-        for graph, view in index.views.items()
+        graph: [own_scope(node) for node in view.nodes] for graph, view in index.views.items()
     }
     values = ValueNumbers(index.model)
     merged, numbered = _later_calls(index, scopes, values)
@@ -163,6 +162,16 @@ def index_modules(index: ModelIndex) -> ModuleIndex:
 
 
 _CALL = re.compile(r"_\d+$")
+
+
+def own_scope(node: onnx.NodeProto) -> str | None:
+    """The module that a node of the base says it is from; slots are from none."""
+    return None if slot_of(node) else module_of(node)
+
+
+def may_be_later_call(node: onnx.NodeProto) -> bool:
+    """Whether the module that a node names may be a later call of another, such as `X_1`."""
+    return _CALL.search(own_scope(node) or "") is not None
 
 
 def _later_calls(

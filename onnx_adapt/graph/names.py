@@ -10,7 +10,7 @@ def reserved_names(index: ModelIndex) -> set[str]:
     """The slot names that a model's tensors and symbols leave no room for."""
     tensors = {
         found[0]
-        for tensor in map(text, index.names())
+        for tensor in index.names()
         for found in (split_weight(tensor), split_node(tensor))
         if found
     }
@@ -20,11 +20,11 @@ def reserved_names(index: ModelIndex) -> set[str]:
         for node in view.nodes
         if (found := split_node(text(node.name)))
     }
+    shapes = {known.shape for view in index.views.values() for known in view.types.values()}
     symbols = {
-        str(dim).removeprefix("r_")
-        for view in index.views.values()
-        for known in view.types.values()
-        for dim in known.shape or ()
+        dim.removeprefix("r_")
+        for shape in shapes
+        for dim in shape or ()
         if isinstance(dim, str)
     }
     return tensors | nodes | symbols

@@ -84,6 +84,12 @@ class Operator:
         return self.layout in (WeightLayout.TABLE, WeightLayout.PACKED_TABLE)
 
     @property
+    def multiplies(self) -> bool:
+        """Whether its weight is a matrix or a kernel, not a table or a vector."""
+        vectors = (WeightLayout.VECTOR, WeightLayout.GROUPS)
+        return not self.embeds and self.layout not in vectors
+
+    @property
     def convolves(self) -> bool:
         """Whether its weight is that of a convolution, with as many axes as its output."""
         return self.layout in (WeightLayout.CONV, WeightLayout.CONV_TRANSPOSED)

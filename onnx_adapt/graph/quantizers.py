@@ -16,6 +16,7 @@ import onnx
 from onnx_adapt.dtypes import Array
 from onnx_adapt.graph.index import GraphView, ModelIndex, attribute, text
 from onnx_adapt.graph.layers import is_layer
+from onnx_adapt.model import walk
 from onnx_adapt.model.tensors import read_tensor
 from onnx_adapt.slot.manifest import Slot, read_manifest, slot_of
 
@@ -100,6 +101,15 @@ class Quantizer:
 class _Reached:
     slots: list[str] = field(default_factory=list)
     direct: list[str] = field(default_factory=list)
+
+
+def has_quantizers(proto: onnx.ModelProto) -> bool:
+    """Whether any node of a model's graphs rounds floats to integers; this needs no index."""
+    return any(
+        node.op_type == "QuantizeLinear"
+        for scope in walk.scopes(proto.graph)
+        for node in scope.graph.node
+    )
 
 
 def quantizers_behind(index: ModelIndex, slots: Iterable[Slot]) -> tuple[Quantizer, ...]:

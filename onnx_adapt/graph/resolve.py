@@ -22,6 +22,7 @@ from onnx_adapt.graph.choice import (
     none_usable,
     require_usable,
 )
+from onnx_adapt.graph.described import hidden
 from onnx_adapt.graph.fused_bias import bias_behind
 from onnx_adapt.graph.fused_draft import FusedPlace
 from onnx_adapt.graph.fused_layers import inside_layer
@@ -29,7 +30,7 @@ from onnx_adapt.graph.index import GraphView, text
 from onnx_adapt.graph.module_calls import module_calls
 from onnx_adapt.graph.modules import match_path
 from onnx_adapt.graph.site import Site, Sites
-from onnx_adapt.graph.sites import Survey, hidden, survey_model
+from onnx_adapt.graph.sites import Survey, survey_model
 from onnx_adapt.graph.unfusing import can_write_out, is_known
 from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.slot.manifest import slot_of
@@ -198,8 +199,8 @@ def _labels(site: Site) -> tuple[str, ...]:
 
 
 def _exact(survey: Survey, name: str) -> Choice | None:
-    if name in survey.by_address:
-        return replace(_choice(survey.by_address[name]), literal=True)
+    if (site := survey.at(name)) is not None:
+        return replace(_choice(site), literal=True)
     for find in (_by_node, _by_tensor, _by_module):
         choices = find(survey, name)
         if len(choices) > 1:
@@ -221,8 +222,8 @@ def _choice(site: Site) -> Choice:
 def _by_node(survey: Survey, name: str) -> list[Choice]:
     """The site after a node: its first output, and for a layer that with the bias."""
     found = []
-    for view, i in survey.by_node.get(name, ()):
-        layers = survey.layers_of.get((view.scope.path, i))
+    for view, i in survey.by_node(name):
+        layers = survey.layers_of(view.scope.path, i)
         output = next(output for output in view.nodes[i].output if output)
         last = survey.after_slots(view.scope.path, output)
         found.append(_choice(layers[0] if layers else survey.site(view, last)))
@@ -236,7 +237,7 @@ def _by_tensor(survey: Survey, name: str) -> list[Choice]:
             continue
         tensor = survey.after_slots(path, name)
         inserted = slot_of(view.nodes[view.producers[tensor]])
-        if not inserted or f"{path}:{tensor}" in survey.by_address:
+        if not inserted or survey.at(f"{path}:{tensor}") is not None:
             found.append(replace(_choice(survey.site(view, tensor)), literal=True))
     return found
 
@@ -288,7 +289,7 @@ def _swallows(survey: Survey, view: GraphView, site: Site, path: str) -> bool:
 
 
 def _is_layer_of(survey: Survey, site: Site, path: str) -> bool:
-    layers = survey.layers_of.get((site.graph, site.node_index), ())
+    layers = survey.layers_of(site.graph, site.node_index)
     return any(layer.module == path and layer.tensor == site.tensor for layer in layers)
 
 

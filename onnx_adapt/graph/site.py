@@ -71,6 +71,11 @@ class Site:
         """Why no adapter can go after the layer or module that this is, or None."""
         return self.refused or self.before_bias
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is the output of a layer that multiplies by a matrix or a kernel."""
+        return self.layer and OPERATORS[self.op].multiplies
+
     def as_dict(self) -> dict[str, object]:
         """What `onnx-adapt sites --json` prints of a site."""
         return {name: getattr(self, name) for name in _PRINTED} | {"refused": self.reason}

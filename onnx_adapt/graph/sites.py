@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
 import onnx
 
 from onnx_adapt.dtypes import FLOATS
 from onnx_adapt.errors import ManifestError
-from onnx_adapt.graph.fused_bias import FusedBias, bias_behind
+from onnx_adapt.graph.described import describe, function_sites, is_name
 from onnx_adapt.graph.index import (
     GraphView,
     ModelIndex,
@@ -21,58 +23,147 @@ from onnx_adapt.graph.index import (
 )
 from onnx_adapt.graph.layer_calls import LayerCall, float_product, layer_call
 from onnx_adapt.graph.layers import (
-    BLOCKED,
     bias_add,
-    feature_width,
-    inherited_type,
     is_layer,
     weight_width,
 )
-from onnx_adapt.graph.layout import Features, Layout, find_layout, given_axis
-from onnx_adapt.graph.modules import ModuleIndex, index_modules
+from onnx_adapt.graph.layout import Features, Layout, given_axis
+from onnx_adapt.graph.modules import (
+    ModuleIndex,
+    index_modules,
+    may_be_later_call,
+    own_scope,
+)
 from onnx_adapt.graph.operators import OPERATORS
-from onnx_adapt.graph.site import Site, rank_of, refusal
-from onnx_adapt.graph.unfusing import can_write_out
-from onnx_adapt.model import walk
+from onnx_adapt.graph.site import Site
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest, slot_of
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Survey:
-    """What is known of a model before names are looked up in it: one pass over its graphs.
+    """What is known of a model before names are looked up in it.
+
+    A site is described when it is asked for: most names mean one of many thousand.
 
     Attributes:
         index: Tensors and nodes.
-        modules: PyTorch modules.
-        layout: Where the features of each tensor are.
-        slot_outputs: For each graph, the tensors that slots are on, each with the output of
-            the last slot on it.
-        sites: All sites: layers and every other float tensor, in graph order.
-        by_address: The sites by their address.
-        by_node: The nodes that make something, by name: graph and index.
-        layers_of: The outputs of each layer, by graph and node.
-        hidden: The sites inside functions, by the names of their nodes and tensors.
+        slots: For each graph, what each slot makes of a tensor: inner -> outer.
     """
 
     index: ModelIndex
-    modules: ModuleIndex
-    layout: Layout
-    slot_outputs: dict[str, dict[str, str]]
-    sites: list[Site] = field(default_factory=list)
-    by_address: dict[str, Site] = field(default_factory=dict)
-    by_node: dict[str, list[tuple[GraphView, int]]] = field(default_factory=dict)
-    layers_of: dict[tuple[str, int], list[Site]] = field(default_factory=dict)
-    hidden: dict[str, list[Site]] = field(default_factory=dict)
+    slots: dict[str, dict[str, str]]
+    _described: dict[str, Site] = field(default_factory=dict)
+
+    @cached_property
+    def slot_outputs(self) -> dict[str, dict[str, str]]:
+        """For each graph, the tensors that slots are on, with the output of the last slot."""
+        return {path: _outermost(names) for path, names in self.slots.items()}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the features of each tensor are."""
+        return Layout(self.index, self.slots)
+
+    @cached_property
+    def modules(self) -> ModuleIndex:
+        """PyTorch modules."""
+        return index_modules(self.index)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """All sites: layers and every other float tensor, in graph order; then functions'."""
+        graphs = (self._graph_sites(view) for view in self.index.views.values())
+        return [*chain.from_iterable(graphs), *self._function_sites]
+
+    @cached_property
+    def hidden(self) -> dict[str, list[Site]]:
+        """The sites inside functions, by the names of their nodes and tensors."""
+        found: dict[str, list[Site]] = {}
+        for site in self._function_sites:
+            for name in filter(None, (site.node, site.tensor)):
+                found.setdefault(name, []).append(site)
+        return found
+
+    @cached_property
+    def _function_sites(self) -> list[Site]:
+        return list(function_sites(self.index.model.proto))
+
+    @cached_property
+    def _in_functions(self) -> dict[str, Site]:
+        return {site.address: site for site in self._function_sites}
+
+    @cached_property
+    def _inside(self) -> dict[str, dict[str, list[str]]]:
+        """For each graph, the output of the last slot on tensors, with these tensors."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for path, names in self.slot_outputs.items():
+            for inner, outer in names.items():
+                found.setdefault(path, {}).setdefault(outer, []).append(inner)
+        return found
+
+    @cached_property
+    def _nodes(self) -> dict[str, list[tuple[GraphView, int]]]:
+        """All nodes by name."""
+        found: dict[str, list[tuple[GraphView, int]]] = {}
+        for view in self.index.views.values():
+            for i, node in enumerate(view.nodes):
+                found.setdefault(text(node.name), []).append((view, i))
+        return found
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[str, _Layer]]:
+        """For each graph, the outputs of its layers."""
+        return {path: _layers(self, view) for path, view in self.index.views.items()}
+
+    @cached_property
+    def _layers_of(self) -> dict[tuple[str, int], list[str]]:
+        """The outputs of each layer, by graph and node."""
+        found: dict[tuple[str, int], list[str]] = {}
+        for path, layers in self._layers.items():
+            for tensor, layer in layers.items():
+                found.setdefault((path, layer.node), []).append(tensor)
+        return found
+
+    def by_node(self, name: str) -> list[tuple[GraphView, int]]:
+        """The nodes of a name that make something and are no slot's: graph and index."""
+        places = self._nodes.get(name, ()) if name else ()
+        return [
+            (view, i)
+            for view, i in places
+            if any(view.nodes[i].output) and not slot_of(view.nodes[i])
+        ]
+
+    def layers_of(self, path: str, number: int) -> list[Site]:
+        """The outputs of a layer, by the graph and the index of its node."""
+        tensors = self._layers_of.get((path, number), ())
+        return [self.site(self.index.views[path], tensor) for tensor in tensors]
+
+    def at(self, address: str) -> Site | None:
+        """The site of an address, or None if no site has it."""
+        path, _, tensor = address.partition(":")
+        view = self.index.views.get(path)
+        if view is None:
+            return self._in_functions.get(address)
+        known = tensor in self._layers[path] or self._maker(view, tensor) is not None
+        return self.site(view, tensor) if known else None
 
     def site(self, view: GraphView, tensor: str) -> Site:
         """The site of any tensor that a node of `view` makes, refused or not."""
-        address = f"{view.scope.path}:{tensor}"
-        if address in self.by_address:
-            return self.by_address[address]
-        return _site(self, view, view.producers[tensor], tensor)
+        path = view.scope.path
+        address = f"{path}:{tensor}"
+        if address not in self._described:
+            layer = self._layers[path].get(tensor)
+            if layer is not None:
+                site = self._describe(view, layer.node, tensor, layer=True, bias=layer.bias)
+            else:
+                maker = self._maker(view, tensor)
+                number = view.producers[tensor] if maker is None else maker
+                site = self._describe(view, number, tensor)
+            self._described[address] = site
+        return self._described[address]
 
     def call(self, view: GraphView, node: onnx.NodeProto) -> LayerCall | None:
         """The call that a layer's node makes; None if its product is nowhere a float."""
@@ -84,7 +175,9 @@ class Survey:
         if view is None:
             return site  # inside a function, refused
         given = given_axis(axis, site.rank)
-        moved = _site(self, view, site.node_index, site.tensor, layer=site.layer, given=given)
+        moved = self._describe(
+            view, site.node_index, site.tensor, layer=site.layer, given=given
+        )
         return replace(moved, also=site.also, before_bias=site.before_bias)
 
     def after_slots(self, graph: str, tensor: str) -> str:
@@ -95,34 +188,79 @@ class Survey:
         """
         return self.slot_outputs.get(graph, {}).get(tensor, tensor)
 
+    def _describe(
+        self,
+        view: GraphView,
+        number: int,
+        tensor: str,
+        *,
+        layer: bool = False,
+        bias: str | None = None,
+        given: Features | None = None,
+    ) -> Site:
+        return describe(
+            *(self.index, self.layout, view, number, tensor),
+            module=self.module(view, number),
+            layer=layer,
+            bias=bias,
+            given=given,
+        )
+
+    def module(self, view: GraphView, number: int) -> str | None:
+        """The module that a node was exported from; None if nothing tells."""
+        if "modules" in self.__dict__ or may_be_later_call(view.nodes[number]):
+            return self.modules.scopes[view.scope.path][number]
+        return own_scope(view.nodes[number])
+
+    def _maker(self, view: GraphView, tensor: str) -> int | None:
+        """The node whose float output is a tensor, or ends in it behind slots; or None."""
+        inside = list(self._inside.get(view.scope.path, {}).get(tensor, ()))
+        if tensor == self.after_slots(view.scope.path, tensor):
+            inside.append(tensor)
+        makers = [
+            _first_producer(view, name)
+            for name in inside
+            if name in view.producers and view.type_of(name).elem_type in (0, *FLOATS)
+        ]
+        return min((i for i in makers if not slot_of(view.nodes[i])), default=None)
+
+    def _graph_sites(self, view: GraphView) -> list[Site]:
+        """The sites of one graph, of a node's layers before its other tensors."""
+        path = view.scope.path
+        tensors = dict.fromkeys(self._layers[path])
+        for node in view.nodes:
+            for output in filter(is_name, () if slot_of(node) else node.output):
+                if view.type_of(output).elem_type in (0, *FLOATS):
+                    tensors.setdefault(self.after_slots(path, output))
+        found = [self.site(view, tensor) for tensor in tensors]
+        return sorted(found, key=lambda site: site.node_index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The output of a layer: the index of its node, and the output of its bias Add, if any."""
+
+    node: int
+    bias: str | None
+
 
 def survey_model(model: Model) -> Survey:
-    """Index a model and find all its sites."""
+    """Index a model, so that its sites can be found.
+
+    Raises:
+        ManifestError: If the record of its slots is damaged.
+    """
     index = index_model(model)
     _tell_stale(index)
-    slot_outputs: dict[str, dict[str, str]] = {}
+    slots: dict[str, dict[str, str]] = {}
     manifest = read_manifest(model.proto)
     for slot in manifest.slots if manifest else ():
         if slot.on_edge and not slot.on_weight:
             continue  # others read the tensor itself
         if slot.graph in index.views and slot.output in index.views[slot.graph].producers:
-            slot_outputs.setdefault(slot.graph, {})[slot.inner] = slot.output
-    layout = find_layout(index, slot_outputs)
-    slot_outputs = {path: _outermost(names) for path, names in slot_outputs.items()}
-    survey = Survey(index, index_modules(index), layout, slot_outputs)
-    for view in index.views.values():
-        survey.sites.extend(_graph_sites(survey, view))
-        for i, node in enumerate(view.nodes):
-            if node.name and any(node.output) and not slot_of(node):
-                survey.by_node.setdefault(text(node.name), []).append((view, i))
-    for site in survey.sites:
-        if site.layer:
-            survey.layers_of.setdefault((site.graph, site.node_index), []).append(site)
-    for site in _function_sites(model.proto):
-        survey.sites.append(site)
-        for name in filter(None, (site.node, site.tensor)):
-            survey.hidden.setdefault(name, []).append(site)
-    survey.by_address.update((site.address, site) for site in survey.sites)
+            slots.setdefault(slot.graph, {})[slot.inner] = slot.output
+    survey = Survey(index, slots)
+    _ = survey.slot_outputs  # a manifest whose slots stand in a circle is refused here
     return survey
 
 
@@ -161,119 +299,24 @@ def _outermost(outer: Mapping[str, str]) -> dict[str, str]:
     return ends
 
 
-def _graph_sites(survey: Survey, view: GraphView) -> list[Site]:
+def _layers(survey: Survey, view: GraphView) -> dict[str, _Layer]:
+    """The outputs of a graph's layers; the first of two that end in one."""
     path = view.scope.path
-    found: dict[str, Site] = {}
+    found: dict[str, _Layer] = {}
     for i, node in enumerate(view.nodes):
         if not is_layer(view, node):
             continue
-        outputs = node.output[: OPERATORS[node.op_type].outputs]
-        for output in filter(_is_name, outputs):
+        for output in filter(is_name, node.output[: OPERATORS[node.op_type].outputs]):
             made = float_product(view, node, output) or output
             inner = survey.after_slots(path, made)
             bias = bias_add(view, node, inner, weight_width(view, node))
             tensor = survey.after_slots(path, bias or inner)
-            if tensor not in found:
-                found[tensor] = _site(survey, view, i, tensor, layer=True, bias=bias)
-    for i, node in enumerate(view.nodes):
-        for output in filter(_is_name, () if slot_of(node) else node.output):
-            tensor = survey.after_slots(path, output)
-            if tensor not in found and view.type_of(output).elem_type in (0, *FLOATS):
-                found[tensor] = _site(survey, view, i, tensor)
-    return sorted(found.values(), key=lambda site: site.node_index)
+            found.setdefault(tensor, _Layer(i, bias))
+    return found
 
 
-def _is_name(name: str | bytes) -> bool:
-    """Whether an output is there; a name that is no text could not be written again."""
-    return isinstance(name, str) and name != ""
-
-
-def _site(
-    survey: Survey,
-    view: GraphView,
-    number: int,
-    tensor: str,
-    *,
-    layer: bool = False,
-    bias: str | None = None,
-    given: Features | None = None,
-) -> Site:
-    node = view.nodes[number]
-    path = view.scope.path
-    known = view.type_of(tensor)
-    known = TensorType(known.elem_type or inherited_type(view, node), known.shape)
-    rank = rank_of(view, node, known)
-    features = given or _features(survey, view, node, tensor, layer)
-    axis, width = features.axis, None
-    if axis is not None:
-        width = feature_width(view, node if layer else None, tensor, axis)
-    if given and layer and not given.refused:
-        features = _checked(given, width, weight_width(view, node))
-    adding = view.producer(bias) if bias else None
-    site = Site(
-        address=f"{path}:{tensor}",
-        node=text(node.name),
-        op=node.op_type,
-        tensor=tensor,
-        module=survey.modules.scopes[path][number],
-        width=width,
-        dtype=elem_name(known.elem_type),
-        axis=axis,
-        refused=None,
-        graph=path,
-        rank=rank,
-        layer=layer,
-        node_index=number,
-        also=(text(adding[1].name),) if adding else (),
-    )
-    behind = bias_behind(survey.index, view, tensor, width) if layer and not bias else None
-    refused = refusal(view, site, known, features)
-    if text(node.domain) == BLOCKED and node.op_type != "ReorderOutput":
-        refused = "its channels are in blocks, for ONNX Runtime's NCHWc kernels alone"
-    return replace(site, refused=refused, before_bias=hidden(behind))
-
-
-def hidden(behind: FusedBias | None) -> str | None:
-    """Why a layer has no output with its bias, if the node that adds it must stay."""
-    return None if behind is None or can_write_out(behind) else str(behind)
-
-
-def _checked(given: Features, width: int | None, told: int | None) -> Features:
-    """The axis that a user names for a layer, refused where the layer's weight contradicts."""
-    if None in (width, told) or width == told:
-        return given
-    axis = given.axis
-    reason = f"its axis {axis} has {width} entries, but the layer's weight gives {told}"
-    return Features(axis, reason)
-
-
-def _features(
-    survey: Survey, view: GraphView, node: onnx.NodeProto, tensor: str, layer: bool
-) -> Features:
-    if layer:
-        return survey.layout.of_layer(view, node, tensor)
-    return survey.layout.of(view, tensor)
-
-
-def _function_sites(proto: onnx.ModelProto) -> Iterator[Site]:
-    for function in proto.functions:
-        label = f"function {function.domain}::{function.name}"
-        label += f"::{function.overload}" if function.overload else ""
-        for scope in walk.scopes(onnx.GraphProto(node=function.node), label):
-            for number, node in enumerate(scope.graph.node):
-                for tensor in filter(_is_name, node.output):
-                    yield Site(
-                        address=f"{scope.path}:{tensor}",
-                        node=text(node.name),
-                        op=node.op_type,
-                        tensor=tensor,
-                        module=None,
-                        width=None,
-                        dtype="",
-                        axis=None,
-                        refused=f"inside the model-local {label}",
-                        graph=scope.path,
-                        rank=None,
-                        layer=node.op_type in OPERATORS,
-                        node_index=number,
-                    )
+def _first_producer(view: GraphView, tensor: str) -> int:
+    """The first node that makes a tensor; a damaged model has several."""
+    if tensor not in view.repeated:
+        return view.producers[tensor]
+    return next(i for i, node in enumerate(view.nodes) if tensor in node.output)

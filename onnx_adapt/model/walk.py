@@ -42,6 +42,15 @@ def bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
             yield f"{attribute.name}[{number}]", graph
 
 
+def has_bodies(node: onnx.NodeProto) -> bool:
+    """Whether there are graphs inside a node; few nodes have any."""
+    return any(map(_holds_graph, node.attribute))
+
+
+def _holds_graph(attribute: onnx.AttributeProto) -> bool:
+    return attribute.HasField("g") or bool(attribute.graphs)
+
+
 def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
     """Yield a graph and every body inside it, outermost first, each with a unique path.
 
@@ -58,7 +67,7 @@ def scopes(main: onnx.GraphProto, path: str = "main") -> Iterator[Scope]:
     while waiting:
         scope = waiting.popleft()
         yield scope
-        holders = [(i, n) for i, n in enumerate(scope.graph.node) if any(bodies(n))]
+        holders = [(i, n) for i, n in enumerate(scope.graph.node) if has_bodies(n)]
         names = Counter(node.name for _, node in holders)
         for place, (index, node) in enumerate(holders):
             # Every nested body repeats the name, so a long one could fill the memory.

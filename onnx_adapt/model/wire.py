@@ -8,7 +8,7 @@ Source: https://protobuf.dev/programming-guides/encoding/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from onnx_adapt.errors import ModelFileError
 
@@ -17,8 +17,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 Buffer = bytes | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One field of a message: where it stands in the buffer.
 
     Attributes:
@@ -89,9 +88,13 @@ def fields(data: Buffer, start: int, end: int) -> Iterator[Field]:
     at = start
     while at < end:
         begin = at
-        key, at = read_varint(data, at, end)
+        key = data[at]
+        if key < 0x80:  # one byte, as nearly all keys are; what is fast here counts
+            at, canonical = at + 1, True
+        else:
+            key, at = read_varint(data, at, end)
+            canonical = at - begin == _size(key)
         number, kind = key >> 3, key & 7
-        canonical = at - begin == _size(key)
         if number == 0 or number >= 1 << 29:
             raise ModelFileError(f"field number {number} at byte {begin} is not allowed")
         if kind == VARINT:

@@ -166,8 +166,8 @@ def overview(
 
     Example:
         >>> import onnx_adapt as oa
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> found = overview(base, oa.insert(base, after="conv2d_5"))
+        >>> base = oa.open_model("models/plcmos.onnx")
+        >>> found = overview(base, oa.insert(base, after="Conv_0"))
         >>> found.report.passed, found.slots[0].cost.parameters
         (True, 512)
     """

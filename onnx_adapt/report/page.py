@@ -33,8 +33,8 @@ def render(overview: Overview) -> str:
     Example:
         >>> import onnx_adapt as oa
         >>> from onnx_adapt.report.overview import overview
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> adapted = oa.insert(base, after="conv2d_5")
+        >>> base = oa.open_model("models/plcmos.onnx")
+        >>> adapted = oa.insert(base, after="Conv_0")
         >>> page = render(overview(base, adapted))
         >>> page.startswith("<!doctype html>")
         True

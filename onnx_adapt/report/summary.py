@@ -17,8 +17,8 @@ def in_one_sentence(overview: Overview) -> str:
     Example:
         >>> import onnx_adapt as oa
         >>> from onnx_adapt.report.overview import overview
-        >>> base = oa.open_model("models/dnsmos-p808.onnx")
-        >>> found = overview(base, oa.insert(base, after="conv2d_5"))
+        >>> base = oa.open_model("models/plcmos.onnx")
+        >>> found = overview(base, oa.insert(base, after="Conv_0"))
         >>> in_one_sentence(found).startswith("While its adapter is off, ")
         True
     """

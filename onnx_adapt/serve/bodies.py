@@ -7,9 +7,10 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from onnx_adapt.errors import RequestError
+from onnx_adapt.serve.counting import GONE
 from onnx_adapt.serve.settings import Settings
 
 _CODINGS: dict[str, int | None] = {"identity": None, "gzip": 31, "deflate": 15}
@@ -92,6 +93,8 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 
     try:
         body = await asyncio.wait_for(read(), settings.timeout_s)
+    except ClientDisconnect as error:  # nobody is there to read why
+        raise RequestError("the client is gone", status=GONE) from error
     except asyncio.TimeoutError as error:
         raise RequestError(
             f"the body did not come within {settings.timeout_s:g} s", status=408

@@ -8,20 +8,21 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
 
 _PREFIX = "onnx-adapt-copies-"
-_LOCK = "lock"
 
 
 class Copies:
     """A folder that is this process's own, and removed when it is closed.
 
-    A process that is killed cannot remove its folder. So each folder has a file that its
-    process keeps locked: a folder that nobody locks is removed when the next one is made.
+    A process that is killed cannot remove its folder. So each process keeps its folder
+    locked: a folder that nobody locks is removed when the next one is made. What cleans
+    temporary folders by age, as systemd-tmpfiles does, leaves those that are locked alone too.
     Windows has no such locks; a folder left there goes with the other temporary files.
 
     Attributes:
@@ -33,16 +34,15 @@ class Copies:
         _sweep(root)
         # It gets the name that is swept only after it is locked.
         made = Path(tempfile.mkdtemp(prefix="onnx-adapt-new-", dir=root))
-        self._lock = (made / _LOCK).open("wb")
-        if sys.platform != "win32":
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = _locked(made)
         self.path = made.rename(root / f"{_PREFIX}{made.name.rpartition('-')[2]}")
         self._numbers = itertools.count()
 
     def put(self, file_name: str, data: bytes) -> Path:
         """Write a file under a name that no file here had before."""
         path = self._fresh(file_name)
-        path.write_bytes(data)
+        with whole(path):
+            path.write_bytes(data)
         return path
 
     def link(self, source: Path) -> Path:
@@ -57,7 +57,8 @@ class Copies:
         except FileNotFoundError:
             raise
         except OSError:  # a file system without links
-            shutil.copyfile(source, path)
+            with whole(path):
+                shutil.copyfile(source, path)
         return path
 
     def _fresh(self, file_name: str) -> Path:
@@ -65,7 +66,9 @@ class Copies:
 
     def close(self) -> None:
         """Remove the folder with all that is in it."""
-        self._lock.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -77,10 +80,34 @@ def _sweep(root: Path) -> None:
         with contextlib.suppress(OSError):  # locked, another user's, or gone
             if folder.lstat().st_uid != os.getuid():
                 continue
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-            lock = os.open(folder / _LOCK, flags)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _locked(folder)
+            if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-            finally:
                 os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A file descriptor that keeps a folder locked until it is closed.
+
+    Raises:
+        OSError: If another process has locked it, or it is no folder.
+    """
+    if sys.platform == "win32":
+        return None
+    opened = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(opened)
+        raise
+    return opened
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Leave no part of a file that cannot be written to its end."""
+    try:
+        yield
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from starlette.responses import JSONResponse
@@ -10,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.gateway import Gateway
+from onnx_adapt.serve.records import REQUEST_ID, Record, read_id, recorded
+
+_log = logging.getLogger(__name__)
 
 _PROBES = ("/v2/health/live", "/v2/health/ready")
 """What needs no token: whoever watches the server has none."""
@@ -28,20 +32,34 @@ class Edge:
         app: What answers requests.
         gateway_of: The gateway of this process.
         access: Who may use the server.
+        names: Whether answers say what their request is called; Ray's proxy says so itself.
     """
 
     def __init__(
-        self, app: ASGIApp, gateway_of: Callable[[], Gateway], access: Access
+        self, app: ASGIApp, gateway_of: Callable[[], Gateway], access: Access, names: bool
     ) -> None:
         self._app = app
         self._gateway_of = gateway_of
         self._access = access
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":  # Ray's server starts and ends the application by messages
             await self._app(scope, receive, send)
             return
+        given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"")
+        with recorded(Record(read_id(given.decode("latin-1")), scope["path"])) as record:
+            send = _noting(send, record, names=self._names)
+            try:
+                await self._answer(scope, receive, send)
+            except Exception:
+                if record.status:  # the answer is begun: all that is left is to cut it off
+                    raise
+                _log.exception("request %s failed", record.id)
+                await _FAILED(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope["headers"]).get(b"authorization", b"")
         if scope["path"] not in _PROBES and not self._access.allows(given):
             await _UNKNOWN(scope, receive, send)
@@ -63,6 +81,8 @@ class Edge:
                 gateway.under_way -= 1
 
 
+_FAILED = JSONResponse({"error": "the server failed; its log tells why"}, 500)
+
 _UNKNOWN = JSONResponse(
     {"error": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"}
 )
@@ -71,6 +91,21 @@ _UNKNOWN = JSONResponse(
 def _unavailable(why: str, seconds: int) -> JSONResponse:
     headers = {"Retry-After": str(seconds), "Connection": "close"}
     return JSONResponse({"error": why}, 503, headers)
+
+
+def _noting(send: Send, record: Record, *, names: bool) -> Send:
+    """A `send` that notes what became of a request."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            if names:
+                own = (REQUEST_ID.encode(), record.id.encode())
+                message["headers"] = [*message.get("headers", []), own]
+        await send(message)
+        record.size += len(message.get("body", b""))
+
+    return sent
 
 
 def _closing(send: Send, gateway: Gateway) -> Send:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 import tokenizers
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import AdaptError, RequestError
+from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.choice import read_choice
-from onnx_adapt.serve.gateway import Gateway, label, status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.protocol import InferRequest, Spec
 
 POOLINGS = ("mean", "cls", "last")
@@ -54,22 +53,13 @@ class Embedder:
         Raises:
             AdaptError: If it cannot be answered.
         """
-        counted, status, began = "unknown", 500, time.monotonic()
-        try:
+        with self.gateway.request() as asking:
             rows, wanted, model = self._read(document)
             blend = read_choice(model, self.gateway.base, None, "")
-            for adapter in blend:
-                self.gateway.version(adapter)
-            counted = label(blend)
+            asking.choose(blend)
             most = self.gateway.settings.max_batch_size
             parts = [rows[i : i + most] for i in range(0, len(rows), most)]
             vectors = np.concatenate([await self._embed(part, blend) for part in parts])
-            status = 200
-        except AdaptError as error:
-            status = status_of(error)
-            raise
-        finally:
-            self.gateway.answered(counted, status, time.monotonic() - began)
         tokens = sum(map(len, rows))
         data = [
             {"object": "embedding", "index": i, "embedding": _written(vector, wanted)}

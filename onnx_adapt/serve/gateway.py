@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import (
-    AdapterError,
-    AdapterNotFoundError,
-    AdaptError,
-    RequestError,
-    RunError,
-)
+from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
+from onnx_adapt.serve.counting import Asking, Counted, Quotas, counting
 from onnx_adapt.serve.metrics import Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
+from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
 
@@ -100,26 +97,6 @@ class Versions(Protocol):
         """
 
 
-@dataclass(slots=True)
-class Total:
-    """How many requests there were, and the seconds that they took."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def described(self) -> dict[str, int]:
-        """As the statistics extension of the protocol has it."""
-        return {"count": self.count, "ns": int(self.seconds * 1e9)}
-
-
-@dataclass(slots=True)
-class Counted:
-    """The requests of one adapter that this gateway answered."""
-
-    good: Total = field(default_factory=Total)
-    bad: Total = field(default_factory=Total)
-
-
 class Gateway:
     """Knows what there is, and asks replicas of the model.
 
@@ -134,7 +111,7 @@ class Gateway:
         inputs: The inputs of the model, once `start` has returned.
         outputs: Its outputs.
         entries: The adapters, by name.
-        counted: What was answered, by adapter.
+        counted: What was answered, by adapter; those that are gone are forgotten.
         bodies: The memory that the bodies of requests have.
         under_way: How many requests are not answered yet.
         stopping: Whether new requests are refused, because the server ends.
@@ -142,7 +119,6 @@ class Gateway:
 
     inputs: Mapping[str, Spec]
     outputs: Mapping[str, Spec]
-    entries: Mapping[str, Entry]
 
     def __init__(
         self, settings: Settings, replicas: Replicas, versions: Versions, metrics: Metrics
@@ -150,10 +126,12 @@ class Gateway:
         self.settings = settings
         self.base = settings.base
         self.metrics = metrics
+        self.entries: Mapping[str, Entry] = {}
         self.counted: dict[str, Counted] = {}
         self.bodies = Bodies(settings)
         self.under_way = 0
         self.stopping = False
+        self._quotas = Quotas(settings.max_per_adapter)
         self._replicas = replicas
         self._versions = versions
 
@@ -165,7 +143,11 @@ class Gateway:
     async def refresh(self) -> None:
         """Learn which versions are served now, and whether the server stops."""
         news = await self._versions.news(self.under_way if self.stopping else -1)
+        gone = self.entries.keys() - news.entries.keys()
         self.entries = news.entries
+        for name in gone:
+            self.counted.pop(name, None)
+            self.metrics.forget(name)
         self.stopping = self.stopping or news.stopping
 
     async def ready(self) -> bool:
@@ -207,8 +189,18 @@ class Gateway:
             )
         return entry.version
 
+    @contextlib.contextmanager
+    def request(self) -> Iterator[Asking]:
+        """Answer a request for a model inside the block: it is counted, and has a quota."""
+        with (
+            self._quotas.share() as take,
+            counting(Asking(self.version, take), self.answered) as asking,
+        ):
+            yield asking
+
     def answered(self, adapter: str, status: int, seconds: float) -> None:
-        """Count an inference request that was answered."""
+        """Count a request for a model that was answered."""
+        note_adapter(adapter)
         self.metrics.answered(adapter, status, seconds)
         counted = self.counted.setdefault(adapter, Counted())
         total = counted.good if status == 200 else counted.bad
@@ -299,20 +291,6 @@ class Gateway:
             raise RequestError(
                 f"no answer within {limit:g} s", hint="send less at once", status=504
             ) from error
-
-
-def label(blend: Blend) -> str:
-    """What a request is counted under; names that clients make up would have no end."""
-    return "blend" if len(blend) > 1 else next(iter(blend), "base")
-
-
-def status_of(error: AdaptError) -> int:
-    """The HTTP status that says what went wrong."""
-    if isinstance(error, RequestError):
-        return error.status
-    if isinstance(error, AdapterNotFoundError):
-        return 404
-    return 400 if isinstance(error, AdapterError | RunError) else 500
 
 
 def _said(versions: Mapping[str, float]) -> str:

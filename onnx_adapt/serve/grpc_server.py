@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,29 @@ from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError, RunError
 from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.choice import read_choice
-from onnx_adapt.serve.gateway import Gateway, label, status_of
+from onnx_adapt.serve.counting import status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.grpc_messages import message
-from onnx_adapt.serve.protocol import InferRequest, Spec, refuse_unknown
-from onnx_adapt.serve.tensors import array_of_bytes, array_of_json, bytes_of_array
+from onnx_adapt.serve.grpc_requests import read_grpc_request
+from onnx_adapt.serve.protocol import Spec
+from onnx_adapt.serve.records import REQUEST_ID, Record, read_id, recorded
+from onnx_adapt.serve.tensors import bytes_of_array
+
+_log = logging.getLogger(__name__)
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """What gRPC calls an HTTP status."""
 
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
-    "INT64": "int64_contents",
-    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
-"""Where the values of a datatype are, if they are not raw; others can only be raw."""
-
-_IGNORED = {"binary_data_output", "binary_data_size", "binary_data"}
-"""Parameters of the HTTP protocol that mean nothing here: outputs are always raw."""
-
-
 _PROBES = ("ServerLive", "ServerReady")
 """What needs no token: whoever watches the server has none."""
+
+_SERVICE = "/inference.GRPCInferenceService/"
 
 _MOST = 1000
 """Calls that may be under way in one process."""
@@ -100,6 +93,8 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no
             return await continuation(details)
 
         async def refuse(request: Any, context: Any) -> None:
+            with _recorded(details.method, context) as record:
+                record.status = 401
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed")
 
         return grpc.unary_unary_rpc_method_handler(refuse)
@@ -166,28 +161,20 @@ class Servicer:
 
     async def infer(self, request: Any) -> Any:
         """Run the model, and count what became of it."""
-        gateway, began = self._gateway, time.monotonic()
-        counted, status = "unknown", 500
+        gateway = self._gateway
         if gateway.stopping:
             raise RequestError("the server is stopping", hint="try another", status=503)
         gateway.under_way += 1
         try:
-            with gateway.bodies.share() as take:
+            with gateway.request() as asking, gateway.bodies.share() as take:
                 take(request.ByteSize())
                 version = gateway.named(request.model_name, request.model_version)
                 asked = read_grpc_request(request)
                 blend = read_choice(request.model_name, gateway.base, asked.adapter, "")
-                for adapter in blend:
-                    gateway.version(adapter)
-                counted = label(blend)
+                asking.choose(blend)
                 active, outputs = await gateway.infer(asked, blend)
-            status = 200
-        except AdaptError as error:
-            status = status_of(error)
-            raise
         finally:
             gateway.under_way -= 1
-            gateway.answered(counted, status, time.monotonic() - began)
         response = message("ModelInferResponse")(
             model_name=request.model_name, model_version=version, id=request.id
         )
@@ -201,72 +188,16 @@ class Servicer:
     async def stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """Answer requests one after the other; one that fails does not end the stream."""
         async for request in requests:
-            try:
-                found = {"infer_response": await self.infer(request)}
-            except AdaptError as error:
-                found = {"error_message": f"{error.message}; {error.hint}"}
-            yield message("ModelStreamInferResponse")(**found)
-
-
-def read_grpc_request(request: Any) -> InferRequest:
-    """A request to run the model, from its message.
-
-    Raises:
-        RequestError: If anything about it is not as the protocol has it.
-    """
-    parameters = _parameters(request.parameters)
-    refuse_unknown(parameters, {"adapter"} | _IGNORED)
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise RequestError(f"{len(raw)} raw contents for {len(request.inputs)} inputs")
-    feeds: dict[str, Any] = {}
-    for i, tensor in enumerate(request.inputs):
-        refuse_unknown(_parameters(tensor.parameters), _IGNORED)
-        if tensor.name in feeds:
-            raise RequestError(f"input {tensor.name!r} is given twice")
-        try:
-            feeds[tensor.name] = _array(tensor, raw[i] if raw else None)
-        except RequestError as error:
-            raise RequestError(
-                f"input {tensor.name!r}: {error.message}", hint=error.hint
-            ) from error
-    if not feeds:
-        raise RequestError("the request has no `inputs`")
-    return InferRequest(
-        id=request.id,
-        adapter=parameters.get("adapter"),
-        feeds=feeds,
-        datatypes={tensor.name: tensor.datatype for tensor in request.inputs},
-        outputs=tuple(output.name for output in request.outputs),
-        binary=frozenset(),
-        all_binary=True,
-    )
-
-
-def _array(tensor: Any, raw: bytes | None) -> Any:
-    shape = list(tensor.shape)
-    if any(size < 0 for size in shape) or len(shape) > 32:
-        raise RequestError(f"`shape` is {shape!r:.99}", hint="give a list of numbers")
-    if raw is not None:
-        if tensor.HasField("contents"):
-            raise RequestError("give `contents` or `raw_input_contents`, not both")
-        return array_of_bytes(tensor.datatype, shape, memoryview(raw))
-    if tensor.datatype not in _CONTENTS:
-        raise RequestError(
-            f"{tensor.datatype!r:.20} has no contents", hint="send `raw_input_contents`"
-        )
-    values = list(getattr(tensor.contents, _CONTENTS[tensor.datatype]))
-    if tensor.datatype == "BYTES":
-        try:
-            values = [text.decode() for text in values]
-        except UnicodeDecodeError as error:
-            raise RequestError(f"ONNX texts are UTF-8: {error}") from error
-    return array_of_json(tensor.datatype, shape, values)
-
-
-def _parameters(found: Any) -> dict[str, Any]:
-    chosen = {key: value.WhichOneof("parameter_choice") for key, value in found.items()}
-    return {key: getattr(found[key], kind) if kind else None for key, kind in chosen.items()}
+            with _recorded(f"{_SERVICE}ModelStreamInfer", context) as record:
+                try:
+                    found = {"infer_response": await self.infer(request)}
+                    record.status = 200
+                except AdaptError as error:
+                    record.status = status_of(error)
+                    found = {"error_message": f"{error.message}; {error.hint}"}
+                answer = message("ModelStreamInferResponse")(**found)
+                record.size = answer.ByteSize()
+            yield answer
 
 
 def _refuse_parameters(request: Any) -> None:
@@ -295,7 +226,7 @@ def _handlers(servicer: Servicer) -> Any:
     }
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _answering(call),
+            _answering(_SERVICE + name, call),
             request_deserializer=message(f"{name}Request").FromString,
             response_serializer=lambda found: found.SerializeToString(),
         )
@@ -306,15 +237,37 @@ def _handlers(servicer: Servicer) -> Any:
         request_deserializer=message("ModelInferRequest").FromString,
         response_serializer=lambda found: found.SerializeToString(),
     )
-    return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+    return grpc.method_handlers_generic_handler(_SERVICE.strip("/"), handlers)
 
 
-def _answering(call: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _answering(
+    path: str, call: Callable[[Any], Awaitable[Any]]
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(request: Any, context: Any) -> Any:
-        try:
-            return await call(request)
-        except AdaptError as error:
-            code = _CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
-            await context.abort(code, f"{error.message}; {error.hint}")
+        with _recorded(path, context) as record:
+            try:
+                found = await call(request)
+            except AdaptError as error:
+                record.status = status_of(error)
+                code = _CODES.get(record.status, grpc.StatusCode.INTERNAL)
+                why = f"{error.message}; {error.hint}"
+            except Exception:
+                record.status = 500
+                _log.exception("request %s failed", record.id)
+                code, why = grpc.StatusCode.INTERNAL, "the server failed; its log tells why"
+            else:
+                record.status, record.size = 200, found.ByteSize()
+                return found
+        await context.abort(code, why)
 
     return answer
+
+
+@contextlib.contextmanager
+def _recorded(path: str, context: Any) -> Iterator[Record]:
+    """Answer a call inside the block; what it is called is told behind the answer."""
+    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
+    named = read_id(given if isinstance(given, str) else "")
+    context.set_trailing_metadata(((REQUEST_ID, named),))
+    with recorded(Record(named, path)) as record:
+        yield record

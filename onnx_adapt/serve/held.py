@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from onnx_adapt.errors import AdapterNotFoundError
+from onnx_adapt.errors import AdapterNotFoundError, RequestError
 from onnx_adapt.serve.metrics import Metrics
 
 Fetch = Callable[[str], Awaitable[Path]]
@@ -59,6 +59,7 @@ class Loads:
 
         Raises:
             AdapterNotFoundError: If it is not served any more.
+            RequestError: If there is no room for its file at this time.
             AdaptError: If it cannot be loaded.
         """
         try:
@@ -66,6 +67,12 @@ class Loads:
         except FileNotFoundError as error:
             raise AdapterNotFoundError(
                 f"adapter version {version!r} is gone", hint="ask for the present one"
+            ) from error
+        except OSError as error:  # a full disk, or too many open files
+            raise RequestError(
+                f"adapter version {version!r} cannot be copied: {error}",
+                hint="try later",
+                status=503,
             ) from error
         self._count += 1
         held = Held(f"{version}#{self._count}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -19,8 +18,9 @@ from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.access import ANYBODY, Access
 from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
+from onnx_adapt.serve.counting import Asking, Total, later, status_of
 from onnx_adapt.serve.edge import Edge
-from onnx_adapt.serve.gateway import Gateway, Total, label, status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.protocol import (
     HEADER_LENGTH,
@@ -43,7 +43,10 @@ _SMALL = 1 << 16
 
 
 def api(
-    gateway_of: Callable[[], Gateway], *more: Route, access: Access = ANYBODY
+    gateway_of: Callable[[], Gateway],
+    *more: Route,
+    access: Access = ANYBODY,
+    names: bool = True,
 ) -> Starlette:
     """The routes of the protocol, and more, answered by the gateway of this process.
 
@@ -51,6 +54,7 @@ def api(
         gateway_of: Finds that gateway.
         more: What else is answered.
         access: Who may use the server.
+        names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
     routes = [
@@ -75,9 +79,8 @@ def api(
     failures: dict[Any, Callable[..., Any]] = {
         AdaptError: _refused,
         HTTPException: _unknown,
-        Exception: _failed,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of, access=access)
+    edge = Middleware(Edge, gateway_of=gateway_of, access=access, names=names)
     app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
     app.state.gateway_of = gateway_of
     return app
@@ -159,32 +162,18 @@ async def _model_ready(request: Request) -> Response:
 
 async def _infer(request: Request) -> Response:
     """Run the model, and count what became of it."""
-    gateway, started = _gateway(request), time.monotonic()
-    # Names that clients make up are no labels: there would be no end of them.
-    request.state.label = "unknown"
-    status = 500
-    try:
-        response = await _run(request, gateway)
-        status = response.status_code
-    except AdaptError as error:
-        response = await _refused(request, error)
-        status = response.status_code
-    except ClientDisconnect:  # nobody is there to read it
-        response = Response(status_code=(status := 400))
-    finally:
-        gateway.answered(request.state.label, status, time.monotonic() - started)
-    return response
+    gateway = _gateway(request)
+    with gateway.request() as asking:
+        return await _run(request, gateway, asking)
 
 
-async def _run(request: Request, gateway: Gateway) -> Response:
+async def _run(request: Request, gateway: Gateway, asking: Asking) -> Response:
     name, version = _named(request)
     body = await read_body(request, _gateway(request).settings)
     asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
     header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
     blend = read_choice(name, gateway.base, asked.adapter, header)
-    for adapter in blend:
-        gateway.version(adapter)
-    request.state.label = label(blend)
+    asking.choose(blend)
     active, outputs = await gateway.infer(asked, blend)
     found = [(gateway.outputs[key], array) for key, array in outputs.items()]
     size = sum(array.nbytes for array in outputs.values())
@@ -245,17 +234,12 @@ def _described(spec: Spec) -> dict[str, Any]:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdaptError)
     status = status_of(error)
-    later = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status, later)
+    return JSONResponse({"error": f"{error.message}; {error.hint}"}, status, later(status))
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "the server failed; its log tells why"}, 500)
 
 
 def metrics_route(metrics: PrometheusMetrics) -> Route:
@@ -275,13 +259,11 @@ def openai_routes(
 
     async def embeddings(request: Request) -> Response:
         try:
-            found, status = (
-                await embed(read_json(await read_body(request, _gateway(request).settings))),
-                200,
-            )
+            body = await read_body(request, _gateway(request).settings)
+            found, status = await embed(read_json(body)), 200
         except AdaptError as error:
             found, status = error_of(error)
-        return JSONResponse(found, status)
+        return JSONResponse(found, status, later(status))
 
     async def models(request: Request) -> Response:
         served = _gateway(request).served()

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -97,9 +96,8 @@ def serve_here(
             gateway, texts = _writing(settings, write, versions, fetch, metrics)
             routes += texts
         app = api(lambda: gateway, *routes, access=access)
-        with _watched(repository, settings.poll_s, gateway):
-            config = _config(app, settings, access)
-            _Server(config, gateway, grace_s, started, grpc_address, access).run([listening])
+        config, look = _config(app, settings, access), repository.sweep
+        _Server(config, gateway, look, grace_s, started, grpc_address, access).run([listening])
 
 
 def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
@@ -167,12 +165,14 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         gateway: Gateway,
+        look: Callable[[], None],
         grace_s: float,
         started: Callable[[], None],
         grpc_address: str,
         access: Access,
     ) -> None:
         super().__init__(config)
+        self._look = look
         self._access = access
         self._grpc_address = grpc_address
         self._grpc: Any = None
@@ -188,7 +188,18 @@ class _Server(uvicorn.Server):
             self._grpc = grpc_server(self._gateway, self._grpc_address, self._access)
             await self._grpc.start()
         await super().startup(sockets)
+        self._looks = self._loop.create_task(self._look_always())
         self._told()
+
+    async def _look_always(self) -> None:
+        """Look at the adapters every while."""
+        while True:
+            await asyncio.sleep(self._gateway.settings.poll_s)
+            try:
+                await asyncio.to_thread(self._look)
+                await self._gateway.refresh()
+            except Exception:  # the libraries of object stores may raise anything
+                _log.exception("cannot look at the adapters; what is known is served")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first ends what is under way, the second everything."""
@@ -205,30 +216,9 @@ class _Server(uvicorn.Server):
         await drained(self._gateway, self._grace_s, _SETTLE_S)
         if self._grpc is not None:
             await self._grpc.stop(0.5)
+        self._looks.cancel()
         self.config.timeout_graceful_shutdown = 1  # what is left had its time
         self.should_exit = True
-
-
-@contextlib.contextmanager
-def _watched(repository: Repository, poll_s: float, gateway: Gateway) -> Iterator[None]:
-    """Look at the adapters every while, as long as the block lasts."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(poll_s):
-            try:
-                repository.sweep()
-                gateway.entries = repository.entries
-            except Exception:  # the libraries of object stores may raise anything
-                _log.exception("cannot look at the adapters; what is known is served")
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
-from onnx_adapt.serve.gateway import status_of
+from onnx_adapt.serve.counting import status_of
 
 
 class ParameterError(RequestError):

@@ -242,4 +242,4 @@ def _api() -> Any:
         gateway: Gateway = replica.servable_object
         return gateway
 
-    return api(front)
+    return api(front, names=False)

@@ -13,6 +13,7 @@ from onnx_adapt.serve.metrics import (
     MIXED_BUCKETS,
     REQUESTS,
     SWAPS,
+    Named,
 )
 
 
@@ -25,16 +26,20 @@ class RayMetrics:
         self._latency = metrics.Histogram(*LATENCY, boundaries=LATENCY_BUCKETS)
         self._swaps = metrics.Counter(*SWAPS, tag_keys=("adapter",))
         self._mixed = metrics.Histogram(*MIXED, boundaries=MIXED_BUCKETS)
+        self._named = Named()
 
     def answered(self, adapter: str, status: int, seconds: float) -> None:
         """Count an inference request that was answered."""
-        self._requests.inc(tags={"adapter": adapter, "status": str(status)})
+        self._requests.inc(tags={"adapter": self._named.label(adapter), "status": str(status)})
         self._latency.observe(seconds * 1e3)
 
     def loaded(self, adapter: str) -> None:
         """Count an adapter that was loaded into a replica."""
-        self._swaps.inc(tags={"adapter": adapter})
+        self._swaps.inc(tags={"adapter": self._named.label(adapter)})
 
     def ran(self, adapters: int) -> None:
         """Count a batch, by how many different adapters it had."""
         self._mixed.observe(adapters)
+
+    def forget(self, adapter: str) -> None:
+        """Do nothing: Ray drops no line of a metric, so the adapter keeps its place."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -35,8 +36,17 @@ from onnx_adapt.errors import (
 from onnx_adapt.formats import FORMATS
 from onnx_adapt.model.file import Model, open_model
 from onnx_adapt.serve.choice import is_name
+from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
+
+_SETTLE_S = 0.1
+"""How long a file must have been as it is before it is read: one that is written in place is
+the old one and the new one, in parts, meanwhile."""
+
+
+class _NotNowError(Exception):
+    """Why a file cannot be taken at this time; it is tried again at the next sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ class Repository:
                 _log.warning("cannot list %s: %s", self._location, error)
                 return
             found: dict[str, list[dict[str, Any]]] = {}
-            for info in listed:
+            for info in filter(None, map(self._followed, listed)):
                 path = PurePosixPath(info["name"])
                 if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
@@ -120,7 +130,9 @@ class Repository:
         self.sweep()
         entry = self._present(name)
         if entry.reason:
-            raise RequestError(entry.reason, hint="put a file that fits in its place")
+            status = 400 if name in self._seen else 503
+            hint = "put a file that fits in its place" if status == 400 else "try again"
+            raise RequestError(entry.reason, hint=hint, status=status)
 
     def unload(self, name: str) -> None:
         """Serve an adapter no more, until it is loaded.
@@ -156,6 +168,16 @@ class Repository:
             f"adapter version {version!r} is gone", hint="ask again for the present one"
         )
 
+    def _followed(self, info: dict[str, Any]) -> dict[str, Any] | None:
+        """What a link leads to, as Kubernetes mounts files; None if it leads nowhere."""
+        try:
+            found: dict[str, Any] = info
+            if info.get("islink"):
+                found = self._files.info(info["name"])
+        except OSError:
+            return None
+        return found
+
     def _present(self, name: str) -> Entry:
         if name not in self.entries:
             raise AdapterNotFoundError(
@@ -167,11 +189,15 @@ class Repository:
         """What is served under a name, after a look at its file if that is new."""
         stamp = repr(sorted((info["name"], sorted(info.items())) for info in infos))
         reason = self.entries[name].reason if name in self.entries else ""
-        if self._seen.get(name) != stamp:
-            reason = self._refusal(name, infos)
-            self._seen[name] = stamp
-            if reason:
-                _log.warning("adapter %r is refused: %s", name, reason)
+        if self._seen.get(name) != stamp or self._lost(name):
+            try:
+                reason, self._seen[name] = self._refusal(name, infos), stamp
+                if reason:
+                    _log.warning("adapter %r is refused: %s", name, reason)
+            except _NotNowError as error:
+                self._seen.pop(name, None)
+                if reason != (reason := str(error)):
+                    _log.warning("adapter %r is not taken yet: %s", name, reason)
         kept = self._versions.get(name, [])
         entry = Entry(name, kept[-1].stem if kept else "", reason)
         return _off(entry) if name in self._off else replace(entry, reason=reason)
@@ -187,33 +213,54 @@ class Repository:
             return f"several files have this name: {', '.join(sorted(files))}"
         path = PurePosixPath(infos[0]["name"])
         try:
-            data = self._files.cat_file(infos[0]["name"])
+            data = self._content(infos[0])
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
             if not self._feeds:
                 _refuse_unfed(adapter)
         except AdaptError as error:
             return error.message
+        try:
+            self._keep(name, path.suffix, data)
         except OSError as error:
-            return f"cannot be read: {error}"
-        self._keep(name, path.suffix, data)
+            raise _NotNowError(f"cannot be kept: {error}") from error
         return ""
+
+    def _content(self, info: dict[str, Any]) -> bytes:
+        """The bytes of a file that nobody writes just now."""
+        name, written = info["name"], info.get("mtime")  # object stores change files at once
+        try:
+            if isinstance(written, float) and time.time() - written < _SETTLE_S:
+                time.sleep(_SETTLE_S)
+            data: bytes = self._files.cat_file(name)
+            changed = written is not None and self._files.info(name)["mtime"] != written
+        except Exception as error:  # the libraries of object stores may raise anything
+            raise _NotNowError(f"cannot be read: {error}") from error
+        if changed:
+            raise _NotNowError("it is being written")
+        return data
 
     def _keep(self, name: str, suffix: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
         digest = hashlib.sha256(data).hexdigest()[:12]
         path = self._copies / f"{name}@{digest}{suffix}"
         known = self._versions.get(name, [])
-        if path not in known:  # else it may be mapped, and must not be written again
-            path.write_bytes(data)
+        if not path.exists():  # else it may be mapped, and must not be written again
+            with whole(path):
+                path.write_bytes(data)
         kept = [item for item in known if item != path]
         for old in kept[:-1]:
-            old.unlink()
+            old.unlink(missing_ok=True)
         self._versions[name] = [*kept[-1:], path]
 
     def _forget(self, name: str) -> None:
         for path in self._versions.pop(name):
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def _lost(self, name: str) -> bool:
+        """Whether somebody removed our copy, such as what cleans temporary folders."""
+        kept = self._versions.get(name, [])
+        return bool(kept) and not kept[-1].exists()
 
 
 def _refuse_unfed(adapter: Adapter) -> None:

@@ -33,6 +33,8 @@ class Settings:
         timeout_s: How long a client may take to send, and the model to answer.
         poll_s: How often the folder of adapters is looked at.
         gateways: How many processes speak HTTP with clients.
+        max_per_adapter: How many requests for one adapter, or for the base, may be under way
+            in each of those, those that wait included; 0 is no limit.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Settings:
     timeout_s: float = 60.0
     poll_s: float = 1.0
     gateways: int = 1
+    max_per_adapter: int = 0
 
     @property
     def base(self) -> str:
@@ -57,7 +60,13 @@ class Settings:
         return self.name or Path(self.model).stem
 
 
-_LEAST = {"batch_axis": 0, "batch_wait_ms": 0, "max_body_mb": 0.001, "timeout_s": 0.001}
+_LEAST = {
+    "batch_axis": 0,
+    "max_per_adapter": 0,
+    "batch_wait_ms": 0,
+    "max_body_mb": 0.001,
+    "timeout_s": 0.001,
+}
 
 
 def read_settings(arguments: Mapping[str, Any]) -> Settings:

@@ -478,6 +478,21 @@ def test_no_command_shows_the_help() -> None:
     assert "\\n" not in result.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "m.onnx", "--inputs", "x.npz", "--adapter", "a", "--adapter=b"],
+     ["insert", "m.onnx", "--after", "first", "-o", "a.onnx", "--output", "b.onnx"]],
+)  # fmt: skip
+def test_an_option_of_one_value_that_is_given_twice_is_refused(arguments: list[str]) -> None:
+    """Not the last one taken, as if the other had not been said."""
+    assert "is given more than once" in refused(*arguments).err
+
+
+def test_an_option_of_many_values_may_be_given_again() -> None:
+    twice = ("--after", "first", "--after", "last")
+    assert run("insert", "m.onnx", *twice, "--no-verify").status == 0
+
+
 def with_slots() -> oa.Model:
     return oa.insert(oa.open_model("m.onnx"), after="first")
 

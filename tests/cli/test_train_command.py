@@ -107,7 +107,8 @@ def test_bad_input_is_said_and_nothing_is_written(
     options, words = BAD[what]
     given = options if "--data" in options else ["--data", str(data), *options]
     out = model.with_name("mine.safetensors")
-    code, _, said = _train(capsys, model, "-o", out, *given)
+    given = given if "-o" in given else ["-o", str(out), *given]
+    code, _, said = _train(capsys, model, *given)
     assert code == 2
     assert words in said
     assert not out.exists()

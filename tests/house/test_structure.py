@@ -71,10 +71,17 @@ DOORS = {
 """Where each other third party is imported: in a whole room, or in single modules."""
 
 
+FILES = {
+    path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+}
+"""Every module of the package by its path."""
+
+ROOMS = {path.with_suffix("").name for path in PACKAGE.iterdir()}
+
+
 def _modules() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield parts[0], ast.parse(path.read_text(encoding="utf-8"))
+    for path, tree in FILES.items():
+        yield path.relative_to(PACKAGE).with_suffix("").parts[0], tree
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
@@ -91,9 +98,7 @@ def _rooms(tree: ast.Module) -> Iterator[str]:
     for name in _imports(tree):
         parts = name.split(".")
         if parts[0] == "onnx_adapt":
-            known = len(parts) > 1 and (PACKAGE / parts[1]).with_suffix(".py").exists()
-            package = len(parts) > 1 and (PACKAGE / parts[1]).is_dir()
-            yield parts[1] if known or package else "__init__"
+            yield parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
 
 
 def test_every_module_has_its_floor() -> None:
@@ -125,7 +130,7 @@ def test_imports_point_down_inside_checkpoints() -> None:
     upward = [
         f"{path.relative_to(folder)} imports {imported}"
         for path, room in paths.items()
-        for imported in _imports(ast.parse(path.read_text(encoding="utf-8")))
+        for imported in _imports(FILES[path])
         if imported.startswith("onnx_adapt.checkpoints.")
         if (other := imported.split(".")[2]) != room and level[other] >= level[room]
     ]
@@ -153,9 +158,7 @@ def _module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-TREES = {
-    _module_of(path): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")
-}
+TREES = {_module_of(path): tree for path, tree in FILES.items()}
 """Every module of the package by its full name."""
 
 
@@ -288,6 +291,18 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
+def test_each_file_of_tests_runs_alone() -> None:
+    """What tests of two folders share is in `fixtures/`: a test sees only its own folder."""
+    tests = {path.stem: path.parent for path in Path(__file__).parents[1].rglob("test_*.py")}
+    strangers = [
+        f"{home / name} imports {imported}"
+        for name, home in tests.items()
+        for imported in _imports(ast.parse((home / f"{name}.py").read_text(encoding="utf-8")))
+        if (known := imported.split(".")[0]) in tests and tests[known] != home
+    ]
+    assert strangers == []
+
+
 def test_files_stay_short() -> None:
     long_files = [
         path.name
@@ -306,8 +321,8 @@ def _begins_like_a_slot(node: ast.AST) -> bool:
 def test_the_names_of_slots_are_built_and_parsed_in_one_module() -> None:
     holders = {
         path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for path, tree in FILES.items()
+        for node in ast.walk(tree)
         if _begins_like_a_slot(node)
     }
     assert holders == {"slot/names.py"}

@@ -11,7 +11,7 @@ from disk_models import chunk, raw, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from test_insert_laws import _places, programs
+from random_programs import places, programs
 from test_wire import tensor_protos
 
 import onnx_adapt as oa
@@ -67,7 +67,7 @@ def test_files_come_back_byte_for_byte(large: int, tmp_path: Path) -> None:
             assert back.read_bytes() == path.read_bytes()
             model = base
             for _ in range(data.draw(st.integers(1, 2))):
-                after = data.draw(st.sampled_from(_places(model)))
+                after = data.draw(st.sampled_from(places(model)))
                 oa.save_model(oa.insert(model, after=after), adapted, overwrite=True)
                 model = oa.open_model(adapted)
             names = [slot.name for slot in oa.list_slots(model)]

@@ -125,13 +125,12 @@ def test_parameters_are_the_numbers_in_the_adapter(
     assert f"parameters {bert.costs.base_parameters:,} {total:,}" in Page(render(bert)).text
 
 
-def test_base_parameters_are_all_weights_of_the_base() -> None:
-    base = oa.open_model(MODELS / "dnsmos-p808.onnx")
-    found = overview(base, oa.insert(base, after="conv2d_5"))
-    weights = [
-        onnx.numpy_helper.to_array(t)
-        for t in onnx.load(MODELS / "dnsmos-p808.onnx").graph.initializer
-    ]
+def test_base_parameters_are_all_weights_and_constants_of_the_base() -> None:
+    base = oa.open_model(MODELS / "plcmos.onnx")
+    found = overview(base, oa.insert(base, after="Conv_0"))
+    graph = onnx.load(MODELS / "plcmos.onnx").graph
+    in_nodes = [item.t for node in graph.node for item in node.attribute if item.HasField("t")]
+    weights = [onnx.numpy_helper.to_array(t) for t in (*graph.initializer, *in_nodes)]
     floats = sum(w.size for w in weights if w.dtype.kind == "f")
     assert found.costs.base_parameters == floats
 
@@ -152,13 +151,17 @@ def test_operations_of_a_slot_are_counted_as_by_hand(bottleneck: int) -> None:
 
 
 def test_operations_of_convolutions_are_counted_as_by_hand() -> None:
-    base = oa.open_model(MODELS / "dnsmos-p808.onnx")
-    adapted = oa.insert(base, after="conv2d_5")
-    found = overview(base, adapted, inputs={"input_1": np.ones((1, 900, 120), "f4")})
+    base = oa.open_model(MODELS / "plcmos.onnx")
+    adapted = oa.insert(base, after="Conv_0")
+    feeds = {
+        "degraded_audio": np.ones((1, 1, 90, 257), "f4"),
+        "rater_embed": np.ones((1, 64), "f4"),
+    }
+    found = overview(base, adapted, inputs=feeds)
     (slot,) = oa.list_slots(adapted)
-    proto = onnx.load(MODELS / "dnsmos-p808.onnx")
+    proto = onnx.load(MODELS / "plcmos.onnx")
     proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(slot.tensor))
-    _, channels, *sizes = run(proto, {"input_1": np.ones((1, 900, 120), "f4")})[-1].shape
+    _, channels, *sizes = run(proto, feeds)[-1].shape
     places, r = int(np.prod(sizes)), found.costs.slots[0].bottleneck
     one_by_one = 2 * places * channels * r
     assert found.costs.slots[0].flops == one_by_one * 2 + places * r + places * channels

@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 import onnx_adapt as oa
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.grpc_messages import _FIELDS, message
-from onnx_adapt.serve.grpc_server import read_grpc_request
+from onnx_adapt.serve.grpc_requests import read_grpc_request
 
 TRUTH = {"adapted": BASE, "fr": bumped(X, FR), "de": bumped(X, DE)}
 

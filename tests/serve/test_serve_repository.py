@@ -1,6 +1,9 @@
 """The repository of a server: what appears in a folder is checked, and served until better."""
 
+import hashlib
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,3 +223,75 @@ def test_a_model_without_swappable_slots_is_told_at_once(
     path = oa.save_model(model, tmp_path / "m.onnx").path
     with pytest.raises(SlotError, match=message):
         Repository(str(path), str(folder), tmp_path, "m")
+
+
+def test_a_file_that_is_written_in_place_is_never_taken_half(
+    repository: Repository, folder: Path
+) -> None:
+    """Both contents have one size and one header: a mixture passes every check of a file."""
+    contents = [
+        oa.save_adapter(adapter("fr", seed), folder / "fr.safetensors").read_bytes()
+        for seed in (1, 2)
+    ]
+    repository.sweep()
+    whole = {hashlib.sha256(content).hexdigest()[:12] for content in contents}
+    assert len(contents[0]) == len(contents[1])
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(4):
+            with (folder / "fr.safetensors").open("r+b", buffering=0) as file:
+                for start in range(0, len(contents[0]), 100):
+                    file.write(contents[i % 2][start : start + 100])
+                    time.sleep(0.02)
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not done.is_set():
+        repository.sweep()
+        assert repository.entries["fr"].version.rpartition("@")[2] in whole
+    thread.join()
+    repository.sweep()
+    assert repository.entries["fr"].reason == ""
+    assert same(served(repository), adapter("fr", 2))
+
+
+def test_links_are_followed_as_kubernetes_replaces_what_they_lead_to(
+    repository: Repository, folder: Path
+) -> None:
+    for number, item in enumerate((FR, DE)):
+        (folder / f"..{number}").mkdir()
+        oa.save_adapter(item, folder / f"..{number}/fr.npz")
+    for number, item in enumerate((FR, DE)):
+        (folder / "..next").symlink_to(f"..{number}")
+        (folder / "..next").replace(folder / "..data")
+        if not number:
+            (folder / "fr.npz").symlink_to("..data/fr.npz")
+        repository.sweep()
+        assert same(served(repository), item)
+    (folder / "..data").unlink()
+    repository.sweep()
+    assert repository.entries == {}
+
+
+def test_what_cannot_be_kept_is_told_once_and_tried_again(
+    repository: Repository, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, or somebody who cleans temporary folders: others are served on."""
+    oa.save_adapter(FR, folder / "fr.npz")
+    repository.sweep()
+    shutil.rmtree(repository._copies)
+    oa.save_adapter(DE, folder / "de.npz")
+    repository.sweep()
+    repository.sweep()
+    assert {entry.reason[:14] for entry in repository.entries.values()} == {"cannot be kept"}
+    assert caplog.text.count("'de' is not taken yet: cannot be kept") == 1
+    with pytest.raises(RequestError, match="cannot be kept") as refused:
+        repository.load("de")
+    assert refused.value.status == 503
+    repository._copies.mkdir()
+    repository.sweep()
+    assert [entry.reason for entry in repository.entries.values()] == ["", ""]
+    assert same(served(repository), FR)
+    assert same(served(repository, "de"), DE)

@@ -390,3 +390,14 @@ def test_a_session_starts_without_a_place_for_temporary_files(model: Path) -> No
     code = f"import onnx_adapt as oa; oa.AdapterSession({str(model)!r})"
     environment = {**os.environ, "TMPDIR": "/no/such/folder"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_an_input_that_the_model_lacks_is_named_and_so_is_one_that_is_not_fed(
+    model: Path,
+) -> None:
+    session = oa.AdapterSession(model, {})
+    with pytest.raises(RunError, match="it has no input 'token_type_ids'") as caught:
+        session.run({"x": X, "token_type_ids": X})
+    assert "asks for x [" in caught.value.hint
+    with pytest.raises(RunError, match="its input 'x' is not fed"):
+        session.run({})

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import onnx
 import onnx.inliner
@@ -63,11 +64,10 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the features of all tensors of a model are.
+class _Spread:
+    """The signs of all nodes, followed as far as they go.
 
     Attributes:
-        lookup: What is known of shapes and constants.
         signs: What operators say, followed along axes.
         made: The same for the part of features that a split leaves on the last axis.
         used: The same for the part of features that is merged or summed over later.
@@ -76,12 +76,38 @@ class Layout:
             attention. What is added to them does not give them features.
     """
 
-    lookup: Lookup
     signs: Signs = field(default_factory=dict)
     made: Signs = field(default_factory=dict)
     used: Signs = field(default_factory=dict)
     lost: dict[Place, str] = field(default_factory=dict)
     summed: dict[Place, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the features of all tensors of a model are.
+
+    Most layers say themselves where they put their features. Signs are followed through the
+    whole model only when a tensor is asked for that needs it.
+
+    Attributes:
+        index: The model.
+        slots: For each graph, what the slots on a tensor make of it: inner -> outer. The
+            slots' own nodes tell nothing.
+    """
+
+    index: ModelIndex
+    slots: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def lookup(self) -> Lookup:
+        """What is known of shapes and constants."""
+        index = _written_out(self.index)
+        return Lookup(index, shapes.missing(index))
+
+    @cached_property
+    def _found(self) -> _Spread:
+        return _spread_signs(self.lookup, self.slots)
 
     def of_layer(self, view: GraphView, node: onnx.NodeProto, tensor: str) -> Features:
         """Where a layer puts its features; `tensor` is its output, bias included."""
@@ -93,7 +119,7 @@ class Layout:
     def of(self, view: GraphView, tensor: str) -> Features:
         """Where the features of a tensor are that can be read in a graph."""
         place, rank = self.lookup.place(view, tensor), self.lookup.rank(view, tensor)
-        lost = self.summed.get(place) or self.lost.get(place)
+        lost = self._found.summed.get(place) or self._found.lost.get(place)
         axes = self._strongest(place)
         if len(axes) > 1:
             said = " and ".join(f"axis {axis} ({axes[axis].who})" for axis in sorted(axes))
@@ -106,16 +132,17 @@ class Layout:
 
     def _strongest(self, place: Place) -> Mapping[int, Sign]:
         """The axes that the strongest signs name."""
-        found = self.signs.get(place, {})
-        if place in self.summed:
+        known = self._found
+        found = known.signs.get(place, {})
+        if place in known.summed:
             found = {axis: sign for axis, sign in found.items() if sign.place == place}
-        if place in self.lost and all(s.node.op_type == _GROUPS for s in found.values()):
+        if place in known.lost and all(s.node.op_type == _GROUPS for s in found.values()):
             found = {}
         if found:
             best = max(sign.strength for sign in found.values())
             return {axis: sign for axis, sign in found.items() if sign.strength == best}
-        used = self.used.get(place, {})
-        return {k: sign for k, sign in self.made.get(place, {}).items() if k in used}
+        used = known.used.get(place, {})
+        return {k: sign for k, sign in known.made.get(place, {}).items() if k in used}
 
 
 _GROUPS = "InstanceNormalization"
@@ -139,41 +166,35 @@ def given_axis(axis: int, rank: int | None) -> Features:
     return Features(_named(axis, rank))
 
 
-def find_layout(index: ModelIndex, slots: Mapping[str, Mapping[str, str]]) -> Layout:
-    """Find where the features of each tensor of a model are.
-
-    Args:
-        index: The model.
-        slots: For each graph, what the slots on a tensor make of it: inner -> outer. The
-            slots' own nodes tell nothing.
-    """
-    index = _written_out(index)
-    layout = Layout(Lookup(index, shapes.missing(index)))
-    steps = list(_steps(index, marked=bool(slots)))
-    links = list(_links(layout.lookup, steps, slots))
+def _spread_signs(lookup: Lookup, slots: Mapping[str, Mapping[str, str]]) -> _Spread:
+    """Read the signs of all nodes and follow each along its axis."""
+    spreads = _Spread()
+    steps = list(_steps(lookup.index, marked=bool(slots)))
+    links = list(_links(lookup, steps, slots))
     nearby: dict[Place, list[Link]] = {}
     for link in links:
         nearby.setdefault(link.source, []).append(link)
         nearby.setdefault(link.target, []).append(link)
-    found = [s for step, _ in steps for s in signs_of(layout.lookup, step)]
+    found = [s for step, _ in steps for s in signs_of(lookup, step)]
     for strength in sorted(Strength, reverse=True):
         equal = (sign for sign in found if sign.strength == strength)
-        spread(equal, layout.signs, nearby, layout.lost)
-    _lose_groups(layout, found, nearby)
-    _spread_parts(layout, steps, [link for link in links if link.split or link.merged], nearby)
-    spread_loss(layout.lost, nearby)
-    spread_loss(layout.summed, nearby)
-    return layout
+        spread(equal, spreads.signs, nearby, spreads.lost)
+    _lose_groups(spreads, found, nearby)
+    reshapes = [link for link in links if link.split or link.merged]
+    _spread_parts(lookup, spreads, steps, reshapes, nearby)
+    spread_loss(spreads.lost, nearby)
+    spread_loss(spreads.summed, nearby)
+    return spreads
 
 
 def _lose_groups(
-    layout: Layout, found: Iterable[Sign], nearby: Mapping[Place, list[Link]]
+    spreads: _Spread, found: Iterable[Sign], nearby: Mapping[Place, list[Link]]
 ) -> None:
     """Note where a normalisation reads groups: what a Reshape splits off is no whole axis."""
     for place, axis, node, _, makes in found:
         for link in nearby.get(place, ()) if node.op_type == _GROUPS and not makes else ():
             if link.target == place and axis in link.parts:
-                layout.lost.setdefault(place, loss(link, SPLIT))
+                spreads.lost.setdefault(place, loss(link, SPLIT))
 
 
 def _written_out(index: ModelIndex) -> ModelIndex:
@@ -189,26 +210,27 @@ def _written_out(index: ModelIndex) -> ModelIndex:
 
 
 def _spread_parts(
-    layout: Layout,
+    lookup: Lookup,
+    spreads: _Spread,
     steps: list[tuple[Step, int]],
     reshapes: list[Link],
     nearby: dict[Place, list[Link]],
 ) -> None:
     """Follow the parts of features, and find the products that sum over features."""
-    spread(parts_of_split(layout.signs, reshapes), layout.made, nearby, stop=layout.signs)
-    used = list(parts_of_merge(layout.signs, reshapes))
+    spread(parts_of_split(spreads.signs, reshapes), spreads.made, nearby, stop=spreads.signs)
+    used = list(parts_of_merge(spreads.signs, reshapes))
     for step, _ in steps:
         if step.node.op_type in ("MatMul", "FusedMatMul") and step.outputs:
-            signs = list(_summed(layout.lookup, step))
+            signs = list(_summed(lookup, step))
             used += signs
-            if len(signs) == 2 and all(_are_features(layout, sign) for sign in signs):
-                place = layout.lookup.place(step.view, step.outputs[0])
-                layout.summed[place] = f"{signs[0].who} sums over its features"
-    spread(used, layout.used, nearby, stop=layout.signs)
+            if len(signs) == 2 and all(_are_features(spreads, sign) for sign in signs):
+                place = lookup.place(step.view, step.outputs[0])
+                spreads.summed[place] = f"{signs[0].who} sums over its features"
+    spread(used, spreads.used, nearby, stop=spreads.signs)
 
 
-def _are_features(layout: Layout, sign: Sign) -> bool:
-    known = layout.signs.get(sign.place) or layout.made.get(sign.place, {})
+def _are_features(spreads: _Spread, sign: Sign) -> bool:
+    known = spreads.signs.get(sign.place) or spreads.made.get(sign.place, {})
     return sign.axis in known
 
 

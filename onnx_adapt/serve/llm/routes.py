@@ -17,10 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from onnx_adapt.errors import AdaptError
 from onnx_adapt.serve.bodies import read_body
-from onnx_adapt.serve.gateway import Gateway, status_of
+from onnx_adapt.serve.counting import GONE, later, status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.llm.answers import Letter, Piece, Usage
 from onnx_adapt.serve.llm.requests import Asked, read_chat, read_completion
-from onnx_adapt.serve.llm.writer import GONE, Writer
+from onnx_adapt.serve.llm.writer import Writer
 from onnx_adapt.serve.openai_errors import ParameterError, openai_error
 from onnx_adapt.serve.protocol import read_json
 
@@ -61,8 +62,7 @@ def _told(answer: _Endpoint) -> _Endpoint:
             return await answer(request)
         except AdaptError as error:
             found, status = openai_error(error)
-            later = {"Retry-After": "1"} if status == 503 else None
-            return JSONResponse(found, status, later)
+            return JSONResponse(found, status, later(status))
         except ClientDisconnect:  # nobody is there to read it
             return Response(status_code=GONE)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from onnx_adapt.adapter.files import load_adapter, save_adapter
 from onnx_adapt.dtypes import Array
-from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError, RunError
+from onnx_adapt.errors import AdapterNotFoundError, RequestError, RunError
 from onnx_adapt.serve.batcher import Result
-from onnx_adapt.serve.gateway import Gateway, status_of
+from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.held import Fetch, Held, Loads, Recent
 from onnx_adapt.serve.llm.answers import Piece, Usage
 from onnx_adapt.serve.llm.facts import Writing
@@ -29,9 +28,6 @@ from onnx_adapt.serve.settings import Settings
 
 _SMALL = 1 << 16
 """Characters that are tokenized faster than a thread can be asked to."""
-
-GONE = 499
-"""What is counted for a client that does not wait for its answer."""
 
 
 class Writer:
@@ -126,10 +122,9 @@ class Writer:
         Raises:
             AdaptError: If it cannot be answered.
         """
-        label, status, began = "unknown", GONE, time.monotonic()
-        try:
+        with gateway.request() as asking:
+            asking.choose({} if asked.model == gateway.base else {asked.model: 1})
             held = await self._held(gateway, asked.model)
-            label = asked.model if held else "base"
             orders = await self._orders(asked)
             usage.prompt = sum(len(order.prompt) for order in orders)
             if held:
@@ -137,12 +132,6 @@ class Writer:
             async with aclosing(self._together(orders, asked.stops, usage)) as pieces:
                 async for piece in pieces:
                     yield piece
-            status = 200
-        except AdaptError as error:
-            status = status_of(error)
-            raise
-        finally:
-            gateway.answered(label, status, time.monotonic() - began)
 
     async def _together(
         self, orders: Sequence[Order], stops: Sequence[str], usage: Usage

@@ -1,0 +1,36 @@
+"""The options of `onnx-adapt serve` for those who run many servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+FLEET = ("access_log",)
+"""Those that are for a server of one process alone."""
+
+_OPTIONS = (
+    click.option(
+        "--max-per-adapter",
+        type=click.IntRange(0),
+        default=0,
+        help="How many requests for one adapter may be under way, those that wait included; "
+        "more get a 429. By default there is no limit.",
+    ),
+    click.option(
+        "--access-log",
+        default="",
+        help="Write a line of JSON for each request to this file, or to stderr with -; not on "
+        "Ray.",
+    ),
+)
+
+
+def fleet_options(command: _F) -> _F:
+    """Add the options to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,137 @@
+"""What is known of a request while it is answered: its id, and its line of the access log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from logging.handlers import WatchedFileHandler
+
+from onnx_adapt.errors import RequestError
+
+REQUEST_ID = "x-request-id"
+"""The header of HTTP, and the metadata of gRPC, that names a request."""
+
+_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_LONGEST_PATH = 300
+
+_access = logging.getLogger("onnx_adapt.access")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of a request while it is answered.
+
+    Attributes:
+        id: What it is called in answers and logs.
+        path: What was asked for.
+        adapter: What it is counted under: an adapter, `base`, `blend`, or '' where no model
+            was asked for.
+        status: The HTTP status of the answer, or 0 if none was begun.
+        size: The bytes of the answer's body that were sent.
+        began: When it came, by `time.perf_counter`.
+    """
+
+    id: str
+    path: str
+    adapter: str = ""
+    status: int = 0
+    size: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+
+_current: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+def read_id(given: str) -> str:
+    """What a request is called: as its client says, if that fits into a line of a log.
+
+    Example:
+        >>> read_id("7f3a-1"), len(read_id("two words")), len(read_id("7" * 200))
+        ('7f3a-1', 32, 32)
+    """
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def recorded(record: Record) -> Iterator[Record]:
+    """Answer a request inside the block, and write its line of the access log behind it."""
+    token = _current.set(record)
+    try:
+        yield record
+    finally:
+        _current.reset(token)
+        if _access.isEnabledFor(logging.INFO):
+            _access.info(line(record, time.perf_counter() - record.began))
+
+
+def note_adapter(adapter: str) -> None:
+    """Note which adapter the present request asks for, if there is such a request."""
+    record = _current.get()
+    if record is not None:
+        record.adapter = adapter
+
+
+def line(record: Record, seconds: float) -> str:
+    """A request's line of the access log.
+
+    Example:
+        >>> line(Record("7", "/v2", status=200, size=9), 0.0042)[44:]
+        '"id": "7", "adapter": "", "path": "/v2", "status": 200, "ms": 4.2, "bytes": 9}'
+    """
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    found = {"time": now, "id": record.id, "adapter": record.adapter}
+    found |= {"path": record.path[:_LONGEST_PATH]}
+    measured = {"status": record.status, "ms": round(seconds * 1e3, 3), "bytes": record.size}
+    return json.dumps(found | measured)
+
+
+def open_access_log(path: str) -> None:
+    """Write a line for each request from now on.
+
+    Args:
+        path: The file to write to, which may be moved away at any time; `-` is stderr.
+
+    Raises:
+        RequestError: If it cannot be written.
+    """
+    _access.setLevel(logging.INFO)
+    _access.propagate = False
+    if path == "-":
+        _access.addHandler(logging.StreamHandler())
+        return
+    try:
+        _access.addHandler(_File(path, encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(
+            f"the access log {path} cannot be written: {error.strerror}",
+            hint="--access-log takes a file, or - for stderr",
+        ) from error
+
+
+class _File(WatchedFileHandler):
+    """A file to which lines are added; a new one is made when it is moved away."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            super().emit(record)
+        except OSError:  # it was moved away, and no new one can be made
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say once that lines are lost; requests are answered all the same."""
+        if not self._failed:
+            _log.warning("lines of the access log are lost: %s", sys.exc_info()[1])
+        self._failed = True
