@@ -283,7 +283,7 @@ class Repository:
             raise _NotNowError(f"cannot be read: {error}") from error
         return data
 
-    def _refuse_changed(self, info: dict[str, Any]) -> None:
+    def _refuse_changed(self, info: Mapping[str, Any]) -> None:
         """Refuse a file that is not as it was; object stores change theirs at once."""
         if "mtime" in info:
             now = self._files.info(info["name"])
