@@ -22,6 +22,7 @@ from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
+from onnx_adapt.serve.tracing import span
 
 BASE_VERSION = "1"
 """The version of the base; for an adapter it means whichever is served."""
@@ -307,7 +308,8 @@ class Gateway:
             request.feeds, request.datatypes, request.outputs, versions
         )
         try:
-            return await asyncio.wait_for(answer, max(seconds, 0))
+            with span("run model", {"onnx_adapt.version": _said(versions)}):
+                return await asyncio.wait_for(answer, max(seconds, 0))
         except asyncio.TimeoutError as error:
             limit = self.settings.timeout_s
             raise RequestError(
