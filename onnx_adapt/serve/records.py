@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from logging.handlers import WatchedFileHandler
+from pathlib import Path
 
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.tracing import finish, request_span
@@ -118,18 +120,20 @@ def open_access_log(path: str) -> None:
     Raises:
         RequestError: If it cannot be written.
     """
+    handler: logging.Handler = logging.StreamHandler()
+    if path != "-":
+        file = Path(path).absolute()
+        there = file.exists()
+        if file.is_dir() or not os.access(file if there else file.parent, os.W_OK):
+            raise RequestError(
+                f"the access log {path} cannot be written",
+                hint="--access-log takes a file, or - for stderr",
+            )
+        # The file is made with its first line: a server that does not start leaves none.
+        handler = _File(file, encoding="utf-8", delay=True)
     _access.setLevel(logging.INFO)
     _access.propagate = False
-    if path == "-":
-        _access.addHandler(logging.StreamHandler())
-        return
-    try:
-        _access.addHandler(_File(path, encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(
-            f"the access log {path} cannot be written: {error.strerror}",
-            hint="--access-log takes a file, or - for stderr",
-        ) from error
+    _access.addHandler(handler)
 
 
 class _File(WatchedFileHandler):

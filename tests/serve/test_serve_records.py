@@ -121,6 +121,9 @@ def test_a_log_that_is_moved_away_begins_anew_and_one_that_is_lost_fails_no_requ
 def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be written"):
         open_access_log(str(tmp_path / "none/access.log"))
+    with pytest.raises(RequestError, match="cannot be written"):
+        open_access_log(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
