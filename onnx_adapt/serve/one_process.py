@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,14 @@ def serve_here(
     """
     with contextlib.closing(Copies()) as copies:
         model, place, base = settings.model, settings.adapters, settings.base
-        repository = Repository(model, place, copies.path, base, feeds=write is None)
+        repository = Repository(
+            model,
+            place,
+            copies.path,
+            base,
+            feeds=write is None,
+            settle_s=settings.settle_s,
+        )
         repository.sweep()
         metrics = PrometheusMetrics()
 
@@ -182,13 +190,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._warmer = warmer
         self._look = look
-        self._looks: asyncio.Task[None] | None = None
         self._grpc_at = grpc_at
         self._grpc: Any = None
         self._gateway = gateway
         self._grace_s = grace_s
         self._told = started
         self._drain: asyncio.Task[None] | None = None
+        self._ended = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -198,19 +206,22 @@ class _Server(uvicorn.Server):
             self._grpc = grpc_server(self._gateway, *self._grpc_at)
             await self._grpc.start()
         await super().startup(sockets)
-        self._looks = self._loop.create_task(self._look_always())
+        threading.Thread(target=self._look_always, daemon=True).start()
         self._told()
 
-    async def _look_always(self) -> None:
-        """Look at the adapters every while."""
-        while True:
-            await asyncio.sleep(self._gateway.settings.poll_s)
+    def _look_always(self) -> None:
+        """Look at the adapters every while; a store that hangs does not keep the process."""
+        while not self._ended.wait(self._gateway.settings.poll_s):
             try:
-                await asyncio.to_thread(self._look)
-                await self._gateway.refresh()
-                await self._warmer.follow()
+                self._look()
+                news = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+                news.result()
             except Exception:  # the libraries of object stores may raise anything
                 _log.exception("cannot look at the adapters; what is known is served")
+
+    async def _follow(self) -> None:
+        await self._gateway.refresh()
+        await self._warmer.follow()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first ends what is under way, the second everything."""
@@ -227,8 +238,7 @@ class _Server(uvicorn.Server):
         await drained(self._gateway, self._grace_s, _SETTLE_S)
         if self._grpc is not None:
             await self._grpc.stop(0.5)
-        if self._looks is not None:
-            self._looks.cancel()
+        self._ended.set()
         self.config.timeout_graceful_shutdown = 1  # what is left had its time
         self.should_exit = True
 

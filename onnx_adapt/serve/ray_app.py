@@ -81,7 +81,11 @@ class RepositoryActor:
     def __init__(self, settings: Settings) -> None:
         self._copies = Copies()
         self._repository = Repository(
-            settings.model, settings.adapters, self._copies.path, settings.base
+            settings.model,
+            settings.adapters,
+            self._copies.path,
+            settings.base,
+            settle_s=settings.settle_s,
         )
         self._repository.sweep()
         self._stopping = False

@@ -11,39 +11,27 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 
-from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.files import read_adapter
-from onnx_adapt.adapter.fitting import (
-    manifest_misfits,
-    refuse_misfits,
-    replaceable_of,
-    required_manifest,
-)
 from onnx_adapt.errors import (
-    AdapterError,
     AdapterNotFoundError,
     AdaptError,
     RequestError,
-    SlotError,
 )
 from onnx_adapt.formats import FORMATS
-from onnx_adapt.model.file import Model, open_model
+from onnx_adapt.model.file import open_model
 from onnx_adapt.serve.alias_file import AliasFile
+from onnx_adapt.serve.checks import checker, refuse_unfed
 from onnx_adapt.serve.choice import is_name
 from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
-
-_SETTLE_S = 0.1
-"""How long a file must have been as it is before it is read: one that is written in place is
-the old one and the new one, in parts, meanwhile."""
 
 
 class _NotNowError(Exception):
@@ -74,16 +62,26 @@ class Repository:
         copies: A local folder to keep the versions in; nobody else writes there.
         base: What the base is called: no adapter can be.
         feeds: Whether what runs the model feeds what adapters need besides their weights.
+        settle_s: How long a file must have been as it is before it is read: one that is
+            written in place is the old one and the new one, in parts, meanwhile.
 
     Raises:
         AdaptError: If the model has no swappable slots, or there is no such folder.
     """
 
     def __init__(
-        self, model: str, location: str, copies: Path, base: str, *, feeds: bool = True
+        self,
+        model: str,
+        location: str,
+        copies: Path,
+        base: str,
+        *,
+        feeds: bool = True,
+        settle_s: float = 0.1,
     ) -> None:
         self._check = checker(open_model(model))
         self._feeds = feeds
+        self._settle_s = settle_s
         self._location = location
         self._files, self._root = fsspec.core.url_to_fs(location)
         if not self._files.isdir(self._root):
@@ -261,7 +259,7 @@ class Repository:
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
             if not self._feeds:
-                _refuse_unfed(adapter)
+                refuse_unfed(adapter)
         except AdaptError as error:
             return error.message
         try:
@@ -272,17 +270,25 @@ class Repository:
 
     def _content(self, info: Mapping[str, Any]) -> bytes:
         """The bytes of a file that nobody writes just now."""
-        name, written = info["name"], info.get("mtime")  # object stores change files at once
+        name, written = info["name"], info.get("mtime")
         try:
-            if isinstance(written, float) and time.time() - written < _SETTLE_S:
-                time.sleep(_SETTLE_S)
+            if isinstance(written, float) and time.time() - written < self._settle_s:
+                time.sleep(self._settle_s)
+                self._refuse_changed(info)  # what is a pipe now would be read for ever
             data: bytes = self._files.cat_file(name)
-            changed = written is not None and self._files.info(name)["mtime"] != written
+            self._refuse_changed(info)
+        except _NotNowError:
+            raise
         except Exception as error:  # the libraries of object stores may raise anything
             raise _NotNowError(f"cannot be read: {error}") from error
-        if changed:
-            raise _NotNowError("it is being written")
         return data
+
+    def _refuse_changed(self, info: Mapping[str, Any]) -> None:
+        """Refuse a file that is not as it was; object stores change theirs at once."""
+        if "mtime" in info:
+            now = self._files.info(info["name"])
+            if (now["type"], now["mtime"]) != (info["type"], info["mtime"]):
+                raise _NotNowError("it is being written")
 
     def _keep(self, name: str, suffix: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
@@ -309,35 +315,5 @@ class Repository:
         return bool(kept) and not kept[-1].exists()
 
 
-def _refuse_unfed(adapter: Adapter) -> None:
-    """Refuse an adapter that would be without effect, or wrong, by its weights alone."""
-    if adapter.invocation_tokens or adapter.initial_state:
-        what = "invocation tokens" if adapter.invocation_tokens else "a first past"
-        raise AdapterError(f"it has {what}, which onnxruntime-genai does not feed")
-
-
 def _off(entry: Entry) -> Entry:
     return replace(entry, version="", reason="it was unloaded")
-
-
-def checker(model: Model) -> Callable[[Adapter], None]:
-    """What raises an AdapterError unless an adapter fits the swappable slots of a model.
-
-    Raises:
-        SlotError: If the model has none.
-    """
-    manifest = required_manifest(model)
-    slots = tuple(slot for slot in manifest.slots if slot.swappable)
-    weights = tuple(weight for weight in manifest.weights if weight.swappable)
-    if not slots and not weights:
-        raise SlotError(
-            f"the slots of {model.label} are baked: their weights are constants",
-            hint="insert without --baked to swap adapters",
-        )
-    swappable = replace(manifest, slots=slots, weights=weights)
-    replaceable = replaceable_of(model, weights)
-
-    def check(adapter: Adapter) -> None:
-        refuse_misfits(manifest_misfits(swappable, replaceable, adapter), adapter, model.label)
-
-    return check
