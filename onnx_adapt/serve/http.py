@@ -57,7 +57,9 @@ def api(
         names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
-    routes = [
+    paths = (model, model + "/versions/{version}")
+    routes = [  # those that are asked most come first
+        *(Route(path + "/infer", _infer, methods=["POST"]) for path in paths),
         Route("/v2/health/live", _live),
         Route("/v2/health/ready", _ready),
         Route("/v2", _server),
@@ -70,12 +72,8 @@ def api(
         Route(model + "/config", _config),
         Route(model + "/stats", _stats),
     ]
-    for path in (model, model + "/versions/{version}"):
-        routes += [
-            Route(path, _model),
-            Route(path + "/ready", _model_ready),
-            Route(path + "/infer", _infer, methods=["POST"]),
-        ]
+    for path in paths:
+        routes += [Route(path, _model), Route(path + "/ready", _model_ready)]
     failures: dict[Any, Callable[..., Any]] = {
         AdaptError: _refused,
         HTTPException: _unknown,
