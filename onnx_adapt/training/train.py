@@ -168,7 +168,7 @@ def _with_kept(task: Task, providers: Providers, notice: Callable[[str], None]) 
     if not most:
         return task
     found = keep_frozen(
-        *(task.step, list(task.begun), task.samples, task.held_back),
+        *(task.step, task.begun, task.samples, task.held_back),
         batch_size=task.settings.batch_size,
         most=most,
         providers=providers,

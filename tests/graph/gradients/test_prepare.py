@@ -18,7 +18,7 @@ from onnx_adapt.graph.gradients.prepare import prepare
 from onnx_adapt.ort import CPU
 from onnx_adapt.proof.inputs import inputs_for
 from onnx_adapt.proof.runner import Runner
-from onnx_adapt.training.engine import Engine
+from onnx_adapt.training.session import TrainingSession
 from onnx_adapt.training.starting import weights_to_train
 from onnx_adapt.training.step_model import make_step
 
@@ -113,24 +113,22 @@ def _gradients(name: str, scale: float) -> dict[str, Array]:
     adapted = oa.insert(
         base, after=[f"bert.encoder.layer.{place}" for place in places], activation="gelu"
     )
-    found = sorted(weights_to_train(adapted, 4, None, 0))
+    names = sorted(weights_to_train(adapted, 4, None, 0))
     step = make_step(
         adapted,
-        found,
+        names,
         loss=lambda tape, output, _: tape.times(
             tape.add("ReduceMean", tape.add("Mul", output, output), keepdims=0), scale
         ),
     )
     rng = np.random.default_rng(3)
     shapes = weights_to_train(adapted, 4, None, 0)
-    weights = {key: rng.standard_normal(shapes[key].shape) * 0.02 for key in found}
+    weights = {key: rng.standard_normal(shapes[key].shape) * 0.02 for key in names}
     ids = rng.integers(1, 60, (4, 6))
-    engine = Engine(step, CPU)
     feeds = {key: ids * 0 + (key != "token_type_ids") for key in step.inputs}
     feeds |= {"input_ids": ids, **weights, step.labels: np.zeros((4, 3))}
-    typed = {key: np.asarray(feeds[key], kind) for key, kind in engine._dtypes.items()}
-    values = engine._session.run(list(step.grads.values()), typed)
-    return dict(zip(step.grads, values, strict=True))
+    found = TrainingSession(step.model, CPU).run(feeds, list(step.grads.values()), "a batch")
+    return {weight: found[output] for weight, output in step.grads.items()}
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-5])
