@@ -17,7 +17,7 @@ from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.counting import status_of
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.grpc_messages import message
-from onnx_adapt.serve.grpc_requests import read_grpc_request
+from onnx_adapt.serve.grpc_requests import parameters_of, read_grpc_request
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.serve.records import REQUEST_ID, Record, read_id, recorded
 from onnx_adapt.serve.tensors import bytes_of_array
@@ -148,14 +148,11 @@ class Servicer:
 
     async def repository_load(self, request: Any) -> Any:
         """Check an adapter's file again, and serve it."""
-        _refuse_parameters(request)
-        self._gateway.refuse_base(request.model_name)
-        await self._gateway.load(request.model_name)
+        await self._gateway.load(request.model_name, parameters_of(request.parameters))
         return message("RepositoryModelLoadResponse")()
 
     async def repository_unload(self, request: Any) -> Any:
         """Serve an adapter no more."""
-        self._gateway.refuse_base(request.model_name)
         await self._gateway.unload(request.model_name)
         return message("RepositoryModelUnloadResponse")()
 
@@ -198,14 +195,6 @@ class Servicer:
                 answer = message("ModelStreamInferResponse")(**found)
                 record.size = answer.ByteSize()
             yield answer
-
-
-def _refuse_parameters(request: Any) -> None:
-    if request.parameters:
-        raise RequestError(
-            "parameters of load are not supported",
-            hint="adapters come from the server's folder only",
-        )
 
 
 def _described(spec: Spec) -> Any:

@@ -79,7 +79,11 @@ class RepositoryActor:
     def __init__(self, settings: Settings) -> None:
         self._copies = Copies()
         self._repository = Repository(
-            settings.model, settings.adapters, self._copies.path, settings.base
+            settings.model,
+            settings.adapters,
+            self._copies.path,
+            settings.base,
+            settle_s=settings.settle_s,
         )
         self._repository.sweep()
         self._stopping = False
@@ -125,11 +129,15 @@ class RepositoryActor:
         """Serve an adapter no more."""
         return await _attempt(self._repository.unload, name)
 
+    async def point(self, name: str, adapter: str) -> AdaptError | None:
+        """Let an alias mean an adapter."""
+        return await _attempt(self._repository.point, name, adapter)
 
-async def _attempt(action: Callable[[str], _T], argument: str) -> _T | AdaptError:
+
+async def _attempt(action: Callable[..., _T], *arguments: str) -> _T | AdaptError:
     """Do something in a thread; Ray would log an error that is raised as a bug of ours."""
     try:
-        return await asyncio.to_thread(action, argument)
+        return await asyncio.to_thread(action, *arguments)
     except AdaptError as error:
         return error
 
@@ -212,6 +220,9 @@ class _Remote:
 
     async def unload(self, name: str) -> None:
         _raise(await self._repository.unload.remote(name))
+
+    async def point(self, name: str, adapter: str) -> None:
+        _raise(await self._repository.point.remote(name, adapter))
 
 
 def _raise(problem: AdaptError | None) -> None:

@@ -41,6 +41,11 @@ class Writer:
         fetch: Where the files of versions come from.
         metrics: What counts loads.
 
+    Attributes:
+        facts: What the folder says.
+        context: How many tokens a prompt and its answer can have.
+        recent: What keeps versions loaded.
+
     Raises:
         AdaptError: If the folder holds no language model.
     """
@@ -62,7 +67,7 @@ class Writer:
             settings.timeout_s,
         )
         loads = Loads(fetch, self._load, self._unload, metrics, self._thread)
-        self._hold = Recent(loads, settings.max_adapters)
+        self.recent = Recent(loads, settings.max_adapters)
 
     async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
         """The tensors that a client can send and get: none."""
@@ -186,10 +191,10 @@ class Writer:
         if model == gateway.base:
             return None
         try:
-            return await self._hold(gateway.version(model))
+            return await self.recent(gateway.version(model))
         except AdapterNotFoundError:  # the file was replaced a moment ago, or there is none
             await gateway.refresh()
-            return await self._hold(gateway.version(model))
+            return await self.recent(gateway.version(model))
 
     def _load(self, name: str, path: Path) -> None:
         """Load a file, whatever its format."""
