@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @options.labels
 @options.tokenizer
 @options.texts
+@options.max_length
 @options.on_output
 @click.option(
     "--teacher",
