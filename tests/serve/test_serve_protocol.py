@@ -81,6 +81,9 @@ def test_json_comes_back_as_json_flat_or_nested(datatype: str) -> None:
 
 def test_float32_survives_json_bit_for_bit() -> None:
     array = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    limits = np.finfo(np.float32)
+    array[:5] = [limits.max, limits.tiny, limits.smallest_subnormal, -0.0, 2**24 - 1]
+    array[5:50] = np.nextafter(array[50:95], np.inf)
     request = read_request(body(shape=[100], data=array.astype(float).tolist()))
     assert request.feeds["x"].tobytes() == array.tobytes()
     answer, _ = write_response(request, "m", "1", "", [(Spec("x", "FP32", (100,)), array)])
