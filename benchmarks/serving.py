@@ -11,6 +11,8 @@ answer is compared with what an `AdapterSession` computes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -53,12 +55,12 @@ class World:
 
 @dataclass
 class Measured:
-    """What was found of one server, once per round."""
+    """What was found of one server: loads and processor time once per round."""
 
     loads: dict[int, list[Load]] = field(default_factory=dict)
     busy_ms: dict[int, list[float]] = field(default_factory=dict)
-    memory_mb: list[float] = field(default_factory=list)
-    started_s: list[float] = field(default_factory=list)
+    memory_mb: float = 0
+    started_s: float = 0
     wrong: int = 0
 
     def cells(self) -> tuple[object, ...]:
@@ -66,9 +68,8 @@ class Measured:
         found: list[object] = []
         for clients, loads in self.loads.items():
             found.append(round(median(load.per_second for load in loads)))
-            found.append(f"{median(self.busy_ms[clients]):.2f}")
-        memory, started = round(median(self.memory_mb)), f"{min(self.started_s):.1f}"
-        return (*found, memory, started, self.wrong)
+            found.append(f"{min(self.busy_ms[clients]):.2f}")
+        return (*found, round(self.memory_mb), f"{self.started_s:.1f}", self.wrong)
 
 
 def prepare(folder: Path, count: int, baked: int) -> World:
@@ -106,7 +107,7 @@ def asked(world: World, adapters: Sequence[int]) -> tuple[list[dict], list[np.nd
     return documents, truth
 
 
-def sent(port: int, documents: Sequence[dict], name: str) -> list[bytes]:
+def sent(documents: Sequence[dict], name: str, port: int) -> list[bytes]:
     """The requests as a server takes them: LitServe has one path for everything."""
     paths = [
         "/predict" if name == "LitServe" else f"/v2/models/{document['model']}/infer"
@@ -128,13 +129,13 @@ def measure(server: Server, requests: list[bytes], truth: list, found: Measured)
         found.loads.setdefault(clients, []).append(load)
         found.busy_ms.setdefault(clients, []).append(busy)
         found.wrong += wrong(load, truth, CLOSE)
-    found.memory_mb.append(server.memory_mb())
-    found.started_s.append(server.started_s)
+    found.memory_mb = server.memory_mb()
+    found.started_s = server.started_s
 
 
 def beside_peers(folder: Path, peers: Path | None, ray: bool, quick: bool) -> int:
     """Each server in turn, some rounds of them; how many answers were wrong."""
-    count, rounds, adapters = (40, 1, 3) if quick else (2000, 3, ADAPTERS)
+    count, rounds, adapters = (40, 1, 3) if quick else (400, 9, ADAPTERS)
     world = prepare(folder, adapters, adapters if peers else 0)
     chosen = np.random.default_rng(1).integers(0, adapters, count)
     documents, truth = asked(world, list(chosen))
@@ -144,12 +145,15 @@ def beside_peers(folder: Path, peers: Path | None, ray: bool, quick: bool) -> in
     if peers:
         commands |= {name: peer(name, peers, world.baked) for name in INSTALLS}
     found = {name: Measured() for name in commands}
-    for _ in range(rounds):
+    with contextlib.ExitStack() as stack:
+        servers = {}
         for name, command in commands.items():
-            with running(
-                command, folder / "log", lambda port, name=name: sent(port, documents, name)[0]
-            ) as server:
-                measure(server, sent(server.port, documents, name), truth, found[name])
+            first = functools.partial(sent, documents[:1], name)
+            servers[name] = stack.enter_context(running(command, folder / name, first))
+        for _ in range(rounds):  # in turn, so that noise meets all alike
+            for name, server in servers.items():
+                requests = sent(documents, name, server.port)
+                measure(server, requests, truth, found[name])
     head = [f"{adapters} adapters"]
     head += [f"{what}, {n} clients" for n in CLIENTS for what in ("requests/s", "CPU ms")]
     rows = [(name, *measured.cells()) for name, measured in found.items()]
@@ -170,10 +174,10 @@ def many_adapters(folder: Path, quick: bool) -> int:
     command = ours(world.model, world.adapters, "--max-adapters", str(cache))
     first, _ = asked(world, [0])
     rows, failed = [], 0
-    with running(command, folder / "log", lambda port: sent(port, first, "")[0]) as server:
+    with running(command, folder / "log", functools.partial(sent, first, "")) as server:
         for name, chosen in draws.items():
             documents, truth = asked(world, [int(i) for i in chosen])
-            requests = sent(server.port, documents, "")
+            requests = sent(documents, "", server.port)
             send(server.port, requests[: count // 3], CLIENTS[-1])
             for clients in CLIENTS:
                 load = send(server.port, requests, clients)

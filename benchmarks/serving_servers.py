@@ -11,7 +11,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from measuring import ADAPT
@@ -97,14 +97,14 @@ def peer(name: str, environments: Path, models: Path) -> list[str]:
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], log: Path, first: Callable[[int], bytes]
+    command: Sequence[str], log: Path, first: Callable[[int], list[bytes]]
 ) -> Iterator[Server]:
     """A server, for as long as the block lasts.
 
     Args:
         command: Its command line, without the port at the end.
         log: Where it writes what it says.
-        first: The request for a port that it must answer before it counts as started.
+        first: The request, of a port, that it must answer before it counts as started.
 
     Raises:
         SystemExit: If it does not start.
@@ -115,16 +115,21 @@ def running(
     quiet = {**os.environ, **PATIENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as said:
         process = subprocess.Popen([*command, str(port)], stdout=said, stderr=said, env=quiet)
+    server = Server(port, process, 0)
     try:
-        _await(port, process, first(port), log)
-        yield Server(port, process, time.perf_counter() - began)
+        _await(port, process, *first(port), log)
+        yield replace(server, started_s=time.perf_counter() - began)
     finally:
+        all_of_it = server.processes()
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for pid in all_of_it:  # LitServe leaves its workers behind
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _await(port: int, process: subprocess.Popen[bytes], first: bytes, log: Path) -> None:

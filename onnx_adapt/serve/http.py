@@ -58,7 +58,9 @@ def api(
         names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
-    routes = [
+    paths = (model, model + "/versions/{version}")
+    routes = [  # those that are asked most come first
+        *(Route(path + "/infer", _infer, methods=["POST"]) for path in paths),
         Route("/", _front),
         Route("/-/", _front),
         Route("/v2/health/live", _live),
@@ -73,12 +75,8 @@ def api(
         Route(model + "/config", _config),
         Route(model + "/stats", _stats),
     ]
-    for path in (model, model + "/versions/{version}"):
-        routes += [
-            Route(path, _model),
-            Route(path + "/ready", _model_ready),
-            Route(path + "/infer", _infer, methods=["POST"]),
-        ]
+    for path in paths:
+        routes += [Route(path, _model), Route(path + "/ready", _model_ready)]
     failures: dict[Any, Callable[..., Any]] = {
         AdaptError: _refused,
         HTTPException: _unknown,
