@@ -1,4 +1,4 @@
-"""A batch with another adapter in each row: grouped, in one run where slots allow, one by one.
+"""A batch with another adapter in each row: grouped, on batched slots, one by one.
 
 Every ratio is to the base on the same batch, by the processor's time, on one thread.
 
@@ -29,7 +29,7 @@ FULL = (
 )
 """Batch, positions, adapters."""
 QUICK, TINY = ((8, 1, 4), (8, 16, 4), (8, 128, 8)), ((2, 1, 2),)
-WAYS = ("one by one", "grouped", "one run")
+WAYS = ("one by one", "grouped", "batched")
 
 Session = Any
 
@@ -39,7 +39,7 @@ def sessions(layers: int) -> dict[str, Session]:
     base = base_model(layers)
     models = {"grouped": oa.insert(base, after="layers.*/Add")}
     if "batched" in inspect.signature(oa.insert).parameters:
-        models["one run"] = oa.insert(base, after="layers.*/Add", batched=True)
+        models["batched"] = oa.insert(base, after="layers.*/Add", batched=True)
     most = max(count for _, _, count in FULL)
     adapters = {str(i): random_adapter(models["grouped"], i, BOTTLENECK) for i in range(most)}
     return {
@@ -89,7 +89,7 @@ def benchmark(setting: Setting) -> Part:
     columns = ("batch", "positions", "adapters", *names, "best")
     title = f"time / base of the whole batch, bottleneck {BOTTLENECK}"
     part = Part("mixed", tables=[Table(title, columns, rows)])
-    if "one run" not in found:
+    if "batched" not in found:
         part.notes.append("This version has no batched slots: no mixed batch in one run.")
     return part
 

@@ -1,150 +1,211 @@
-"""What a server of many adapters does: batching or not, one replica or two.
+"""What servers of many adapters do, side by side, and ours with a thousand adapters.
 
-A hundred clients ask for eight adapters and the base at random, one row each. Every answer is
-compared with what an `AdapterSession` computes.
+Clients ask for adapters at random, one row each, in the Open Inference Protocol's JSON. Every
+answer is compared with what an `AdapterSession` computes.
 
-    python benchmarks/serving.py
-    python benchmarks/serving.py --quick
+    python benchmarks/serving.py --peers FOLDER  # with FastAPI, MLServer, KServe and LitServe
+    python benchmarks/serving.py --ray           # ours in one process, and on Ray
+    python benchmarks/serving.py --quick         # a little of each
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
+import functools
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from dense_models import WIDTH, base_model, random_adapter
-from ray import serve
+from dense_models import base_model, random_adapter
+from measuring import one_thread
+from serving_load import Load, request, send, wrong
+from serving_servers import INSTALLS, Server, ours, peer, running
 
 import onnx_adapt as oa
 from onnx_adapt.cli.outputs import print_table, say
-from onnx_adapt.ort import onnxruntime
-from onnx_adapt.serve import build_app
-from onnx_adapt.serve.batcher import Batcher, Job
-from onnx_adapt.serve.ray_running import Place, running
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/fixtures"))
-from serve_clients import free_port, load
-
-LAYERS, QUICK_LAYERS, ADAPTERS, CLIENTS, CLOSE = 72, 6, 8, 100, 1e-3
-WAYS = [(replicas, batching) for replicas in (1, 2) for batching in (False, True)]
-
-Asked = list[tuple[np.ndarray, str | None]]
+WIDTH, LAYERS, BOTTLENECK = 256, 6, 8
+ADAPTERS, MANY, CACHE = 20, 1024, 64
+CLOSE = 1e-3
+CLIENTS = (1, 16)
+RAY = "onnx-adapt on Ray, 2 replicas"
 
 
 @dataclass(frozen=True)
+class World:
+    """What is served, and what is asked.
+
+    Attributes:
+        model: The adapted model.
+        adapters: The folder of adapters, `a0` and on.
+        baked: A folder with a model for each adapter, in which its weights are constants.
+        inputs: A row to send, each with other numbers.
+    """
+
+    model: Path
+    adapters: Path
+    baked: Path
+    inputs: np.ndarray
+
+
+@dataclass
 class Measured:
-    """What became of the requests."""
+    """What was found of one server: loads and processor time once per round."""
 
-    per_second: float
-    median_ms: float
-    slow_ms: float
-    wrong: int
+    loads: dict[int, list[Load]] = field(default_factory=dict)
+    busy_ms: dict[int, list[float]] = field(default_factory=dict)
+    memory_mb: float = 0
+    started_s: float = 0
+    wrong: int = 0
 
-
-def prepare(folder: Path, layers: int) -> dict[str, str]:
-    """A model of 171 MB and its adapters, 28 MB each (72 layers): what to serve."""
-    model = oa.insert(base_model(layers), after="layers.*/MatMul", bias=True)
-    path = oa.save_model(model, folder / "adapted.onnx").path
-    adapters = folder / "adapters"
-    adapters.mkdir()
-    for i in range(ADAPTERS):
-        oa.save_adapter(random_adapter(model, i, 64), adapters / f"a{i}.onnx_adapter")
-    return {"model": str(path), "adapters": str(adapters)}
+    def cells(self) -> tuple[object, ...]:
+        """A line of the table."""
+        found: list[object] = []
+        for clients, loads in self.loads.items():
+            found.append(round(median(load.per_second for load in loads)))
+            found.append(f"{min(self.busy_ms[clients]):.2f}")
+        return (*found, round(self.memory_mb), f"{self.started_s:.1f}", self.wrong)
 
 
-def expected(
-    given: dict[str, str], output: str, count: int
-) -> tuple[Asked, list[np.ndarray], float]:
-    """Requests, what a session answers, and how many it answers in a second."""
-    names = [None, *(f"a{i}" for i in range(ADAPTERS))]
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((count, 1, 1, WIDTH)).astype(np.float32)
-    requests = [(x, names[i]) for x, i in zip(inputs, rng.integers(0, 9, count), strict=True)]
-    options = onnxruntime().SessionOptions()
-    options.intra_op_num_threads = 1  # as a replica has
-    files = {name: f"{given['adapters']}/{name}.onnx_adapter" for name in names if name}
-    with oa.AdapterSession(given["model"], files, session_options=options) as session:
-        started = time.perf_counter()
-        truth = [session.run({"x": x}, name)[output] for x, name in requests]
-        return requests, truth, count / (time.perf_counter() - started)
-
-
-def measure(address: str, output: str, requests: Asked, truth: list[np.ndarray]) -> Measured:
-    """Send the requests, after some that load the adapters."""
-    asyncio.run(load(address, requests[:CLIENTS], clients=CLIENTS, output=output))
-    started = time.perf_counter()
-    answers = asyncio.run(load(address, requests, clients=CLIENTS, output=output))
-    seconds = time.perf_counter() - started
-    wrong = sum(
-        answer.array is None or bool(np.abs(answer.array - value).max() > CLOSE)
-        for answer, value in zip(answers, truth, strict=True)
+def prepare(folder: Path, count: int, baked: int) -> World:
+    """A model, so many adapters, and models with some of them."""
+    model = oa.insert(base_model(LAYERS, WIDTH), after="layers.*/MatMul")
+    world = World(
+        oa.save_model(model, folder / "adapted.onnx").path,
+        folder / "adapters",
+        folder / "baked",
+        np.random.default_rng(0).standard_normal((64, 1, 1, WIDTH)).astype(np.float32),
     )
-    spent = sorted(answer.milliseconds for answer in answers)
-    return Measured(len(spent) / seconds, median(spent), spent[len(spent) * 99 // 100], wrong)
+    world.adapters.mkdir()
+    world.baked.mkdir()
+    for i in range(count):
+        item = random_adapter(model, i, BOTTLENECK)
+        oa.save_adapter(item, world.adapters / f"a{i}.onnx_adapter")
+        if i < baked:
+            oa.save_model(oa.bake(oa.fill(model, item)), world.baked / f"a{i}.onnx")
+    return world
 
 
-def joined(given: dict[str, str], output: str, requests: Asked) -> tuple[float, float]:
-    """Milliseconds for 64 requests in one replica: one at a time, and as one batch."""
-    batcher = Batcher(given["model"], threads=1)
-    for _, name in requests:
-        if name and name not in batcher.session.adapters:
-            batcher.session.load(name, f"{given['adapters']}/{name}.onnx_adapter")
-    jobs = [Job({"x": x}, (output,), name) for x, name in requests[:64]]
-    times: list[list[float]] = [[], []]
-    for _ in range(5):
-        for spent, batches in zip(times, ([[job] for job in jobs], [jobs]), strict=True):
-            started = time.perf_counter()
-            for batch in batches:
-                batcher.run(batch)
-            spent.append((time.perf_counter() - started) * 1e3)
-    return median(times[0]), median(times[1])
+def asked(world: World, adapters: Sequence[int]) -> tuple[list[dict], list[np.ndarray]]:
+    """Requests for adapters, and what a session answers."""
+    names = [f"a{i}" for i in adapters]
+    files = {name: world.adapters / f"{name}.onnx_adapter" for name in set(names)}
+    documents, truth = [], []
+    with oa.AdapterSession(world.model, files, session_options=one_thread()) as session:
+        for number, name in enumerate(names):
+            x = world.inputs[number % len(world.inputs)]
+            tensor = {"name": "x", "datatype": "FP32", "shape": list(x.shape)}
+            data = [round(value, 6) for value in x.ravel().tolist()]
+            documents.append({"model": name, "inputs": [tensor | {"data": data}]})
+            x = np.array(data, np.float32).reshape(x.shape)
+            truth.append(session.run({"x": x}, name)[f"r{LAYERS - 1}"])
+    return documents, truth
+
+
+def sent(documents: Sequence[dict], name: str, port: int) -> list[bytes]:
+    """The requests as a server takes them: LitServe has one path for everything."""
+    paths = [
+        "/predict" if name == "LitServe" else f"/v2/models/{document['model']}/infer"
+        for document in documents
+    ]
+    kept = documents
+    if name != "LitServe":
+        kept = [{"inputs": document["inputs"]} for document in documents]
+    return [request(port, path, each) for path, each in zip(paths, kept, strict=True)]
+
+
+def measure(server: Server, requests: list[bytes], truth: list, found: Measured) -> None:
+    """Send the requests with few clients and with many, after some that load the adapters."""
+    send(server.port, requests[:100], CLIENTS[-1])
+    for clients in CLIENTS:
+        before = server.busy_s()
+        load = send(server.port, requests, clients)
+        busy = (server.busy_s() - before) / len(requests) * 1e3
+        found.loads.setdefault(clients, []).append(load)
+        found.busy_ms.setdefault(clients, []).append(busy)
+        found.wrong += wrong(load, truth, CLOSE)
+    found.memory_mb = server.memory_mb()
+    found.started_s = server.started_s
+
+
+def beside_peers(folder: Path, peers: Path | None, ray: bool, quick: bool) -> int:
+    """Each server in turn, some rounds of them; how many answers were wrong."""
+    count, rounds, adapters = (40, 1, 3) if quick else (400, 9, ADAPTERS)
+    world = prepare(folder, adapters, adapters if peers else 0)
+    chosen = np.random.default_rng(1).integers(0, adapters, count)
+    documents, truth = asked(world, list(chosen))
+    commands = {"onnx-adapt": ours(world.model, world.adapters)}
+    if ray:
+        commands[RAY] = ours(world.model, world.adapters, "--replicas", "2")
+    if peers:
+        commands |= {name: peer(name, peers, world.baked) for name in INSTALLS}
+    found = {name: Measured() for name in commands}
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, command in commands.items():
+            first = functools.partial(sent, documents[:1], name)
+            servers[name] = stack.enter_context(running(command, folder / name, first))
+        for _ in range(rounds):  # in turn, so that noise meets all alike
+            for name, server in servers.items():
+                requests = sent(documents, name, server.port)
+                measure(server, requests, truth, found[name])
+    head = [f"{adapters} adapters"]
+    head += [f"{what}, {n} clients" for n in CLIENTS for what in ("requests/s", "CPU ms")]
+    rows = [(name, *measured.cells()) for name, measured in found.items()]
+    print_table([*head, "MB", "start s", "wrong"], rows)
+    return sum(measured.wrong for measured in found.values())
+
+
+def many_adapters(folder: Path, quick: bool) -> int:
+    """Ours with more adapters than it keeps loaded; how many answers were wrong."""
+    count, many, cache = (60, 12, 4) if quick else (3000, MANY, CACHE)
+    world = prepare(folder, many, 0)
+    rng = np.random.default_rng(2)
+    draws = {
+        f"{cache}, uniform": rng.integers(0, cache, count),
+        f"{many}, uniform": rng.integers(0, many, count),
+        f"{many}, Zipf": (rng.zipf(1.2, count) - 1) % many,
+    }
+    command = ours(world.model, world.adapters, "--max-adapters", str(cache))
+    first, _ = asked(world, [0])
+    rows, failed = [], 0
+    with running(command, folder / "log", functools.partial(sent, first, "")) as server:
+        for name, chosen in draws.items():
+            documents, truth = asked(world, [int(i) for i in chosen])
+            requests = sent(documents, "", server.port)
+            send(server.port, requests[: count // 3], CLIENTS[-1])
+            for clients in CLIENTS:
+                load = send(server.port, requests, clients)
+                failed += (bad := wrong(load, truth, CLOSE))
+                times = [f"{load.quantile(share):.1f}" for share in (0.5, 0.99)]
+                rows.append((name, clients, round(load.per_second), *times, bad))
+        say(
+            f"with {many} adapters in the folder: {server.memory_mb():.0f} MB, "
+            f"started in {server.started_s:.1f} s"
+        )
+    head = [f"adapters, of which {cache} stay loaded", "clients", "requests/s"]
+    print_table([*head, "median ms", "99 % ms", "wrong"], rows)
+    return failed
 
 
 def main() -> int:
-    """Serve in four ways, or two if it must be quick, and print what each does."""
+    """Measure, and print tables."""
+    assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a tenth, of a small model, in two of the four ways",
-    )
-    quick = parser.parse_args().quick
-    ways = WAYS[::3] if quick else WAYS
-    count, layers = (100, QUICK_LAYERS) if quick else (1000, LAYERS)
-    output = f"r{layers - 1}"
-    found = []
-    with tempfile.TemporaryDirectory() as name:
-        given = prepare(Path(name), layers)
-        requests, truth, alone = expected(given, output, count)
-        single, batch = joined(given, output, requests)
-        apps = [build_app({**given, "replicas": n, "batching": joins}) for n, joins in ways]
-        port = free_port()
-        with running(apps[0], Place("onnx-adapt", port=port, cpus=2)):
-            for app in apps:
-                if found:
-                    serve.delete("onnx-adapt")
-                    serve.run(app, name="onnx-adapt", route_prefix="/")
-                found.append(measure(f"127.0.0.1:{port}", output, requests, truth))
-    rows = [
-        (
-            n,
-            "yes" if joins else "no",
-            *map(round, (m.per_second, m.median_ms, m.slow_ms)),
-            m.wrong,
-        )
-        for (n, joins), m in zip(ways, found, strict=True)
-    ]
-    print_table(["replicas", "batching", "requests/s", "median ms", "99 % ms", "wrong"], rows)
-    say(f"one AdapterSession in a loop, one thread: {alone:.0f} requests/s")
-    say(f"64 requests in a replica: {single:.0f} ms one at a time, {batch:.0f} ms as a batch")
-    return int(any(m.wrong for m in found))
+    parser.add_argument("--quick", action="store_true", help="a little of each")
+    parser.add_argument("--ray", action="store_true", help="ours on Ray as well")
+    parser.add_argument("--peers", type=Path, help="the folder of the peers' environments")
+    given = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        failed += beside_peers(Path(one), given.peers, given.ray, given.quick)
+        failed += many_adapters(Path(other), given.quick)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

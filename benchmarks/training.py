@@ -112,7 +112,7 @@ def worker(folder: Path, file: str) -> None:
         optimiser, samples = Optimiser(clip=0), read_dataset({**batch, "labels": labels})
         if kept:
             given = {"batch_size": len(labels), "most": 10**9, "providers": CPU}
-            found = keep_frozen(step, list(weights), samples, None, **given)
+            found = keep_frozen(step, weights, samples, None, **given)
             assert isinstance(found, Kept), found
             step, samples = found.step, found.samples
         engine, state = Engine(step, CPU), optimiser.start(weights)

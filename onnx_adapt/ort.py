@@ -176,6 +176,11 @@ def start_session(
     return session
 
 
+def runs_on_cpu(session: Any) -> bool:
+    """Whether no other execution provider comes before the CPU in a session."""
+    return bool(session.get_providers()[0] == CPU[0].name)
+
+
 def run_session(
     session: Any,
     outputs: Sequence[str],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnx_adapt.serve.access import Access
     from onnx_adapt.serve.llm.facts import Writing
     from onnx_adapt.serve.settings import Settings
+    from onnx_adapt.serve.warm import Warm
 
 _ACCESS = ("token_file", "ssl_certfile", "ssl_keyfile")
 _EMBED = ("embed", "tokenizer", "pooling", "normalize")
@@ -164,6 +165,7 @@ def command(
     from onnx_adapt.serve.access import read_access
     from onnx_adapt.serve.records import open_access_log
     from onnx_adapt.serve.settings import read_settings
+    from onnx_adapt.serve.warm import read_warm
 
     model, write = read_llm(model, options)
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
@@ -186,10 +188,11 @@ def command(
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    found = read_access(*access)
+    found, settings = read_access(*access), read_settings(options)
+    warm = read_warm(fleet["preload"], fleet["pin"], settings.max_adapters)
     if fleet["access_log"]:
         open_access_log(fleet["access_log"])
-    _serve_here(read_settings(options), host, port, grpc_port, grace, embed, write, found)
+    _serve_here(settings, host, port, grpc_port, grace, embed, write, found, warm)
 
 
 def _embed(
@@ -213,6 +216,7 @@ def _serve_here(
     embed: tuple[str, str, bool] | None,
     write: Writing | None,
     access: Access,
+    warm: Warm,
 ) -> None:
     try:
         from onnx_adapt.serve.one_process import Embed, listen, serve_here
@@ -233,6 +237,7 @@ def _serve_here(
             Embed(*embed) if embed else None,
             write,
             access,
+            warm,
         )
 
 

@@ -9,10 +9,22 @@ import click
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-FLEET = ("access_log",)
+FLEET = ("access_log", "preload", "pin")
 """Those that are for a server of one process alone."""
 
 _OPTIONS = (
+    click.option(
+        "--preload",
+        multiple=True,
+        help="An adapter to load before the server is ready, or @FILE with one on each line; "
+        "not on Ray.",
+    ),
+    click.option(
+        "--pin",
+        multiple=True,
+        help="An adapter, or @FILE, to load before the server is ready and to keep loaded; "
+        "not on Ray.",
+    ),
     click.option(
         "--max-per-adapter",
         type=click.IntRange(0),

@@ -70,14 +70,15 @@ def reference(tensor: onnx.TensorProto) -> Reference:
     elif not (0 <= offset < _MOST_BYTES and 0 <= (length or 0) < _MOST_BYTES):
         wrong = "offset or length"
     else:
-        return Reference(tensor.name, location, offset, length, _bytes_needed(tensor))
+        return Reference(tensor.name, location, offset, length, bytes_needed(tensor))
     raise ExternalDataError(
         f"external data of tensor {tensor.name!r} has a broken {wrong}",
         hint="the model is damaged; export it again",
     )
 
 
-def _bytes_needed(tensor: onnx.TensorProto) -> int:
+def bytes_needed(tensor: onnx.TensorProto) -> int:
+    """How many bytes the data of a tensor takes, by its shape and type."""
     count = 1
     for dim in tensor.dims:
         count *= max(dim, 0)

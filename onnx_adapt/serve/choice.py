@@ -13,6 +13,7 @@ Blend = Mapping[str, float]
 """Adapters with their weights: none is the base, one of weight 1 is that adapter."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 
 
 def is_name(name: str) -> bool:
@@ -23,6 +24,28 @@ def is_name(name: str) -> bool:
         (True, False, False)
     """
     return bool(_NAME.fullmatch(name))
+
+
+def is_version(name: str) -> bool:
+    """Whether this is what a version of an adapter is called.
+
+    Example:
+        >>> is_version("fr@3f2a9c01b2d4"), is_version("fr@stable")
+        (True, False)
+    """
+    own, _, digest = name.partition("@")
+    return is_name(own) and bool(_DIGEST.fullmatch(digest))
+
+
+def is_alias(name: str) -> bool:
+    """Whether an alias can be called so.
+
+    Example:
+        >>> is_alias("fr@stable"), is_alias("fr"), is_alias("fr@3f2a9c01b2d4")
+        (True, False, False)
+    """
+    own, _, alias = name.partition("@")
+    return is_name(own) and is_name(alias) and not is_version(name)
 
 
 def read_choice(model: str, base: str, parameter: object, header: str) -> Blend:
@@ -66,10 +89,10 @@ def _read(value: Any) -> Blend:
             hint='give a name, or a blend as JSON text: {"fr": 0.7, "de": 0.3}',
         )
     for name, weight in value.items():
-        if not is_name(name):
+        if not is_name(name) and not is_alias(name):
             raise RequestError(
                 f"{name[:100]!r} is no name of an adapter",
-                hint="letters, digits, '.', '_' and '-'; no paths",
+                hint="letters, digits, '.', '_' and '-', as in fr or fr@stable; no paths",
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not abs(weight) < 1e30:

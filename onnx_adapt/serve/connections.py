@@ -37,6 +37,42 @@ _MOST_PER_CHUNKED = 8
 """As many bytes may come for each byte of the body: a chunk of one byte is sent as six."""
 
 
+class _Joined:
+    """A transport that sends what is written in one step of the event loop as one.
+
+    uvicorn writes the head of an answer and its body apart: two calls of the system, and a
+    client that wakes up twice.
+
+    Args:
+        transport: Which sends it.
+        loop: The event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send this, with what is written before the step ends."""
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        """Send what is written, and close."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._parts and not self._transport.is_closing():
+            self._transport.write(b"".join(self._parts))
+        self._parts.clear()
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with limits.
 
@@ -58,7 +94,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many."""
-        super().connection_made(transport)
+        joined: Any = _Joined(transport, self.loop)
+        super().connection_made(joined)
         if len(self.connections) > self._most:
             self._refuse(503, "too many connections; try later")
         else:

@@ -8,19 +8,21 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.serve.aliases import read_change
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.counting import Asking, Counted, Quotas, counting
-from onnx_adapt.serve.metrics import Metrics
+from onnx_adapt.serve.metrics import NO_ADAPTERS, Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
+from onnx_adapt.serve.tracing import span
 
 BASE_VERSION = "1"
 """The version of the base; for an adapter it means whichever is served."""
@@ -96,6 +98,13 @@ class Versions(Protocol):
             AdaptError: If there is none.
         """
 
+    async def point(self, name: str, adapter: str) -> None:
+        """Let an alias mean an adapter, or with '' what it meant before.
+
+        Raises:
+            AdaptError: If that is not served, or it meant nothing before.
+        """
+
 
 class Gateway:
     """Knows what there is, and asks replicas of the model.
@@ -143,11 +152,10 @@ class Gateway:
     async def refresh(self) -> None:
         """Learn which versions are served now, and whether the server stops."""
         news = await self._versions.news(self.under_way if self.stopping else -1)
-        gone = self.entries.keys() - news.entries.keys()
         self.entries = news.entries
-        for name in gone:
-            self.counted.pop(name, None)
-            self.metrics.forget(name)
+        for name in self.counted.keys() - self.entries.keys() - NO_ADAPTERS:
+            del self.counted[name]
+        self.metrics.keep(self.entries)
         self.stopping = self.stopping or news.stopping
 
     async def ready(self) -> bool:
@@ -160,15 +168,21 @@ class Gateway:
             return False
         return True
 
-    async def load(self, name: str) -> None:
-        """Check an adapter's file again, and serve it."""
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Check an adapter's file again, and serve it; or change what an alias means."""
+        self._refuse_base(name)
+        adapter = read_change(name, parameters)
         try:
-            await self._versions.load(name)
+            if adapter is None:
+                await self._versions.load(name)
+            else:
+                await self._versions.point(name, adapter)
         finally:
             await self.refresh()
 
     async def unload(self, name: str) -> None:
-        """Serve an adapter no more, until it is loaded."""
+        """Serve an adapter no more, until it is loaded; an alias is forgotten."""
+        self._refuse_base(name)
         try:
             await self._versions.unload(name)
         finally:
@@ -238,7 +252,7 @@ class Gateway:
                 states[-1]["reason"] = entry.reason
         return states
 
-    def refuse_base(self, name: str) -> None:
+    def _refuse_base(self, name: str) -> None:
         """Refuse to load or unload the base."""
         if name == self.base:
             raise RequestError("the base is loaded for as long as the server runs")
@@ -263,7 +277,7 @@ class Gateway:
         deadline = time.monotonic() + self.settings.timeout_s
         problem: AdaptError | None = None
         for _ in range(_TRIES):
-            versions = {self.version(name): weight for name, weight in blend.items()}
+            versions = self._versions_of(blend)
             try:
                 result = await self._ask(request, versions, deadline - time.monotonic())
             except ReplicaDiedError as error:
@@ -278,6 +292,14 @@ class Gateway:
         assert problem is not None
         raise problem
 
+    def _versions_of(self, blend: Blend) -> dict[str, float]:
+        """A blend of versions; two names may mean the same."""
+        versions: dict[str, float] = {}
+        for name, weight in blend.items():
+            version = self.version(name)
+            versions[version] = versions.get(version, 0) + weight
+        return versions
+
     async def _ask(
         self, request: InferRequest, versions: Mapping[str, float], seconds: float
     ) -> Result:
@@ -285,7 +307,8 @@ class Gateway:
             request.feeds, request.datatypes, request.outputs, versions
         )
         try:
-            return await asyncio.wait_for(answer, max(seconds, 0))
+            with span("run model", {"onnx_adapt.version": _said(versions)}):
+                return await asyncio.wait_for(answer, max(seconds, 0))
         except asyncio.TimeoutError as error:
             limit = self.settings.timeout_s
             raise RequestError(

@@ -30,14 +30,14 @@ def read_grpc_request(request: Any) -> InferRequest:
     Raises:
         RequestError: If anything about it is not as the protocol has it.
     """
-    parameters = _parameters(request.parameters)
+    parameters = parameters_of(request.parameters)
     refuse_unknown(parameters, {"adapter"} | _IGNORED)
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
         raise RequestError(f"{len(raw)} raw contents for {len(request.inputs)} inputs")
     feeds: dict[str, Any] = {}
     for i, tensor in enumerate(request.inputs):
-        refuse_unknown(_parameters(tensor.parameters), _IGNORED)
+        refuse_unknown(parameters_of(tensor.parameters), _IGNORED)
         if tensor.name in feeds:
             raise RequestError(f"input {tensor.name!r} is given twice")
         try:
@@ -80,6 +80,7 @@ def _array(tensor: Any, raw: bytes | None) -> Any:
     return array_of_json(tensor.datatype, shape, values)
 
 
-def _parameters(found: Any) -> dict[str, Any]:
+def parameters_of(found: Any) -> dict[str, Any]:
+    """The parameters of a message, each as the value of its kind."""
     chosen = {key: value.WhichOneof("parameter_choice") for key, value in found.items()}
     return {key: getattr(found[key], kind) if kind else None for key, kind in chosen.items()}

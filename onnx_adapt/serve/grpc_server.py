@@ -17,7 +17,7 @@ from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.counting import status_of
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.grpc_messages import message
-from onnx_adapt.serve.grpc_requests import read_grpc_request
+from onnx_adapt.serve.grpc_requests import parameters_of, read_grpc_request
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.serve.records import REQUEST_ID, Record, read_id, recorded
 from onnx_adapt.serve.tensors import bytes_of_array
@@ -148,14 +148,11 @@ class Servicer:
 
     async def repository_load(self, request: Any) -> Any:
         """Check an adapter's file again, and serve it."""
-        _refuse_parameters(request)
-        self._gateway.refuse_base(request.model_name)
-        await self._gateway.load(request.model_name)
+        await self._gateway.load(request.model_name, parameters_of(request.parameters))
         return message("RepositoryModelLoadResponse")()
 
     async def repository_unload(self, request: Any) -> Any:
         """Serve an adapter no more."""
-        self._gateway.refuse_base(request.model_name)
         await self._gateway.unload(request.model_name)
         return message("RepositoryModelUnloadResponse")()
 
@@ -198,14 +195,6 @@ class Servicer:
                 answer = message("ModelStreamInferResponse")(**found)
                 record.size = answer.ByteSize()
             yield answer
-
-
-def _refuse_parameters(request: Any) -> None:
-    if request.parameters:
-        raise RequestError(
-            "parameters of load are not supported",
-            hint="adapters come from the server's folder only",
-        )
 
 
 def _described(spec: Spec) -> Any:
@@ -266,8 +255,9 @@ def _answering(
 @contextlib.contextmanager
 def _recorded(path: str, context: Any) -> Iterator[Record]:
     """Answer a call inside the block; what it is called is told behind the answer."""
-    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
-    named = read_id(given if isinstance(given, str) else "")
-    context.set_trailing_metadata(((REQUEST_ID, named),))
-    with recorded(Record(named, path)) as record:
+    given = context.invocation_metadata() or ()
+    headers = {key: value for key, value in given if isinstance(value, str)}
+    record = Record(read_id(headers.get(REQUEST_ID, "")), path)
+    context.set_trailing_metadata(((REQUEST_ID, record.id),))
+    with recorded(record, path.strip("/"), headers):
         yield record

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.errors import AdapterNotFoundError, RequestError
 from onnx_adapt.serve.metrics import Metrics
+from onnx_adapt.serve.tracing import span
 
-Fetch = Callable[[str], Awaitable[Path]]
-"""Puts the file of a version where it stays until it is unlinked."""
+Fetch = Callable[[str], Awaitable[Path | Adapter]]
+"""Puts the file of a version where it stays until it is unlinked; or brings what it holds."""
 
 
 class Held:
@@ -33,8 +36,8 @@ class Loads:
 
     Args:
         fetch: Where their files come from.
-        load: Loads a file under a name.
-        unload: Unloads what has this name, if anything has, and removes its file.
+        load: Loads what was fetched under a name.
+        unload: Unloads what has this name, if anything has, and removes its file, if any.
         metrics: What counts loads.
         thread: Where files are loaded; by default in any thread.
     """
@@ -42,8 +45,8 @@ class Loads:
     def __init__(
         self,
         fetch: Fetch,
-        load: Callable[[str, Path], Any],
-        unload: Callable[[str, Path], None],
+        load: Callable[[str, Any], Any],
+        unload: Callable[[str, Any], None],
         metrics: Metrics,
         thread: Executor | None = None,
     ) -> None:
@@ -62,8 +65,12 @@ class Loads:
             RequestError: If there is no room for its file at this time.
             AdaptError: If it cannot be loaded.
         """
+        with span("load adapter", {"onnx_adapt.version": version}):
+            return await self._loaded(version)
+
+    async def _loaded(self, version: str) -> Held:
         try:
-            path = await self._fetch(version)
+            found = await self._fetch(version)
         except FileNotFoundError as error:
             raise AdapterNotFoundError(
                 f"adapter version {version!r} is gone", hint="ask for the present one"
@@ -76,20 +83,26 @@ class Loads:
             ) from error
         self._count += 1
         held = Held(f"{version}#{self._count}")
-        weakref.finalize(held, self._unload, held.name, path)
+        weakref.finalize(held, self._unload, held.name, found)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._load, held.name, path)
+        await loop.run_in_executor(self._thread, self._load, held.name, found)
         self._metrics.loaded(version.rpartition("@")[0])
         return held
 
 
 class Recent:
-    """The versions that were used last; each is loaded once, however many ask at a time."""
+    """The versions that were used last; each is loaded once, however many ask at a time.
+
+    Args:
+        load: Loads a version.
+        most: How many are kept.
+    """
 
     def __init__(self, load: Callable[[str], Awaitable[Held]], most: int) -> None:
         self._load = load
         self._most = most
         self._held: OrderedDict[str, asyncio.Future[Held]] = OrderedDict()
+        self._pinned: frozenset[str] = frozenset()
 
     async def __call__(self, version: str) -> Held:
         """The version, loaded if it is not."""
@@ -97,11 +110,26 @@ class Recent:
         if found is None:
             found = self._held[version] = asyncio.ensure_future(self._load(version))
             found.add_done_callback(lambda done: self._forget_failed(version, done))
-            while len(self._held) > self._most:
-                self._held.popitem(last=False)  # whoever waits for it or uses it holds it
+            self._evict()
         else:
             self._held.move_to_end(version)
         return await asyncio.shield(found)  # others wait for it, if this client goes
+
+    async def pin(self, versions: Iterable[str]) -> None:
+        """Load some versions, and keep them until others are pinned.
+
+        Raises:
+            AdaptError: If one cannot be loaded; those before it are.
+        """
+        self._pinned = frozenset(versions)
+        for version in sorted(self._pinned):
+            await self(version)
+
+    def _evict(self) -> None:
+        """Forget those that were not used for longest; whoever uses one holds it."""
+        free = (version for version in list(self._held) if version not in self._pinned)
+        for version in itertools.islice(free, max(len(self._held) - self._most, 0)):
+            del self._held[version]
 
     def _forget_failed(self, version: str, done: asyncio.Future[Held]) -> None:
         failed = done.cancelled() or done.exception() is not None

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from onnx_adapt import __version__
@@ -20,6 +20,7 @@ from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.counting import Asking, Total, later, status_of
 from onnx_adapt.serve.edge import Edge
+from onnx_adapt.serve.front_page import described, page
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.protocol import (
@@ -57,7 +58,11 @@ def api(
         names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
-    routes = [
+    paths = (model, model + "/versions/{version}")
+    routes = [  # those that are asked most come first
+        *(Route(path + "/infer", _infer, methods=["POST"]) for path in paths),
+        Route("/", _front),
+        Route("/-/", _front),
         Route("/v2/health/live", _live),
         Route("/v2/health/ready", _ready),
         Route("/v2", _server),
@@ -70,12 +75,8 @@ def api(
         Route(model + "/config", _config),
         Route(model + "/stats", _stats),
     ]
-    for path in (model, model + "/versions/{version}"):
-        routes += [
-            Route(path, _model),
-            Route(path + "/ready", _model_ready),
-            Route(path + "/infer", _infer, methods=["POST"]),
-        ]
+    for path in paths:
+        routes += [Route(path, _model), Route(path + "/ready", _model_ready)]
     failures: dict[Any, Callable[..., Any]] = {
         AdaptError: _refused,
         HTTPException: _unknown,
@@ -89,6 +90,18 @@ def api(
 def _gateway(request: Request) -> Gateway:
     gateway: Gateway = request.app.state.gateway_of()
     return gateway
+
+
+async def _front(request: Request) -> Response:
+    """What this server is: a page for a browser, and a document for others."""
+    gateway = _gateway(request)
+    paths = {route.path for route in request.app.routes}
+    if not gateway.inputs:  # a server of texts, which runs no tensors
+        paths -= {"/v2/models/{model}", "/v2/models/{model}/infer"}
+    about = described(gateway.base, gateway.served()[1:], paths)
+    if "text/html" in request.headers.get("accept", ""):
+        return HTMLResponse(page(about, request.scope.get("root_path", "")))
+    return JSONResponse(about)
 
 
 async def _live(request: Request) -> Response:
@@ -199,26 +212,25 @@ async def _index(request: Request) -> Response:
 
 
 async def _load(request: Request) -> Response:
-    return await _change(request, _gateway(request).load)
+    parameters = await _parameters(request)
+    await _gateway(request).load(request.path_params["model"], parameters)
+    return JSONResponse({})
 
 
 async def _unload(request: Request) -> Response:
-    return await _change(request, _gateway(request).unload)
-
-
-async def _change(request: Request, action: Callable[[str], Awaitable[None]]) -> Response:
-    """Load or unload; weights and configurations are not taken over HTTP."""
-    body = await read_body(request, _gateway(request).settings)
-    parameters = read_json(body).get("parameters", {}) if body.strip() else {}
-    if not isinstance(parameters, dict) or parameters.keys() - {"unload_dependents"}:
-        raise RequestError(
-            "parameters of load and unload are not supported",
-            hint="adapters come from the server's folder only",
-        )
-    name = request.path_params["model"]
-    _gateway(request).refuse_base(name)
-    await action(name)
+    if await _parameters(request):
+        raise RequestError("parameters of unload are not supported")
+    await _gateway(request).unload(request.path_params["model"])
     return JSONResponse({})
+
+
+async def _parameters(request: Request) -> dict[str, Any]:
+    """The parameters of a load or unload; Triton's clients send one that has no bearing."""
+    body = await read_body(request, _gateway(request).settings)
+    parameters = (read_json(body).get("parameters") or {}) if body.strip() else {}
+    if not isinstance(parameters, dict):
+        raise RequestError(f"`parameters` is {parameters!r:.50}", hint="give an object")
+    return {key: value for key, value in parameters.items() if key != "unload_dependents"}
 
 
 def _named(request: Request) -> tuple[str, str]:

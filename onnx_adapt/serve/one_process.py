@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
 from onnx_adapt.serve.gateway import Gateway, News, Versions
 from onnx_adapt.serve.grpc_server import grpc_server
-from onnx_adapt.serve.held import Fetch
+from onnx_adapt.serve.held import Fetch, Recent
 from onnx_adapt.serve.http import api, metrics_route, openai_routes
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.metrics import Metrics, PrometheusMetrics
@@ -29,6 +30,7 @@ from onnx_adapt.serve.openai_errors import openai_error
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
+from onnx_adapt.serve.warm import COLD, Warm, Warmer
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def serve_here(
     embed: Embed | None = None,
     write: Writing | None = None,
     access: Access = ANYBODY,
+    warm: Warm = COLD,
 ) -> None:
     """Serve until the process is told to end by SIGTERM or SIGINT.
 
@@ -73,13 +76,21 @@ def serve_here(
         write: How `/v1/completions` writes texts, or None for no such path. The model is
             that of its folder then, and runs no tensors.
         access: Who may use the server, and whether by TLS.
+        warm: Which adapters are loaded before requests are answered.
 
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
     """
     with contextlib.closing(Copies()) as copies:
         model, place, base = settings.model, settings.adapters, settings.base
-        repository = Repository(model, place, copies.path, base, feeds=write is None)
+        repository = Repository(
+            model,
+            place,
+            copies.path,
+            base,
+            feeds=write is None,
+            settle_s=settings.settle_s,
+        )
         repository.sweep()
         metrics = PrometheusMetrics()
 
@@ -89,15 +100,17 @@ def serve_here(
         versions, routes = _Local(repository), [metrics_route(metrics)]
         if write is None:
             replica = Replica(settings, fetch, metrics)
-            gateway = Gateway(settings, replica, versions, metrics)
+            gateway, recent = Gateway(settings, replica, versions, metrics), replica.recent
             if embed is not None:
                 routes += _embedding(embed, replica, gateway)
         else:
-            gateway, texts = _writing(settings, write, versions, fetch, metrics)
+            gateway, recent, texts = _writing(settings, write, versions, fetch, metrics)
             routes += texts
         app = api(lambda: gateway, *routes, access=access)
-        config, look = _config(app, settings, access), repository.sweep
-        _Server(config, gateway, look, grace_s, started, grpc_address, access).run([listening])
+        warmer, look = Warmer(warm, recent, gateway.version), repository.sweep
+        config = _config(app, settings, access)
+        grpc = (grpc_address, access) if grpc_address else None
+        _Server(config, gateway, warmer, look, grace_s, started, grpc).run([listening])
 
 
 def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
@@ -129,7 +142,7 @@ def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
 
 def _writing(
     settings: Settings, write: Writing, versions: Versions, fetch: Fetch, metrics: Metrics
-) -> tuple[Gateway, list[Any]]:
+) -> tuple[Gateway, Recent, list[Any]]:
     try:
         from onnx_adapt.serve.llm.routes import text_routes
         from onnx_adapt.serve.llm.writer import Writer
@@ -139,7 +152,7 @@ def _writing(
         ) from error
     writer = Writer(settings, write, fetch, metrics)
     gateway = Gateway(settings, writer, versions, metrics)
-    return gateway, text_routes(writer, gateway)
+    return gateway, writer.recent, text_routes(writer, gateway)
 
 
 class _Local:
@@ -157,6 +170,9 @@ class _Local:
     async def unload(self, name: str) -> None:
         await asyncio.to_thread(self._repository.unload, name)
 
+    async def point(self, name: str, adapter: str) -> None:
+        await asyncio.to_thread(self._repository.point, name, adapter)
+
 
 class _Server(uvicorn.Server):
     """uvicorn, which by itself closes its door at the signal; this one says first why."""
@@ -165,41 +181,47 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         gateway: Gateway,
+        warmer: Warmer,
         look: Callable[[], None],
         grace_s: float,
         started: Callable[[], None],
-        grpc_address: str,
-        access: Access,
+        grpc_at: tuple[str, Access] | None,
     ) -> None:
         super().__init__(config)
+        self._warmer = warmer
         self._look = look
-        self._access = access
-        self._grpc_address = grpc_address
+        self._grpc_at = grpc_at
         self._grpc: Any = None
         self._gateway = gateway
         self._grace_s = grace_s
         self._told = started
         self._drain: asyncio.Task[None] | None = None
+        self._ended = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._gateway.start()
         self._loop = asyncio.get_running_loop()
-        if self._grpc_address:
-            self._grpc = grpc_server(self._gateway, self._grpc_address, self._access)
+        await self._gateway.start()
+        await self._warmer.begin()
+        if self._grpc_at is not None:
+            self._grpc = grpc_server(self._gateway, *self._grpc_at)
             await self._grpc.start()
         await super().startup(sockets)
-        self._looks = self._loop.create_task(self._look_always())
+        threading.Thread(target=self._look_always, daemon=True).start()
         self._told()
 
-    async def _look_always(self) -> None:
-        """Look at the adapters every while."""
-        while True:
-            await asyncio.sleep(self._gateway.settings.poll_s)
+    def _look_always(self) -> None:
+        """Look at the adapters every while; a store that hangs does not keep the process."""
+        while not self._ended.wait(self._gateway.settings.poll_s):
             try:
-                await asyncio.to_thread(self._look)
-                await self._gateway.refresh()
+                self._look()
+                news = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+                news.result()
             except Exception:  # the libraries of object stores may raise anything
                 _log.exception("cannot look at the adapters; what is known is served")
+
+    async def _follow(self) -> None:
+        await self._gateway.refresh()
+        await self._warmer.follow()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first ends what is under way, the second everything."""
@@ -216,7 +238,7 @@ class _Server(uvicorn.Server):
         await drained(self._gateway, self._grace_s, _SETTLE_S)
         if self._grpc is not None:
             await self._grpc.stop(0.5)
-        self._looks.cancel()
+        self._ended.set()
         self.config.timeout_graceful_shutdown = 1  # what is left had its time
         self.should_exit = True
 

@@ -40,4 +40,6 @@ def openai_error(error: AdaptError) -> tuple[dict[str, Any], int]:
         what |= {"param": error.parameter, "code": error.code or None}
     elif isinstance(error, AdapterNotFoundError):
         what["code"] = "model_not_found"
+    elif status == 429:
+        what["code"] = "rate_limit_exceeded"
     return {"error": what}, status

@@ -134,14 +134,15 @@ def write_response(
             raw = bytes_of_array(spec.datatype, array)
             raws.append(raw)
             entry["parameters"] = {"binary_data_size": len(raw)}
+            entries.append(json.dumps(entry))
         else:
-            entry["data"] = json_of_array(spec.datatype, array)
-        entries.append(entry)
+            data = json_of_array(spec.datatype, array)
+            entries.append(f'{json.dumps(entry)[:-1]}, "data": {data}}}')
     document: dict[str, Any] = {"model_name": model, "model_version": version}
-    document |= {"parameters": {"adapter": adapter}, "outputs": entries}
+    document["parameters"] = {"adapter": adapter}
     if request.id:
         document["id"] = request.id
-    head = json.dumps(document).encode()
+    head = f'{json.dumps(document)[:-1]}, "outputs": [{", ".join(entries)}]}}'.encode()
     if not raws:
         return head, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}

@@ -26,6 +26,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import LoggingConfig
 
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.files import read_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.batcher import Result
@@ -79,7 +81,11 @@ class RepositoryActor:
     def __init__(self, settings: Settings) -> None:
         self._copies = Copies()
         self._repository = Repository(
-            settings.model, settings.adapters, self._copies.path, settings.base
+            settings.model,
+            settings.adapters,
+            self._copies.path,
+            settings.base,
+            settle_s=settings.settle_s,
         )
         self._repository.sweep()
         self._stopping = False
@@ -125,11 +131,15 @@ class RepositoryActor:
         """Serve an adapter no more."""
         return await _attempt(self._repository.unload, name)
 
+    async def point(self, name: str, adapter: str) -> AdaptError | None:
+        """Let an alias mean an adapter."""
+        return await _attempt(self._repository.point, name, adapter)
 
-async def _attempt(action: Callable[[str], _T], argument: str) -> _T | AdaptError:
+
+async def _attempt(action: Callable[..., _T], *arguments: str) -> _T | AdaptError:
     """Do something in a thread; Ray would log an error that is raised as a bug of ours."""
     try:
-        return await asyncio.to_thread(action, argument)
+        return await asyncio.to_thread(action, *arguments)
     except AdaptError as error:
         return error
 
@@ -138,13 +148,12 @@ class Model(Replica):
     """One replica, to which Ray Serve routes requests by the adapters that it holds."""
 
     def __init__(self, settings: Settings, repository: Any) -> None:
-        self._copies = Copies()
-
-        async def fetch(version: str) -> Path:
+        async def fetch(version: str) -> Adapter:
             found = await repository.read.remote(version)
             if isinstance(found, AdaptError):
                 raise found
-            return await asyncio.to_thread(self._copies.put, *found)
+            name, data = found
+            return await asyncio.to_thread(read_adapter, data, Path(name))
 
         super().__init__(settings, fetch, RayMetrics())
 
@@ -152,10 +161,6 @@ class Model(Replica):
             return await self.load(version)
 
         self.hold = serve.multiplexed(load, max_num_models_per_replica=settings.max_adapters)
-
-    def __del__(self) -> None:
-        """Serve calls this when a replica ends, and kills the process without another word."""
-        self._copies.close()
 
 
 class _Routed:
@@ -212,6 +217,9 @@ class _Remote:
 
     async def unload(self, name: str) -> None:
         _raise(await self._repository.unload.remote(name))
+
+    async def point(self, name: str, adapter: str) -> None:
+        _raise(await self._repository.point.remote(name, adapter))
 
 
 def _raise(problem: AdaptError | None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError
 from onnx_adapt.serve.batcher import Batcher, Job, Result
@@ -23,6 +24,10 @@ class Replica:
         settings: What was said about the server.
         fetch: Where the files of versions come from.
         metrics: What counts loads and batches.
+
+    Attributes:
+        recent: What keeps versions loaded.
+        hold: What gives a version, loaded.
     """
 
     def __init__(self, settings: Settings, fetch: Fetch, metrics: Metrics) -> None:
@@ -41,7 +46,8 @@ class Replica:
             settings.batch_wait_ms / 1e3,
         )
         self.load = Loads(fetch, self._batcher.session.load, self._unload, metrics)
-        self.hold: Callable[[str], Awaitable[Held]] = Recent(self.load, settings.max_adapters)
+        self.recent = Recent(self.load, settings.max_adapters)
+        self.hold: Callable[[str], Awaitable[Held]] = self.recent
 
     @property
     def specs(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
@@ -77,7 +83,8 @@ class Replica:
         self._metrics.ran(len({str(job.adapter) for job in jobs}))
         return self._batcher.run(jobs)
 
-    def _unload(self, name: str, path: Path) -> None:
+    def _unload(self, name: str, source: Path | Adapter) -> None:
         with contextlib.suppress(AdapterNotFoundError):  # loading it failed
             self._batcher.session.unload(name)
-        path.unlink(missing_ok=True)
+        if isinstance(source, Path):
+            source.unlink(missing_ok=True)

@@ -11,38 +11,30 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 
-from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.files import read_adapter
-from onnx_adapt.adapter.fitting import (
-    manifest_misfits,
-    refuse_misfits,
-    replaceable_of,
-    required_manifest,
-)
+from onnx_adapt.adapter.files import encode_adapter, read_adapter
 from onnx_adapt.errors import (
-    AdapterError,
     AdapterNotFoundError,
     AdaptError,
     RequestError,
-    SlotError,
 )
 from onnx_adapt.formats import FORMATS
-from onnx_adapt.model.file import Model, open_model
+from onnx_adapt.model.file import open_model
+from onnx_adapt.serve.alias_file import AliasFile
+from onnx_adapt.serve.checks import checker, refuse_unfed
 from onnx_adapt.serve.choice import is_name
 from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
 
-_SETTLE_S = 0.1
-"""How long a file must have been as it is before it is read: one that is written in place is
-the old one and the new one, in parts, meanwhile."""
+_MAPPED = next(suffix for suffix, row in FORMATS.items() if row.mapped)
+"""The format of adapter files that ONNX Runtime and onnxruntime-genai map into memory."""
 
 
 class _NotNowError(Exception):
@@ -72,17 +64,28 @@ class Repository:
         location: The folder: a path, or a URL that fsspec opens.
         copies: A local folder to keep the versions in; nobody else writes there.
         base: What the base is called: no adapter can be.
-        feeds: Whether what runs the model feeds what adapters need besides their weights.
+        feeds: Whether what runs the model feeds what adapters need besides their weights. If
+            not, it takes them mapped into memory, and versions are kept in that format.
+        settle_s: How long a file must have been as it is before it is read: one that is
+            written in place is the old one and the new one, in parts, meanwhile.
 
     Raises:
         AdaptError: If the model has no swappable slots, or there is no such folder.
     """
 
     def __init__(
-        self, model: str, location: str, copies: Path, base: str, *, feeds: bool = True
+        self,
+        model: str,
+        location: str,
+        copies: Path,
+        base: str,
+        *,
+        feeds: bool = True,
+        settle_s: float = 0.1,
     ) -> None:
         self._check = checker(open_model(model))
         self._feeds = feeds
+        self._settle_s = settle_s
         self._location = location
         self._files, self._root = fsspec.core.url_to_fs(location)
         if not self._files.isdir(self._root):
@@ -95,6 +98,7 @@ class Repository:
         self._seen: dict[str, str] = {}
         self._versions: dict[str, list[Path]] = {}
         self._off: set[str] = set()
+        self._aliases = AliasFile(self._files, self._root, self._content)
         self.entries: Mapping[str, Entry] = {}
 
     def sweep(self) -> None:
@@ -107,15 +111,17 @@ class Repository:
                 _log.warning("cannot list %s: %s", self._location, error)
                 return
             found: dict[str, list[dict[str, Any]]] = {}
-            for info in filter(None, map(self._followed, listed)):
+            followed = list(filter(None, map(self._followed, listed)))
+            for info in followed:
                 path = PurePosixPath(info["name"])
                 if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
             for name in self._versions.keys() - found.keys():
                 self._forget(name)
             self._seen = {name: stamp for name, stamp in self._seen.items() if name in found}
-            entries = {name: self._entry(name, infos) for name, infos in found.items()}
-            self.entries = dict(sorted(entries.items()))
+            own = {name: self._entry(name, infos) for name, infos in found.items()}
+            self._aliases.look(followed)
+            self._serve(own)
 
     def load(self, name: str) -> None:
         """Check an adapter's file again, and serve it.
@@ -130,7 +136,7 @@ class Repository:
         self.sweep()
         entry = self._present(name)
         if entry.reason:
-            status = 400 if name in self._seen else 503
+            status = 400 if name in self._seen or name in self._aliases else 503
             hint = "put a file that fits in its place" if status == 400 else "try again"
             raise RequestError(entry.reason, hint=hint, status=status)
 
@@ -142,8 +148,22 @@ class Repository:
         """
         with self._lock:
             entry = self._present(name)
-            self._off.add(name)
-            self.entries = {**self.entries, name: _off(entry)}
+            if name not in self._aliases:
+                self._off.add(name)
+                self._serve({**self._own(), name: _off(entry)})
+                return
+        self.point(name, None)
+
+    def point(self, name: str, adapter: str | None) -> None:
+        """Let an alias mean an adapter; '' is what it meant before, None is nothing.
+
+        Raises:
+            RequestError: If it meant nothing before, that adapter is not served, or the
+                file of aliases is bad or cannot be written.
+        """
+        with self._lock:
+            self._aliases.change(name, adapter, lambda item: self._version(item, self._own()))
+        self.sweep()
 
     def read(self, version: str) -> tuple[str, bytes]:
         """The file of a version: what to call it, and its bytes.
@@ -177,6 +197,32 @@ class Repository:
         except OSError:
             return None
         return found
+
+    def _own(self) -> dict[str, Entry]:
+        """What there is besides aliases."""
+        return {name: e for name, e in self.entries.items() if name not in self._aliases}
+
+    def _serve(self, own: Mapping[str, Entry]) -> None:
+        """Serve some adapters, and what aliases mean of them."""
+        meant = self._aliases.meant(lambda adapter: self._version(adapter, own))
+        aliases = {name: Entry(name, *found) for name, found in meant.items()}
+        self.entries = dict(sorted({**own, **aliases}.items()))
+
+    def _version(self, adapter: str, own: Mapping[str, Entry]) -> str:
+        """The version that an adapter means, which may be named by its version itself."""
+        name = adapter.partition("@")[0]
+        why = f"there is no adapter {name!r}"
+        if name in own:
+            version = own[name].version
+            if version and adapter in (name, version, *self._kept(name)):
+                return version if adapter == name else adapter
+            why = f"adapter {name!r} is not served: {own[name].reason}"
+            if version:
+                why = f"there is no version {adapter!r}: the file is {version!r} now"
+        raise RequestError(why, hint="put a file that fits in its place")
+
+    def _kept(self, name: str) -> list[str]:
+        return [path.stem for path in self._versions.get(name, [])]
 
     def _present(self, name: str) -> Entry:
         if name not in self.entries:
@@ -216,42 +262,54 @@ class Repository:
             data = self._content(infos[0])
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
+            suffix, kept = path.suffix, data
             if not self._feeds:
-                _refuse_unfed(adapter)
+                refuse_unfed(adapter)
+                if suffix != _MAPPED:
+                    suffix, kept = _MAPPED, encode_adapter(adapter, Path(name + _MAPPED))
         except AdaptError as error:
             return error.message
         try:
-            self._keep(name, path.suffix, data)
+            self._keep(name, f"{hashlib.sha256(data).hexdigest()[:12]}{suffix}", kept)
         except OSError as error:
             raise _NotNowError(f"cannot be kept: {error}") from error
         return ""
 
-    def _content(self, info: dict[str, Any]) -> bytes:
+    def _content(self, info: Mapping[str, Any]) -> bytes:
         """The bytes of a file that nobody writes just now."""
-        name, written = info["name"], info.get("mtime")  # object stores change files at once
+        name, written = info["name"], info.get("mtime")
         try:
-            if isinstance(written, float) and time.time() - written < _SETTLE_S:
-                time.sleep(_SETTLE_S)
+            if isinstance(written, float) and time.time() - written < self._settle_s:
+                time.sleep(self._settle_s)
+                self._refuse_changed(info)  # what is a pipe now would be read for ever
             data: bytes = self._files.cat_file(name)
-            changed = written is not None and self._files.info(name)["mtime"] != written
+            self._refuse_changed(info)
+        except _NotNowError:
+            raise
         except Exception as error:  # the libraries of object stores may raise anything
             raise _NotNowError(f"cannot be read: {error}") from error
-        if changed:
-            raise _NotNowError("it is being written")
         return data
 
-    def _keep(self, name: str, suffix: str, data: bytes) -> None:
+    def _refuse_changed(self, info: Mapping[str, Any]) -> None:
+        """Refuse a file that is not as it was; object stores change theirs at once."""
+        if "mtime" in info:
+            now = self._files.info(info["name"])
+            if (now["type"], now["mtime"]) != (info["type"], info["mtime"]):
+                raise _NotNowError("it is being written")
+
+    def _keep(self, name: str, version: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
-        digest = hashlib.sha256(data).hexdigest()[:12]
-        path = self._copies / f"{name}@{digest}{suffix}"
+        path = self._copies / f"{name}@{version}"
         known = self._versions.get(name, [])
         if not path.exists():  # else it may be mapped, and must not be written again
             with whole(path):
                 path.write_bytes(data)
         kept = [item for item in known if item != path]
+        pinned = [old for old in kept[:-1] if old.stem in self._aliases.pinned]
         for old in kept[:-1]:
-            old.unlink(missing_ok=True)
-        self._versions[name] = [*kept[-1:], path]
+            if old not in pinned:
+                old.unlink(missing_ok=True)
+        self._versions[name] = [*pinned, *kept[-1:], path]
 
     def _forget(self, name: str) -> None:
         for path in self._versions.pop(name):
@@ -263,35 +321,5 @@ class Repository:
         return bool(kept) and not kept[-1].exists()
 
 
-def _refuse_unfed(adapter: Adapter) -> None:
-    """Refuse an adapter that would be without effect, or wrong, by its weights alone."""
-    if adapter.invocation_tokens or adapter.initial_state:
-        what = "invocation tokens" if adapter.invocation_tokens else "a first past"
-        raise AdapterError(f"it has {what}, which onnxruntime-genai does not feed")
-
-
 def _off(entry: Entry) -> Entry:
     return replace(entry, version="", reason="it was unloaded")
-
-
-def checker(model: Model) -> Callable[[Adapter], None]:
-    """What raises an AdapterError unless an adapter fits the swappable slots of a model.
-
-    Raises:
-        SlotError: If the model has none.
-    """
-    manifest = required_manifest(model)
-    slots = tuple(slot for slot in manifest.slots if slot.swappable)
-    weights = tuple(weight for weight in manifest.weights if weight.swappable)
-    if not slots and not weights:
-        raise SlotError(
-            f"the slots of {model.label} are baked: their weights are constants",
-            hint="insert without --baked to swap adapters",
-        )
-    swappable = replace(manifest, slots=slots, weights=weights)
-    replaceable = replaceable_of(model, weights)
-
-    def check(adapter: Adapter) -> None:
-        refuse_misfits(manifest_misfits(swappable, replaceable, adapter), adapter, model.label)
-
-    return check

@@ -59,6 +59,11 @@ class Settings:
         """What the base is called."""
         return self.name or Path(self.model).stem
 
+    @property
+    def settle_s(self) -> float:
+        """How long a file must have been as it is before it is read."""
+        return min(self.poll_s, 1.0)
+
 
 _LEAST = {
     "batch_axis": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,9 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "BYTES": _BYTES,
 }
 """The protocol's names; texts are arrays of objects, as ONNX Runtime has them."""
+
+_NINE_DIGITS = ("FP16", "BF16", "FP32")
+"""They are told apart by nine; to find the fewest digits that do takes four times as long."""
 
 _KINDS = {"b": "b", "u": "iu", "i": "iu", "f": "iuf", "V": "iuf"}
 """What numpy may make of a JSON list for a datatype of each kind; bfloat16 is of kind V."""
@@ -90,11 +94,15 @@ def array_of_bytes(datatype: str, shape: Sequence[int], raw: memoryview) -> Arra
     return _shaped(np.frombuffer(raw, dtype), shape)
 
 
-def json_of_array(datatype: str, array: Array) -> list[Any]:
+def json_of_array(datatype: str, array: Array) -> str:
     """The values of an array as a flat JSON list.
 
     Raises:
         RequestError: If JSON has no way to write one: NaN and infinity.
+
+    Example:
+        >>> json_of_array("FP32", np.array([[0.1, 2]], np.float32))
+        '[0.100000001,2.00000000]'
     """
     if datatype in ("FP16", "BF16", "FP32", "FP64"):
         if not np.isfinite(array).all():
@@ -104,7 +112,9 @@ def json_of_array(datatype: str, array: Array) -> list[Any]:
             )
         array = array.astype(np.float64)
     values: list[Any] = array.reshape(-1).tolist()
-    return values
+    if datatype in _NINE_DIGITS:
+        return f"[{','.join(['%#.9g'] * len(values)) % tuple(values)}]"
+    return json.dumps(values)
 
 
 def bytes_of_array(datatype: str, array: Array) -> bytes:

@@ -10,24 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from onnx_adapt.adapter.data import Adapter
-from onnx_adapt.adapter.fitting import (
-    for_file,
-    manifest_misfits,
-    refuse_misfits,
-    rows_of,
-    warn_unchecked,
-)
+from onnx_adapt.adapter.fitting import for_file
 from onnx_adapt.errors import AdapterError, ArgumentError
 from onnx_adapt.session.adapter_feeds import adapter_feeds
 from onnx_adapt.session.batches import BatchAxis, find_batch
 from onnx_adapt.session.binding import AdapterBinding
 from onnx_adapt.session.cache import AdapterCache, Shares, Source
-from onnx_adapt.session.first_past import check_first_past
+from onnx_adapt.session.checking import check_adapter
 from onnx_adapt.session.loaded_model import LoadedModel, base_values, checked_feeds
 from onnx_adapt.session.ort_adapter import LoadedAdapter, OrtAdapter, as_ort_value, read
-from onnx_adapt.session.runs import run_one, run_rows, weights_to_feed
-from onnx_adapt.slot.places import owners
-from onnx_adapt.slot.weights import neutral_weights
+from onnx_adapt.session.runs import RowRuns, plan_rows, run_one, run_rows, weights_to_feed
 
 if TYPE_CHECKING:
     from onnx_adapt.model.given import ModelLike
@@ -197,7 +189,8 @@ class AdapterSession:
             feeds: Arrays by input name.
             adapter: None for the base; a name; an `Adapter`; a blend as name -> weight; or a
                 list with one of these for each row of the batch. A list is one run for
-                each adapter in it; where slots were inserted `batched`, one run for all.
+                each adapter in it; where slots were inserted `batched`, one run for all if
+                that is faster (`rows_of_runs` tells).
             outputs: The outputs to compute; by default all.
 
         Returns:
@@ -213,18 +206,45 @@ class AdapterSession:
         if isinstance(adapter, str | Adapter | Mapping) or adapter is None:
             values = run_one(self._model, names, feeds, self._chosen(adapter))
             return dict(zip(names, values, strict=True))
+        planned = self._planned(feeds, adapter)
+        return run_rows(self._model, self._cache, self.batch_axes, names, planned)
+
+    def rows_of_runs(
+        self, feeds: Mapping[str, Any], adapter: Sequence[Choice]
+    ) -> list[list[int]]:
+        """Tell in how many runs `run` would run a list of adapters, and the rows of each.
+
+        On slots that were inserted `batched` it is one run of all rows, or one for each
+        adapter, whichever should take less time by the sizes of the batch, the adapters and
+        the base. On other slots it is one run for each adapter.
+
+        Example:
+            >>> import numpy as np, onnx_adapt as oa
+            >>> base = oa.open_model("models/dnsmos-p808.onnx")
+            >>> model = oa.insert(base, after="mos_estimator_small_1/dense_4/MatMul_add")
+            >>> (slot,) = oa.list_slots(model)
+            >>> ones = {"down": np.ones((64, 4)), "up": np.ones((4, 64))}
+            >>> fr = oa.make_adapter(model, "fr", {slot.name: ones})
+            >>> feeds = {"input_1": np.ones((3, 900, 120), "float32")}
+            >>> with oa.AdapterSession(model, {"fr": fr}) as session:
+            ...     session.rows_of_runs(feeds, ["fr", None, "fr"])
+            [[0, 2], [1]]
+        """
+        return self._planned(checked_feeds(feeds, self._inputs), adapter).rows
+
+    def _planned(self, feeds: Mapping[str, Any], adapter: Any) -> RowRuns:
         listed = isinstance(adapter, Sequence) or (
             isinstance(adapter, np.ndarray) and adapter.ndim
         )
-        if not listed or isinstance(adapter, bytes):
+        if not listed or isinstance(adapter, str | bytes):
             raise AdapterError(
-                f"adapter is {adapter!r}",
+                f"adapter is {adapter!r}, no list",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
         rows = list(adapter)
         once = {id(row): self._shares(row) for row in rows}
         each = [once[id(row)] for row in rows]
-        return run_rows(self._model, self._cache, self.batch_axes, names, feeds, each)
+        return plan_rows(self._model, self._cache, self.batch_axes, feeds, each)
 
     async def async_run(
         self,
@@ -320,31 +340,5 @@ class AdapterSession:
     def _check(
         self, adapter: Adapter, allow_partial: bool, blended: bool = False
     ) -> dict[str, Any]:
-        """Check that an adapter fits; returns weights that keep the rest of the model off."""
-        check_first_past(self._model, adapter)
-        if adapter.initial_state and not (adapter.feeds() or self._model.is_swappable):
-            return {}
-        manifest, replaceable = self._model.slots()
-        partial = allow_partial or bool(adapter.initial_state)
-        found = manifest_misfits(manifest, replaceable, adapter, allow_partial=partial)
-        refuse_misfits(found, adapter, self._model.label)
-        if rows_of(manifest, adapter):
-            raise AdapterError(
-                f"adapter {adapter.name!r} is packed for the rows of one batch",
-                hint="load the adapters that it was made of, and give a list: adapter=[...]",
-            )
-        if not blended:  # the adapters of a blend were warned of when they were loaded
-            warn_unchecked(manifest, adapter, self._told)
-        rest = {
-            slot.weight(part): as_ort_value(array)
-            for slot in owners(manifest.slots)
-            if slot.name not in adapter.weights
-            for part, array in neutral_weights(slot, slot.bottleneck).items()
-        }
-        filled = [w.name for w in manifest.weights if w.trained]
-        missing = [name for name in filled if name not in adapter.replaced]
-        own = self._base_values() if missing else {}
-        return {**rest, **{name: as_ort_value(own[name]) for name in missing}}
-
-
-"""The parts of a session: adapters loaded, blended, mixed, bound and run."""
+        told = None if blended else self._told  # the adapters of a blend were warned of before
+        return check_adapter(self._model, adapter, self._base_values, allow_partial, told)

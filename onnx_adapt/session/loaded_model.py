@@ -20,9 +20,11 @@ from onnx_adapt.ort import (
     read_providers,
     run_ort_values,
     run_session,
+    runs_on_cpu,
     start_session,
     without_slot_warnings,
 )
+from onnx_adapt.session.choosing import base_size
 from onnx_adapt.session.ort_adapter import as_ort_value, stamp_of
 from onnx_adapt.slot.manifest import KEY, Manifest, Slot, manifest_from_text, read_manifest
 from onnx_adapt.slot.required import required_feeds
@@ -47,6 +49,8 @@ class LoadedModel:
         manifest: The record of its slots, or None.
         neutral: OrtValues by input name that turn off the slots that must be fed; empty if
             the model has defaults.
+        is_batched: Whether rows can have adapters of their own in one run.
+        base_size: The bytes of weights of the base that a run reads; 0 if it is not batched.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -69,6 +73,8 @@ class LoadedModel:
         self.neutral = {name: as_ort_value(value) for name, value in feeds.items()}
         self.inputs = {i.name: i.shape for i in given if i.name not in self.neutral}
         self._slots: tuple[Manifest, Replaceable] | None = None
+        self.is_batched = bool(self.all_slots) and all(s.batched for s in self.all_slots)
+        self.base_size = base_size(model) if self.is_batched else 0
 
     @property
     def session(self) -> Any:
@@ -136,6 +142,11 @@ class LoadedModel:
         if known is None:
             return False
         return any(s.swappable for s in known.slots) or any(w.swappable for w in known.weights)
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether no other execution provider comes before the CPU."""
+        return runs_on_cpu(self.session)
 
     @property
     def input_types(self) -> dict[str, str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterError
 from onnx_adapt.session.adapter_feeds import adapter_feeds
 from onnx_adapt.session.batches import BatchAxes, count_rows, join_rows, take_rows
 from onnx_adapt.session.cache import AdapterCache, Shares
+from onnx_adapt.session.choosing import is_one_run_faster, positions_in_a_row
 from onnx_adapt.session.loaded_model import LoadedModel
 from onnx_adapt.session.ort_adapter import OrtAdapter
 
@@ -37,38 +41,79 @@ def run_one(
     return model.run(names, fed, adapter.options)
 
 
-def run_rows(
+@dataclass(frozen=True, slots=True)
+class RowRuns:
+    """The runs that a batch takes.
+
+    Attributes:
+        feeds: Arrays by input name.
+        groups: The rows that have the same adapter, blend, or the base.
+        shared: The feeds and weights for one run of all rows; None if each group has its own.
+    """
+
+    feeds: Mapping[str, Array]
+    groups: Mapping[Shares, list[int]]
+    shared: tuple[dict[str, Any], OrtAdapter] | None
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The rows of each run."""
+        each = list(self.groups.values())
+        return [sorted(itertools.chain(*each))] if self.shared else each
+
+
+def plan_rows(
     model: LoadedModel,
     cache: AdapterCache,
     axes: BatchAxes,
-    names: list[str],
     feeds: Mapping[str, Any],
     rows: list[Shares],
-) -> dict[str, Any]:
-    """Run a model with an adapter, a blend or the base for each row of the batch.
+) -> RowRuns:
+    """Choose the runs for an adapter, a blend or the base for each row of the batch.
 
-    An example: rows `[fr, base, fr, de]`. If all slots are batched, this is one run of four
-    rows with `fr` and `de` side by side. If not, it is three runs, of the rows [0, 2] with
-    `fr`, [1] with nothing and [3] with `de`, and their outputs are put together in order.
+    An example: rows `[fr, base, fr, de]`. If all slots are batched, this can be one run of
+    four rows with `fr` and `de` side by side. If not, it is three runs, of the rows [0, 2]
+    with `fr`, [1] with nothing and [3] with `de`.
 
     Raises:
         AdapterError: If adapters cannot be used like this.
-        RunError: If the number of rows is not that of the batch, or the model does not take
-            the feeds.
+        RunError: If the number of rows is not that of the batch.
     """
     arrays = {name: np.asarray(value) for name, value in feeds.items()}
     count_rows(axes, arrays, len(rows))
     groups: dict[Shares, list[int]] = {} if rows else {(): []}
     for i, shares in enumerate(rows):
         groups.setdefault(shares, []).append(i)
-    if len(groups) > 1 and (mixed := _mixed(model, cache, arrays, rows)) is not None:
-        return dict(zip(names, run_one(model, names, *mixed), strict=True))
+    shared = None
+    if len(groups) > 1 and model.is_batched:
+        positions = positions_in_a_row(axes, model.inputs, arrays)
+        measured = model.runs_on_cpu and not axes.fixed
+        if not measured or is_one_run_faster(model.base_size, positions, groups):
+            shared = _mixed(model, cache, arrays, rows)
+    return RowRuns(arrays, groups, shared)
+
+
+def run_rows(
+    model: LoadedModel,
+    cache: AdapterCache,
+    axes: BatchAxes,
+    names: list[str],
+    planned: RowRuns,
+) -> dict[str, Any]:
+    """Run a batch as planned, and put the outputs of its runs together in order.
+
+    Raises:
+        AdapterError: If adapters cannot be used like this.
+        RunError: If the model does not take the feeds.
+    """
+    if planned.shared is not None:
+        return dict(zip(names, run_one(model, names, *planned.shared), strict=True))
     results = []
-    for shares, members in groups.items():
-        whole = axes.fixed or len(groups) == 1
-        part = arrays if whole else take_rows(axes, arrays, members)
+    whole = axes.fixed or len(planned.groups) == 1
+    for shares, members in planned.groups.items():
+        part = planned.feeds if whole else take_rows(axes, planned.feeds, members)
         results.append((members, run_one(model, names, part, cache.blend(shares))))
-    if len(groups) == 1:
+    if len(planned.groups) == 1:
         return dict(zip(names, results[0][1], strict=True))
     return join_rows(axes, names, results)
 
@@ -77,9 +122,7 @@ def _mixed(
     model: LoadedModel, cache: AdapterCache, feeds: Mapping[str, Any], rows: list[Shares]
 ) -> tuple[dict[str, Any], OrtAdapter] | None:
     """The feeds and weights for one run of all rows; None if they cannot share a run."""
-    slots = model.all_slots
-    batched = bool(slots) and all(slot.batched for slot in slots)
-    mixed = cache.mix(slots, rows) if batched else None
+    mixed = cache.mix(model.all_slots, rows)
     if mixed is None:
         return None
     own, weights = mixed

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 from onnx import helper
 
+from onnx_adapt.dtypes import Array
 from onnx_adapt.graph.gradients.reverse import find_way
 from onnx_adapt.graph.index import GraphView, index_model
 from onnx_adapt.model.file import Model
+from onnx_adapt.ort import CPU
+from onnx_adapt.proof.runner import Runner
+from onnx_adapt.training.frozen import cut
 
 DOUBLE = onnx.TensorProto.DOUBLE
 
@@ -86,6 +91,55 @@ def in_double(model: Model, loss: str, weights: Sequence[str]) -> Model:
     del graph.output[:], result.proto.metadata_props[:]  # the slots have other inputs now
     graph.output.append(helper.make_tensor_value_info(double_name(loss), DOUBLE, []))
     return result
+
+
+class DoubleLoss:
+    """A loss in float64 with one set of inputs, for many values of the weights.
+
+    What is before the first of the weights is computed once.
+
+    Args:
+        model: The forward model.
+        loss: A tensor of its main graph with one number.
+        weights: Inputs of its main graph, which move.
+        feeds: The inputs, and all weights.
+    """
+
+    def __init__(
+        self, model: Model, loss: str, weights: Sequence[str], feeds: Mapping[str, Array]
+    ) -> None:
+        self._loss = double_name(loss)
+        moving = [double_name(name) for name in weights]
+        wide = in_double(model, loss, weights)
+        self._feeds = {
+            double_name(name) if name in weights else name: (
+                value.astype(np.float64) if name in weights else value
+            )
+            for name, value in feeds.items()
+        }
+        parts = cut(wide, [self._loss], moving)
+        if parts is not None:
+            frozen = Runner(parts.frozen, CPU, optimised=True, fuse_quantised=False)
+            values = frozen.run(_read(parts.frozen, self._feeds), parts.kept)
+            wide = parts.rest(values)
+            self._feeds |= values
+        self._feeds = _read(wide, self._feeds)
+        self._runner = Runner(wide, CPU, optimised=True, fuse_quantised=False)
+
+    def weight(self, name: str) -> Array:
+        """The value of a weight that does not move."""
+        return self._feeds[double_name(name)]
+
+    def at(self, name: str, value: Array) -> float:
+        """The loss with one weight moved."""
+        feeds = {**self._feeds, double_name(name): value}
+        return float(self._runner.run(feeds, [self._loss])[self._loss])
+
+
+def _read(model: Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """What a model reads of some feeds."""
+    inputs = {value.name for value in model.proto.graph.input}
+    return {name: value for name, value in feeds.items() if name in inputs}
 
 
 @dataclass(slots=True)

@@ -31,7 +31,12 @@ from onnx_adapt.model.file import Model
 #
 # The cut is at {d, n}, or at {d, h} where h is read by the rest too, and n follows from it.
 
-LIGHT = frozenset({*POINTWISE, *MOVING, *NORMS, *REDUCTIONS, *FLAT, "Constant"})
+LIGHT = frozenset(
+    {
+        *(*POINTWISE, *MOVING, *NORMS, *REDUCTIONS, *FLAT),
+        *("Constant", "QuantizeLinear", "DequantizeLinear"),
+    }
+)
 """Operators whose time does not count beside that of a product or a convolution."""
 
 

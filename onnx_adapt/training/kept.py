@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,7 @@ class Kept:
 
 def keep_frozen(
     step: StepModel,
-    weights: Sequence[str],
+    weights: Mapping[str, Array],
     samples: Dataset,
     held_back: Dataset | None,
     *,
@@ -69,7 +69,7 @@ def keep_frozen(
 
     Args:
         step: The step model.
-        weights: The inputs that train.
+        weights: The weights that train, by input.
         samples: The samples to train with.
         held_back: The samples to choose the best weights by, if any.
         batch_size: Samples in one run.
@@ -84,7 +84,7 @@ def keep_frozen(
         TrainingError: If an input of a sample holds NaN.
     """
     data = [item for item in (samples, held_back) if item is not None]
-    found = _find_cut(step, weights, data, providers)
+    found = _find_cut(step, list(weights), data, providers)
     if isinstance(found, str):
         return found
     session = TrainingSession(found.frozen, providers)
@@ -94,14 +94,21 @@ def keep_frozen(
             f"what is before the first slot is computed in every step: to keep it would take "
             f"{sum(sizes) / 1e6:.0f} MB, and {most / 1e6:.0f} MB are allowed"
         )
-    values = _run(found, session, samples.first(1))
+    batch = samples.first(step.rows or _TRIED)
+    values = _run(found, session, batch)
     rest = replace(step, model=found.rest(values))
+    fed = {**batch.feeds(step.labels), **weights}
+    whole, again = (
+        _output(part, {**fed, **values}, batch, providers) for part in (step, rest)
+    )
+    if not _same(whole, again):
+        return "the model gives something else in parts, so nothing before the slots is kept"
     size = step.rows or batch_size
     done = [_computed(found, session, rest, item, size) for item in data]
-    whole = [item for item in done if item is not None]
-    if len(whole) < len(data):
+    kept = [item for item in done if item is not None]
+    if len(kept) < len(data):
         return _MIXED
-    return Kept(rest, whole[0], whole[1] if held_back is not None else None, sum(sizes))
+    return Kept(rest, kept[0], kept[1] if held_back is not None else None, sum(sizes))
 
 
 _MIXED = "samples change each other before the first slot, so nothing is kept for each"
@@ -154,6 +161,16 @@ def _same(row: Array, alone: Array) -> bool:
     largest = np.abs(finite).max(initial=0)
     near = _NEAR.get(str(row.dtype), 0) * float(largest)
     return bool(np.allclose(row, alone, rtol=0, atol=near))
+
+
+def _output(
+    step: StepModel, feeds: Mapping[str, Array], batch: Batch, providers: Providers
+) -> Array:
+    """The output of the base by a step model, of what of some feeds it reads."""
+    session = TrainingSession(step.model, providers)
+    inputs = {value.name for value in step.model.proto.graph.input}
+    read = {name: value for name, value in feeds.items() if name in inputs}
+    return session.run(read, [step.output], batch.name)[step.output]
 
 
 def _run(found: Cut, session: TrainingSession, batch: Batch) -> dict[str, Array]:

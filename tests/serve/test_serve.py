@@ -123,6 +123,25 @@ def test_the_server_tells_what_it_is_and_has(client: Any) -> None:
     assert {entry["state"] for entry in index} == {"READY"}
 
 
+def test_the_first_page_tells_a_person_and_a_program_what_this_is(served: Server) -> None:
+    for path in ("", "-/"):
+        status, found = asked(served, path)
+        assert (status, found["name"], found["model"]) == (200, "onnx-adapt", "adapted")
+        assert found["adapters"] >= 5
+        assert "/v2/models/{model}/infer" in found["addresses"]
+        assert "/v1/embeddings" not in found["addresses"]
+        for address, what in found["addresses"].items():
+            if what.startswith("GET") and "{" not in address:
+                with urllib.request.urlopen(f"http://{served.address}{address}") as response:
+                    assert response.status == 200
+    request = urllib.request.Request(
+        f"http://{served.address}/", headers={"Accept": "text/html"}
+    )
+    with urllib.request.urlopen(request, timeout=LONG) as response:
+        assert response.headers["content-type"].startswith("text/html")
+        assert '<a href="/v2/models">' in response.read().decode()
+
+
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("name", ["fr", None])
 def test_triton_s_client_gets_what_a_session_computes(
@@ -369,6 +388,38 @@ def test_adapters_that_are_replaced_under_load_change_at_once_and_whole(
     assert "adapter 'new' is refused" in served.log.read_text(encoding="utf-8")
     path.unlink()
     until(lambda: asked(served, "v2/models/new")[0] == 404, served.said)
+
+
+def point(served: Server, alias: str, **parameters: Any) -> tuple[int, Any]:
+    body = json.dumps({"parameters": parameters}).encode()
+    return asked(served, f"v2/repository/models/{alias}/load", body)
+
+
+def test_an_alias_that_is_switched_under_load_changes_at_once_and_whole(
+    served: Server,
+) -> None:
+    changes = {100: {"adapter": "de"}, 200: {"adapter": "fr"}, 300: {"rollback": True}}
+    assert point(served, "x@live", adapter="fr") == (200, {})
+
+    def switch(count: int) -> None:
+        if count in changes:
+            assert point(served, "x@live", **changes[count]) == (200, {})
+
+    requests = [(X, "x@live")] * 400
+    answers = asyncio.run(load(served.address, requests, clients=10, answered=switch))
+    assert [answer.error for answer in answers if answer.error] == []
+    for answer in answers:
+        assert close(answer.array, TRUTH[answer.active.partition("@")[0]])
+    active = [answer.active.partition("@")[0] for answer in answers]
+    assert {*active[:90]} == {*active[220:290]} == {"fr"}
+    assert {*active[120:190]} == {*active[-50:]} == {"de"}
+    assert asked(served, "v2/models/x@live")[1]["name"] == "x@live"
+    body = document(parameters={"adapter": {"x@live": 0.5, "de": 0.5}})
+    assert close(output(asked(served, "v2/models/adapted/infer", body)), TRUTH["de"])
+    status, found = point(served, "x@live", rollback=True)
+    assert (status, list(found)) == (400, ["error"])
+    assert asked(served, "v2/repository/models/x@live/unload", b"") == (200, {})
+    assert asked(served, "v2/models/x@live")[0] == 404
 
 
 def exported(served: Server, pattern: str) -> list[float]:

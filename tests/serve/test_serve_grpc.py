@@ -102,6 +102,14 @@ def test_an_adapter_can_be_unloaded_and_loaded(client: Any) -> None:
     assert client.is_model_ready("de")
 
 
+def test_an_alias_is_set_and_asked_for(client: Any) -> None:
+    request = service_pb2.RepositoryModelLoadRequest(model_name="fr@stable")
+    request.parameters["adapter"].string_param = "de"
+    client._client_stub.RepositoryModelLoad(request)
+    assert close(client.infer("fr@stable", [tensor()]).as_numpy("y"), TRUTH["de"])
+    client.unload_model("fr@stable")
+
+
 @pytest.mark.parametrize(
     ("model", "x", "code", "words"),
     [

@@ -81,6 +81,9 @@ def test_json_comes_back_as_json_flat_or_nested(datatype: str) -> None:
 
 def test_float32_survives_json_bit_for_bit() -> None:
     array = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    limits = np.finfo(np.float32)
+    array[:5] = [limits.max, limits.tiny, limits.smallest_subnormal, -0.0, 2**24 - 1]
+    array[5:50] = np.nextafter(array[50:95], np.inf)
     request = read_request(body(shape=[100], data=array.astype(float).tolist()))
     assert request.feeds["x"].tobytes() == array.tobytes()
     answer, _ = write_response(request, "m", "1", "", [(Spec("x", "FP32", (100,)), array)])
@@ -260,7 +263,9 @@ def test_an_adapter_is_named_in_the_url_as_a_parameter_or_by_the_header(
     [
         ("../fr", "no name"),
         ("/etc/passwd", "no name"),
-        ("fr@0123", "no name"),
+        ("fr@3f2a9c01b2d4", "no name"),
+        ("fr@", "no name"),
+        ("fr@a@b", "no name"),
         ("", "no name"),
         ("f" * 101, "no name"),
         (".hidden", "no name"),

@@ -28,10 +28,11 @@ def repository(tmp_path: Path, folder: Path) -> Repository:
     return make(tmp_path, str(folder))
 
 
-def make(tmp_path: Path, location: str) -> Repository:
+def make(tmp_path: Path, location: str, settle_s: float = 0.02) -> Repository:
     copies = tmp_path / "copies"
     copies.mkdir()
-    return Repository(str(adapted_file(tmp_path)), location, copies, "adapted")
+    model = str(adapted_file(tmp_path))
+    return Repository(model, location, copies, "adapted", settle_s=settle_s)
 
 
 def served(repository: Repository, name: str = "fr") -> oa.Adapter:
@@ -226,9 +227,10 @@ def test_a_model_without_swappable_slots_is_told_at_once(
 
 
 def test_a_file_that_is_written_in_place_is_never_taken_half(
-    repository: Repository, folder: Path
+    tmp_path: Path, folder: Path
 ) -> None:
     """Both contents have one size and one header: a mixture passes every check of a file."""
+    repository = make(tmp_path, str(folder), settle_s=1)
     contents = [
         oa.save_adapter(adapter("fr", seed), folder / "fr.safetensors").read_bytes()
         for seed in (1, 2)
@@ -239,7 +241,7 @@ def test_a_file_that_is_written_in_place_is_never_taken_half(
     done = threading.Event()
 
     def write() -> None:
-        for i in range(4):
+        for i in range(2):
             with (folder / "fr.safetensors").open("r+b", buffering=0) as file:
                 for start in range(0, len(contents[0]), 100):
                     file.write(contents[i % 2][start : start + 100])

@@ -44,7 +44,7 @@ def _kept(model: oa.Model, data: object, most: int = 10**9) -> Kept | str:
     step = make_step(model, list(weights), loss="cross_entropy")
     samples = read_dataset(data, "labels")  # type: ignore[arg-type]
     given = {"batch_size": 8, "most": most, "providers": CPU}
-    return keep_frozen(step, list(weights), samples, None, **given)  # type: ignore[arg-type]
+    return keep_frozen(step, weights, samples, None, **given)  # type: ignore[arg-type]
 
 
 def _settings(frozen_memory: int) -> Settings:
@@ -148,7 +148,7 @@ def test_of_samples_that_change_each_other_only_what_is_before_is_kept() -> None
     step = make_step(model, list(weights), loss="mse")
     samples = read_dataset({"x": x, "labels": x}, "labels")
     given = {"batch_size": 8, "most": 10**6, "providers": CPU}
-    kept = keep_frozen(step, list(weights), samples, None, **given)  # type: ignore[arg-type]
+    kept = keep_frozen(step, weights, samples, None, **given)  # type: ignore[arg-type]
     assert isinstance(kept, Kept)
     assert kept.step.inputs == ["a"]
 

@@ -204,14 +204,12 @@ class _Models:
         name, path = document["lora_name"], document.get("lora_path")
         if path is not None:
             self._refuse_elsewhere(name, path)
-        self._gateway.refuse_base(name)
-        await self._gateway.load(name)
+        await self._gateway.load(name, {})
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         document = await self._read(request, {"lora_name", "lora_int_id"})
         name = document["lora_name"]
-        self._gateway.refuse_base(name)
         await self._gateway.unload(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
