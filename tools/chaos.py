@@ -117,7 +117,8 @@ def run(requests: int, seed: int, on_ray: bool, folder: Path) -> int:
                 while ledger.right < requests and not ledger.wrong:
                     happened.update(strike(victim, rng, small, on_ray))
                     print(f"{ledger.right} right", file=sys.stderr)
-                settle(victim)
+                if not ledger.wrong:
+                    settle(victim)
             victim.end(signal.SIGTERM)
         wrong = [*ledger.wrong[:20], *(f"left behind: {name}" for name in left_behind(victim))]
     print(f"{ledger.right} requests answered right")
