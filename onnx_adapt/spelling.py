@@ -83,6 +83,7 @@ _OPTIONS = {
     "--log": 'path="{}"',
     "--map": 'module_map={{"{}": "{}"}}',
     "--no-check": "check=False",
+    "--recompute": "recompute=True",
     "--part": 'part="{}"',
     "--resume": "resume=True",
     "--text": 'columns=("{}",)',

@@ -130,6 +130,12 @@ tokenizer = click.option(
     "--tokenizer", type=click.Path(), help="A tokenizer.json that turns texts into inputs."
 )
 
+max_length = click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    help="The most tokens of a text; longer ones are cut, and it is said how many.",
+)
+
 texts = click.option(
     "--text",
     "texts",

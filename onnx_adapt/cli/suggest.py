@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @options.labels
 @options.tokenizer
 @options.texts
+@options.max_length
 @options.on_output
 @options.head
 @options.loss_settings

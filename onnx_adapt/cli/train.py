@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @options.labels
 @options.tokenizer
 @options.texts
+@options.max_length
 @options.on_output
 @click.option(
     "--teacher",
@@ -119,6 +120,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="What may be taken to keep, for each sample, what the layers before the first slot "
     "give. It is computed in every step if that is too little, or 0.",
+)
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Compute activations a second time on the way back: less memory, more time.",
 )
 @click.option("--no-check", is_flag=True, help="Do not compare the gradients first.")
 @options.seed
@@ -215,6 +221,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         seed=given["seed"],
         forward_only=given["forward_only"],
         frozen_memory=given["frozen_memory"],
+        recompute=given["recompute"],
     )
 
 

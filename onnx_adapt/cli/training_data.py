@@ -46,13 +46,14 @@ def read_samples(model: Model, given: Mapping[str, Any]) -> tuple[Dataset, Datas
 
 
 def read_texts(model: Model, given: Mapping[str, Any]) -> Texts | None:
-    """How texts become the inputs of a model, from `--tokenizer` and `--text`; else None."""
+    """How texts become the inputs of a model, from the options of these; else None."""
     from onnx_adapt.training.texts import texts_for
 
     if given["tokenizer"]:
-        return texts_for(model, given["tokenizer"], given["texts"])
-    if given["texts"]:
-        raise click.UsageError("--text needs --tokenizer")
+        return texts_for(model, given["tokenizer"], given["texts"], given["max_length"])
+    for option, value in (("--text", "texts"), ("--max-length", "max_length")):
+        if given[value]:
+            raise click.UsageError(f"{option} needs --tokenizer")
     return None
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.choice import is_alias, is_name, is_version
-from onnx_adapt.serve.protocol import read_json
 
 _HINT = '{"fr@stable": "fr-2"}'
 
@@ -44,8 +43,14 @@ def read_aliases(data: bytes) -> Aliases:
         >>> read_aliases(b'{"fr@stable": "fr-2"}')
         {'fr@stable': Alias(adapter='fr-2', before='')}
     """
+    try:
+        document = json.loads(data, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"it is no JSON: {error}", hint=f"as in {_HINT}") from error
+    if not isinstance(document, dict):
+        raise RequestError("it holds no names", hint=f"as in {_HINT}")
     found: dict[str, Alias] = {}
-    for name, given in read_json(data).items():
+    for name, given in document.items():
         parts = {"adapter": given} if isinstance(given, str) else given
         if not is_alias(name):
             raise RequestError(f"{name[:100]!r} is no alias", hint=f"as in {_HINT}")
@@ -53,6 +58,13 @@ def read_aliases(data: bytes) -> Aliases:
             raise RequestError(f"{name!r} is {given!r:.100}", hint=f"as in {_HINT}")
         before = parts.get("before") or ""
         found[name] = Alias(_adapter(parts["adapter"]), before and _adapter(before))
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is given twice")
     return found
 
 

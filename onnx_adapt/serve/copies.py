@@ -38,20 +38,13 @@ class Copies:
         self.path = made.rename(root / f"{_PREFIX}{made.name.rpartition('-')[2]}")
         self._numbers = itertools.count()
 
-    def put(self, file_name: str, data: bytes) -> Path:
-        """Write a file under a name that no file here had before."""
-        path = self._fresh(file_name)
-        with whole(path):
-            path.write_bytes(data)
-        return path
-
     def link(self, source: Path) -> Path:
         """Give a file a second name here: it stays when the first name is removed.
 
         Raises:
             FileNotFoundError: If the first name is removed already.
         """
-        path = self._fresh(source.name)
+        path = self.path / f"{next(self._numbers)}-{source.name}"
         try:
             path.hardlink_to(source)
         except FileNotFoundError:
@@ -60,9 +53,6 @@ class Copies:
             with whole(path):
                 shutil.copyfile(source, path)
         return path
-
-    def _fresh(self, file_name: str) -> Path:
-        return self.path / f"{next(self._numbers)}-{file_name}"
 
     def close(self) -> None:
         """Remove the folder with all that is in it."""

@@ -48,8 +48,11 @@ class Edge:
         if scope["type"] != "http":  # Ray's server starts and ends the application by messages
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"")
-        with recorded(Record(read_id(given.decode("latin-1")), scope["path"])) as record:
+        headers = {
+            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
+        }
+        record = Record(read_id(headers.get(REQUEST_ID, "")), scope["path"])
+        with recorded(record, scope["method"], headers):
             send = _noting(send, record, names=self._names)
             try:
                 await self._answer(scope, receive, send)

@@ -17,11 +17,12 @@ from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
 from onnx_adapt.serve.counting import Asking, Counted, Quotas, counting
-from onnx_adapt.serve.metrics import Metrics
+from onnx_adapt.serve.metrics import NO_ADAPTERS, Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
+from onnx_adapt.serve.tracing import span
 
 BASE_VERSION = "1"
 """The version of the base; for an adapter it means whichever is served."""
@@ -151,11 +152,10 @@ class Gateway:
     async def refresh(self) -> None:
         """Learn which versions are served now, and whether the server stops."""
         news = await self._versions.news(self.under_way if self.stopping else -1)
-        gone = self.entries.keys() - news.entries.keys()
         self.entries = news.entries
-        for name in gone:
-            self.counted.pop(name, None)
-            self.metrics.forget(name)
+        for name in self.counted.keys() - self.entries.keys() - NO_ADAPTERS:
+            del self.counted[name]
+        self.metrics.keep(self.entries)
         self.stopping = self.stopping or news.stopping
 
     async def ready(self) -> bool:
@@ -307,7 +307,8 @@ class Gateway:
             request.feeds, request.datatypes, request.outputs, versions
         )
         try:
-            return await asyncio.wait_for(answer, max(seconds, 0))
+            with span("run model", {"onnx_adapt.version": _said(versions)}):
+                return await asyncio.wait_for(answer, max(seconds, 0))
         except asyncio.TimeoutError as error:
             limit = self.settings.timeout_s
             raise RequestError(

@@ -255,8 +255,9 @@ def _answering(
 @contextlib.contextmanager
 def _recorded(path: str, context: Any) -> Iterator[Record]:
     """Answer a call inside the block; what it is called is told behind the answer."""
-    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
-    named = read_id(given if isinstance(given, str) else "")
-    context.set_trailing_metadata(((REQUEST_ID, named),))
-    with recorded(Record(named, path)) as record:
+    given = context.invocation_metadata() or ()
+    headers = {key: value for key, value in given if isinstance(value, str)}
+    record = Record(read_id(headers.get(REQUEST_ID, "")), path)
+    context.set_trailing_metadata(((REQUEST_ID, record.id),))
+    with recorded(record, path.strip("/"), headers):
         yield record

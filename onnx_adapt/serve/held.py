@@ -14,6 +14,7 @@ from typing import Any
 from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.errors import AdapterNotFoundError, RequestError
 from onnx_adapt.serve.metrics import Metrics
+from onnx_adapt.serve.tracing import span
 
 Fetch = Callable[[str], Awaitable[Path | Adapter]]
 """Puts the file of a version where it stays until it is unlinked; or brings what it holds."""
@@ -64,6 +65,10 @@ class Loads:
             RequestError: If there is no room for its file at this time.
             AdaptError: If it cannot be loaded.
         """
+        with span("load adapter", {"onnx_adapt.version": version}):
+            return await self._loaded(version)
+
+    async def _loaded(self, version: str) -> Held:
         try:
             found = await self._fetch(version)
         except FileNotFoundError as error:

@@ -7,6 +7,7 @@ share one, or a server of many adapters would have as many lines. Histograms hav
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -45,8 +46,8 @@ class Metrics(Protocol):
     def ran(self, adapters: int) -> None:
         """Count a batch, by how many different adapters it had."""
 
-    def forget(self, adapter: str) -> None:
-        """Note that an adapter is not there any more."""
+    def keep(self, adapters: Collection[str]) -> None:
+        """Forget all adapters but these, which are there."""
 
 
 class Named:
@@ -71,11 +72,11 @@ class Named:
         self._names.add(adapter)
         return adapter
 
-    def forget(self, adapter: str) -> bool:
-        """Give another adapter the place of one; whether it had any."""
-        had = adapter in self._names
-        self._names.discard(adapter)
-        return had
+    def keep(self, adapters: Collection[str]) -> set[str]:
+        """Give the places of those that are not among these to others; which they were."""
+        gone = self._names.difference(adapters)
+        self._names -= gone
+        return gone
 
 
 class PrometheusMetrics:
@@ -105,15 +106,14 @@ class PrometheusMetrics:
         """Count a batch, by how many different adapters it had."""
         self._mixed.observe(adapters)
 
-    def forget(self, adapter: str) -> None:
-        """Drop the lines of an adapter that is not there any more."""
-        if not self._named.forget(adapter):
-            return
-        with contextlib.suppress(KeyError):  # it was never loaded
-            self._swaps.remove(adapter)
-        for status in self._statuses:
-            with contextlib.suppress(KeyError):
-                self._requests.remove(adapter, status)
+    def keep(self, adapters: Collection[str]) -> None:
+        """Drop the lines of all adapters but these, which are there."""
+        for adapter in self._named.keep(adapters):
+            with contextlib.suppress(KeyError):  # it was never loaded
+                self._swaps.remove(adapter)
+            for status in self._statuses:
+                with contextlib.suppress(KeyError):
+                    self._requests.remove(adapter, status)
 
     def text(self) -> bytes:
         """All of them, in the Prometheus text format."""

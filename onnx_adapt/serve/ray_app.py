@@ -26,6 +26,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import LoggingConfig
 
+from onnx_adapt.adapter.data import Adapter
+from onnx_adapt.adapter.files import read_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdaptError, RequestError
 from onnx_adapt.serve.batcher import Result
@@ -146,13 +148,12 @@ class Model(Replica):
     """One replica, to which Ray Serve routes requests by the adapters that it holds."""
 
     def __init__(self, settings: Settings, repository: Any) -> None:
-        self._copies = Copies()
-
-        async def fetch(version: str) -> Path:
+        async def fetch(version: str) -> Adapter:
             found = await repository.read.remote(version)
             if isinstance(found, AdaptError):
                 raise found
-            return await asyncio.to_thread(self._copies.put, *found)
+            name, data = found
+            return await asyncio.to_thread(read_adapter, data, Path(name))
 
         super().__init__(settings, fetch, RayMetrics())
 
@@ -160,10 +161,6 @@ class Model(Replica):
             return await self.load(version)
 
         self.hold = serve.multiplexed(load, max_num_models_per_replica=settings.max_adapters)
-
-    def __del__(self) -> None:
-        """Serve calls this when a replica ends, and kills the process without another word."""
-        self._copies.close()
 
 
 class _Routed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ray.serve import metrics
@@ -41,5 +42,5 @@ class RayMetrics:
         """Count a batch, by how many different adapters it had."""
         self._mixed.observe(adapters)
 
-    def forget(self, adapter: str) -> None:
-        """Do nothing: Ray drops no line of a metric, so the adapter keeps its place."""
+    def keep(self, adapters: Collection[str]) -> None:
+        """Do nothing: Ray drops no line of a metric, so each adapter keeps its place."""

@@ -1,21 +1,24 @@
-"""What is known of a request while it is answered: its id, and its line of the access log."""
+"""What is known of a request while it is answered: its id, its span, its line in the log."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from logging.handlers import WatchedFileHandler
+from pathlib import Path
 
 from onnx_adapt.errors import RequestError
+from onnx_adapt.serve.tracing import finish, request_span
 
 REQUEST_ID = "x-request-id"
 """The header of HTTP, and the metadata of gRPC, that names a request."""
@@ -63,11 +66,24 @@ def read_id(given: str) -> str:
 
 
 @contextlib.contextmanager
-def recorded(record: Record) -> Iterator[Record]:
-    """Answer a request inside the block, and write its line of the access log behind it."""
+def recorded(record: Record, name: str, headers: Mapping[str, str]) -> Iterator[Record]:
+    """Answer a request inside the block, which has a span and a line of the access log.
+
+    Args:
+        record: What is known of the request.
+        name: What its span is called.
+        headers: Its headers, which may name the span that it is a part of.
+    """
     token = _current.set(record)
+    known = {"url.path": record.path[:_LONGEST_PATH], "onnx_adapt.request_id": record.id}
     try:
-        yield record
+        with request_span(name, headers, known) as span:
+            try:
+                yield record
+            finally:
+                said: dict[str, str | int] = {"http.response.status_code": record.status}
+                said |= {"onnx_adapt.adapter": record.adapter} if record.adapter else {}
+                finish(span, said, failed=record.status >= 500)
     finally:
         _current.reset(token)
         if _access.isEnabledFor(logging.INFO):
@@ -104,18 +120,20 @@ def open_access_log(path: str) -> None:
     Raises:
         RequestError: If it cannot be written.
     """
+    handler: logging.Handler = logging.StreamHandler()
+    if path != "-":
+        file = Path(path).absolute()
+        there = file.exists()
+        if file.is_dir() or not os.access(file if there else file.parent, os.W_OK):
+            raise RequestError(
+                f"the access log {path} cannot be written",
+                hint="--access-log takes a file, or - for stderr",
+            )
+        # The file is made with its first line: a server that does not start leaves none.
+        handler = _File(file, encoding="utf-8", delay=True)
     _access.setLevel(logging.INFO)
     _access.propagate = False
-    if path == "-":
-        _access.addHandler(logging.StreamHandler())
-        return
-    try:
-        _access.addHandler(_File(path, encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(
-            f"the access log {path} cannot be written: {error.strerror}",
-            hint="--access-log takes a file, or - for stderr",
-        ) from error
+    _access.addHandler(handler)
 
 
 class _File(WatchedFileHandler):

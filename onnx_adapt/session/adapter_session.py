@@ -238,7 +238,7 @@ class AdapterSession:
         )
         if not listed or isinstance(adapter, str | bytes):
             raise AdapterError(
-                f"adapter is {adapter!r}",
+                f"adapter is {adapter!r}, no list",
                 hint="give a name, a blend {name: weight}, or a list with one for each row",
             )
         rows = list(adapter)

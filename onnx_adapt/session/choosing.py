@@ -18,12 +18,14 @@ Weights are counted by their bytes, because those of 4 bits are read eight times
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import ModelFileError
 from onnx_adapt.session.batches import BatchAxes, Shape
 from onnx_adapt.session.cache import Shares
 from onnx_adapt.session.fed_arrays import IDS
@@ -80,13 +82,18 @@ def positions_in_a_row(
 def base_size(model: ModelLike) -> int:
     """The size of the weights that a run reads whole, in bytes.
 
-    Those that can be fed are not counted: they are the slots' own.
+    Those that can be fed are not counted: they are the slots' own. Of an .ort file, which
+    ONNX Runtime alone reads, it is the size of the file.
     """
     from onnx_adapt.model import walk
     from onnx_adapt.model.external_data import bytes_needed
     from onnx_adapt.model.given import as_model
 
-    graph = as_model(model).proto.graph
+    try:
+        graph = as_model(model).proto.graph
+    except ModelFileError:
+        assert isinstance(model, str | os.PathLike)  # ONNX Runtime has loaded it by its path
+        return os.stat(model).st_size
     fed = {item.name for item in graph.input}
     tables = {node.input[0] for node in graph.node if node.op_type in _TABLES}
     for node in graph.node:

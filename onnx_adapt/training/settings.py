@@ -31,6 +31,8 @@ class Settings:
         frozen_memory: How many MB may be taken to keep, for each sample, what the layers
             before the first slot give, which never changes. If they do not suffice, or are 0,
             it is computed in every step.
+        recompute: Whether activations are computed a second time on the way back, where that
+            takes less memory: a step takes about a third more time.
     """
 
     epochs: int = 3
@@ -46,6 +48,7 @@ class Settings:
     seed: int = 0
     forward_only: bool = False
     frozen_memory: int = 1024
+    recompute: bool = False
 
     def check(self) -> None:
         """Refuse settings that are not possible.
@@ -61,6 +64,12 @@ class Settings:
                 raise TrainingError(
                     f"the setting {name} is {value}", hint=f"give {low} to {high}"
                 )
+
+        if self.forward_only and self.recompute:
+            raise TrainingError(
+                "without gradients nothing is kept that could be recomputed",
+                hint="leave out --recompute",
+            )
 
     @property
     def largest_rate(self) -> float:

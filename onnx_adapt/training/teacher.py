@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from tempfile import TemporaryFile, gettempdir
 
 import numpy as np
 
-from onnx_adapt.errors import TrainingError
+from onnx_adapt.dtypes import Array
+from onnx_adapt.errors import SaveError, TrainingError
 from onnx_adapt.model.file import Model
 from onnx_adapt.ort import read_providers
 from onnx_adapt.proof.runner import ProviderArgument, Runner
@@ -44,14 +47,37 @@ def taught(
         )
     runner = Runner(teacher, read_providers(provider), optimised=True)
 
-    def lesson(group: Group) -> Group:
-        given = []
+    def lessons(group: Group) -> Iterator[Array]:
         for start in range(0, len(group.numbers), _ROWS):
             batch = data.read(group, np.arange(start, min(start + _ROWS, len(group.numbers))))
             feeds = {name: np.asarray(batch.inputs[name]) for name in wanted}
-            given.append(runner.run(feeds, [chosen])[chosen])
-            if not np.isfinite(given[-1]).all():
+            given = runner.run(feeds, [chosen])[chosen]
+            if not np.isfinite(given).all():
                 raise TrainingError(f"the teacher gives NaN or infinity on {batch.name}")
-        return replace(group, labels=np.concatenate(given))
+            yield given
 
-    return replace(data, groups=tuple(map(lesson, data.groups)), classes=())
+    groups = (replace(group, labels=_on_disk(lessons(group))) for group in data.groups)
+    return replace(data, groups=tuple(groups), classes=())
+
+
+def _on_disk(parts: Iterable[Array]) -> Array:
+    """Arrays one after the other in a temporary file, which is gone when nobody reads it.
+
+    The logits of a vocabulary for each token are more than fits in memory.
+
+    Raises:
+        SaveError: If there is no room for them.
+    """
+    rows = 0
+    try:
+        with TemporaryFile() as file:
+            for part in parts:
+                file.write(np.ascontiguousarray(part).view(np.uint8).data)
+                rows += len(part)
+            file.flush()
+            return np.memmap(file, part.dtype, "r", shape=(rows, *part.shape[1:]))
+    except OSError as error:
+        raise SaveError(
+            f"cannot keep what the teacher gives in {gettempdir()}: {error.strerror}",
+            hint="make room, or name another folder in the variable TMPDIR",
+        ) from error

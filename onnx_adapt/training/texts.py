@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import TrainingError
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.manifest import read_manifest
-from onnx_adapt.words import beside
+from onnx_adapt.words import beside, count
+
+_log = logging.getLogger(__name__)
 
 _FIELDS = {
     "input_ids": "ids",
@@ -39,25 +43,33 @@ class Texts:
         columns: The columns with the texts: one, or two for pairs. By default the only
             column with texts.
         length: The number of tokens that the model takes, if it is fixed.
+        most: The most tokens of a text; longer ones are cut. By default as the tokenizer says.
     """
 
     tokenizer: Path
     inputs: tuple[str, ...] = tuple(_FIELDS)
     columns: tuple[str, ...] = ()
     length: int | None = None
+    most: int | None = None
 
     def encode(self, texts: Sequence[Sequence[str]]) -> list[dict[str, Array]]:
         """The inputs of each text, or pair of texts; `input_ids` is `(tokens,)`.
 
-        Texts are cut as the tokenizer says, or to the length that the model takes. Where the
-        model has an attention mask they are padded to a multiple of `STEP`.
+        Texts are cut to `most` tokens, to the length that the model takes, or as the tokenizer
+        says; how many were is logged. Where the model has an attention mask they are padded to
+        a multiple of `STEP`.
 
         Raises:
-            TrainingError: If the tokenizer cannot be read.
+            TrainingError: If the tokenizer cannot be read, or leaves no room for the texts.
         """
         tokenizer = self._read()
+        self._require_room(tokenizer, pairs=any(len(row) > 1 for row in texts))
         rows = [row[0] if len(row) == 1 else tuple(row) for row in texts]
-        return [self._padded(found, tokenizer) for found in tokenizer.encode_batch(rows)]
+        encoded = tokenizer.encode_batch(rows)
+        if cut := sum(bool(found.overflowing) for found in encoded):
+            most = tokenizer.truncation["max_length"]
+            _log.warning("cut %d of %s to %d tokens", cut, count(len(rows), "text"), most)
+        return [self._padded(found, tokenizer) for found in encoded]
 
     def _read(self) -> Any:
         library = optional_library("tokenizers", "text", "text", TrainingError)
@@ -73,20 +85,31 @@ class Texts:
                 hint="give the tokenizer.json that belongs to the model",
             ) from error
         tokenizer.no_padding()
-        if self.length is not None:
-            tokenizer.enable_truncation(self.length)
+        if limit := self.most or self.length:
+            tokenizer.enable_truncation(limit)
         return tokenizer
 
+    def _require_room(self, tokenizer: Any, *, pairs: bool) -> None:
+        """Refuse to cut texts to no more than what the tokenizer puts around them."""
+        own = tokenizer.num_special_tokens_to_add(pairs)
+        limit = self.most or self.length
+        if limit is not None and limit <= own:
+            raise TrainingError(
+                f"texts cannot be cut to {count(limit, 'token')}: {self.tokenizer.name} adds "
+                f"{own} of its own",
+                hint=f"allow {own + 1} or more",
+            )
+
     def _padded(self, found: Any, tokenizer: Any) -> dict[str, Array]:
-        count = len(found.ids)
-        length = self.length or count
+        tokens = len(found.ids)
+        length = self.length or tokens
         if self.length is None and "attention_mask" in self.inputs:
-            length = -(-count // STEP) * STEP
+            length = min(-(-tokens // STEP) * STEP, self.most or sys.maxsize)
         made = {}
         for name in self.inputs:
             fill = _pad_id(tokenizer) if name == "input_ids" else 0
             made[name] = np.full(length, fill, np.int64)
-            made[name][:count] = getattr(found, _FIELDS[name])
+            made[name][:tokens] = getattr(found, _FIELDS[name])
         return made
 
 
@@ -97,7 +120,10 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def texts_for(
-    model: Model, tokenizer: str | os.PathLike[str], columns: Sequence[str] = ()
+    model: Model,
+    tokenizer: str | os.PathLike[str],
+    columns: Sequence[str] = (),
+    most: int | None = None,
 ) -> Texts:
     """How texts become the inputs of a model.
 
@@ -105,9 +131,10 @@ def texts_for(
         model: A model that reads tokens.
         tokenizer: A `tokenizer.json`.
         columns: The columns with the texts, one or two.
+        most: The most tokens of a text; longer ones are cut.
 
     Raises:
-        TrainingError: If the model has no input for tokens.
+        TrainingError: If the model has no input for tokens, or takes fewer.
     """
     manifest = read_manifest(model.proto)
     own = {name for slot in manifest.slots for name in slot.inputs} if manifest else set()
@@ -120,4 +147,9 @@ def texts_for(
         )
     dims = values["input_ids"].shape.dim
     length = dims[1].dim_value if len(dims) == 2 else 0
-    return Texts(Path(tokenizer), inputs, tuple(columns), length or None)
+    if most and length and most > length:
+        raise TrainingError(
+            f"{model.label} takes {length} tokens, and texts are to be cut to {most}",
+            hint=f"cut them to {length} or fewer",
+        )
+    return Texts(Path(tokenizer), inputs, tuple(columns), length or None, most)

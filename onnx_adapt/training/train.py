@@ -21,6 +21,7 @@ from onnx_adapt.training.gradient_check import Checked, check_gradients
 from onnx_adapt.training.kept import keep_frozen
 from onnx_adapt.training.progress import Epoch, Progress, Report, start
 from onnx_adapt.training.reading import DataArgument
+from onnx_adapt.training.recompute import recompute
 from onnx_adapt.training.resuming import ProgressFile
 from onnx_adapt.training.settings import Settings
 from onnx_adapt.training.starting import adapter_of
@@ -142,6 +143,8 @@ def train(
             *(faster.step, loss, loss_settings or {}, providers, settings.seed)
         )
     else:
+        if settings.recompute:
+            faster = _with_less_memory(faster, providers, notice or (lambda _: None))
         engine = exact = Engine(faster.step, providers)
         if check and not resume:
             batch = faster.samples.first(max(_CHECKED, task.step.rows))
@@ -180,6 +183,18 @@ def _with_kept(task: Task, providers: Providers, notice: Callable[[str], None]) 
     taken = f"{found.size / 1e6:.1f} MB"
     notice(f"what is before the first slot is computed once for each sample: {taken}")
     return replace(task, step=found.step, samples=found.samples, held_back=found.held_back)
+
+
+def _with_less_memory(task: Task, providers: Providers, notice: Callable[[str], None]) -> Task:
+    """The task with activations that are computed a second time on the way back."""
+    batch = task.samples.first(task.step.rows or 1)
+    size = task.step.rows or task.settings.batch_size
+    made = recompute(task.step, task.begun, batch, size, providers)
+    notice(
+        f"activations take about {made.after / 1e6:.0f} MB for {size} samples, and "
+        f"{made.before / 1e6:.0f} MB if none were recomputed"
+    )
+    return replace(task, step=made.step)
 
 
 def _first_progress(

@@ -63,6 +63,7 @@ DOORS = {
     "starlette": {"serve/bodies", "serve/edge", "serve/http", "serve/llm/routes"},
     "tokenizers": {"serve/embeddings", "serve/llm/texts"},
     "uvicorn": {"serve/connections", "serve/one_process"},
+    "opentelemetry": {"serve/tracing"},
     "prometheus_client": {"serve/metrics"},
     "jinja2": {"report/page"},
     "markupsafe": {"report/page"},

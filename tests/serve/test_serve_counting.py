@@ -120,3 +120,10 @@ def test_an_adapter_that_is_gone_leaves_no_line_and_its_place_is_another_s(
     assert 'adapter="a299"' in found
     assert "a298" not in found
     assert list(gateway.counted) == ["a299"]
+    with gateway.request() as asking:  # it goes while a request for it is under way
+        asking.choose({"a299": 1.0})
+        folder.put("de")
+        asyncio.run(gateway.refresh())
+    asyncio.run(gateway.refresh())
+    assert "a299" not in text(gateway)
+    assert gateway.counted == {}

@@ -263,7 +263,9 @@ def test_an_adapter_is_named_in_the_url_as_a_parameter_or_by_the_header(
     [
         ("../fr", "no name"),
         ("/etc/passwd", "no name"),
-        ("fr@0123", "no name"),
+        ("fr@3f2a9c01b2d4", "no name"),
+        ("fr@", "no name"),
+        ("fr@a@b", "no name"),
         ("", "no name"),
         ("f" * 101, "no name"),
         (".hidden", "no name"),

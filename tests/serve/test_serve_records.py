@@ -1,4 +1,4 @@
-"""Requests have ids, and each leaves one line in the access log."""
+"""Requests have ids, and each leaves one line in the access log, and a span."""
 
 import asyncio
 import contextlib
@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.types import Message
 
 from onnx_adapt.errors import RequestError
-from onnx_adapt.serve import records
+from onnx_adapt.serve import records, tracing
 from onnx_adapt.serve.access import ANYBODY
 from onnx_adapt.serve.edge import Edge
+from onnx_adapt.serve.held import Loads
+from onnx_adapt.serve.metrics import PrometheusMetrics
 from onnx_adapt.serve.records import note_adapter, open_access_log
 
 
@@ -37,7 +42,7 @@ async def counted(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"12345"})
 
 
-def asked(path: str = "/v2", given: str = "") -> tuple[int, str]:
+def asked(path: str = "/v2", given: str = "", **more: str) -> tuple[int, str]:
     """The status and the id of an answer."""
     sent: list[Message] = []
 
@@ -46,7 +51,8 @@ def asked(path: str = "/v2", given: str = "") -> tuple[int, str]:
 
     edge = Edge(counted, lambda: Free, ANYBODY, names=True)  # type: ignore[arg-type,return-value]
     headers = [(b"x-request-id", given.encode())] if given else []
-    scope = {"type": "http", "path": path, "headers": headers}
+    headers += [(name.encode(), value.encode()) for name, value in more.items()]
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
     asyncio.run(edge(scope, None, send))  # type: ignore[arg-type]
     return sent[0]["status"], dict(sent[0]["headers"])[b"x-request-id"].decode()
 
@@ -115,3 +121,63 @@ def test_a_log_that_is_moved_away_begins_anew_and_one_that_is_lost_fails_no_requ
 def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be written"):
         open_access_log(str(tmp_path / "none/access.log"))
+    with pytest.raises(RequestError, match="cannot be written"):
+        open_access_log(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_TRACER", provider.get_tracer("tests"))
+    return exporter
+
+
+def test_a_request_is_a_span_of_its_client_s_trace(spans: InMemorySpanExporter) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    asked("/v2/models/fr/infer", "one", traceparent=f"00-{trace}-{parent}-01")
+    (found,) = spans.get_finished_spans()
+    assert found.parent is not None
+    assert (f"{found.context.trace_id:032x}", f"{found.parent.span_id:016x}") == (
+        trace,
+        parent,
+    )
+    assert (found.name, found.kind.name, found.status.is_ok) == ("GET", "SERVER", True)
+    assert dict(found.attributes or {}) == {
+        "url.path": "/v2/models/fr/infer",
+        "onnx_adapt.request_id": "one",
+        "onnx_adapt.adapter": "fr",
+        "http.response.status_code": 200,
+    }
+
+
+def test_the_span_of_a_fault_says_so_and_has_no_parent_without_a_client(
+    spans: InMemorySpanExporter,
+) -> None:
+    asked("/bug", traceparent="nonsense")
+    (found,) = spans.get_finished_spans()
+    assert (found.parent, found.status.status_code.name) == (None, "ERROR")
+
+
+def test_loading_an_adapter_is_a_span_inside(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(version: str) -> Path:
+        return Path(version)
+
+    loads = Loads(fetch, lambda *_: None, lambda *_: None, PrometheusMetrics())
+
+    async def load() -> None:
+        with tracing.request_span("POST", {}, {}):
+            await loads("fr@1")
+
+    asyncio.run(load())
+    inner, outer = spans.get_finished_spans()
+    assert (inner.name, outer.name) == ("load adapter", "POST")
+    assert inner.parent == outer.context
+    monkeypatch.setattr(tracing, "_TRACER", None)  # the extra is not installed
+    asyncio.run(load())
+    assert asked(given="7") == (200, "7")
+    assert len(spans.get_finished_spans()) == 2

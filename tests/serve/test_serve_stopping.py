@@ -82,7 +82,8 @@ def test_folders_of_copies_that_are_in_use_are_left_alone(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "onnx-adapt-copies-strange").touch()  # no folder of ours
     one, other = Copies(), Copies()
-    path = one.put("a", b"1")
+    path = one.path / "a"
+    path.write_bytes(b"1")
     assert other.link(path).read_bytes() == b"1"
     assert path.read_bytes() == b"1"
     one.close()

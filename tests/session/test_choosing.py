@@ -1,12 +1,15 @@
 """A batch of several adapters runs in the way that was measured to be faster."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from slot_models import dense, model_of
 
 import onnx_adapt as oa
+from onnx_adapt.errors import AdapterError
 from onnx_adapt.session.batches import find_batch
 from onnx_adapt.session.choosing import base_size, is_one_run_faster, positions_in_a_row
 from onnx_adapt.session.ort_adapter import OrtAdapter, read
@@ -107,3 +110,24 @@ def test_a_session_tells_its_runs_and_long_rows_run_by_adapter() -> None:
         assert session.rows_of_runs(short, rows) == [[0, 1, 2, 3]]
         assert session.rows_of_runs(long, rows) == [[0, 3], [1], [2]]
         assert session.rows_of_runs(long, ["fr"] * 4) == [[0, 1, 2, 3]]
+
+
+def test_an_ort_file_with_batched_slots_is_as_large_as_it_is(tmp_path: Path) -> None:
+    model, file = tmp_path / "batched.onnx", tmp_path / "batched.ort"
+    oa.save_model(oa.insert(model_of(TABLE), after="first", batched=True), model)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(file)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(str(model), options)
+    assert base_size(file) == file.stat().st_size
+    with oa.AdapterSession(file) as session:
+        feeds = {"ids": np.ones((2, 1), np.int64)}
+        assert session.rows_of_runs(feeds, [None, None]) == [[0, 1]]
+
+
+def test_one_adapter_is_no_list() -> None:
+    with (
+        oa.AdapterSession(oa.insert(model_of(TABLE), after="first")) as session,
+        pytest.raises(AdapterError, match="'fr', no list"),
+    ):
+        session.rows_of_runs({"ids": np.ones((2, 1), np.int64)}, "fr")

@@ -122,6 +122,21 @@ def test_texts_take_the_inputs_and_the_length_of_the_model(tokenizer: Path) -> N
         texts_for(_model(("x", ["n", 5])), tokenizer)
 
 
+def test_texts_are_cut_to_the_most_tokens_and_it_is_said_how_many(
+    tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _model(("input_ids", ["n", "t"]), ("attention_mask", ["n", "t"]))
+    long, short = texts_for(model, tokenizer, most=5).encode([["a b c d e"], ["a"]])
+    assert long["input_ids"].tolist() == [1, 4, 5, 6, 2]
+    assert short["input_ids"].tolist() == [1, 4, 2, 0, 0]
+    assert "cut 1 of 2 texts to 5 tokens" in caplog.text
+    fixed = _model(("input_ids", ["n", 5]))
+    with pytest.raises(TrainingError, match="takes 5 tokens, and texts are to be cut to 6"):
+        texts_for(fixed, tokenizer, most=6)
+    with pytest.raises(TrainingError, match=r"cut to 1 token: tokenizer.json adds 2"):
+        texts_for(model, tokenizer, most=1).encode([["a b"]])
+
+
 def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
     path = _table(tmp_path, "text,labels\na,0\n")
     with pytest.raises(TrainingError, match="no file"):

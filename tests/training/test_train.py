@@ -141,6 +141,7 @@ def test_a_model_learns_what_a_teacher_says(model: oa.Model, data: dict[str, Arr
     adapter = {part: rng.standard_normal(shape) for part, shape in parts.items()}
     teacher = oa.fill(model, oa.make_adapter(model, "teacher", {slot.name: adapter}))
     samples = taught(read_dataset(_without(data, "labels"), ""), teacher)
+    assert isinstance(samples.groups[0].labels, np.memmap)  # a file, not memory
     settings = replace(QUICK, epochs=40)
     trained = oa.train(model, samples, loss="kl", settings=settings, validation=0)
     assert trained.epochs[-1].loss < 0.1 * trained.epochs[0].loss
