@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnx_adapt.model.file import Saved
     from onnx_adapt.report.costs import UpdateCost
     from onnx_adapt.slot.base_changes import Unfused
+    from onnx_adapt.slot.manifest import Manifest
 
 _MOST_NODES = 4
 """How many fused nodes that were written out are named; --json has all."""
@@ -26,12 +27,12 @@ _MOST_WARNINGS = 3
 """How many warnings about ranges are printed; they are the same for each slot."""
 
 
-def _new_places(base: Model, adapted: Model) -> list[Slot]:
+def _new_places(base: Model, manifest: Manifest) -> list[Slot]:
     """The slots that the base does not have, each once for each of its places."""
     from onnx_adapt.edit.insert import all_places
 
     before = {slot.name for slot in all_places(base)}
-    return [slot for slot in all_places(adapted) if slot.name not in before]
+    return [slot for slot in manifest.slots if slot.name not in before]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,9 @@ def _print_slots(slots: Sequence[Slot], *, long: bool) -> None:
 
 def show_planned(base: Model, adapted: Model, *, long: bool, as_json: bool) -> None:
     """Print what would be inserted."""
-    new = _new_places(base, adapted)
+    from onnx_adapt.adapter.fitting import required_manifest
+
+    new = _new_places(base, required_manifest(adapted))
     if as_json:
         slots = [slot_dict(slot, new) for slot in owners(new)]
         print_json({"output": None, "verified": False, "slots": slots})
@@ -85,13 +88,13 @@ def show_inserted(
     how: Shown,
 ) -> None:
     """Print what was inserted, proven and written."""
+    from onnx_adapt.adapter.fitting import required_manifest
     from onnx_adapt.edit.ranges import widened_ranges
-    from onnx_adapt.edit.unfuse import unfused_nodes
 
-    new = _new_places(base, adapted)
+    manifest = required_manifest(adapted)
+    new = _new_places(base, manifest)
     warnings = [] if how.calibrated else _range_warnings(adapted, new)
-    widened = widened_ranges(adapted)
-    unfused = unfused_nodes(adapted)
+    widened, unfused = widened_ranges(manifest), manifest.unfused
     if how.as_json:
         print_json(
             {

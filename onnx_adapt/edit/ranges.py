@@ -16,7 +16,7 @@ from onnx_adapt.edit.weights import drop_named
 from onnx_adapt.model import walk
 from onnx_adapt.model.file import Model
 from onnx_adapt.slot.base_changes import Widened
-from onnx_adapt.slot.manifest import write_manifest
+from onnx_adapt.slot.manifest import Manifest, write_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,6 @@ def with_base_ranges(model: Model) -> Model:
     return result
 
 
-def widened_ranges(model: Model) -> list[str]:
+def widened_ranges(manifest: Manifest) -> list[str]:
     """List the outputs of the QuantizeLinear nodes whose ranges were widened."""
-    return list(dict.fromkeys(item.quantizer for item in required_manifest(model).widened))
+    return list(dict.fromkeys(item.quantizer for item in manifest.widened))

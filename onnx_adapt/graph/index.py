@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import onnx
 
@@ -195,12 +197,11 @@ class ModelIndex:
             if _contradict(record, view.inferred[name], symbols)
         }
 
-    def names(self) -> set[str]:
-        """Every tensor name used anywhere, functions left out."""
-        found: set[str] = set()
+    def names(self) -> Iterator[str]:
+        """Every tensor name used anywhere, some several times; functions are left out."""
         for view in self.views.values():
-            found.update(view.producers, view.constants, view.types, view.consumers)
-        return set(map(text, found))
+            for names in (view.producers, view.constants, view.types, view.consumers):
+                yield from map(text, names)
 
 
 def index_model(model: Model) -> ModelIndex:
@@ -230,14 +231,14 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     for tensor in graph.initializer:
         view.constants[tensor.name] = tensor
     for index, node in enumerate(view.nodes):
-        for name in node.output:
+        for name in map(_one_copy, node.output):
             if name and view.producers.setdefault(name, index) != index:
                 view.repeated.add(name)
                 view.producers[name] = index
         read = node.input
         if walk.has_bodies(node):
             read = [*read, *walk.captured(node)]
-        for name in read:
+        for name in map(_one_copy, read):
             if name:
                 view.consumers.setdefault(name, []).append(index)
         value = constant_of(node)
@@ -257,17 +258,29 @@ def _view(scope: Scope, parent: GraphView | None) -> GraphView:
     return view
 
 
+def _one_copy(name: str) -> str:
+    """The one copy of a name: protobuf makes a new text whenever one is read.
+
+    A large graph has each name in many places.
+    """
+    return sys.intern(name) if isinstance(name, str) else name
+
+
 def _note_types(view: GraphView, inferred: Iterable[onnx.ValueInfoProto]) -> None:
     """Note the types of a graph's tensors; a body may record captured ones too."""
     graph = view.scope.graph
+    alike: dict[TensorType, TensorType] = {}  # many tensors have the same type
     for noted, values in (
         (view.inferred, inferred),
-        (view.records, (*graph.value_info, *graph.output)),
+        (view.records, chain(graph.value_info, graph.output)),
     ):
         for value in values:
-            if value.name in view.producers or value.name in view.constants:
-                known = noted.get(value.name, UNKNOWN)
-                noted[value.name] = _merged(known, read_type(value))
+            name = _one_copy(value.name)
+            if name in view.producers or name in view.constants:
+                found = read_type(value)
+                if name in noted:
+                    found = _merged(noted[name], found)
+                noted[name] = alike.setdefault(found, found)
     view.types.update(view.inferred)
     for name, record in view.records.items():
         known = view.inferred.get(name, UNKNOWN)

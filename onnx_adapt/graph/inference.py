@@ -11,13 +11,14 @@ import functools
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from typing import Any
 
 import onnx
 
 from onnx_adapt.graph.constants import Weight
 from onnx_adapt.graph.endless_shapes import has_endless_shapes
+from onnx_adapt.graph.node_order import running_order
 from onnx_adapt.graph.stand_ins import Draft, Find, stand_in
 from onnx_adapt.model import walk
 
@@ -33,11 +34,11 @@ class Inferred:
     """What inference gave.
 
     Attributes:
-        values: For each graph, by its path, the tensors with their types.
+        values: For each graph, by its path, the tensors with their types, to be read once.
         plain: Whether ONNX alone, given the model as it is, infers the same.
     """
 
-    values: Mapping[str, list[onnx.ValueInfoProto]]
+    values: Mapping[str, Iterable[onnx.ValueInfoProto]]
     plain: bool
 
 
@@ -52,25 +53,47 @@ def infer(proto: onnx.ModelProto, look: FindConstant) -> Inferred:
         proto: The model; it is left as it is.
         look: Gives its constants.
     """
+    try:
+        cleaned = _clean_copy(proto, look)
+    except RecursionError:  # functions in functions, deeper than ONNX itself goes
+        return Inferred({}, False)
+    result = _run(cleaned.data) if cleaned.data else None
+    graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
+    for graph in graphs:
+        _rename((*graph.value_info, *graph.output), cleaned.names)
+    values = {graph.name: chain(graph.value_info, graph.output) for graph in graphs}
+    return Inferred(values, cleaned.plain and result is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cleaned:
+    """A model made ready for inference.
+
+    Attributes:
+        data: The model, serialised; empty if inference would never end.
+        names: What the tensors that were renamed were called.
+        plain: Whether only records had to go.
+    """
+
+    data: bytes
+    names: Mapping[str, str]
+    plain: bool
+
+
+def _clean_copy(proto: onnx.ModelProto, look: FindConstant) -> _Cleaned:
+    """Make ready a copy, which is gone as a message before inference needs the memory."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     names = _tell_apart(copy.graph)
     cleaning = _Cleaning(copy, lambda path, name: look(path, names.get(name, name)))
-    try:
-        cleaning.clean()
-    except RecursionError:  # functions in functions, deeper than ONNX itself goes
-        return Inferred({}, False)
-    result = _run(copy)
-    graphs = [scope.graph for scope in walk.scopes(result.graph)] if result else []
-    values = {graph.name: [*graph.value_info, *graph.output] for graph in graphs}
-    for here in values.values():
-        _rename(here, names)
-    return Inferred(values, cleaning.plain and result is not None)
+    cleaning.clean()
+    data = b"" if has_endless_shapes(copy) else copy.SerializeToString()
+    return _Cleaned(data, names, cleaning.plain)
 
 
 def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
     """The tensors that ONNX alone, also if it is strict, knows the type of, by graph."""
-    result = _run(proto, (False,))
+    result = None if has_endless_shapes(proto) else _run(proto.SerializeToString(), (False,))
     versions = {o.domain: o.version for o in proto.opset_import}
     found = {}
     for scope in walk.scopes(result.graph) if result else ():
@@ -84,21 +107,17 @@ def typed_tensors(proto: onnx.ModelProto) -> dict[str, set[str]]:
     return found
 
 
-def _run(
-    proto: onnx.ModelProto, ways: Iterable[bool] = (True, False)
-) -> onnx.ModelProto | None:
-    """The model with what ONNX infers; None if it infers nothing or would never end.
+def _run(data: bytes, ways: Iterable[bool] = (True, False)) -> onnx.ModelProto | None:
+    """The model with what ONNX infers; None if it infers nothing.
 
     Args:
-        proto: The model.
+        data: The model, serialised.
         ways: Whether to follow the numbers of shapes, through Shape, Gather, Concat to
             Reshape; one after the other until one works.
     """
-    if has_endless_shapes(proto):
-        return None
     for follow_shapes in ways:
         try:
-            return onnx.shape_inference.infer_shapes(proto, data_prop=follow_shapes)
+            inferred = onnx.shape_inference.infer_shapes(data, data_prop=follow_shapes)
         except (
             onnx.shape_inference.InferenceError,
             onnx.checker.ValidationError,
@@ -106,6 +125,7 @@ def _run(
             ValueError,
         ):
             continue
+        return inferred
     # What the model itself records is used then; a site without a type says so.
     return None
 
@@ -203,7 +223,7 @@ class _Cleaning:
             nodes, lambda name: self.look(scope.path, name), scope.path
         )
         dropped = scope.parent is not None and _drop_weights(graph)
-        order = _order(nodes)
+        order = running_order(nodes)
         graph.name = scope.path
         _forget(graph, foreign)
         if drafts or order is not None:
@@ -292,38 +312,6 @@ def _drop_weights(body: onnx.GraphProto) -> bool:
     for i in reversed(places):
         del body.input[i]
     return bool(places)
-
-
-def _in_order(nodes: Iterable[onnx.NodeProto]) -> bool:
-    """Whether each tensor is made before it is read, and by one node."""
-    made: set[str] = set()
-    read: set[str] = set()
-    for node in nodes:
-        read.update(node.input)
-        if walk.has_bodies(node):
-            read.update(walk.captured(node))
-        names = [name for name in node.output if name]
-        if not (made.isdisjoint(names) and read.isdisjoint(names)):
-            return False
-        made.update(names)
-    return True
-
-
-def _order(nodes: Sequence[onnx.NodeProto]) -> list[int] | None:
-    """The places of nodes in an order in which they can run; None if they are in one."""
-    if _in_order(nodes):
-        return None
-    makers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    before = {
-        i: {makers[name] for name in (*node.input, *walk.captured(node)) if name in makers}
-        for i, node in enumerate(nodes)
-    }
-    if all(j < i for i, needed in before.items() for j in needed):
-        return None
-    try:
-        return list(TopologicalSorter(before).static_order())
-    except CycleError:
-        return None  # no runtime takes that
 
 
 def _written(

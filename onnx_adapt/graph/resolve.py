@@ -161,7 +161,7 @@ def find_sites(
         [('MatMul', 64), ('MatMul', 64), ('MatMul', 1)]
     """
     survey = survey_model(as_model(model))
-    sites = [site for site in survey.sites if all_tensors or site.layer]
+    sites = survey.sites if all_tensors else survey.layers
     if pattern is None:
         return Sites(sites)
     found = {site.address: site for site in _meant(survey, pattern)}
@@ -303,8 +303,7 @@ def _glob(survey: Survey, pattern: str) -> list[Choice]:
             if any(plain(name) for name in (site.address, site.node, *site.also, site.tensor))
         ]
 
-    layers = named(site for site in survey.sites if site.layer)
-    hits = layers or _module_hits(survey, pattern) or named(survey.sites)
+    hits = named(survey.layers) or _module_hits(survey, pattern) or named(survey.sites)
     # What no site is for, such as a node that makes integers, still has a reason to give.
     return hits or [
         _choice(survey.site(view, survey.after_slots(path, output)))

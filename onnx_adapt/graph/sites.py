@@ -79,6 +79,13 @@ class Survey:
         return [*chain.from_iterable(graphs), *self._function_sites]
 
     @cached_property
+    def layers(self) -> list[Site]:
+        """The sites that are outputs of layers, in the same order."""
+        graphs = (self._graph_sites(view, others=False) for view in self.index.views.values())
+        inside = (site for site in self._function_sites if site.layer)
+        return [*chain.from_iterable(graphs), *inside]
+
+    @cached_property
     def hidden(self) -> dict[str, list[Site]]:
         """The sites inside functions, by the names of their nodes and tensors."""
         found: dict[str, list[Site]] = {}
@@ -105,12 +112,18 @@ class Survey:
         return found
 
     @cached_property
-    def _nodes(self) -> dict[str, list[tuple[GraphView, int]]]:
-        """All nodes by name."""
-        found: dict[str, list[tuple[GraphView, int]]] = {}
-        for view in self.index.views.values():
+    def _nodes(self) -> dict[str, dict[str, int | list[int]]]:
+        """For each graph, the nodes of each name; nearly always there is one."""
+        found: dict[str, dict[str, int | list[int]]] = {}
+        for path, view in self.index.views.items():
+            here: dict[str, int | list[int]] = {}
             for i, node in enumerate(view.nodes):
-                found.setdefault(text(node.name), []).append((view, i))
+                first = here.setdefault(text(node.name), i)
+                if isinstance(first, list):
+                    first.append(i)
+                elif first != i:
+                    here[text(node.name)] = [first, i]
+            found[path] = here
         return found
 
     @cached_property
@@ -129,12 +142,13 @@ class Survey:
 
     def by_node(self, name: str) -> list[tuple[GraphView, int]]:
         """The nodes of a name that make something and are no slot's: graph and index."""
-        places = self._nodes.get(name, ()) if name else ()
-        return [
-            (view, i)
-            for view, i in places
-            if any(view.nodes[i].output) and not slot_of(view.nodes[i])
-        ]
+        found = []
+        for path, names in self._nodes.items() if name else ():
+            view, places = self.index.views[path], names.get(name, [])
+            for i in places if isinstance(places, list) else [places]:
+                if any(view.nodes[i].output) and not slot_of(view.nodes[i]):
+                    found.append((view, i))
+        return found
 
     def layers_of(self, path: str, number: int) -> list[Site]:
         """The outputs of a layer, by the graph and the index of its node."""
@@ -224,11 +238,11 @@ class Survey:
         ]
         return min((i for i in makers if not slot_of(view.nodes[i])), default=None)
 
-    def _graph_sites(self, view: GraphView) -> list[Site]:
-        """The sites of one graph, of a node's layers before its other tensors."""
+    def _graph_sites(self, view: GraphView, *, others: bool = True) -> list[Site]:
+        """The sites of one graph, in its order: layers, and `others`, all float tensors."""
         path = view.scope.path
         tensors = dict.fromkeys(self._layers[path])
-        for node in view.nodes:
+        for node in view.nodes if others else ():
             for output in filter(is_name, () if slot_of(node) else node.output):
                 if view.type_of(output).elem_type in (0, *FLOATS):
                     tensors.setdefault(self.after_slots(path, output))

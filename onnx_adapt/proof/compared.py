@@ -14,7 +14,7 @@ from onnx_adapt.ort import Providers
 from onnx_adapt.proof.compare import distance, movement
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.probe import neutral_model
-from onnx_adapt.proof.runner import Runner
+from onnx_adapt.proof.runner import Runner, size_of
 from onnx_adapt.slot.places import owners
 
 Weights = Mapping[str, Mapping[str, Array]]
@@ -50,6 +50,15 @@ def weights_fed(model: Model, weights: Weights, adapter: Adapter | None) -> Feed
     return {name: value for name, value in named.items() if name in inputs}
 
 
+def one_by_one(feeds: Sequence[Feeds], *, made_up: bool) -> Sequence[Feeds]:
+    """The inputs to turn on slots with one by one: of those that are made up the smallest.
+
+    The whole model runs once for each slot and input, which is most of the time of a report on
+    many slots.
+    """
+    return [min(feeds, key=size_of)] if made_up else feeds
+
+
 def movements(
     adapted: Model, weights: Weights, feeds: Sequence[Feeds], providers: Providers
 ) -> dict[str, float]:
@@ -73,6 +82,8 @@ def compare(
     second: Adapter,
     feeds: Sequence[Feeds],
     providers: Providers,
+    *,
+    made_up: bool,
 ) -> Compared:
     """Run a model with one adapter, then with another, and with each slot of the second.
 
@@ -82,6 +93,7 @@ def compare(
         second: Another one.
         feeds: The inputs.
         providers: Where the model runs.
+        made_up: Whether nobody gave the inputs.
 
     Raises:
         RunError: If the model does not run with one of them.
@@ -96,7 +108,7 @@ def compare(
     alone, other = (
         max(movement(a, b) for a, b in zip(off, found, strict=True)) for found in on
     )
-    moved = movements(neutral, second.weights, feeds, providers)
+    moved = movements(neutral, second.weights, one_by_one(feeds, made_up=made_up), providers)
     return Compared(second.name, alone, other, distance(on[0], on[1]), moved)
 
 

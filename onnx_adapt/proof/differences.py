@@ -19,7 +19,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.model.fingerprint import fingerprint
 from onnx_adapt.ort import CPU
 from onnx_adapt.proof.compare import distance
-from onnx_adapt.proof.compared import compare, movements, require_comparable
+from onnx_adapt.proof.compared import compare, movements, one_by_one, require_comparable
 from onnx_adapt.proof.inputs import Inputs, inputs_for
 from onnx_adapt.proof.runner import Runner
 from onnx_adapt.slot.manifest import Slot
@@ -132,8 +132,9 @@ def diff_adapters(
         require_fit(model, one)
         require_comparable(model, other)
         feeds = inputs_for(remove(model), inputs)
-        measured = compare(model, one, other, feeds, CPU)
-        moved = [movements(model, one.weights, feeds, CPU), measured.moved]
+        measured = compare(model, one, other, feeds, CPU, made_up=inputs is None)
+        few = one_by_one(feeds, made_up=inputs is None)
+        moved = [movements(model, one.weights, few, CPU), measured.moved]
         outputs = measured.apart
     apart = _apart(one, other)
     rows = [

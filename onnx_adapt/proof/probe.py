@@ -24,7 +24,7 @@ from onnx_adapt.proof.compare import movement
 from onnx_adapt.proof.deviation import Deviation, slot_deviation
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.random_weights import SIZES, RandomWeights
-from onnx_adapt.proof.runner import Runner, Values, as_arrays
+from onnx_adapt.proof.runner import Runner, Values, size_of
 from onnx_adapt.proof.stretches import (
     add_reads,
     computed_reads,
@@ -184,7 +184,7 @@ class Probe:
         """
         own = owners(self._slots)
         found: dict[str, float] = {}
-        by_size = sorted(range(len(feeds)), key=lambda number: _size_of(feeds[number]))
+        by_size = sorted(range(len(feeds)), key=lambda number: size_of(feeds[number]))
         for slot, moved in self._nearby(feeds, by_size):
             if moved and not self._unread(slot, seen):
                 found[slot.name] = moved
@@ -320,11 +320,6 @@ def read_norm(model: Model, slot: Slot) -> Norm:
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), EPSILON)
     centred = node.op_type == "LayerNormalization"
     return Norm(values[0], values[1] if len(values) > 1 else None, epsilon, centred)
-
-
-def _size_of(feeds: Feeds) -> int:
-    """How many numbers inputs have in all."""
-    return sum(array.size for value in feeds.values() for array in as_arrays(value))
 
 
 def _as_feeds(slot: Slot, weights: Mapping[str, Array]) -> dict[str, Array]:

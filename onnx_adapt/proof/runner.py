@@ -119,6 +119,11 @@ class Runner:
         return dict(zip(names, values, strict=True))
 
 
+def size_of(values: Mapping[str, Any]) -> int:
+    """How many numbers inputs or outputs have in all."""
+    return sum(array.size for value in values.values() for array in as_arrays(value))
+
+
 def as_arrays(value: Any) -> list[np.ndarray[Any, np.dtype[Any]]]:
     """The arrays inside an output: itself, the items of a sequence, the values of a map."""
     if isinstance(value, list):

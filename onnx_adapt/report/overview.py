@@ -21,6 +21,7 @@ from onnx_adapt.proof.compared import (
     Weights,
     compare,
     movements,
+    one_by_one,
     require_comparable,
     weights_fed,
 )
@@ -199,10 +200,12 @@ def overview(
         costs = _costs(base, adapted, feeds[0], weights, extra, providers)
         if adapter is not None and costs is not None:
             tell("turning on the adapter slot by slot")
-            moved = movements(adapted, weights, feeds, providers)
+            few = one_by_one(feeds, made_up=inputs is None)
+            moved = movements(adapted, weights, few, providers)
             if other is not None:
                 tell("comparing the adapters")
-                compared = compare(adapted, adapter, other, feeds, providers)
+                given = adapted, adapter, other, feeds, providers
+                compared = compare(*given, made_up=inputs is None)
     found = _assembled(base, adapted, report, adapter, costs, moved)
     return replace(
         found, compared=compared, about=about(base, adapted, report.shapes, command)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from onnx_adapt.dtypes import DTYPES
@@ -236,6 +237,7 @@ def read_manifest(proto: onnx.ModelProto) -> Manifest | None:
     return None if text is None else _located(proto, manifest_from_text(text))
 
 
+@lru_cache(maxsize=4)  # a proof reads that of one model dozens of times
 def manifest_from_text(text: str) -> Manifest:
     """Read a manifest as it is written in a model's metadata.
 
@@ -305,7 +307,9 @@ def _located(proto: onnx.ModelProto, manifest: Manifest) -> Manifest:
         if node.metadata_props
     }
     slots = tuple(
-        replace(slot, graph=places.get(slot.name, slot.graph)) for slot in manifest.slots
+        slot if found == slot.graph else replace(slot, graph=found)
+        for slot in manifest.slots
+        for found in [places.get(slot.name, slot.graph)]
     )
     return replace(manifest, slots=slots)
 

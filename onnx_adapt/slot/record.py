@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -51,12 +52,11 @@ def read_object(kind: type[T], item: Any) -> T:
     if not isinstance(item, dict):
         raise TypeError(f"{item!r} is no object")
     values: dict[str, Any] = {}
-    known = {each.name: each for each in fields(kind) if each.name != EXTRA}
-    for name, each in known.items():
+    known = _keys(kind)
+    for name, (annotation, default) in known.items():
         if name in item:
-            values[name] = _value(item[name], str(each.type))
+            values[name] = _value(item[name], annotation)
             continue
-        default = _default(each)
         if default is MISSING:
             raise KeyError(name)
         values[name] = values[default.field] if isinstance(default, SameAs) else default
@@ -73,12 +73,13 @@ def read_extra(item: Mapping[str, Any], known: Collection[str]) -> Extra:
 def write_object(item: Any) -> dict[str, Any]:
     """Write a dataclass as a JSON object, without the fields that have their default."""
     data = {}
-    for each in fields(item):
-        value, default = getattr(item, each.name), _default(each)
+    kind: type[DataclassInstance] = type(item)
+    for name, (_, default) in _keys(kind).items():
+        value = getattr(item, name)
         if isinstance(default, SameAs):
             default = getattr(item, default.field)
-        if each.name != EXTRA and value != default:
-            data[each.name] = value
+        if value != default:
+            data[name] = value
     return data | write_extra(item.extra)
 
 
@@ -118,8 +119,14 @@ def _value(value: Any, annotation: str) -> Any:
     return tuple(typed(each, _KINDS[many]) for each in typed(value, list))
 
 
-def _default(each: Field[Any]) -> Any:
-    return each.metadata.get("absent", each.default)
+@cache
+def _keys(kind: type[DataclassInstance]) -> dict[str, tuple[str, Any]]:
+    """The keys of a record: the type of each, and its value where it is missing."""
+    return {
+        each.name: (str(each.type), each.metadata.get("absent", each.default))
+        for each in fields(kind)
+        if each.name != EXTRA
+    }
 
 
 def read_input(place: Any, declared: Any) -> tuple[int, str]:

@@ -42,7 +42,7 @@ def usual_places(model: Model) -> list[str]:
         2
     """
     survey = survey_model(model)
-    layers = [site for site in survey.sites if site.layer and site.reason is None]
+    layers = [site for site in survey.layers if site.reason is None]
     if not layers:
         raise SiteError(f"no layer of {model.label} can take a slot")
     outputs = survey.index.main.outputs
@@ -54,7 +54,7 @@ def usual_places(model: Model) -> list[str]:
 def block_places(model: Model) -> list[str]:
     """Those of `usual_places` that end a block; none in a model without blocks."""
     survey = survey_model(model)
-    layers = [site for site in survey.sites if site.layer and site.reason is None]
+    layers = [site for site in survey.layers if site.reason is None]
     return [site.address for site in _block_ends(survey.index.views, layers)]
 
 
