@@ -18,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from onnx_adapt.adapter.files import read_adapter
+from onnx_adapt.adapter.files import encode_adapter, read_adapter
 from onnx_adapt.errors import (
     AdapterNotFoundError,
     AdaptError,
@@ -32,6 +32,9 @@ from onnx_adapt.serve.choice import is_name
 from onnx_adapt.serve.copies import whole
 
 _log = logging.getLogger(__name__)
+
+_MAPPED = next(suffix for suffix, row in FORMATS.items() if row.mapped)
+"""The format of adapter files that ONNX Runtime and onnxruntime-genai map into memory."""
 
 
 class _NotNowError(Exception):
@@ -61,7 +64,8 @@ class Repository:
         location: The folder: a path, or a URL that fsspec opens.
         copies: A local folder to keep the versions in; nobody else writes there.
         base: What the base is called: no adapter can be.
-        feeds: Whether what runs the model feeds what adapters need besides their weights.
+        feeds: Whether what runs the model feeds what adapters need besides their weights. If
+            not, it takes them mapped into memory, and versions are kept in that format.
         settle_s: How long a file must have been as it is before it is read: one that is
             written in place is the old one and the new one, in parts, meanwhile.
 
@@ -258,12 +262,15 @@ class Repository:
             data = self._content(infos[0])
             adapter = read_adapter(data, Path(path.name))
             self._check(adapter)
+            suffix, kept = path.suffix, data
             if not self._feeds:
                 refuse_unfed(adapter)
+                if suffix != _MAPPED:
+                    suffix, kept = _MAPPED, encode_adapter(adapter, Path(name + _MAPPED))
         except AdaptError as error:
             return error.message
         try:
-            self._keep(name, path.suffix, data)
+            self._keep(name, f"{hashlib.sha256(data).hexdigest()[:12]}{suffix}", kept)
         except OSError as error:
             raise _NotNowError(f"cannot be kept: {error}") from error
         return ""
@@ -290,10 +297,9 @@ class Repository:
             if (now["type"], now["mtime"]) != (info["type"], info["mtime"]):
                 raise _NotNowError("it is being written")
 
-    def _keep(self, name: str, suffix: str, data: bytes) -> None:
+    def _keep(self, name: str, version: str, data: bytes) -> None:
         """Copy a version, and keep the one before: requests for it may be under way."""
-        digest = hashlib.sha256(data).hexdigest()[:12]
-        path = self._copies / f"{name}@{digest}{suffix}"
+        path = self._copies / f"{name}@{version}"
         known = self._versions.get(name, [])
         if not path.exists():  # else it may be mapped, and must not be written again
             with whole(path):

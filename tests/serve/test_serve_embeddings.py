@@ -74,6 +74,16 @@ def truth(folder: Path) -> dict[str, list[np.ndarray]]:
     return found
 
 
+def test_an_alias_is_a_model_too(served: Server, truth: dict[str, list[np.ndarray]]) -> None:
+    path = f"http://{served.address}/v2/repository/models/fr@live"
+    body = json.dumps({"parameters": {"adapter": "fr"}}).encode()
+    urllib.request.urlopen(f"{path}/load", body, timeout=LONG).close()
+    status, found = asked(served, model="fr@live", input=TEXTS[0])
+    urllib.request.urlopen(f"{path}/unload", b"", timeout=LONG).close()
+    assert (status, found["model"]) == (200, "fr@live")
+    assert np.abs(np.array(found["data"][0]["embedding"]) - truth["fr"][0]).max() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["fr", "adapted"])
 def test_a_text_has_the_vector_of_a_session_with_its_adapter(
     served: Server, truth: dict[str, list[np.ndarray]], name: str

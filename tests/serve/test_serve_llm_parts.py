@@ -206,6 +206,20 @@ def test_adapters_that_must_be_fed_more_than_weights_are_refused(
     assert "it has a first past" in repository.entries["a"].reason
 
 
+def test_versions_are_kept_as_they_are_mapped_so_that_a_miss_converts_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = str(folder / "llama/model.onnx")
+    repository = Repository(path, str(folder / "adapters"), tmp_path, "llama", feeds=False)
+    repository.sweep()
+    kept = repository.path(repository.entries["narrow"].version)
+    assert kept.suffix == ".onnx_adapter"
+    given = oa.load_adapter(folder / "adapters/narrow.safetensors").feeds()
+    for name, array in oa.load_adapter(kept).feeds().items():
+        assert np.array_equal(array, given.pop(name))
+    assert given == {}
+
+
 def test_a_model_without_a_chat_template_says_so(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "llama", tmp_path / "llama")
     template = tmp_path / "llama/chat_template.jinja"

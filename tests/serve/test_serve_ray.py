@@ -21,6 +21,7 @@ import onnx_adapt as oa
 NAMES = ["fr", "de", "it", "es", "pt"]
 GIVEN = {name: adapter(name, i, 1 + i) for i, name in enumerate(NAMES)}
 TRUTH: dict[str | None, np.ndarray] = {None: BASE}
+BACK = {"rollback": True}
 TRUTH |= {name: bumped(X, item) for name, item in GIVEN.items()}
 
 
@@ -81,6 +82,16 @@ def test_ray_exports_the_metrics_and_batches_hold_more_than_two_adapters(
     batches = "ray_onnx_adapt_batch_adapters_"
     few = sum(exported(served, batches + 'bucket{.*le="2.0"'))
     assert 0 < few < sum(exported(served, batches + "count{"))
+
+
+def test_an_alias_is_set_asked_for_and_rolled_back(served: Server) -> None:
+    load_path = f"http://{served.address}/v2/repository/models/x@live/load"
+    for name, change in (("fr", {"adapter": "fr"}), ("de", {"adapter": "de"}), ("fr", BACK)):
+        body = json.dumps({"parameters": change}).encode()
+        urllib.request.urlopen(load_path, body, timeout=LONG).close()
+        (answer,) = asyncio.run(load(served.address, [(X, "x@live")]))
+        assert answer.active.partition("@")[0] == name
+        assert close(answer.array, TRUTH[name])
 
 
 def test_a_busy_server_on_ray_that_is_told_to_end_answers_what_it_has(served: Server) -> None:

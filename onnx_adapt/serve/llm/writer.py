@@ -10,7 +10,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
-from onnx_adapt.adapter.files import load_adapter, save_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, RequestError, RunError
 from onnx_adapt.serve.batcher import Result
@@ -38,7 +37,7 @@ class Writer:
     Args:
         settings: What was said about the server; its model is the decoder's file.
         writing: The language model, and how much may be asked of it.
-        fetch: Where the files of versions come from.
+        fetch: Where the files of versions come from, as onnxruntime-genai maps them.
         metrics: What counts loads.
 
     Attributes:
@@ -66,7 +65,7 @@ class Writer:
             writing.waiting,
             settings.timeout_s,
         )
-        loads = Loads(fetch, self._load, self._unload, metrics, self._thread)
+        loads = Loads(fetch, self._model.load, self._unload, metrics, self._thread)
         self.recent = Recent(loads, settings.max_adapters)
 
     async def describe(self) -> tuple[Mapping[str, Spec], Mapping[str, Spec]]:
@@ -196,21 +195,11 @@ class Writer:
             await gateway.refresh()
             return await self.recent(gateway.version(model))
 
-    def _load(self, name: str, path: Path) -> None:
-        """Load a file, whatever its format."""
-        self._model.load(name, save_adapter(load_adapter(path), _mapped(path)))
-
     def _unload(self, name: str, path: Path) -> None:
         def unload() -> None:
             with contextlib.suppress(RunError):  # loading it failed
                 self._model.unload(name)
             path.unlink(missing_ok=True)
-            _mapped(path).unlink(missing_ok=True)
 
         with contextlib.suppress(RuntimeError):  # the process ends, and with it the thread
             self._thread.submit(unload)
-
-
-def _mapped(path: Path) -> Path:
-    """Where an adapter's file is in the format that onnxruntime-genai maps into memory."""
-    return path.with_suffix(".onnx_adapter")
