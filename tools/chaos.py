@@ -32,6 +32,8 @@ from chaos_files import make_world
 from chaos_victim import Victim, asked, fill_the_disk, happen, left_behind, settle
 from serve_clients import alone, descendants, patient
 
+from onnx_adapt.serve.copies import Copies
+
 RAY = ["--replicas", "2"]
 PARTS = {
     "replica": b"ray::ServeReplica:adapted:Model",
@@ -104,7 +106,7 @@ def strike(victim: Victim, rng: Random, small: bool, on_ray: bool) -> Iterator[s
 
 def run(requests: int, seed: int, on_ray: bool, folder: Path) -> int:
     """Let everything happen until so many requests were answered."""
-    world, ledger, rng = make_world(folder, 6), Ledger(), Random(seed)
+    world, ledger, rng = make_world(folder, 6), Ledger(on_ray=on_ray), Random(seed)
     temporary = folder / "tmp"
     temporary.mkdir()
     options = ["--max-adapters", "4", "--batch-axis", "0", *(RAY if on_ray else [])]
@@ -117,8 +119,12 @@ def run(requests: int, seed: int, on_ray: bool, folder: Path) -> int:
                 while ledger.right < requests and not ledger.wrong:
                     happened.update(strike(victim, rng, small, on_ray))
                     print(f"{ledger.right} right", file=sys.stderr)
-                settle(victim)
+                if not ledger.wrong:
+                    settle(victim)
             victim.end(signal.SIGTERM)
+        if on_ray:  # a part that was killed has left its copies to the next start
+            tempfile.tempdir = str(temporary)
+            Copies().close()
         wrong = [*ledger.wrong[:20], *(f"left behind: {name}" for name in left_behind(victim))]
     print(f"{ledger.right} requests answered right")
     for title, counter in (("sent again", ledger.again), ("happened", happened)):

@@ -142,8 +142,10 @@ def _parameters(data: bytes, field: int) -> dict[str, Array]:
 
 def write(adapter: Adapter, path: Path) -> bytes:
     """Encode an adapter: sorted by name, every tensor at a multiple of 64 bytes."""
-    builder = flatbuffers.Builder(1024)
-    offsets = [_write_parameter(builder, n, a) for n, a in adapter.tensors().items()]
+    tensors = adapter.tensors()
+    # The builder copies everything whenever it is full, so it begins with about enough.
+    builder = flatbuffers.Builder(1024 + sum(a.nbytes + 256 for a in tensors.values()))
+    offsets = [_write_parameter(builder, name, array) for name, array in tensors.items()]
     builder.StartVector(4, len(offsets), 4)
     for offset in reversed(offsets):
         builder.PrependUOffsetTRelative(offset)

@@ -24,7 +24,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 import onnx_adapt as oa
 from onnx_adapt.errors import ModelFileError, RequestError, RunError
 from onnx_adapt.serve.llm.facts import read_facts
-from onnx_adapt.serve.llm.model import LanguageModel, Order, Sampling
+from onnx_adapt.serve.llm.model import LanguageModel
+from onnx_adapt.serve.llm.orders import Order, Sampling
 from onnx_adapt.serve.llm.texts import Answer
 from onnx_adapt.serve.llm.turns import Turns
 from onnx_adapt.serve.repository import Repository
@@ -61,7 +62,7 @@ def order(truth: Truth, name: str, most: int, prompt: str = PROMPT) -> Order:
 def turns(
     model: LanguageModel, most: int = 4, waiting: int = 9, patience: float = 60
 ) -> Turns:
-    return Turns(model.start, ThreadPoolExecutor(1), most, waiting, patience)
+    return Turns(model.start, model.shares, ThreadPoolExecutor(1), most, waiting, patience)
 
 
 def test_a_short_text_ends_before_a_long_one_that_began_earlier(
@@ -122,12 +123,12 @@ def test_a_long_prompt_is_read_in_pieces_with_the_same_result(
     model: LanguageModel, truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = truth.tokens("mixed", PROMPT, 12)
-    monkeypatch.setattr("onnx_adapt.serve.llm.model._PIECE", 3)
-    generation = model.start(order(truth, "mixed", 12))
+    monkeypatch.setattr("onnx_adapt.serve.llm.generation._PIECE", 3)
+    generation = model.start([order(truth, "mixed", 12)])
     steps = []
-    while not generation.ended:
+    while generation.left:
         steps.append(generation.step())
-    assert steps == [None, None, None, *expected]
+    assert steps == [{}, {}, {}, *({0: token} for token in expected)]
 
 
 def test_a_failure_of_the_model_is_told_to_who_waits(model: LanguageModel) -> None:

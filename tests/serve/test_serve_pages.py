@@ -1,4 +1,4 @@
-"""docs/serving.md: what a newcomer types works, and the configurations are what Ray takes."""
+"""The pages of serving: what a newcomer types works, and the configurations are taken."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from serve_clients import server
 from waiting import LONG
 
+from onnx_adapt.cli.serve import command
 from onnx_adapt.serve import build_app
 from onnx_adapt.serve.settings import read_settings
 
@@ -59,6 +60,22 @@ def test_the_kuberay_manifest_holds_a_config_that_ray_takes() -> None:
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     ServeDeploySchema.model_validate(config)
     assert read_settings(config["applications"][0]["args"]).replicas == 2
+
+
+def test_what_runs_a_server_elsewhere_gives_options_that_there_are() -> None:
+    folder = DOCS / "serving"
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", (folder / "Dockerfile").read_text(), re.M)
+    manifest = yaml.safe_load((folder / "deployment.yaml").read_text())
+    (pod,) = manifest["spec"]["template"]["spec"]["containers"]
+    unit = re.findall(r"^ExecStart=(.*)$", (folder / "onnx-adapt.service").read_text(), re.M)
+    known = {option for each in command.params for option in each.opts}
+    program, *words = json.loads(entry)
+    assert (program, words[0]) == ("onnx-adapt", "serve")
+    for line in (words, pod["args"], unit[0].split()):
+        assert {word for word in line if word.startswith("--")} <= known
+    probes = {pod[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness")}
+    assert probes == {"/v2/health/ready"}
+    assert pod["livenessProbe"]["httpGet"]["path"] == "/v2/health/live"
 
 
 def test_build_app_takes_what_serve_run_gives(tmp_path: Path) -> None:

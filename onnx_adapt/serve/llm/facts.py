@@ -23,6 +23,7 @@ class Facts:
         context_length: How many tokens prompt and answer can have together.
         vocabulary: How many tokens there are.
         ends: The tokens that end a text.
+        pad: The token that stands for none.
         search: How the model's makers would have tokens chosen: `temperature` and such.
     """
 
@@ -31,6 +32,7 @@ class Facts:
     context_length: int
     vocabulary: int
     ends: frozenset[int]
+    pad: int
     search: Mapping[str, Any]
 
 
@@ -52,6 +54,7 @@ def read_facts(folder: Path) -> Facts:
             int(model["context_length"]),
             int(model["vocab_size"]),
             frozenset(ends if isinstance(ends, list) else [ends]),
+            int(model.get("pad_token_id", 0)),
             dict(found.get("search", {})),
         )
     except OSError as error:

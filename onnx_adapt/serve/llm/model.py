@@ -1,69 +1,27 @@
-"""The one door to onnxruntime-genai: a model, its adapters, and texts being written."""
+"""The one door to onnxruntime-genai: a model, its adapters, and generators."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime_genai as og
 
-from onnx_adapt.errors import RequestError, RunError
+from onnx_adapt.errors import AdaptError, RequestError, RunError
+from onnx_adapt.model.file import open_model
 from onnx_adapt.serve.llm.facts import CONFIG, Facts
+from onnx_adapt.serve.llm.generation import Generation, running
+from onnx_adapt.serve.llm.orders import Order
+from onnx_adapt.serve.llm.packs import Packs
+from onnx_adapt.serve.llm.padding import padding_changes_nothing
+from onnx_adapt.serve.llm.rows import ApartError, Rows
+from onnx_adapt.slot.manifest import Manifest, read_manifest
 
-_PIECE = 256
-"""Tokens of a prompt that are read in one step: others go on between the pieces."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: Choose among the likeliest tokens that have this probability together.
-        top_k: Choose among so many of the likeliest; 0 is all.
-        repetition_penalty: Above 1, what is in the text already gets less likely.
-        seed: With the same seed the same tokens are chosen; -1 is another each time.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = -1
-
-    def options(self) -> dict[str, Any]:
-        """The search options of onnxruntime-genai."""
-        found: dict[str, Any] = {"repetition_penalty": self.repetition_penalty}
-        found |= {"num_beams": 1, "batch_size": 1, "num_return_sequences": 1}
-        if self.temperature == 0:
-            return found | {"do_sample": False}
-        found |= {"do_sample": True, "temperature": self.temperature}
-        return found | {"top_p": self.top_p, "top_k": self.top_k, "random_seed": self.seed}
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A text to be written.
-
-    Attributes:
-        prompt: The tokens to continue.
-        most: How many tokens to write at most.
-        sampling: How they are chosen.
-        adapter: What the model calls the adapter to write with, or '' for the base.
-        kept: What keeps that adapter loaded.
-    """
-
-    prompt: Sequence[int]
-    most: int
-    sampling: Sampling
-    adapter: str = ""
-    kept: Any = None
+_log = logging.getLogger(__name__)
 
 
 class LanguageModel:
@@ -72,13 +30,15 @@ class LanguageModel:
     Args:
         facts: What its folder says.
         threads: How many threads a step uses.
+        context: How many tokens a prompt and its answer can have; 0 is all that it has.
 
     Raises:
         RunError: If onnxruntime-genai does not load it.
     """
 
-    def __init__(self, facts: Facts, threads: int) -> None:
+    def __init__(self, facts: Facts, threads: int, context: int = 0) -> None:
         self.facts = facts
+        self._context = context or facts.context_length
         session = {"session_options": {"intra_op_num_threads": threads}}
         with _translated(f"{facts.folder} does not load"):
             config = og.Config(str(facts.folder))
@@ -86,13 +46,43 @@ class LanguageModel:
             self._model = og.Model(config)
             self._adapters = og.Adapters(self._model)
             self._tokenizer = og.Tokenizer(self._model)
+        self._paths: dict[str, Path] = {}
+        self._packs: Packs | None = None
+        self._rows: Rows | None = None
+        manifest = read_manifest(open_model(facts.model).proto)
+        if manifest is not None and manifest.slots and all(s.batched for s in manifest.slots):
+            self._share(manifest)
+
+    def _share(self, manifest: Manifest) -> None:
+        """Let texts share generators; at first it is tried how the model takes padding."""
+        try:
+            padded = padding_changes_nothing(self._generator, self.facts)
+        except (RuntimeError, ValueError, TypeError) as error:
+            _log.warning("%s runs no batch, so texts share none: %s", self.facts.model, error)
+            return
+        if not padded:
+            _log.warning(
+                "padding changes what %s computes: texts share a batch only if their prompts "
+                "have one length",
+                self.facts.model,
+            )
+        self._packs = Packs(manifest, self._loaded, self._unloaded)
+        self._rows = Rows(self._context, self.facts.pad, padded=padded)
+
+    def shares(self, orders: Sequence[Order], order: Order) -> bool:
+        """Whether a text can be written by the generator of others, in a row of its own."""
+        return self._rows is not None and self._rows.take(orders, order)
 
     def load(self, name: str, path: Path) -> None:
-        """Load an adapter from an `.onnx_adapter` file.
+        """Load an adapter from an `.onnx_adapter` file, which stays until it is unloaded.
 
         Raises:
             RunError: If onnxruntime-genai does not take it.
         """
+        self._loaded(name, path)
+        self._paths[name] = path
+
+    def _loaded(self, name: str, path: Path) -> None:
         with _translated("the adapter does not load"):
             self._adapters.load(str(path.absolute()), name)
 
@@ -102,6 +92,12 @@ class LanguageModel:
         Raises:
             RunError: If one is.
         """
+        self._unloaded(name)
+        self._paths.pop(name, None)
+        if self._rows is not None:
+            self._rows.forget(name)
+
+    def _unloaded(self, name: str) -> None:
         with _translated("the adapter cannot be unloaded"):
             self._adapters.unload(name)
 
@@ -126,53 +122,50 @@ class LanguageModel:
             ) from error
         return text
 
-    def start(self, order: Order) -> Generation:
-        """Begin to write a text.
+    def start(self, orders: Sequence[Order]) -> Generation:
+        """Begin to write texts with one generator.
 
         Raises:
+            ApartError: If their adapters cannot be in rows of one generator.
             RequestError: If onnxruntime-genai fails.
         """
-        with _running():
-            params = og.GeneratorParams(self._model)
-            length = len(order.prompt) + order.most
-            params.set_search_options(max_length=length, **order.sampling.options())
-            generator = og.Generator(self._model, params)
-            # Before the prompt: what is read without it stays so in the cache.
-            if order.adapter:
-                generator.set_active_adapter(self._adapters, order.adapter)
-        return Generation(generator, order.prompt, self.facts.ends)
+        active, done = self._active(orders)
+        try:
+            with running():
+                length = max(len(o.prompt) for o in orders) + max(o.most for o in orders)
+                options = orders[0].sampling.options() | {"batch_size": len(orders)}
+                generator = self._generator(max_length=length, **options)
+                # Before the prompt: what is read without it stays so in the cache.
+                for name in active:
+                    generator.set_active_adapter(self._adapters, name)
+        except RequestError:
+            done()
+            raise
+        return Generation(generator, orders, self.facts, done)
 
+    def _generator(self, **options: Any) -> Any:
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(**options)
+        return og.Generator(self._model, params)
 
-class Generation:
-    """A text that is being written, by a generator of its own.
+    def _active(self, orders: Sequence[Order]) -> tuple[Sequence[str], Callable[[], None]]:
+        """The adapters of a generator, and what is to be done when it is gone."""
+        names = {order.adapter for order in orders}
+        if len(names) == 1:
+            return [name for name in names if name], lambda: None
+        assert self._packs is not None
+        assert self._rows is not None
+        try:
+            weights, masks = self._packs.rows(orders, self._paths)
+        except AdaptError as error:
+            self._rows.part(names)
+            raise ApartError from error
 
-    Attributes:
-        ended: Whether it has its last token.
-    """
+        def done() -> None:
+            with suppress(RunError):  # a generator that failed may still be there
+                self._unloaded(masks)
 
-    def __init__(self, generator: Any, prompt: Sequence[int], ends: frozenset[int]) -> None:
-        self._generator = generator
-        self._prompt = np.array(prompt, np.int32)
-        self._read = 0
-        self._ends = ends
-        self.ended = False
-
-    def step(self) -> int | None:
-        """Read a piece of the prompt, or write the next token.
-
-        Raises:
-            RequestError: If onnxruntime-genai fails.
-        """
-        with _running():
-            if self._read < len(self._prompt):
-                piece = self._prompt[self._read : self._read + _PIECE]
-                self._generator.append_tokens(piece)
-                self._read += len(piece)
-                return None
-            self._generator.generate_next_token()
-            token = int(self._generator.get_next_tokens()[0])
-            self.ended = token in self._ends or self._generator.is_done()
-            return token
+        return (weights, masks), done
 
 
 @contextmanager
@@ -181,13 +174,3 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
         raise RunError(f"{what}: {error}", hint="see docs/genai.md") from error
-
-
-@contextmanager
-def _running() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise RequestError(
-            f"the model failed: {error}", hint="see the server's log", status=500
-        ) from error

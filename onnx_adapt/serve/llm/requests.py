@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnx_adapt.errors import RequestError
-from onnx_adapt.serve.llm.model import Sampling
+from onnx_adapt.serve.llm.orders import Sampling
 from onnx_adapt.serve.openai_errors import ParameterError
 
 Prompt = str | tuple[int, ...]

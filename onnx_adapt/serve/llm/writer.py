@@ -17,7 +17,8 @@ from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.held import Fetch, Held, Loads, Recent
 from onnx_adapt.serve.llm.answers import Piece, Usage
 from onnx_adapt.serve.llm.facts import Writing
-from onnx_adapt.serve.llm.model import LanguageModel, Order
+from onnx_adapt.serve.llm.model import LanguageModel
+from onnx_adapt.serve.llm.orders import Order
 from onnx_adapt.serve.llm.requests import Asked, Prompt, most_behind, refuse_endless
 from onnx_adapt.serve.llm.texts import Answer, read_tokenizer
 from onnx_adapt.serve.llm.turns import Turns
@@ -56,10 +57,11 @@ class Writer:
         self.context = writing.context
         self._tokenizer = read_tokenizer(self.facts.folder)
         self._longest = max(map(len, self._tokenizer.get_vocab()))
-        self._model = LanguageModel(self.facts, settings.threads)
+        self._model = LanguageModel(self.facts, settings.threads, self.context)
         self._thread = ThreadPoolExecutor(1)
         self._turns = Turns(
             self._model.start,
+            self._model.shares,
             self._thread,
             writing.texts,
             writing.waiting,
