@@ -106,7 +106,11 @@ if TYPE_CHECKING:
     help="A file that keeps how far the training is.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the training in --checkpoint.")
-@click.option("--log", type=click.Path(), help="Write each step to this file, .csv or .jsonl.")
+@click.option(
+    "--log",
+    type=click.Path(),
+    help="Write each step to this .csv or .jsonl, or to this folder for TensorBoard.",
+)
 @click.option(
     "--forward-only",
     is_flag=True,
@@ -234,11 +238,11 @@ def _train(
 ) -> Trained:
     """Train, and tell of each epoch; a model that was made of the base is verified first."""
     import onnx_adapt as oa
-    from onnx_adapt.training.log import Log
+    from onnx_adapt.training.open_log import open_log
 
     settings = _settings(given)
     begin = oa.load_adapter(given["start_from"]) if given["start_from"] else None
-    log = Log(given["log"], resume=given["resume"]) if given["log"] else None
+    log = open_log(given["log"], resume=given["resume"]) if given["log"] else None
     with patience("verifying") as (_, stage), Watch(settings, log, stage) as watch:
         if model is not base:
             prove(base, model, samples[0], given["provider"], stage)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from onnx_adapt.cli.outputs import say
 
 if TYPE_CHECKING:
+    from onnx_adapt.training.event_log import EventLog
     from onnx_adapt.training.log import Log
     from onnx_adapt.training.progress import Epoch, Report
     from onnx_adapt.training.settings import Settings
@@ -29,7 +30,7 @@ class Watch:
     """
 
     def __init__(
-        self, settings: Settings, log: Log | None, stage: Callable[[str], None]
+        self, settings: Settings, log: Log | EventLog | None, stage: Callable[[str], None]
     ) -> None:
         self._settings = settings
         self._log = log

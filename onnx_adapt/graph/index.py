@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -197,11 +197,12 @@ class ModelIndex:
             if _contradict(record, view.inferred[name], symbols)
         }
 
-    def names(self) -> Iterator[str]:
-        """Every tensor name used anywhere, some several times; functions are left out."""
+    def names(self) -> set[str]:
+        """Every tensor name used anywhere, functions left out; not all need be text."""
+        found: set[str] = set()
         for view in self.views.values():
-            for names in (view.producers, view.constants, view.types, view.consumers):
-                yield from map(text, names)
+            found.update(view.producers, view.constants, view.types, view.consumers)
+        return found
 
 
 def index_model(model: Model) -> ModelIndex:

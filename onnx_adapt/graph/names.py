@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from onnx_adapt.graph.index import ModelIndex, text
-from onnx_adapt.slot.names import split_node, split_weight
+from onnx_adapt.slot.names import slot_prefix, split_node, split_weight
+
+_ALL = slot_prefix("")
+"""What the names of all slots begin with; hardly any other name does."""
 
 
 def reserved_names(index: ModelIndex) -> set[str]:
     """The slot names that a model's tensors and symbols leave no room for."""
     tensors = {
         found[0]
-        for tensor in index.names()
+        for tensor in map(text, index.names())
+        if tensor.startswith(_ALL)
         for found in (split_weight(tensor), split_node(tensor))
         if found
     }
@@ -18,7 +22,7 @@ def reserved_names(index: ModelIndex) -> set[str]:
         found[0]
         for view in index.views.values()
         for node in view.nodes
-        if (found := split_node(text(node.name)))
+        if (name := text(node.name)).startswith(_ALL) and (found := split_node(name))
     }
     shapes = {known.shape for view in index.views.values() for known in view.types.values()}
     symbols = {

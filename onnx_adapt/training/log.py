@@ -85,7 +85,7 @@ class Log:
         if self._path.suffix not in FORMS:
             raise TrainingError(
                 f"a log cannot be written as {self._path.name}",
-                hint=f"give a name that ends with {' or '.join(FORMS)}",
+                hint=f"give a name that ends with {' or '.join(FORMS)}, or a folder's name",
             )
         if self._path.exists() and not resume:
             raise TrainingError(
