@@ -11,6 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from onnx_adapt import __version__
 from onnx_adapt.cli import cli
 
 COMMANDS = "reference/commands.md"
@@ -46,7 +47,8 @@ def _fenced(text: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages that the navigation does not name at its end."""
+    """Put the version into the header, and pages that the navigation does not name last."""
+    config.site_name = f"{config.site_name} {__version__}"
     named = set(_pages(config.nav))
     folder = Path(config.docs_dir)
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.md"))
@@ -78,7 +80,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Let links that leave docs/ stay on the site."""
+    """Let links that leave docs/ stay on the site, and so those from above into docs/."""
+    if page.file.src_uri in ELSEWHERE.values():
+        markdown = markdown.replace("](docs/", "](")
     up = "../" * (page.file.src_uri.count("/") + 1)
     for path, place in ELSEWHERE.items():
         markdown = markdown.replace(f"]({up}{path})", f"]({up.removeprefix('../')}{place})")
