@@ -101,7 +101,7 @@ def line(record: Record, seconds: float) -> str:
     """A request's line of the access log.
 
     Example:
-        >>> line(Record("7", "/v2", status=200, size=9), 0.0042)[44:]
+        >>> line(Record("7", "/v2", status=200, size=9), 0.0042)[42:]
         '"id": "7", "adapter": "", "path": "/v2", "status": 200, "ms": 4.2, "bytes": 9}'
     """
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
