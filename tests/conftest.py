@@ -25,7 +25,10 @@ SLOW = (
     *("model/test_hostile_sizes.py", "model/test_thin.py::test_every_model"),
     *("edit/test_odd_models.py", "edit/test_graphsurgeon.py", "edit/test_export.py"),
     "graph/test_resolve.py::test_thousands",
-    "checkpoints/test_checkpoints.py::test_the_same_checkpoint",
+    *("checkpoints/test_checkpoints.py", "checkpoints/test_optimised_bases.py"),
+    *("checkpoints/test_quantised_bases.py", "checkpoints/test_image_adapters.py"),
+    *("adapter/test_adapter_files_hostile.py", "model/test_crash_safety.py"),
+    *("edit/test_mutation_laws.py", "edit/test_insert_laws.py", "edit/test_weight_slots.py"),
     # With the 108 MB of models that are fetched.
     *("edit/test_remove.py::test_fp16", "graph/test_sites_graphs.py"),
 )
