@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from onnx_adapt.cli import options
 from onnx_adapt.cli.outputs import print_json, say, say_next, size_text
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
     help="The share of the data to choose the best by, without --validation.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(1), help="How many steps to take, in place of --epochs."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option(
     "--accumulate",
@@ -148,6 +152,9 @@ def command(model: str, output: str, as_json: bool, **given: Any) -> None:
     import onnx_adapt as oa
     from onnx_adapt.errors import TrainingError
 
+    source = click.get_current_context().get_parameter_source("epochs")
+    if given["steps"] and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("give --epochs or --steps, not both")
     check_paths(model, output, given)
     opened = oa.open_model(model)
     samples = read_samples(opened, given)
@@ -214,6 +221,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 
     return Settings(
         epochs=given["epochs"],
+        steps=given["steps"] or 0,
         batch_size=given["batch_size"],
         accumulate=given["accumulate"],
         rate=given["rate"] or 0.0,

@@ -49,5 +49,10 @@ def check_paths(model: str, output: str, given: Mapping[str, Any]) -> None:
 
 def _require_writable(name: str, path: Path) -> None:
     folder = next((item for item in path.absolute().parents if item.exists()), path)
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    log_folder = name == _WRITTEN["log"] and not path.suffix  # events for TensorBoard
+    if (
+        (path.is_dir() and not log_folder)
+        or not folder.is_dir()
+        or not os.access(folder, os.W_OK)
+    ):
         raise SaveError(f"{path} cannot be written", hint=f"choose another path with {name}")

@@ -96,7 +96,8 @@ def time_text(seconds: int) -> str:
 
 def epoch_text(epoch: Epoch, settings: Settings) -> str:
     """What one epoch gave, as a line."""
-    text = f"epoch {epoch.number} of {settings.epochs}: loss {epoch.loss:.4f}"
+    of_all = "" if settings.steps else f" of {settings.epochs}"
+    text = f"epoch {epoch.number}{of_all}: loss {epoch.loss:.4f}"
     if epoch.validation_loss is not None:
         text += f", held back {epoch.validation_loss:.4f}"
     if epoch.score is not None and settings.metric != "loss":

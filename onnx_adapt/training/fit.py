@@ -56,12 +56,12 @@ def fit(
         TrainingError: If a loss or a gradient is not finite.
     """
     each = -(-len(order.plan(data, 0)) // settings.accumulate)
-    steps = each * settings.epochs
+    steps = settings.steps or each * settings.epochs
     warm_up = round(steps * settings.warm_up)
     while progress.step < steps and not _out_of_patience(progress, settings.patience):
         epoch, begin = divmod(progress.step, each)
         plan = order.plan(data, epoch)
-        for number in range(begin, each):
+        for number in range(begin, min(each, steps - epoch * each)):
             at = number * settings.accumulate
             batches = [data.read(*item) for item in plan[at : at + settings.accumulate]]
             now = rate_at(
@@ -69,7 +69,7 @@ def fit(
             )
             progress, loss = take_step(engine, progress, batches, settings, now)
             done = None
-            if number == each - 1:
+            if number == each - 1 or progress.step == steps:
                 progress, done = _finish_epoch(engine, progress, held_back, settings, epoch)
             samples = sum(batch.size for batch in batches)
             told = Report(progress.step, steps, samples, loss, now, epoch + 1, done)

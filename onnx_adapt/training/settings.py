@@ -14,6 +14,7 @@ class Settings:
 
     Attributes:
         epochs: How often to go through the samples.
+        steps: How many steps to take in place of whole epochs; 0 for `epochs`.
         batch_size: Samples in one run of the model.
         accumulate: How many batches make one step; the gradient is their mean.
         rate: The largest learning rate; 0 for the optimiser's own, or without gradients 20
@@ -36,6 +37,7 @@ class Settings:
     """
 
     epochs: int = 3
+    steps: int = 0
     batch_size: int = 32
     accumulate: int = 1
     rate: float = 0.0
@@ -79,6 +81,7 @@ class Settings:
 
 _RANGES = {
     "epochs": (1, 10**9),
+    "steps": (0, 10**9),
     "batch_size": (1, 10**9),
     "accumulate": (1, 10**9),
     "rate": (0, 1e9),

@@ -92,6 +92,7 @@ BAD = {
         ["--loss", "mse", "--log", str(BASE), "--teacher", str(BASE)],
         "which is read",
     ),
+    "two lengths": (["--loss", "mse", "--epochs", "1", "--steps", "2"], "not both"),
     "another log": (["--loss", "cross_entropy", "--log", "x.txt"], "cannot be written as"),
     "another optimiser": (
         ["--loss", "cross_entropy", "--optimiser", "x"],
@@ -112,6 +113,20 @@ def test_bad_input_is_said_and_nothing_is_written(
     assert code == 2
     assert words in said
     assert not out.exists()
+
+
+def test_a_training_that_is_resumed_goes_on_with_its_folder_for_tensorboard(
+    model: Path, data: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    shared = ["--data", str(data), "--loss", "cross_entropy", "--steps", "2", "--no-check"]
+    shared += ["--log", str(tmp_path / "run"), "--checkpoint", str(tmp_path / "state.npz")]
+    code, _, said = _train(capsys, model, "-o", str(tmp_path / "a.npz"), *shared)
+    assert code == 0, said
+    code, _, said = _train(capsys, model, "-o", str(tmp_path / "b.npz"), *shared)
+    assert code == 2
+    assert "is there already" in said
+    code, _, said = _train(capsys, model, "-o", str(tmp_path / "b.npz"), *shared, "--resume")
+    assert code == 0, said
 
 
 def _interrupt_when(log: Path) -> threading.Thread:

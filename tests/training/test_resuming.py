@@ -44,6 +44,22 @@ def _train(model: oa.Model, data: dict[str, Array], **given: Any) -> Trained:
     return oa.train(model, data, loss="cross_entropy", check=False, **settings)
 
 
+def test_so_many_steps_end_within_an_epoch_and_go_on_after_a_stop(
+    model: oa.Model, data: dict[str, Array], tmp_path: Path
+) -> None:
+    """The 36 samples that are not held back are three steps: four end in epoch 2."""
+    four = replace(SETTINGS, steps=4)
+    taken: list[int] = []
+    whole = _train(
+        model, data, settings=four, on_step=lambda report: taken.append(report.steps)
+    )
+    assert taken == [4] * 4
+    assert [epoch.number for epoch in whole.epochs] == [1, 2]
+    given = {"settings": four, "checkpoint": tmp_path / "state.npz"}
+    _train(model, data, **given, **_stop_after(2))
+    _assert_equal(_train(model, data, **given, resume=True), whole)
+
+
 def _assert_equal(one: Trained, two: Trained) -> None:
     assert one.epochs == two.epochs
     for name, value in one.adapter.feeds().items():
