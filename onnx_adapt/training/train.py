@@ -27,6 +27,7 @@ from onnx_adapt.training.settings import Settings
 from onnx_adapt.training.starting import adapter_of
 from onnx_adapt.training.step_model import LossFunction
 from onnx_adapt.training.task import Task, prepare
+from onnx_adapt.training.unrounded import cut_off_alone
 
 BOTTLENECK = 16
 """The bottleneck of slots that have none of their own."""
@@ -147,8 +148,7 @@ def train(
             faster = _with_less_memory(faster, providers, notice or (lambda _: None))
         engine = exact = Engine(faster.step, providers)
         if check and not resume:
-            batch = faster.samples.first(max(_CHECKED, task.step.rows))
-            checks = check_gradients(exact, task.begun, batch, settings.seed)
+            checks = _check(faster, exact, providers)
     steps = fit(engine, progress, faster.samples, faster.held_back, settings, task.order)
     progress, finished, failure = _follow(steps, progress, file, on_step, stop)
     best = progress.best or progress.current
@@ -163,6 +163,19 @@ def train(
         failure.trained = trained if progress.step else None
         raise failure
     return trained
+
+
+def _check(task: Task, engine: Engine, providers: Providers) -> list[Checked]:
+    """Compare the gradients of a task with differences of its loss.
+
+    Gradients are passed straight through roundings, and a loss moves in steps there: where a
+    model has ranges, it is checked without its roundings.
+    """
+    smooth = cut_off_alone(task.step.model)
+    if smooth is not None:
+        engine = Engine(replace(task.step, model=smooth), providers)
+    batch = task.samples.first(max(_CHECKED, task.step.rows))
+    return check_gradients(engine, task.begun, batch, task.settings.seed)
 
 
 def _with_kept(task: Task, providers: Providers, notice: Callable[[str], None]) -> Task:

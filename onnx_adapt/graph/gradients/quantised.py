@@ -37,25 +37,26 @@ def _along(tape: Tape, step: Step, name: str) -> str:
     )
 
 
-_RANGES: dict[int, tuple[int, int]] = {
+RANGES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.INT8: (-128, 127),
     onnx.TensorProto.UINT8: (0, 255),
     onnx.TensorProto.INT16: (-32768, 32767),
     onnx.TensorProto.UINT16: (0, 65535),
 }
+"""The integers of each type; what rounds to others is cut off."""
 
 
 def quantize(tape: Tape, step: Step) -> Grads:
     """QuantizeLinear: `dq / scale` where nothing was cut off."""
     x, scale, zero = (step.input(i) for i in range(3))
     kind = tape.elem_type(step.output)
-    if kind not in _RANGES:
+    if kind not in RANGES:
         raise step.refuse("it makes another type than 8 or 16 bit")
     step_size = tape.cast(_along(tape, step, scale), tape.elem_type(x))
     place = tape.add("Div", x, step_size)
     if zero:
         place = tape.add("Add", place, tape.cast(_along(tape, step, zero), tape.elem_type(x)))
-    low, high = _RANGES[kind]
+    low, high = RANGES[kind]
     inside = tape.add(
         "And",
         tape.compare("GreaterOrEqual", place, tape.number(low - 0.5, x)),
