@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from onnx_adapt.serve.settings import Settings
     from onnx_adapt.serve.warm import Warm
 
-_ACCESS = ("token_file", "ssl_certfile", "ssl_keyfile")
+_CERTIFICATE = ("ssl_certfile", "ssl_keyfile")
 _EMBED = ("embed", "tokenizer", "pooling", "normalize")
+_FILES = ("model", "adapters", "token_file", "access_log")
+"""What other processes of the server open, from other folders."""
 _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 """The options that mean nothing to a server of one process."""
 
@@ -48,11 +50,9 @@ _RAY_ALONE = ("replicas", "address", "gateways", "route_prefix", "metrics_port")
 @click.option(
     "--token-file",
     default="",
-    help="A file with the bearer token that clients must send; not on Ray.",
+    help="A file with the bearer token that clients must send.",
 )
-@click.option(
-    "--ssl-certfile", default="", help="A file with certificates, for TLS; not on Ray."
-)
+@click.option("--ssl-certfile", default="", help="A file with certificates, for TLS.")
 @click.option("--ssl-keyfile", default="", help="A file with their private key.")
 @click.option(
     "--embed", is_flag=True, help="Serve /v1/embeddings as OpenAI has it; not on Ray."
@@ -163,36 +163,35 @@ def command(
     """
     from onnx_adapt.ort import read_providers
     from onnx_adapt.serve.access import read_access
-    from onnx_adapt.serve.records import open_access_log
     from onnx_adapt.serve.settings import read_settings
     from onnx_adapt.serve.warm import read_warm
 
     model, write = read_llm(model, options)
     embed = _embed(**{name: options.pop(name) for name in _EMBED})
-    access = [options.pop(name) for name in _ACCESS]
+    certificate = [options.pop(name) for name in _CERTIFICATE]
     fleet = {name: options.pop(name) for name in FLEET}
     on_ray = {name: options.pop(name) for name in _RAY_ALONE}
     on_ray = {name: value for name, value in on_ray.items() if value is not None}
-    options["model"] = os.path.abspath(model)
-    if "://" not in options["adapters"]:
-        options["adapters"] = os.path.abspath(options["adapters"])
+    options["model"] = model
+    options |= {name: _absolute(options[name]) for name in _FILES}
+    access = read_access(options["token_file"], *certificate)
     if options["provider"] and "address" not in on_ray:
         read_providers(options["provider"])  # before replicas fail one after the other
     if "replicas" in on_ray or "address" in on_ray:
-        alone = {"--grpc-port": grpc_port, "--embed": embed}
-        named = {**dict(zip(_ACCESS, access, strict=True)), **fleet}
-        alone |= {f"--{name.replace('_', '-')}": value for name, value in named.items()}
+        alone = {"grpc-port": grpc_port, "embed": embed, **fleet}
         for name in filter(alone.get, alone):
-            raise click.UsageError(f"{name} is for a server of one process, not for Ray")
-        _serve_on_ray(options, host, port, grace, **on_ray)
+            raise click.UsageError(f"--{name} is for a server of one process, not for Ray")
+        _serve_on_ray(options, host, port, grace, access, **on_ray)
         return
     for name in on_ray:
         raise click.UsageError(f"--{name.replace('_', '-')} needs --replicas or --address")
-    found, settings = read_access(*access), read_settings(options)
+    settings = read_settings(options)
     warm = read_warm(fleet["preload"], fleet["pin"], settings.max_adapters)
-    if fleet["access_log"]:
-        open_access_log(fleet["access_log"])
-    _serve_here(settings, host, port, grpc_port, grace, embed, write, found, warm)
+    _serve_here(settings, host, port, grpc_port, grace, embed, write, access, warm)
+
+
+def _absolute(path: str) -> str:
+    return path if path in ("", "-") or "://" in path else os.path.abspath(path)
 
 
 def _embed(
@@ -246,6 +245,7 @@ def _serve_on_ray(
     host: str,
     port: int,
     grace: float,
+    access: Access,
     *,
     address: str | None = None,
     route_prefix: str = "/",
@@ -268,6 +268,8 @@ def _serve_on_ray(
         metrics_port=metrics_port,
         cpus=settings.replicas * settings.threads,
         grace_s=grace,
+        certificate=access.certificate,
+        key=access.key,
     )
     with running(app, place) as (url, wait):
         _say_serving(url)

@@ -9,7 +9,7 @@ import click
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-FLEET = ("access_log", "preload", "pin")
+FLEET = ("preload", "pin")
 """Those that are for a server of one process alone."""
 
 _OPTIONS = (
@@ -35,8 +35,7 @@ _OPTIONS = (
     click.option(
         "--access-log",
         default="",
-        help="Write a line of JSON for each request to this file, or to stderr with -; not on "
-        "Ray.",
+        help="Write a line of JSON for each request to this file, or to stderr with -.",
     ),
 )
 

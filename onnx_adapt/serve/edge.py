@@ -9,7 +9,6 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onnx_adapt.serve.access import Access
 from onnx_adapt.serve.gateway import Gateway
 from onnx_adapt.serve.records import REQUEST_ID, Record, read_id, recorded
 
@@ -31,16 +30,12 @@ class Edge:
     Args:
         app: What answers requests.
         gateway_of: The gateway of this process.
-        access: Who may use the server.
         names: Whether answers say what their request is called; Ray's proxy says so itself.
     """
 
-    def __init__(
-        self, app: ASGIApp, gateway_of: Callable[[], Gateway], access: Access, names: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, gateway_of: Callable[[], Gateway], names: bool) -> None:
         self._app = app
         self._gateway_of = gateway_of
-        self._access = access
         self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +59,7 @@ class Edge:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if scope["path"] not in _PROBES and not self._access.allows(given):
+        if scope["path"] not in _PROBES and not self._gateway_of().access.allows(given):
             await _UNKNOWN(scope, receive, send)
             return
         if scope["path"] in _ALWAYS:

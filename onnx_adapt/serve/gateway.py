@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
+from onnx_adapt.serve.access import ANYBODY, Access
 from onnx_adapt.serve.aliases import read_change
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.bodies import Bodies
@@ -114,6 +115,7 @@ class Gateway:
         replicas: What runs the model.
         versions: What knows which version of which adapter is served.
         metrics: What counts the answers.
+        access: Who may use the server.
 
     Attributes:
         base: What the base is called.
@@ -130,11 +132,17 @@ class Gateway:
     outputs: Mapping[str, Spec]
 
     def __init__(
-        self, settings: Settings, replicas: Replicas, versions: Versions, metrics: Metrics
+        self,
+        settings: Settings,
+        replicas: Replicas,
+        versions: Versions,
+        metrics: Metrics,
+        access: Access = ANYBODY,
     ) -> None:
         self.settings = settings
         self.base = settings.base
         self.metrics = metrics
+        self.access = access
         self.entries: Mapping[str, Entry] = {}
         self.counted: dict[str, Counted] = {}
         self.bodies = Bodies(settings)

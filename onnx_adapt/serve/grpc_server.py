@@ -42,17 +42,17 @@ _MOST = 1000
 """Calls that may be under way in one process."""
 
 
-def grpc_server(gateway: Gateway, address: str, access: Access) -> Any:
+def grpc_server(gateway: Gateway, address: str) -> Any:
     """A server that is to be started in the loop of the gateway.
 
     Args:
         gateway: What answers.
         address: `host:port` to listen on.
-        access: Who may use the server, and whether by TLS.
 
     Raises:
         RunError: If it cannot listen there.
     """
+    access = gateway.access
     most = int(gateway.settings.max_body_mb * 1e6)
     server = grpc.aio.server(
         interceptors=[_Guard(access)],

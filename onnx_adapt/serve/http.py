@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError
-from onnx_adapt.serve.access import ANYBODY, Access
 from onnx_adapt.serve.bodies import read_body
 from onnx_adapt.serve.choice import read_choice
 from onnx_adapt.serve.counting import Asking, Total, later, status_of
@@ -46,7 +45,6 @@ _SMALL = 1 << 16
 def api(
     gateway_of: Callable[[], Gateway],
     *more: Route,
-    access: Access = ANYBODY,
     names: bool = True,
 ) -> Starlette:
     """The routes of the protocol, and more, answered by the gateway of this process.
@@ -54,7 +52,6 @@ def api(
     Args:
         gateway_of: Finds that gateway.
         more: What else is answered.
-        access: Who may use the server.
         names: Whether answers say what their request is called.
     """
     model = "/v2/models/{model}"
@@ -81,7 +78,7 @@ def api(
         AdaptError: _refused,
         HTTPException: _unknown,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of, access=access, names=names)
+    edge = Middleware(Edge, gateway_of=gateway_of, names=names)
     app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
     app.state.gateway_of = gateway_of
     return app

@@ -20,13 +20,14 @@ from onnx_adapt.serve.access import ANYBODY, Access
 from onnx_adapt.serve.connections import limited, most_connections
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.edge import drained
-from onnx_adapt.serve.gateway import Gateway, News, Versions
+from onnx_adapt.serve.gateway import Gateway, News
 from onnx_adapt.serve.grpc_server import grpc_server
-from onnx_adapt.serve.held import Fetch, Recent
+from onnx_adapt.serve.held import Fetch
 from onnx_adapt.serve.http import api, metrics_route, openai_routes
 from onnx_adapt.serve.llm.facts import Writing
 from onnx_adapt.serve.metrics import Metrics, PrometheusMetrics
 from onnx_adapt.serve.openai_errors import openai_error
+from onnx_adapt.serve.records import open_access_log
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
@@ -81,6 +82,8 @@ def serve_here(
     Raises:
         AdaptError: If the model or the folder of adapters cannot be used.
     """
+    if settings.access_log:
+        open_access_log(settings.access_log)
     with contextlib.closing(Copies()) as copies:
         model, place, base = settings.model, settings.adapters, settings.base
         repository = Repository(
@@ -100,17 +103,19 @@ def serve_here(
         versions, routes = _Local(repository), [metrics_route(metrics)]
         if write is None:
             replica = Replica(settings, fetch, metrics)
-            gateway, recent = Gateway(settings, replica, versions, metrics), replica.recent
+            gateway = Gateway(settings, replica, versions, metrics, access)
+            recent = replica.recent
             if embed is not None:
                 routes += _embedding(embed, replica, gateway)
         else:
-            gateway, recent, texts = _writing(settings, write, versions, fetch, metrics)
-            routes += texts
-        app = api(lambda: gateway, *routes, access=access)
+            writer, texts_of = _writer(settings, write, fetch, metrics)
+            gateway = Gateway(settings, writer, versions, metrics, access)
+            recent = writer.recent
+            routes += texts_of(writer, gateway)
+        app = api(lambda: gateway, *routes)
         warmer, look = Warmer(warm, recent, gateway.version), repository.sweep
         config = _config(app, settings, access)
-        grpc = (grpc_address, access) if grpc_address else None
-        _Server(config, gateway, warmer, look, grace_s, started, grpc).run([listening])
+        _Server(config, gateway, warmer, look, grace_s, started, grpc_address).run([listening])
 
 
 def _config(app: Any, settings: Settings, access: Access) -> uvicorn.Config:
@@ -140,9 +145,10 @@ def _embedding(embed: Embed, replica: Replica, gateway: Gateway) -> list[Any]:
     return openai_routes(embedder.answer, openai_error)
 
 
-def _writing(
-    settings: Settings, write: Writing, versions: Versions, fetch: Fetch, metrics: Metrics
-) -> tuple[Gateway, Recent, list[Any]]:
+def _writer(
+    settings: Settings, write: Writing, fetch: Fetch, metrics: Metrics
+) -> tuple[Any, Callable[..., list[Any]]]:
+    """What writes texts, and what makes its routes."""
     try:
         from onnx_adapt.serve.llm.routes import text_routes
         from onnx_adapt.serve.llm.writer import Writer
@@ -150,9 +156,7 @@ def _writing(
         raise UnprovableError(
             f"{error.name} is not installed", hint="pip install 'onnx-adapt[serve-llm]'"
         ) from error
-    writer = Writer(settings, write, fetch, metrics)
-    gateway = Gateway(settings, writer, versions, metrics)
-    return gateway, writer.recent, text_routes(writer, gateway)
+    return Writer(settings, write, fetch, metrics), text_routes
 
 
 class _Local:
@@ -185,12 +189,12 @@ class _Server(uvicorn.Server):
         look: Callable[[], None],
         grace_s: float,
         started: Callable[[], None],
-        grpc_at: tuple[str, Access] | None,
+        grpc_address: str,
     ) -> None:
         super().__init__(config)
         self._warmer = warmer
         self._look = look
-        self._grpc_at = grpc_at
+        self._grpc_address = grpc_address
         self._grpc: Any = None
         self._gateway = gateway
         self._grace_s = grace_s
@@ -202,8 +206,8 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await self._gateway.start()
         await self._warmer.begin()
-        if self._grpc_at is not None:
-            self._grpc = grpc_server(self._gateway, *self._grpc_at)
+        if self._grpc_address:
+            self._grpc = grpc_server(self._gateway, self._grpc_address)
             await self._grpc.start()
         await super().startup(sockets)
         threading.Thread(target=self._look_always, daemon=True).start()

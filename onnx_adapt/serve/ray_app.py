@@ -30,6 +30,7 @@ from onnx_adapt.adapter.data import Adapter
 from onnx_adapt.adapter.files import read_adapter
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import AdaptError, RequestError
+from onnx_adapt.serve.access import read_access
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.copies import Copies
 from onnx_adapt.serve.gateway import Gateway, News, ReplicaDiedError
@@ -37,6 +38,7 @@ from onnx_adapt.serve.held import Held
 from onnx_adapt.serve.http import api
 from onnx_adapt.serve.protocol import Spec
 from onnx_adapt.serve.ray_metrics import RayMetrics
+from onnx_adapt.serve.records import open_access_log
 from onnx_adapt.serve.replica import Replica
 from onnx_adapt.serve.repository import Repository
 from onnx_adapt.serve.settings import Settings
@@ -233,7 +235,10 @@ class Front(Gateway):
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: Settings, model: Any, repository: Any
     ) -> None:
-        super().__init__(settings, _Routed(model), _Remote(repository), RayMetrics())
+        access = read_access(settings.token_file)
+        super().__init__(settings, _Routed(model), _Remote(repository), RayMetrics(), access)
+        if settings.access_log:
+            open_access_log(settings.access_log)
         await self.start()
         self._watch = asyncio.create_task(self._ask_always())
 

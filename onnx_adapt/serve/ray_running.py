@@ -34,6 +34,8 @@ class Place:
         metrics_port: Where Prometheus finds the metrics of a Ray that starts here.
         cpus: How many the replicas ask for; a Ray that starts here has no fewer.
         grace_s: How long requests under way may take when the server ends.
+        certificate: The path of the certificates for TLS, or '' for connections without.
+        key: The path of their private key; '' if it is in the same file.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Place:
     metrics_port: int | None = None
     cpus: int = 1
     grace_s: float = 30.0
+    certificate: str = ""
+    key: str = ""
 
 
 @contextlib.contextmanager
@@ -58,7 +62,8 @@ def running(app: Any, place: Place) -> Iterator[tuple[str, Callable[[], object]]
         The URL before the protocol's paths, and what waits until the process is told to end.
 
     Raises:
-        RunError: If the port or the name is taken, or Ray cannot run it.
+        RunError: If the port or the name is taken, the cluster serves without TLS that is
+            wanted, or Ray cannot run it.
     """
     if place.address is None:
         listen(place.host, place.port).close()
@@ -70,7 +75,7 @@ def running(app: Any, place: Place) -> Iterator[tuple[str, Callable[[], object]]
         # Ray has handlers of its own, under which a process dies of SIGTERM.
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, lambda *_: ended.set())
-        _refuse_taken(place.name)
+        _refuse_taken(place)
         ours = True
         url = _run(app, place)
         yield url, ended.wait
@@ -90,7 +95,10 @@ def _start_ray(place: Place) -> None:
         local = {"include_dashboard": False, "_metrics_export_port": place.metrics_port}
         if place.cpus > (os.cpu_count() or 1):  # or replicas would wait for some without end
             local["num_cpus"] = place.cpus
-    http = {"host": place.host, "port": place.port}
+    http: dict[str, Any] = {"host": place.host, "port": place.port}
+    if place.certificate:
+        http |= {"ssl_certfile": place.certificate}
+        http |= {"ssl_keyfile": place.key or place.certificate}
     try:
         ray.init(place.address, logging_level=logging.ERROR, **local)
         serve.start(http_options=http, logging_config=LoggingConfig(log_level="WARNING"))
@@ -98,10 +106,15 @@ def _start_ray(place: Place) -> None:
         raise RunError(f"Ray does not start: {error}", hint="its log has more") from error
 
 
-def _refuse_taken(name: str) -> None:
-    if name in serve.status().applications:
+def _refuse_taken(place: Place) -> None:
+    if place.name in serve.status().applications:
         raise RunError(
-            f"an application {name!r} runs there already", hint="choose another --name"
+            f"an application {place.name!r} runs there already", hint="choose another --name"
+        )
+    if place.certificate and not _http().ssl_certfile:
+        raise RunError(
+            "the cluster serves without TLS already",
+            hint="stop Serve there first (`serve shutdown`), or leave out --ssl-certfile",
         )
 
 
@@ -110,10 +123,16 @@ def _run(app: Any, place: Place) -> str:
         serve.run(app, name=place.name, route_prefix=place.route_prefix)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"Ray cannot serve this: {error}", hint="its log has more") from error
+    found = _http()
+    scheme = "https" if found.ssl_certfile else "http"
+    return f"{scheme}://{found.host}:{found.port}{place.route_prefix.rstrip('/')}"
+
+
+def _http() -> Any:
+    """How HTTP is served; a cluster that serves already has its own settings."""
     client = _get_global_client()
     assert client is not None
-    found = client.http_config  # a cluster that serves already has its own
-    return f"http://{found.host}:{found.port}{place.route_prefix.rstrip('/')}"
+    return client.http_config
 
 
 def _drain(place: Place) -> None:

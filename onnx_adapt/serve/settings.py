@@ -35,6 +35,10 @@ class Settings:
         gateways: How many processes speak HTTP with clients.
         max_per_adapter: How many requests for one adapter, or for the base, may be under way
             in each of those, those that wait included; 0 is no limit.
+        token_file: A file with the bearer token that clients must send, or '' for none; on
+            every node that runs a gateway.
+        access_log: A file to which a gateway adds a line for each request, `-` for stderr, or
+            '' for no lines.
     """
 
     model: str
@@ -53,6 +57,8 @@ class Settings:
     poll_s: float = 1.0
     gateways: int = 1
     max_per_adapter: int = 0
+    token_file: str = ""
+    access_log: str = ""
 
     @property
     def base(self) -> str:

@@ -1,10 +1,12 @@
 """Who may use a server: a bearer token and TLS, over HTTP and gRPC."""
 
+import json
 import ssl
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import tritonclient.grpc as triton
 from adapter_models import bumped
 from disk_models import refused
-from serve_clients import Server, free_port, server
+from serve_clients import Server, free_port, server, server_on_ray
 from session_adapters import FR, X, adapted_file, close
 from waiting import LONG
 
@@ -50,25 +52,50 @@ def served(folder: Path) -> Iterator[tuple[Server, str]]:
         yield running, f"127.0.0.1:{options['--grpc-port']}"
 
 
+def status(server: Server, folder: Path, path: str, **headers: str) -> int:
+    """The status of an answer over TLS."""
+    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    request = urllib.request.Request(f"https://{server.address}{path}", None, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=LONG, context=context) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def guarded(server: Server, folder: Path) -> None:
+    """All but the probes need the token."""
+    ask = partial(status, server, folder)
+    assert ask("/v2/health/ready") == ask("/v2/health/live") == 200
+    assert ask("/v2/models/fr") == ask("/metrics") == ask("/nothing") == 401
+    assert ask("/v2/models/fr", authorization=f"Basic {TOKEN}") == 401
+    assert ask("/v2/models/fr", authorization=f"Bearer {TOKEN[:-1]}") == 401
+    assert ask("/v2/models/fr", **BEARER) == 200
+
+
 def test_all_but_the_probes_need_the_token_over_tls(
     served: tuple[Server, str], folder: Path
 ) -> None:
-    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    guarded(served[0], folder)
 
-    def status(path: str, **headers: str) -> int:
-        request = urllib.request.Request(f"https://{served[0].address}{path}", None, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=LONG, context=context) as response:
-                return response.status
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code
 
-    assert status("/v2/health/ready") == status("/v2/health/live") == 200
-    assert status("/v2/models/fr") == status("/metrics") == status("/nothing") == 401
-    assert status("/v2/models/fr", authorization=f"Basic {TOKEN}") == 401
-    assert status("/v2/models/fr", authorization=f"Bearer {TOKEN[:-1]}") == 401
-    assert status("/v2/models/fr", **BEARER) == 200
+def test_so_they_do_on_ray_and_each_request_leaves_a_line(folder: Path) -> None:
+    log = folder / "access.log"
+    options = {
+        "--replicas": 1,
+        "--token-file": folder / "token",
+        "--ssl-certfile": folder / "cert.pem",
+        "--ssl-keyfile": folder / "key.pem",
+        "--access-log": log,
+    }
+    given = [str(word) for pair in options.items() for word in pair]
+    with server_on_ray(folder / "adapted.onnx", folder / "adapters", *given) as running:
+        guarded(running, folder)
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    found = [(line["path"], line["status"]) for line in lines]
+    assert ("/v2/models/fr", 401) in found
+    assert ("/v2/models/fr", 200) in found
 
 
 def test_so_do_grpc_and_its_streams(served: tuple[Server, str], folder: Path) -> None:
@@ -99,7 +126,7 @@ def test_so_do_grpc_and_its_streams(served: tuple[Server, str], folder: Path) ->
         (["--ssl-certfile", "token"], "token: no certificate"),
         (["--ssl-certfile", "cert.pem", "--ssl-keyfile", "token"], "cert.pem and token: no"),
         (["--ssl-keyfile", "key.pem"], "a private key needs a certificate"),
-        (["--ssl-keyfile", "key.pem", "--replicas", "2"], "--ssl-keyfile is for a server of"),
+        (["--ssl-keyfile", "key.pem", "--replicas", "2"], "a private key needs"),
     ],
 )
 def test_files_that_guard_nothing_are_refused(

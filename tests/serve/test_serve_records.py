@@ -25,7 +25,7 @@ from onnx_adapt.serve.records import note_adapter, open_access_log
 class Free:
     """A gateway with nothing to do, as far as the edge asks it."""
 
-    stopping, under_way = False, 0
+    access, stopping, under_way = ANYBODY, False, 0
 
     class bodies:  # noqa: N801
         @staticmethod
@@ -49,7 +49,7 @@ def asked(path: str = "/v2", given: str = "", **more: str) -> tuple[int, str]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    edge = Edge(counted, lambda: Free, ANYBODY, names=True)  # type: ignore[arg-type,return-value]
+    edge = Edge(counted, lambda: Free, names=True)  # type: ignore[arg-type,return-value]
     headers = [(b"x-request-id", given.encode())] if given else []
     headers += [(name.encode(), value.encode()) for name, value in more.items()]
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
