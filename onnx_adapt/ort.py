@@ -58,6 +58,20 @@ def threads() -> int:
     return own if own < (os.cpu_count() or 1) else 0
 
 
+EXACT_PRODUCTS = "session.x64quantprecision"
+"""The entry of a session's options by which sums of 8-bit products never saturate."""
+
+
+def exact_options() -> Any:
+    """New SessionOptions for a session that is exact about integers on every processor.
+
+    See `proof/processor.py`, which says what ONNX Runtime does by default.
+    """
+    options = onnxruntime().SessionOptions()
+    options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    return options
+
+
 _SUFFIX = "ExecutionProvider"
 
 

@@ -13,6 +13,7 @@ from onnx_adapt.model.runtime_bytes import keep_unpacked, model_bytes
 from onnx_adapt.ort import (
     ProviderChoice,
     Providers,
+    exact_options,
     onnxruntime,
     read_providers,
     run_session,
@@ -67,6 +68,7 @@ class Runner:
             of ONNX Runtime a tensor stays in memory until its Shape node has run.
         fuse_quantised: Whether ONNX Runtime may replace quantised operators by integer
             ones. This pass breaks some models to which outputs were added.
+        exact: Whether sums of 8-bit products must not saturate on any processor.
 
     Raises:
         RunError: If ONNX Runtime refuses the model or a provider does not start.
@@ -82,9 +84,10 @@ class Runner:
         optimised: bool,
         shapes_first: bool = False,
         fuse_quantised: bool = True,
+        exact: bool = True,
     ) -> None:
         ort = onnxruntime()
-        options = ort.SessionOptions()
+        options = exact_options() if exact else ort.SessionOptions()
         options.log_severity_level = 4
         if shapes_first:
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

@@ -23,6 +23,7 @@ from onnx_adapt.proof.batched_rows import check_rows
 from onnx_adapt.proof.feeds import Feeds
 from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
+from onnx_adapt.proof.processor import processor_warning
 from onnx_adapt.proof.reached_slots import feeds_with_rows, unreached_slots
 from onnx_adapt.proof.result import Check, Report, Saturation, SlotResult
 from onnx_adapt.proof.runner import ProviderArgument, Runner, Values, proof_providers
@@ -134,6 +135,7 @@ class _Proof:
     Attributes:
         filled: The inputs without those that are an empty batch, which slots see nothing of.
         runs: Whether the adapted model runs at all; known once `off` has been checked.
+        warnings: What is to be said of the base on this processor.
     """
 
     base: Model
@@ -147,6 +149,7 @@ class _Proof:
     expected: dict[bool, list[Values]] = field(default_factory=dict)
     filled: list[Feeds] = field(default_factory=list)
     runs: bool = True
+    warnings: tuple[str, ...] = ()
     results: tuple[SlotResult, ...] = ()
     saturation: tuple[Saturation, ...] = ()
 
@@ -196,6 +199,9 @@ class _Proof:
         self.filled = feeds_with_rows(self.base, self.feeds)
         self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
         del runner
+        self.warnings = processor_warning(
+            self.base, self.feeds, self.expected[True], self.providers
+        )
         plain = Runner(self.base, self.providers, optimised=False)
         self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
 
@@ -217,11 +223,12 @@ class _Proof:
             # The base ran with these inputs, so this is what the slots did.
             self.runs = False
             return Check("off", False, self._with_slot(error.message))
+        check = replace(check, warnings=self.warnings)
         if reached:
             return check
         left = unreached_slots(self.adapted, self.slots, self.feeds, self.providers)
         unseen = tuple(f"slot {name!r} is not reached with these inputs" for name in left)
-        return replace(check, warnings=unseen)
+        return replace(check, warnings=(*self.warnings, *unseen))
 
     def _written_out(self) -> Check:
         """The base computes the same with its fused nodes written out.

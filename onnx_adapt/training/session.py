@@ -10,7 +10,14 @@ from onnx import helper
 from onnx_adapt.dtypes import Array
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.runtime_bytes import keep_unpacked, model_bytes
-from onnx_adapt.ort import Providers, onnxruntime, run_session, start_session, threads
+from onnx_adapt.ort import (
+    Providers,
+    exact_options,
+    onnxruntime,
+    run_session,
+    start_session,
+    threads,
+)
 
 
 class TrainingSession:
@@ -26,7 +33,7 @@ class TrainingSession:
 
     def __init__(self, model: Model, providers: Providers) -> None:
         ort = onnxruntime()
-        options = ort.SessionOptions()
+        options = exact_options()
         options.log_severity_level = 4
         # A step of MiniLM takes 379 MB so, and 520 MB by default, in the same time: without
         # a Shape node keeping its tensor until late, and without one block for all tensors.

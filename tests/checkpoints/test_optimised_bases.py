@@ -81,7 +81,7 @@ def test_an_edit_of_layers_that_are_whole_gives_what_pytorch_gives(
     ("name", "level", "reason"),
     [
         ("ah_bert_from_headless", EXTENDED, "not in the graph: embeddings"),
-        ("peft_convnet_lora", ALL, "not in the graph: features.0"),
+        ("peft_convnet_lora", ALL, "not in the graph: features"),  # 0 or 6, by the processor
     ],
 )
 def test_an_edit_inside_a_fused_node_is_refused_by_its_module(

@@ -20,7 +20,7 @@ from onnx_adapt.errors import AdapterError, CheckpointError
 from onnx_adapt.graph.index import GraphView, ModelIndex, TensorType, elem_name, index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.runtime_bytes import model_bytes
-from onnx_adapt.ort import onnxruntime, read_providers, run_session, start_session
+from onnx_adapt.ort import exact_options, read_providers, run_session, start_session
 
 _IDS, _FLAGS, _POSITIONS = "input_ids", "attention_mask", ("position_ids", "cache_position")
 
@@ -80,7 +80,7 @@ def _states_of(
         ) from error
     embedding = _embedding(index, tokens)
     opened = _reading_embeddings(model, index, embedding)
-    options = onnxruntime().SessionOptions()
+    options = exact_options()
     given = model_bytes(opened, options)
     session = start_session(
         given, options, read_providers(None), label=model.label, hint="does the base run?"

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from exact_options import exact_options
 from onnx import parser
 
 import onnx_adapt as oa
@@ -46,8 +47,8 @@ def test_a_lowered_model_computes_the_same(name: str, fused: str) -> None:
     left = [node for node in prepared.proto.graph.node if node.op_type == fused]
     assert not any(node.output[0] in read for node in left)
     for feeds in inputs_for(base):
-        wanted = Runner(base, CPU, optimised=False).run(feeds, [output])[output]
-        made = Runner(prepared, CPU, optimised=False).run(feeds, [output])[output]
+        wanted = Runner(base, CPU, optimised=True).run(feeds, [output])[output]
+        made = Runner(prepared, CPU, optimised=True).run(feeds, [output])[output]
         np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -74,7 +75,7 @@ g (float[2, 3, 4, 4] x) => (float[a, b] y)
 
 
 def _run(proto: onnx.ModelProto, feeds: Mapping[str, Array]) -> Array:
-    options = ort.SessionOptions()
+    options = exact_options()
     options.log_severity_level = 4
     session = ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
