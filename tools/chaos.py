@@ -31,6 +31,7 @@ from chaos_clients import Ledger
 from chaos_files import make_world
 from chaos_victim import Victim, asked, fill_the_disk, happen, left_behind, settle
 from serve_clients import alone, descendants, patient
+from waiting import until
 
 from onnx_adapt.serve.copies import Copies
 
@@ -70,6 +71,7 @@ def kill_part(victim: Victim, rng: Random) -> str:
     victim.ledger.restarted = time.monotonic() + 3600  # until it is whole again
     os.kill(rng.choice(found), signal.SIGKILL)
     time.sleep(5)
+    until(lambda: victim.answers("POST", "/v2/repository/index"), victim.said)
     victim.ledger.killed = victim.ledger.restarted = time.monotonic()
     return name
 

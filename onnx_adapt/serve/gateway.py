@@ -298,6 +298,13 @@ class Gateway:
             problem = result
             await self.refresh()
         assert problem is not None
+        if isinstance(problem, AdapterNotFoundError):
+            self._versions_of(blend)  # there is no such adapter any more, or
+            raise RequestError(
+                "an adapter was replaced each time before it was loaded",
+                hint="try again",
+                status=503,
+            ) from problem
         raise problem
 
     def _versions_of(self, blend: Blend) -> dict[str, float]:

@@ -151,10 +151,7 @@ class Model(Replica):
 
     def __init__(self, settings: Settings, repository: Any) -> None:
         async def fetch(version: str) -> Adapter:
-            found = await repository.read.remote(version)
-            if isinstance(found, AdaptError):
-                raise found
-            name, data = found
+            name, data = await _answered(repository.read.remote(version))
             return await asyncio.to_thread(read_adapter, data, Path(name))
 
         super().__init__(settings, fetch, RayMetrics())
@@ -196,10 +193,10 @@ class _Routed:
         except asyncio.CancelledError:
             answer.cancel()
             raise
-        except RayActorError as error:
-            raise ReplicaDiedError from error
         except BackPressureError as error:
             raise RequestError("too many requests", hint="try later", status=503) from error
+        except (RayActorError, RayServeException) as error:
+            raise ReplicaDiedError from error
         return result
 
 
@@ -211,22 +208,30 @@ class _Remote:
         self._me = uuid.uuid4().hex
 
     async def news(self, under_way: int) -> News:
-        found: News = await self._repository.news.remote(self._me, under_way)
+        found: News = await _answered(self._repository.news.remote(self._me, under_way))
         return found
 
     async def load(self, name: str) -> None:
-        _raise(await self._repository.load.remote(name))
+        await _answered(self._repository.load.remote(name))
 
     async def unload(self, name: str) -> None:
-        _raise(await self._repository.unload.remote(name))
+        await _answered(self._repository.unload.remote(name))
 
     async def point(self, name: str, adapter: str) -> None:
-        _raise(await self._repository.point.remote(name, adapter))
+        await _answered(self._repository.point.remote(name, adapter))
 
 
-def _raise(problem: AdaptError | None) -> None:
-    if problem is not None:
-        raise problem
+async def _answered(answer: Any) -> Any:
+    """What the repository answers; an error that it returns is raised."""
+    try:
+        found = await answer
+    except (RayError, RayServeException) as error:
+        raise RequestError(
+            "the repository of adapters is started anew", hint="try again", status=503
+        ) from error
+    if isinstance(found, AdaptError):
+        raise found
+    return found
 
 
 class Front(Gateway):
@@ -245,7 +250,7 @@ class Front(Gateway):
     async def _ask_always(self) -> None:
         while True:
             await asyncio.sleep(_STOPPING_S if self.stopping else self.settings.poll_s)
-            with contextlib.suppress(RayError, RayServeException):  # it is started anew
+            with contextlib.suppress(RequestError):  # the repository is started anew
                 await self.refresh()
 
 

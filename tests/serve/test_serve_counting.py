@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 import pytest
 
-from onnx_adapt.errors import AdapterNotFoundError, RequestError
+from onnx_adapt.errors import AdapterNotFoundError, AdaptError, RequestError
 from onnx_adapt.serve.counting import later, status_of
 from onnx_adapt.serve.gateway import Gateway, News
 from onnx_adapt.serve.metrics import PrometheusMetrics
+from onnx_adapt.serve.protocol import InferRequest
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
 
@@ -127,3 +128,29 @@ def test_an_adapter_that_is_gone_leaves_no_line_and_its_place_is_another_s(
     asyncio.run(gateway.refresh())
     assert "a299" not in text(gateway)
     assert gateway.counted == {}
+
+
+@pytest.mark.parametrize(("removed", "status"), [(False, 503), (True, 404)])
+def test_an_adapter_that_is_replaced_each_time_is_asked_for_again(
+    folder: Folder, removed: bool, status: int
+) -> None:
+    asked_for = []
+
+    class Behind:
+        """A replica for which every version is gone before it has read it."""
+
+        async def infer(self, *given: object) -> AdapterNotFoundError:
+            asked_for.append(given[3])
+            folder.entries = {"fr": Entry("fr", f"fr@{len(asked_for) + 1}")}
+            if removed and len(asked_for) == 4:
+                folder.entries = {}
+            return AdapterNotFoundError(f"adapter version {given[3]} is gone")
+
+    folder.put("fr")
+    gateway = made(folder)
+    gateway._replicas = Behind()  # type: ignore[assignment]
+    request = InferRequest("", None, {}, {}, (), frozenset(), all_binary=False)
+    with pytest.raises(AdaptError) as refused:
+        asyncio.run(gateway.infer(request, {"fr": 1.0}))
+    assert status_of(refused.value) == status
+    assert asked_for == [{f"fr@{i}": 1.0} for i in (1, 2, 3, 4)]
