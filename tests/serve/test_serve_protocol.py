@@ -91,6 +91,17 @@ def test_float32_survives_json_bit_for_bit() -> None:
     assert found.tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_float32_that_is_rounded_twice_is_written_with_more_digits(sign: int) -> None:
+    array = np.array([0x15AE43FD, 0x15AE43FE], np.uint32).view(np.float32) * np.float32(sign)
+    assert np.float32(float(str(array[0]))) == array[1]  # its shortest decimal gives the next
+    for shaped in (array, np.asfortranarray(np.stack([array, array]))[:, ::-1]):
+        spec = Spec("x", "FP32", shaped.shape)
+        answer, _ = write_response(read_request(body()), "m", "1", "", [(spec, shaped)])
+        found = np.array(json.loads(answer)["outputs"][0]["data"]).astype(np.float32)
+        assert found.tobytes() == np.ascontiguousarray(shaped).tobytes()
+
+
 def test_an_output_that_json_cannot_say_is_told_and_goes_as_bytes() -> None:
     array = np.array([np.nan, np.inf], np.float32)
     spec = Spec("y", "FP32", (2,))
@@ -160,6 +171,8 @@ def test_a_tensor_that_is_not_right_is_refused(changes: dict, message: str) -> N
         (b'{"parameters": {"adaptor": "fr"}, "inputs": []}', None, "'adaptor'"),
         (b'{"parameters": {"binary_data_output": 1}}', None, "true or false"),
         (body()[:-1] + b', "id": 1}', None, "`id` is 1"),
+        (body()[:-1] + rb', "id": "\ud800"}', None, "no text"),
+        (body()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "no JSON"),
     ],
 )
 def test_a_body_that_is_not_right_is_refused(
