@@ -93,7 +93,7 @@ def read_request(body: bytes, header_length: str | None = None) -> InferRequest:
         [1.0, 2.0]
     """
     length = _header_length(header_length, len(body))
-    document = read_json(body[:length])
+    document = _read_numbers(body[:length])
     parameters = _parameters(document, _REQUEST_PARAMETERS)
     all_binary = _flag(parameters, "binary_data_output")
     tensors = _read_inputs(document, memoryview(body)[length:])
@@ -158,25 +158,29 @@ def write_response(
 def read_json(text: bytes) -> dict[str, Any]:
     """Read a JSON object.
 
-    Integers of more than 64 bits are floats; no tensor has such integers.
-
     Raises:
         RequestError: If the text is none.
     """
     try:
+        document = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}") from error
+    return _object(document)
+
+
+def _read_numbers(text: bytes) -> dict[str, Any]:
+    """Read a JSON object of many numbers; integers of more than 64 bits are floats."""
+    try:
         document = orjson.loads(text)
     except orjson.JSONDecodeError:  # Python's reader takes more, and says better what is wrong
-        document = _read_slowly(text)
+        return read_json(text)
+    return _object(document)
+
+
+def _object(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RequestError("the body is no JSON object")
     return document
-
-
-def _read_slowly(text: bytes) -> Any:
-    try:
-        return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from error
 
 
 def _no_number(name: str) -> None:
