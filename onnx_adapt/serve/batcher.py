@@ -87,6 +87,7 @@ class Batcher:
         )
         self.inputs = {name: _spec(item) for name, item in self.session.inputs.items()}
         self.outputs = {name: _spec(item) for name, item in self.session.outputs.items()}
+        self._shared = _shared({name: i.shape for name, i in self.session.inputs.items()})
         self._max_rows = max_rows
         self._axes = self.session.batch_axes
         declared = {**self.session.inputs, **self.session.outputs}
@@ -148,22 +149,20 @@ class Batcher:
 
     def _refuse_unequal(self, feeds: Mapping[str, Array]) -> None:
         """Refuse sizes that differ where the model has one symbol for them."""
-        sizes: dict[str, tuple[str, int]] = {}
-        for name, array in feeds.items():
-            for symbol, size in zip(self.session.inputs[name].shape, array.shape, strict=True):
-                if not isinstance(symbol, str):
-                    continue
-                first, found = sizes.setdefault(symbol, (name, size))
-                if found != size:
+        for symbol, places in self._shared.items():
+            first, axis = places[0]
+            expected = feeds[first].shape[axis]
+            for name, axis in places:
+                if (size := feeds[name].shape[axis]) != expected:
                     raise RequestError(
-                        f"{symbol!r} is {found} in {first!r} and {size} in {name!r}",
+                        f"{symbol!r} is {expected} in {first!r} and {size} in {name!r}",
                         hint="they have one size in the model",
                     )
 
     def rows(self, feeds: Mapping[str, Array]) -> int | None:
         """How many rows the feeds have, or None if that cannot be said."""
         counts = {
-            np.shape(feeds[name])[axis]
+            feeds[name].shape[axis]
             for name, axis in self._axes.inputs.items()
             if axis is not None
         }
@@ -171,6 +170,8 @@ class Batcher:
 
     def run(self, jobs: Sequence[Job]) -> list[Result]:
         """Run some requests, in as few batches as their shapes allow."""
+        if len(jobs) == 1:
+            return [self._run_alone(jobs[0])]
         results: list[Result | None] = [None] * len(jobs)
         groups: dict[object, list[int]] = {}
         for i, job in enumerate(jobs):
@@ -187,10 +188,10 @@ class Batcher:
         apart = self._as_ort_values or not self.rows(job.feeds)
         if apart or not all(self._batched[name] for name in [*job.feeds, *job.outputs]):
             return number
-        shapes = [
-            (name, np.delete(array.shape, self._axes.inputs[name] or 0).tobytes())
-            for name, array in sorted(job.feeds.items())
-        ]
+        shapes = []
+        for name, array in sorted(job.feeds.items()):
+            axis = self._axes.inputs[name] or 0
+            shapes.append((name, array.shape[:axis], array.shape[axis + 1 :]))
         return tuple(shapes), job.outputs
 
     def _run_joined(self, jobs: Sequence[Job]) -> list[Result] | None:
@@ -224,6 +225,16 @@ class Batcher:
             return {name: _array(value) for name, value in found.items()}
         except AdaptError as error:
             return error
+
+
+def _shared(shapes: Mapping[str, Sequence[Any]]) -> dict[str, list[tuple[str, int]]]:
+    """The symbols that several axes of inputs have, and the name and number of each axis."""
+    places: dict[str, list[tuple[str, int]]] = {}
+    for name, shape in shapes.items():
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, str):
+                places.setdefault(dim, []).append((name, axis))
+    return {symbol: found for symbol, found in places.items() if len(found) > 1}
 
 
 def _spec(item: Any) -> Spec:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnx_adapt.errors import RequestError
-from onnx_adapt.serve.protocol import read_json
 
 Blend = Mapping[str, float]
 """Adapters with their weights: none is the base, one of weight 1 is that adapter."""
@@ -80,6 +79,8 @@ def read_choice(model: str, base: str, parameter: object, header: str) -> Blend:
 
 def _read(value: Any) -> Blend:
     if isinstance(value, str) and value.lstrip().startswith("{"):
+        from onnx_adapt.serve.protocol import read_json  # with a library that names do without
+
         value = read_json(value.encode("utf-8", "replace"))
     if isinstance(value, str):
         value = {value: 1.0}

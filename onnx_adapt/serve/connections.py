@@ -10,6 +10,7 @@ import asyncio
 import functools
 import json
 import sys
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -38,7 +39,7 @@ _MOST_PER_CHUNKED = 8
 
 
 class _Joined:
-    """A transport that sends what is written in one step of the event loop as one.
+    """A transport that sends the head of an answer together with what follows it.
 
     uvicorn writes the head of an answer and its body apart: two calls of the system, and a
     client that wakes up twice.
@@ -46,28 +47,39 @@ class _Joined:
     Args:
         transport: Which sends it.
         loop: The event loop.
+        is_sized: Whether the answer says how long it is. Its body follows at once then; that
+            of others may take long to begin, and the head goes without it.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        is_sized: Callable[[], bool],
+    ) -> None:
         self._transport = transport
         self._loop = loop
+        self._is_sized = is_sized
         self._parts: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send this, with what is written before the step ends."""
-        if not self._parts:
-            self._loop.call_soon(self._send)
+        """Send this with what was written before, or with what follows."""
         self._parts.append(data)
+        if len(self._parts) > 1:
+            self.flush()
+        elif not self._is_sized():
+            self._loop.call_soon(self.flush)
 
     def close(self) -> None:
         """Send what is written, and close."""
-        self._send()
+        self.flush()
         self._transport.close()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        """Send what is written."""
         if self._parts and not self._transport.is_closing():
             self._transport.write(b"".join(self._parts))
         self._parts.clear()
@@ -94,7 +106,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many."""
-        joined: Any = _Joined(transport, self.loop)
+        joined: Any = _Joined(transport, self.loop, self._is_sized)
         super().connection_made(joined)
         if len(self.connections) > self._most:
             self._refuse(503, "too many connections; try later")
@@ -143,6 +155,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """What is left of this request, or has come of the next, must not take long."""
+        joined: Any = self.transport
+        joined.flush()
         super().on_response_complete()
         if self._begun and self._idle() and self._head_timer is None:
             self._expect_head()
@@ -169,6 +183,9 @@ class Connection(HttpToolsProtocol):
         self._head_timer = None
         if self._idle():  # an earlier request that is under way may delay this one
             self._refuse(408, f"no request came within {self._timeout_s:g} s")
+
+    def _is_sized(self) -> bool:
+        return self.cycle is not None and self.cycle.chunked_encoding is False
 
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

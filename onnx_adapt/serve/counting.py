@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from onnx_adapt.errors import (
     AdapterError,
@@ -53,51 +52,55 @@ class Quotas:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._under_way: Counter[str] = Counter()
+        self._under_way: dict[str, int] = {}
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Callable[[Sequence[str]], None]]:
-        """What a request calls with the adapters it needs, for as long as the block lasts.
+    def take(self, names: Sequence[str]) -> None:
+        """Take the share that a request has of each adapter's quota.
 
         Raises:
-            RequestError: That call, if as many as may be for one of them are under way.
+            RequestError: If as many as may be for one of them are under way.
         """
-        taken: list[str] = []
+        for name in names:
+            if 0 < self._most <= self._under_way.get(name, 0):
+                what = f"adapter {name!r}" if name else "the base"
+                raise RequestError(
+                    f"{self._most} requests for {what} are under way",
+                    hint="try later",
+                    status=429,
+                )
+        for name in names:
+            self._under_way[name] = self._under_way.get(name, 0) + 1
 
-        def take(names: Sequence[str]) -> None:
-            for name in names:
-                if 0 < self._most <= self._under_way[name]:
-                    what = f"adapter {name!r}" if name else "the base"
-                    raise RequestError(
-                        f"{self._most} requests for {what} are under way",
-                        hint="try later",
-                        status=429,
-                    )
-            self._under_way.update(names)
-            taken.extend(names)
-
-        try:
-            yield take
-        finally:
-            self._under_way -= Counter(taken)  # which forgets those that are at 0
+    def give_back(self, names: Sequence[str]) -> None:
+        """Give back what was taken; adapters that nobody asks for are forgotten."""
+        for name in names:
+            left = self._under_way.pop(name) - 1
+            if left:
+                self._under_way[name] = left
 
 
 class Asking:
-    """A request for a model, while it is answered.
+    """A request for a model, answered inside the block: it is counted, and has a quota.
 
     Args:
         version: The version of an adapter that is served.
-        take: Takes the share that the request has of each adapter's quota.
+        quotas: The quotas of adapters.
+        answered: Counts it, by its label, its status, and the seconds that it took.
 
     Attributes:
         label: What it is counted under; names that clients make up would have no end.
     """
 
     def __init__(
-        self, version: Callable[[str], str], take: Callable[[Sequence[str]], None]
+        self,
+        version: Callable[[str], str],
+        quotas: Quotas,
+        answered: Callable[[str, int, float], None],
     ) -> None:
         self._version = version
-        self._take = take
+        self._quotas = quotas
+        self._answered = answered
+        self._taken: Sequence[str] = ()
         self.label = "unknown"
 
     def choose(self, blend: Blend) -> None:
@@ -109,29 +112,33 @@ class Asking:
         """
         adapters = {self._version(name).rpartition("@")[0] for name in blend}
         self.label = "blend" if len(blend) > 1 else next(iter(blend), "base")
-        self._take(sorted(adapters) or [""])
+        names = sorted(adapters) or [""]
+        self._quotas.take(names)
+        self._taken = names
+
+    def __enter__(self) -> Asking:
+        """Begin to answer it."""
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Count what became of it."""
+        self._quotas.give_back(self._taken)
+        self._answered(self.label, _status(error), time.monotonic() - self._began)
 
 
-@contextlib.contextmanager
-def counting(asking: Asking, answered: Callable[[str, int, float], None]) -> Iterator[Asking]:
-    """Answer a request for a model inside the block, and count what became of it.
-
-    Args:
-        asking: The request.
-        answered: Counts it, by its label, its status, and the seconds that it took.
-    """
-    began, status = time.monotonic(), GONE
-    try:
-        yield asking
-        status = 200
-    except AdaptError as error:
-        status = status_of(error)
-        raise
-    except Exception:
-        status = 500
-        raise
-    finally:
-        answered(asking.label, status, time.monotonic() - began)
+def _status(error: BaseException | None) -> int:
+    """What a request is counted as, by what it ended with."""
+    if error is None:
+        return 200
+    if isinstance(error, AdaptError):
+        return status_of(error)
+    return 500 if isinstance(error, Exception) else GONE
 
 
 def status_of(error: AdaptError) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,7 +34,9 @@ class Edge:
         names: Whether answers say what their request is called; Ray's proxy says so itself.
     """
 
-    def __init__(self, app: ASGIApp, gateway_of: Callable[[], Gateway], names: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, gateway_of: Callable[[], Gateway], *, names: bool
+    ) -> None:
         self._app = app
         self._gateway_of = gateway_of
         self._names = names
@@ -43,9 +46,7 @@ class Edge:
         if scope["type"] != "http":  # Ray's server starts and ends the application by messages
             await self._app(scope, receive, send)
             return
-        headers = {
-            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
-        }
+        headers = Headers(scope=scope)
         record = Record(read_id(headers.get(REQUEST_ID, "")), scope["path"])
         with recorded(record, scope["method"], headers):
             send = _noting(send, record, names=self._names)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,13 +16,14 @@ from onnx_adapt.serve.aliases import read_change
 from onnx_adapt.serve.batcher import Result
 from onnx_adapt.serve.bodies import Bodies
 from onnx_adapt.serve.choice import Blend
-from onnx_adapt.serve.counting import Asking, Counted, Quotas, counting
+from onnx_adapt.serve.counting import Asking, Counted, Quotas
 from onnx_adapt.serve.metrics import NO_ADAPTERS, Metrics
 from onnx_adapt.serve.protocol import InferRequest, Spec
 from onnx_adapt.serve.records import note_adapter
 from onnx_adapt.serve.repository import Entry
 from onnx_adapt.serve.settings import Settings
 from onnx_adapt.serve.tracing import span
+from onnx_adapt.serve.waiting import within
 
 BASE_VERSION = "1"
 """The version of the base; for an adapter it means whichever is served."""
@@ -171,7 +171,7 @@ class Gateway:
         if self.stopping:
             return False
         try:
-            await asyncio.wait_for(self._replicas.describe(), 5)
+            await within(5, self._replicas.describe())
         except (asyncio.TimeoutError, ReplicaDiedError):
             return False
         return True
@@ -211,14 +211,9 @@ class Gateway:
             )
         return entry.version
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[Asking]:
-        """Answer a request for a model inside the block: it is counted, and has a quota."""
-        with (
-            self._quotas.share() as take,
-            counting(Asking(self.version, take), self.answered) as asking,
-        ):
-            yield asking
+    def request(self) -> Asking:
+        """A request for a model, answered inside a block: it is counted, and has a quota."""
+        return Asking(self.version, self._quotas, self.answered)
 
     def answered(self, adapter: str, status: int, seconds: float) -> None:
         """Count a request for a model that was answered."""
@@ -323,7 +318,7 @@ class Gateway:
         )
         try:
             with span("run model", {"onnx_adapt.version": _said(versions)}):
-                return await asyncio.wait_for(answer, max(seconds, 0))
+                return await within(max(seconds, 0), answer)
         except asyncio.TimeoutError as error:
             limit = self.settings.timeout_s
             raise RequestError(

@@ -113,6 +113,8 @@ class Recent:
             self._evict()
         else:
             self._held.move_to_end(version)
+        if found.done():
+            return found.result()
         return await asyncio.shield(found)  # others wait for it, if this client goes
 
     async def pin(self, versions: Iterable[str]) -> None:

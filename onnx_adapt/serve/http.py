@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onnx_adapt import __version__
 from onnx_adapt.errors import AdaptError, RequestError
@@ -46,7 +46,7 @@ def api(
     gateway_of: Callable[[], Gateway],
     *more: Route,
     names: bool = True,
-) -> Starlette:
+) -> ASGIApp:
     """The routes of the protocol, and more, answered by the gateway of this process.
 
     Args:
@@ -56,8 +56,9 @@ def api(
     """
     model = "/v2/models/{model}"
     paths = (model, model + "/versions/{version}")
-    routes = [  # those that are asked most come first
-        *(Route(path + "/infer", _infer, methods=["POST"]) for path in paths),
+    runs = [Route(path + "/infer", _infer, methods=["POST"]) for path in paths]
+    routes = [
+        *runs,
         Route("/", _front),
         Route("/-/", _front),
         Route("/v2/health/live", _live),
@@ -78,10 +79,38 @@ def api(
         AdaptError: _refused,
         HTTPException: _unknown,
     }
-    edge = Middleware(Edge, gateway_of=gateway_of, names=names)
-    app = Starlette(routes=[*routes, *more], exception_handlers=failures, middleware=[edge])
+    app = Starlette(routes=[*routes, *more], exception_handlers=failures)
     app.state.gateway_of = gateway_of
-    return app
+    return Edge(_Shortcut(app, runs), gateway_of, names=names)
+
+
+class _Shortcut:
+    """ASGI middleware that runs the model at once, and hands all other requests on.
+
+    To come through Starlette's own layers takes as long as to run a small model.
+
+    Args:
+        app: What answers all other requests.
+        runs: The routes by which the model is run.
+    """
+
+    def __init__(self, app: Starlette, runs: Sequence[Route]) -> None:
+        self._app = app
+        self._runs = runs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        for route in self._runs:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                request = Request({**scope, **found, "app": self._app}, receive)
+                try:
+                    response = await _infer(request)
+                except AdaptError as error:
+                    response = await _refused(request, error)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _gateway(request: Request) -> Gateway:
@@ -178,8 +207,9 @@ async def _infer(request: Request) -> Response:
 
 
 async def _run(request: Request, gateway: Gateway, asking: Asking) -> Response:
-    name, version = _named(request)
-    body = await read_body(request, _gateway(request).settings)
+    name = request.path_params["model"]
+    version = gateway.named(name, request.path_params.get("version", ""))
+    body = await read_body(request, gateway.settings)
     asked = await _aside(len(body), read_request, body, request.headers.get(HEADER_LENGTH))
     header = next(filter(None, map(request.headers.get, _ROUTED_BY)), "")
     blend = read_choice(name, gateway.base, asked.adapter, header)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from onnx_adapt.dtypes import Array
 from onnx_adapt.errors import RequestError
@@ -30,6 +33,9 @@ _OUTPUT_PARAMETERS = {"binary_data"}
 _REQUEST_PARAMETERS = {"adapter", "binary_data_output"}
 _FOREIGN_PARAMETERS = {"content_type", "headers", "priority", "timeout"}
 """What clients of other servers send with every request; it means nothing here."""
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a character, which `json` takes and nothing can write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def read_request(body: bytes, header_length: str | None = None) -> InferRequest:
         [1.0, 2.0]
     """
     length = _header_length(header_length, len(body))
-    document = read_json(body[:length])
+    document = _read_numbers(body[:length])
     parameters = _parameters(document, _REQUEST_PARAMETERS)
     all_binary = _flag(parameters, "binary_data_output")
     tensors = _read_inputs(document, memoryview(body)[length:])
@@ -96,7 +102,7 @@ def read_request(body: bytes, header_length: str | None = None) -> InferRequest:
         chosen = _parameters(item, _OUTPUT_PARAMETERS)
         outputs[_text(item, "name")] = _flag(chosen, "binary_data", all_binary)
     return InferRequest(
-        id=_text(document, "id") if document.get("id") is not None else "",
+        id=_id(document) if document.get("id") is not None else "",
         adapter=parameters.get("adapter"),
         feeds={name: array for name, (_, array) in tensors.items()},
         datatypes={name: datatype for name, (datatype, _) in tensors.items()},
@@ -134,15 +140,15 @@ def write_response(
             raw = bytes_of_array(spec.datatype, array)
             raws.append(raw)
             entry["parameters"] = {"binary_data_size": len(raw)}
-            entries.append(json.dumps(entry))
         else:
-            data = json_of_array(spec.datatype, array)
-            entries.append(f'{json.dumps(entry)[:-1]}, "data": {data}}}')
+            entry["data"] = orjson.Fragment(json_of_array(spec.datatype, array))
+        entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": version}
     document["parameters"] = {"adapter": adapter}
     if request.id:
         document["id"] = request.id
-    head = f'{json.dumps(document)[:-1]}, "outputs": [{", ".join(entries)}]}}'.encode()
+    document["outputs"] = entries
+    head = orjson.dumps(document)
     if not raws:
         return head, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
@@ -159,6 +165,19 @@ def read_json(text: bytes) -> dict[str, Any]:
         document = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {error}") from error
+    return _object(document)
+
+
+def _read_numbers(text: bytes) -> dict[str, Any]:
+    """Read a JSON object of many numbers; integers of more than 64 bits are floats."""
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError:  # Python's reader takes more, and says better what is wrong
+        return read_json(text)
+    return _object(document)
+
+
+def _object(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RequestError("the body is no JSON object")
     return document
@@ -231,6 +250,13 @@ def _text(item: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def _id(document: Mapping[str, Any]) -> str:
+    found = _text(document, "id")
+    if _HALF.search(found):
+        raise RequestError(f"`id` is {found!r}, which is no text")
+    return found
+
+
 def _shape(item: Mapping[str, Any]) -> list[int]:
     shape = item.get("shape")
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
@@ -243,7 +269,8 @@ def _shape(item: Mapping[str, Any]) -> list[int]:
 def _parameters(item: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The parameters of something."""
     found = item.get("parameters")
-    found = {} if found is None else found
+    if found is None:
+        return {}
     if not isinstance(found, dict):
         raise RequestError("`parameters` is no JSON object")
     refuse_unknown(found, known)

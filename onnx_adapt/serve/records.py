@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,7 +61,7 @@ def read_id(given: str) -> str:
         >>> read_id("7f3a-1"), len(read_id("two words")), len(read_id("7" * 200))
         ('7f3a-1', 32, 32)
     """
-    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _ID.fullmatch(given) else os.urandom(16).hex()
 
 
 @contextlib.contextmanager

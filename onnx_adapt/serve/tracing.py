@@ -7,6 +7,7 @@ none.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,19 @@ except ModuleNotFoundError:  # the extra is not installed
 else:
     _TRACER = trace.get_tracer("onnx_adapt")
 
+_NOTHING = contextlib.nullcontext()
+
+
+@functools.cache
+def _is_wanted(tracer: Any) -> bool:
+    """Whether anybody hears of a tracer's spans: found out once, with the first request.
+
+    Spans that nobody hears of cost as much as others.
+    """
+    if tracer is None or not isinstance(tracer, trace.ProxyTracer):
+        return tracer is not None
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
 
 def span(name: str, attributes: Mapping[str, str]) -> contextlib.AbstractContextManager[Any]:
     """A part of a request, inside a block.
@@ -25,17 +39,16 @@ def span(name: str, attributes: Mapping[str, str]) -> contextlib.AbstractContext
         name: What is done.
         attributes: What is known of it.
     """
-    if _TRACER is None:
-        return contextlib.nullcontext()
+    if not _is_wanted(_TRACER):
+        return _NOTHING
     found: contextlib.AbstractContextManager[Any]
     found = _TRACER.start_as_current_span(name, attributes=attributes)
     return found
 
 
-@contextlib.contextmanager
 def request_span(
     name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
-) -> Iterator[Any]:
+) -> contextlib.AbstractContextManager[Any]:
     """A whole request, inside the block, as a part of what its client does.
 
     Args:
@@ -43,12 +56,16 @@ def request_span(
         headers: Those of the request, of which `traceparent` tells the client's span.
         attributes: What is known of the request.
 
-    Yields:
-        The span, or None if nobody wants it.
+    Returns:
+        What gives the span, or None if nobody wants it.
     """
-    if _TRACER is None:
-        yield None
-        return
+    return _request_span(name, headers, attributes) if _is_wanted(_TRACER) else _NOTHING
+
+
+@contextlib.contextmanager
+def _request_span(
+    name: str, headers: Mapping[str, str], attributes: Mapping[str, str]
+) -> Iterator[Any]:
     with _TRACER.start_as_current_span(
         name,
         context=propagate.extract(headers),

@@ -91,6 +91,17 @@ def test_float32_survives_json_bit_for_bit() -> None:
     assert found.tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_float32_that_is_rounded_twice_is_written_with_more_digits(sign: int) -> None:
+    array = np.array([0x15AE43FD, 0x15AE43FE], np.uint32).view(np.float32) * np.float32(sign)
+    assert np.float32(float(str(array[0]))) == array[1]  # its shortest decimal gives the next
+    for shaped in (array, np.asfortranarray(np.stack([array, array]))[:, ::-1]):
+        spec = Spec("x", "FP32", shaped.shape)
+        answer, _ = write_response(read_request(body()), "m", "1", "", [(spec, shaped)])
+        found = np.array(json.loads(answer)["outputs"][0]["data"]).astype(np.float32)
+        assert found.tobytes() == np.ascontiguousarray(shaped).tobytes()
+
+
 def test_an_output_that_json_cannot_say_is_told_and_goes_as_bytes() -> None:
     array = np.array([np.nan, np.inf], np.float32)
     spec = Spec("y", "FP32", (2,))
@@ -124,6 +135,9 @@ def test_an_output_that_json_cannot_say_is_told_and_goes_as_bytes() -> None:
         ({"datatype": "INT8", "data": [1, 128]}, "128 is no INT8"),
         ({"datatype": "UINT8", "data": [1, -1]}, "-1 is no UINT8"),
         ({"datatype": "INT64", "data": [1, 2**64]}, "no INT64"),
+        ({"datatype": "INT64", "data": [1, -(2**63) - 1]}, "no INT64"),
+        ({"datatype": "UINT64", "data": [2**64]}, "no UINT64"),
+        ({"shape": [2**64]}, "`shape` is"),
         ({"datatype": "INT64", "data": [1, 1.5]}, "no INT64"),
         ({"datatype": "BOOL", "data": [0, 1]}, "no BOOL"),
         ({"datatype": "BYTES", "data": ["a", 1]}, "no texts"),
@@ -160,6 +174,8 @@ def test_a_tensor_that_is_not_right_is_refused(changes: dict, message: str) -> N
         (b'{"parameters": {"adaptor": "fr"}, "inputs": []}', None, "'adaptor'"),
         (b'{"parameters": {"binary_data_output": 1}}', None, "true or false"),
         (body()[:-1] + b', "id": 1}', None, "`id` is 1"),
+        (body()[:-1] + rb', "id": "\ud800"}', None, "no text"),
+        (body()[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "no JSON"),
     ],
 )
 def test_a_body_that_is_not_right_is_refused(
