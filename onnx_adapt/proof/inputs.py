@@ -18,7 +18,7 @@ from onnx_adapt.model.file import Model
 from onnx_adapt.ort import CPU, Providers
 from onnx_adapt.proof.feeds import WITHOUT_PROOF, Feeds, check_feeds, inputs_hint, load_feeds
 from onnx_adapt.proof.input_sizes import Sizes, first_sizes, second_sizes
-from onnx_adapt.proof.runner import Runner, as_arrays
+from onnx_adapt.proof.runner import Runner, Values, as_arrays
 from onnx_adapt.proof.synthetic_inputs import Recipe, read_recipe
 
 _SECONDS, _TRIES = 60.0, 400
@@ -44,7 +44,10 @@ def inputs_for(
         AdaptError: If those given do not fit, or none can be made up.
         UnprovableError: If the base does not run here at all.
     """
-    return feeds_for(base, base_runner(base, providers), given, seed)
+    runner = base_runner(base, providers)
+    if _listed(given):
+        return given_feeds(base, given)
+    return [feeds for feeds, _ in _made_up(base, runner, seed)]
 
 
 def base_runner(base: Model, providers: Providers) -> Runner:
@@ -62,10 +65,10 @@ def base_runner(base: Model, providers: Providers) -> Runner:
         ) from error
 
 
-def feeds_for(
+def runs_of_base(
     base: Model, runner: Runner, given: Inputs | Sequence[Inputs] | None, seed: int
-) -> list[Feeds]:
-    """The inputs that are given, checked; where there are none, some that the base runs with.
+) -> list[tuple[Feeds, Values]]:
+    """The inputs that are given, checked, or some that are made up; and the base's outputs.
 
     Raises:
         AdaptError: If those given do not fit.
@@ -73,7 +76,7 @@ def feeds_for(
     """
     if not _listed(given):
         return _made_up(base, runner, seed)
-    return given_feeds(base, given)
+    return [(feeds, runner.run(feeds)) for feeds in given_feeds(base, given)]
 
 
 def given_feeds(base: Model, given: Inputs | Sequence[Inputs] | None) -> list[Feeds]:
@@ -90,23 +93,23 @@ def given_feeds(base: Model, given: Inputs | Sequence[Inputs] | None) -> list[Fe
     ]
 
 
-def _made_up(base: Model, runner: Runner, seed: int) -> list[Feeds]:
-    """One set of inputs that the base runs with; two where they can differ."""
+def _made_up(base: Model, runner: Runner, seed: int) -> list[tuple[Feeds, Values]]:
+    """Inputs that the base runs with, and its outputs; two of them where they can differ."""
     recipe = read_recipe(index_model(base), seed)
     trial = _Trial(base, runner, recipe)
     for sizes in first_sizes(set(recipe.kinds.values())):
         # Random ids may be special ones, such as an image's that is not there.
         for constant in (None, 1, 0) if recipe.has_integers else (None,):
-            feeds = trial.run(sizes, 0, constant)
-            if feeds is None:
+            first = trial.run(sizes, 0, constant)
+            if first is None:
                 continue
             for other in second_sizes(sizes):
                 same = recipe.shapes(other) == recipe.shapes(sizes)
                 if recipe.steered or not same:
                     more = trial.run(other, 1, constant)
                     if more is not None:
-                        return [feeds, more]
-            return [feeds]
+                        return [first, more]
+            return [first]
     if trial.empty is not None:
         return [trial.empty]
     raise UnprovableError(
@@ -121,20 +124,22 @@ class _Trial:
 
     Attributes:
         last: Why the last one failed.
-        empty: Inputs that the base ran with, but with nothing in any output.
+        empty: A run with nothing in any output.
     """
 
     base: Model
     runner: Runner
     recipe: Recipe
     last: str = ""
-    empty: Feeds | None = None
+    empty: tuple[Feeds, Values] | None = None
     _spent: float = 0.0
     _tries: int = 0
     _seen: set[object] = field(default_factory=set)
 
-    def run(self, sizes: Sizes, variant: int, constant: int | None) -> Feeds | None:
-        """Inputs of these sizes if the base runs with them, and can be asked to."""
+    def run(
+        self, sizes: Sizes, variant: int, constant: int | None
+    ) -> tuple[Feeds, Values] | None:
+        """Inputs of these sizes, and outputs, if the base runs with them, and may be run."""
         key = (*self.recipe.shapes(sizes).items(), variant, constant)
         if key in self._seen:
             return None
@@ -152,9 +157,9 @@ class _Trial:
         finally:
             self._spent += time.monotonic() - started
         if not any(array.size for value in found.values() for array in as_arrays(value)):
-            self.empty = self.empty or feeds
+            self.empty = self.empty or (feeds, found)
             return None
-        return feeds
+        return feeds, found
 
     def _is_small(self, sizes: Sizes) -> bool:
         """Whether no tensor in the graph is known to become very large.

@@ -21,7 +21,7 @@ from onnx_adapt.model.given import ModelLike, as_model
 from onnx_adapt.ort import Providers, runtime_version
 from onnx_adapt.proof.batched_rows import check_rows
 from onnx_adapt.proof.feeds import Feeds
-from onnx_adapt.proof.inputs import Inputs, base_runner, feeds_for
+from onnx_adapt.proof.inputs import Inputs, base_runner, runs_of_base
 from onnx_adapt.proof.probe import Measurement, Probe, neutral_model
 from onnx_adapt.proof.processor import processor_warning
 from onnx_adapt.proof.reached_slots import feeds_with_rows, unreached_slots
@@ -195,9 +195,10 @@ class _Proof:
         """
         self.tell("running the base")
         runner = base_runner(self.base, self.providers)
-        self.feeds = feeds_for(self.base, runner, self.given, self.seed)
+        runs = runs_of_base(self.base, runner, self.given, self.seed)
+        self.feeds = [feeds for feeds, _ in runs]
         self.filled = feeds_with_rows(self.base, self.feeds)
-        self.expected[True] = [runner.run(feeds) for feeds in self.feeds]
+        self.expected[True] = [outputs for _, outputs in runs]
         del runner
         self.warnings = processor_warning(
             self.base, self.feeds, self.expected[True], self.providers
