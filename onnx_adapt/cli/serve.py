@@ -253,9 +253,12 @@ def _serve_on_ray(
     **sizes: int,
 ) -> None:
     from onnx_adapt.serve import build_app
+    from onnx_adapt.serve.records import check_access_log
     from onnx_adapt.serve.settings import read_settings
 
     settings = read_settings({**options, **sizes})
+    if settings.access_log and address is None:  # a cluster has it on other nodes
+        check_access_log(settings.access_log)
     app = build_app({**options, **sizes})
     from onnx_adapt.serve.ray_running import Place, running
 

@@ -110,6 +110,23 @@ def line(record: Record, seconds: float) -> str:
     return json.dumps(found | measured)
 
 
+def check_access_log(path: str) -> None:
+    """Refuse an access log that cannot be written.
+
+    Raises:
+        RequestError: If it cannot.
+    """
+    file = Path(path).absolute()
+    there = file.exists()
+    if path != "-" and (
+        file.is_dir() or not os.access(file if there else file.parent, os.W_OK)
+    ):
+        raise RequestError(
+            f"the access log {path} cannot be written",
+            hint="--access-log takes a file, or - for stderr",
+        )
+
+
 def open_access_log(path: str) -> None:
     """Write a line for each request from now on.
 
@@ -119,17 +136,11 @@ def open_access_log(path: str) -> None:
     Raises:
         RequestError: If it cannot be written.
     """
+    check_access_log(path)
     handler: logging.Handler = logging.StreamHandler()
     if path != "-":
-        file = Path(path).absolute()
-        there = file.exists()
-        if file.is_dir() or not os.access(file if there else file.parent, os.W_OK):
-            raise RequestError(
-                f"the access log {path} cannot be written",
-                hint="--access-log takes a file, or - for stderr",
-            )
         # The file is made with its first line: a server that does not start leaves none.
-        handler = _File(file, encoding="utf-8", delay=True)
+        handler = _File(Path(path).absolute(), encoding="utf-8", delay=True)
     _access.setLevel(logging.INFO)
     _access.propagate = False
     _access.addHandler(handler)

@@ -127,6 +127,8 @@ def test_so_do_grpc_and_its_streams(served: tuple[Server, str], folder: Path) ->
         (["--ssl-certfile", "cert.pem", "--ssl-keyfile", "token"], "cert.pem and token: no"),
         (["--ssl-keyfile", "key.pem"], "a private key needs a certificate"),
         (["--ssl-keyfile", "key.pem", "--replicas", "2"], "a private key needs"),
+        (["--access-log", "none/log", "--replicas", "2"], "none/log cannot be written"),
+        (["--access-log", "none/log"], "none/log cannot be written"),
     ],
 )
 def test_files_that_guard_nothing_are_refused(
