@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -62,14 +62,21 @@ EXACT_PRODUCTS = "session.x64quantprecision"
 """The entry of a session's options by which sums of 8-bit products never saturate."""
 
 
-def exact_options() -> Any:
-    """New SessionOptions for a session that is exact about integers on every processor.
+def start_exactly(start: Callable[[Any], Any]) -> Any:
+    """Start a session that is exact about integers on every processor, where there is one.
 
-    See `proof/processor.py`, which says what ONNX Runtime does by default.
+    `proof/processor.py` says what ONNX Runtime does by default. ONNX Runtime 1.32 makes some
+    models of int8 matrices into ones that it has no kernels for; they run by default then.
+
+    Args:
+        start: Starts the session with the SessionOptions that it is given.
     """
     options = onnxruntime().SessionOptions()
     options.add_session_config_entry(EXACT_PRODUCTS, "1")
-    return options
+    try:
+        return start(options)
+    except RunError:
+        return start(onnxruntime().SessionOptions())
 
 
 _SUFFIX = "ExecutionProvider"

@@ -3,7 +3,7 @@
 With AVX2 and without VNNI it adds two products of an unsigned and a signed byte in 16 bits,
 and such a sum saturates: 255 * 127 + 255 * 127 becomes 32767. The outputs of a quantised model
 may be far off then, with an adapter and without. Proofs tell ONNX Runtime to be exact
-(`ort.exact_options`); other sessions are not, since it may take them twice the time.
+(`ort.start_exactly`); other sessions are not, since it may take them twice the time.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from onnx_adapt.model.runtime_bytes import keep_unpacked, model_bytes
 from onnx_adapt.ort import (
     ProviderChoice,
     Providers,
-    exact_options,
     onnxruntime,
     read_providers,
     run_session,
+    start_exactly,
     start_session,
 )
 from onnx_adapt.session.loaded_model import base_values
@@ -87,26 +87,29 @@ class Runner:
         exact: bool = True,
     ) -> None:
         ort = onnxruntime()
-        options = exact_options() if exact else ort.SessionOptions()
-        options.log_severity_level = 4
-        if shapes_first:
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = (
-            levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-        )
-        if not fuse_quantised:
-            options.add_session_config_entry(_NO_QUANTISED_FUSION, "1")
+
+        def start(options: Any) -> Any:
+            options.log_severity_level = 4
+            if shapes_first:
+                options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.graph_optimization_level = (
+                levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+            )
+            if not fuse_quantised:
+                options.add_session_config_entry(_NO_QUANTISED_FUSION, "1")
+            keep_unpacked(model, options)
+            return start_session(
+                model_bytes(model, options),
+                options,
+                providers,
+                label=model.label,
+                hint="`onnx-adapt check` says whether its slots are whole; a base may need "
+                "operators or providers that are not here",
+            )
+
         self._label = model.label
-        keep_unpacked(model, options)
-        self._session = start_session(
-            model_bytes(model, options),
-            options,
-            providers,
-            label=model.label,
-            hint="`onnx-adapt check` says whether its slots are whole; a base may need "
-            "operators or providers that are not here",
-        )
+        self._session = start_exactly(start) if exact else start(ort.SessionOptions())
         self._unfed = required_feeds(read_manifest(model.proto), base_values(model))
         self.outputs = [item.name for item in self._session.get_outputs()]
 

@@ -8,6 +8,7 @@ behind them, because no token of a decoder sees a later one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from onnx_adapt.errors import AdapterError, CheckpointError
 from onnx_adapt.graph.index import GraphView, ModelIndex, TensorType, elem_name, index_model
 from onnx_adapt.model.file import Model
 from onnx_adapt.model.runtime_bytes import model_bytes
-from onnx_adapt.ort import exact_options, read_providers, run_session, start_session
+from onnx_adapt.ort import read_providers, run_session, start_exactly, start_session
 
 _IDS, _FLAGS, _POSITIONS = "input_ids", "attention_mask", ("position_ids", "cache_position")
 
@@ -80,11 +81,14 @@ def _states_of(
         ) from error
     embedding = _embedding(index, tokens)
     opened = _reading_embeddings(model, index, embedding)
-    options = exact_options()
-    given = model_bytes(opened, options)
-    session = start_session(
-        given, options, read_providers(None), label=model.label, hint="does the base run?"
-    )
+
+    def start(options: Any) -> Any:
+        given = model_bytes(opened, options)
+        return start_session(
+            given, options, read_providers(None), label=model.label, hint="does the base run?"
+        )
+
+    session = start_exactly(start)
     feeds = _feeds(index, names, embedding, tokens.rows)
     return tuple(run_session(session, made, feeds, label=model.label))
 
