@@ -16,6 +16,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from onnx_adapt.serve.upgrades import Parser
+
 if sys.platform != "win32":
     import resource
 
@@ -96,6 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, timeout_s: float, most: int, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.parser: Any = Parser(self)
         self._timeout_s = timeout_s
         self._most = most
         self._head_timer: asyncio.TimerHandle | None = None
@@ -137,6 +140,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head came in time."""
+        if self.parser.should_upgrade():  # it is read once more
+            return
         self._head_came()
         super().on_headers_complete()
 
@@ -148,6 +153,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Count anew for the next request."""
+        if self.parser.should_upgrade():
+            return
         self._begun = False
         self._apart = self._body = 0
         self._head_came()
@@ -158,8 +165,24 @@ class Connection(HttpToolsProtocol):
         joined: Any = self.transport
         joined.flush()
         super().on_response_complete()
+        if self.pipeline:  # or each answer would let thousands of requests come
+            self.flow.pause_reading()
         if self._begun and self._idle() and self._head_timer is None:
             self._expect_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, after answers to what came before it."""
+        last = self.cycle
+        if last is None or last.response_complete or not last.more_body:
+            if self._idle():
+                self._refuse(400, msg)
+            else:
+                last.keep_alive = False
+                self.flow.pause_reading()
+            return
+        if not self.pipeline and not last.response_started:  # it is its body that is broken
+            self._say(400, msg)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is answered: it may for a while."""
@@ -195,12 +218,16 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._idle():
-            body = json.dumps({"error": why}).encode()
-            head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
-            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-            head += ["Retry-After: 1", "Connection: close", "", ""]
-            self.transport.write("\r\n".join(head).encode() + body)
+            self._say(status, why)
         self.transport.close()
+
+    def _say(self, status: int, why: str) -> None:
+        body = json.dumps({"error": why}).encode()
+        head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+        head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        head += ["Retry-After: 1"] if status != 400 else []
+        head += ["Connection: close", "", ""]
+        self.transport.write("\r\n".join(head).encode() + body)
 
     def _head_came(self) -> None:
         if self._head_timer is not None:

@@ -82,9 +82,14 @@ class Embedder:
         given = document.get("input")
         if isinstance(given, str) or (isinstance(given, list) and _are_tokens(given)):
             given = [given]
-        if not isinstance(given, list) or not 0 < len(given) <= _MOST_TEXTS:
+        if not isinstance(given, list) or not given:
             raise RequestError("`input` is no text, nor a list of some")
+        if len(given) > _MOST_TEXTS:
+            raise RequestError(
+                f"`input` has {len(given)} texts", hint=f"send up to {_MOST_TEXTS} at once"
+            )
         if all(isinstance(text, str) for text in given):
+            _refuse_halves(given)
             rows = [item.ids for item in self.tokenizer.encode_batch(given)]
         elif all(isinstance(row, list) and _are_tokens(row) for row in given):
             rows = given
@@ -203,6 +208,14 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
         raise RequestError(f"{path} is no tokenizer: {error}") from error
     found.no_padding()
     return found
+
+
+def _refuse_halves(texts: list[str]) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"`input` holds a text that is no text: {error.reason}") from error
 
 
 def _are_tokens(row: list[Any]) -> bool:

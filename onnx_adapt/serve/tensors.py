@@ -59,6 +59,8 @@ def array_of_json(datatype: str, shape: Sequence[int], data: object) -> Array:
         found = np.array(data)
     except (ValueError, OverflowError) as error:
         raise RequestError(f"`data` is no {datatype} tensor: {error}") from error
+    if dtype == np.uint64 and found.dtype.kind == "f":
+        found = _large_integers(data)
     if found.size and found.dtype.kind not in _KINDS[dtype.kind]:
         raise RequestError(f"`data` holds values that are no {datatype}")
     if dtype.kind in "iu" and found.size:
@@ -71,6 +73,14 @@ def array_of_json(datatype: str, shape: Sequence[int], data: object) -> Array:
     if dtype.kind in "fV" and not np.isfinite(narrowed).all():
         raise RequestError(f"`data` holds values that are too large for {datatype}")
     return _shaped(narrowed, shape)
+
+
+def _large_integers(data: list[Any]) -> Array:
+    """Integers of which some are too large for an INT64: numpy makes floats of the rest."""
+    whole = np.array(data, object)
+    if not all(type(value) is int and 0 <= value < 2**64 for value in whole.reshape(-1)):
+        raise RequestError("`data` holds values that are no UINT64")
+    return whole.astype(np.uint64)
 
 
 def array_of_bytes(datatype: str, shape: Sequence[int], raw: memoryview) -> Array:

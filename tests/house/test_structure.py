@@ -59,6 +59,7 @@ DOORS = {
     "flatbuffers": {"adapter/onnx_adapter"},
     "fsspec": {"serve/repository"},
     "grpc": {"serve/grpc_server"},
+    "httptools": {"serve/upgrades"},
     "orjson": {"serve/protocol", "serve/tensors"},
     "ray": {"serve/ray_app", "serve/ray_metrics", "serve/ray_running"},
     "starlette": {"serve/bodies", "serve/edge", "serve/http", "serve/llm/routes"},

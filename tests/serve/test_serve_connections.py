@@ -1,7 +1,10 @@
 """Connections that last too long, hold too much, or are too many."""
 
 import asyncio
+import contextlib
 import functools
+import gc
+import json
 import socket
 import threading
 import time
@@ -17,7 +20,7 @@ from waiting import LONG, until
 
 from onnx_adapt.errors import RequestError
 from onnx_adapt.serve.bodies import Bodies
-from onnx_adapt.serve.connections import limited
+from onnx_adapt.serve.connections import Connection, limited
 from onnx_adapt.serve.settings import Settings
 
 TIMEOUT_S, MOST = 0.4, 3
@@ -26,7 +29,8 @@ ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 async def _answer(request: Request) -> Response:
     await asyncio.sleep(float(request.query_params.get("sleep", 0)))
-    return PlainTextResponse("x" * int(request.query_params.get("size", 1)))
+    said = await request.body()
+    return PlainTextResponse(said or "x" * int(request.query_params.get("size", 1)))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,73 @@ def test_connections_above_the_limit_are_told_so(port: int) -> None:
             return another.recv(1000).startswith(b"HTTP/1.1 200")
 
     until(free)
+
+
+OFFER = b"POST / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nContent-Length: 5\r\n"
+OFFER += b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\n\r\nfirst"
+NEXT = b"POST / HTTP/1.1\r\nContent-Length: 4\r\nConnection: close\r\n\r\nlast"
+
+
+@pytest.mark.parametrize("offer", [OFFER, OFFER.replace(b"h2c", b"websocket"), ASK])
+@pytest.mark.parametrize("apart", [1, 40, 10_000])
+def test_an_offer_of_another_protocol_is_ignored_and_loses_nothing(
+    port: int, offer: bytes, apart: int
+) -> None:
+    whole = offer + offer + NEXT
+    with connected(port) as client:
+        for start in range(0, len(whole), apart):
+            client.sendall(whole[start : start + apart])
+        bodies = [
+            part.partition(b"\r\n\r\n")[2] for part in all_of(client).split(b"HTTP/1.1 ")
+        ]
+    first = b"x" if offer is ASK else b"first"
+    assert bodies == [b"", first, first, b"last"]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"BLAH\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: a\r\n\r\n"]
+)
+def test_what_is_no_http_is_refused_after_the_answers_before_it(
+    port: int, junk: bytes
+) -> None:
+    with connected(port) as client:
+        client.sendall(ASK + ASK + junk)
+        answers = all_of(client).split(b"HTTP/1.1 ")[1:]
+    assert [answer[:3] for answer in answers] == [b"200", b"200"]
+    with connected(port) as client:
+        client.sendall(junk)
+        (answer,) = all_of(client).split(b"HTTP/1.1 ")[1:]
+    assert answer.startswith(b"400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+        "error": "Invalid HTTP request received."
+    }
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_connect_and_a_broken_body_are_refused(port: int, sent: bytes) -> None:
+    with connected(port) as client:
+        client.sendall(sent)
+        assert all_of(client).startswith(b"HTTP/1.1 400 ")
+
+
+def test_requests_in_a_row_wait_outside_until_those_before_are_answered(port: int) -> None:
+    """Each answer would else let as many requests in as one look at the socket brings."""
+    with connected(port) as client:
+        client.setblocking(False)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                client.send(b"GET /?sleep=0.02 HTTP/1.1\r\n\r\n" * 1000)
+        held = [
+            len(item.pipeline) for item in gc.get_objects() if isinstance(item, Connection)
+        ]
+    assert 0 < max(held) < 10_000
 
 
 def test_bodies_have_so_much_memory_together_and_give_it_back() -> None:

@@ -121,6 +121,8 @@ def test_clients_with_different_adapters_get_their_own_vectors(
         ({"model": "fr"}, 400, "`input` is no text"),
         ({"model": "fr", "input": []}, 400, "`input` is no text"),
         ({"model": "fr", "input": [""]}, 400, "without tokens"),
+        ({"model": "fr", "input": ["w1", "\ud83d"]}, 400, "a text that is no text"),
+        ({"model": "fr", "input": ["w1"] * 2049}, 400, "has 2049 texts"),
         ({"model": "fr", "input": ["w1", 2]}, 400, "neither a text"),
         ({"model": "fr", "input": [[999]]}, 400, ""),
         ({"model": "fr", "input": "w1", "dimensions": 8}, 400, "'dimensions'"),

@@ -325,3 +325,14 @@ def test_settings_are_read_from_the_text_that_serve_run_gives() -> None:
     found = read_settings({"model": "m.onnx", "adapters": "a", **given})
     assert (found.batching, found.batch_axis, found.timeout_s) == (False, 0, 2.5)
     assert found.base == "m"
+
+
+def test_integers_of_64_bits_are_exact_beside_small_ones() -> None:
+    values = [2**63, 1, 2**64 - 1, 2**53 + 1]
+    tensor = {"name": "x", "datatype": "UINT64", "shape": [4], "data": values}
+    found = read_request(json.dumps({"inputs": [tensor]}).encode()).feeds["x"]
+    assert found.tolist() == values
+    for wrong in (1.5, True, -1):
+        body = json.dumps({"inputs": [{**tensor, "data": [2**63, wrong, 1, 1]}]}).encode()
+        with pytest.raises(RequestError, match="no UINT64"):
+            read_request(body)
