@@ -116,8 +116,10 @@ class Repository:
                 path = PurePosixPath(info["name"])
                 if info["type"] == "file" and path.suffix in FORMATS:
                     found.setdefault(path.stem, []).append(info)
-            for name in self._versions.keys() - found.keys():
-                self._forget(name)
+            if gone := self._versions.keys() - found.keys():
+                self._serve({key: e for key, e in self._own().items() if key not in gone})
+                for name in gone:
+                    self._forget(name)
             self._seen = {name: stamp for name, stamp in self._seen.items() if name in found}
             own = {name: self._entry(name, infos) for name, infos in found.items()}
             self._aliases.look(followed)

@@ -91,6 +91,22 @@ def test_a_file_that_changes_is_a_new_version_and_the_old_one_is_kept_a_while(
         repository.read(versions[0])
 
 
+def test_what_is_served_can_be_read_while_other_files_are_looked_at(
+    tmp_path: Path, folder: Path
+) -> None:
+    repository = make(tmp_path, str(folder), settle_s=0.5)
+    gone = oa.save_adapter(FR, folder / "fr.npz")
+    repository.sweep()
+    gone.unlink()
+    oa.save_adapter(DE, folder / "de.npz")  # so new that the next look waits for half a second
+    looking = threading.Thread(target=repository.sweep)
+    looking.start()
+    while looking.is_alive():
+        for entry in repository.entries.values():
+            assert repository.read(entry.version)
+    assert list(repository.entries) == ["de"]
+
+
 def test_the_same_content_is_the_same_version(repository: Repository, folder: Path) -> None:
     oa.save_adapter(FR, folder / "fr.npz")
     repository.sweep()
