@@ -62,7 +62,7 @@ EXACT_PRODUCTS = "session.x64quantprecision"
 """The entry of a session's options by which sums of 8-bit products never saturate."""
 
 
-def start_exactly(start: Callable[[Any], Any]) -> Any:
+def start_exactly(start: Callable[[Any], Any]) -> tuple[Any, bool]:
     """Start a session that is exact about integers on every processor, where there is one.
 
     `proof/processor.py` says what ONNX Runtime does by default. ONNX Runtime 1.32 makes some
@@ -70,13 +70,16 @@ def start_exactly(start: Callable[[Any], Any]) -> Any:
 
     Args:
         start: Starts the session with the SessionOptions that it is given.
+
+    Returns:
+        The session, and whether it is told to be exact.
     """
     options = onnxruntime().SessionOptions()
     options.add_session_config_entry(EXACT_PRODUCTS, "1")
     try:
-        return start(options)
+        return start(options), True
     except RunError:
-        return start(onnxruntime().SessionOptions())
+        return start(onnxruntime().SessionOptions()), False
 
 
 _SUFFIX = "ExecutionProvider"

@@ -44,14 +44,17 @@ def saturates() -> bool:
 
 
 def processor_warning(
-    base: Model, feeds: Sequence[Feeds], exact: Sequence[Values], providers: Providers
+    base: Model,
+    feeds: Sequence[Feeds],
+    exact: Sequence[Values] | None,
+    providers: Providers,
 ) -> tuple[str, ...]:
     """Say how far the outputs of a base are off in a session of ONNX Runtime's own settings.
 
     Args:
         base: The base.
         feeds: Inputs.
-        exact: Its outputs for them in a session that is exact.
+        exact: Its outputs for them in a session that is exact; None if there is none.
         providers: Where it runs.
 
     Returns:
@@ -61,6 +64,12 @@ def processor_warning(
     operators = {node.op_type for graph in graphs for node in graph.node}
     if providers != CPU or not operators & _OPERATORS or not saturates():
         return ()
+    if exact is None:
+        return (
+            "sums of 8-bit products saturate in ONNX Runtime on this processor, and it cannot "
+            "load the base so that they do not: the outputs may be far off, with an adapter "
+            "and without",
+        )
     runner = Runner(base, providers, optimised=True, exact=False)
     moved = distance(exact, [runner.run(each, list(exact[0])) for each in feeds])
     if moved < _FAR:

@@ -109,7 +109,9 @@ class Runner:
             )
 
         self._label = model.label
-        self._session = start_exactly(start) if exact else start(ort.SessionOptions())
+        self._session, self.exact = (
+            start_exactly(start) if exact else (start(ort.SessionOptions()), False)
+        )
         self._unfed = required_feeds(read_manifest(model.proto), base_values(model))
         self.outputs = [item.name for item in self._session.get_outputs()]
 

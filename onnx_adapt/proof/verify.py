@@ -199,10 +199,9 @@ class _Proof:
         self.feeds = [feeds for feeds, _ in runs]
         self.filled = feeds_with_rows(self.base, self.feeds)
         self.expected[True] = [outputs for _, outputs in runs]
+        exact = self.expected[True] if runner.exact else None
         del runner
-        self.warnings = processor_warning(
-            self.base, self.feeds, self.expected[True], self.providers
-        )
+        self.warnings = processor_warning(self.base, self.feeds, exact, self.providers)
         plain = Runner(self.base, self.providers, optimised=False)
         self.expected[False] = [plain.run(feeds) for feeds in self.feeds]
 

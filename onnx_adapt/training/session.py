@@ -55,7 +55,7 @@ class TrainingSession:
         self._label = model.label
         self._wanted_only = ort.RunOptions()
         self._wanted_only.only_execute_path_to_fetches = True
-        self._session = start_exactly(start)
+        self._session, _ = start_exactly(start)
         self._dtypes = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in model.proto.graph.input

@@ -9,7 +9,8 @@ import pytest
 from pipeline_runs import Fixture
 
 import onnx_adapt as oa
-from onnx_adapt.proof.processor import saturates
+from onnx_adapt.ort import CPU, Provider
+from onnx_adapt.proof.processor import processor_warning, saturates
 
 
 def has_vnni() -> bool:
@@ -38,3 +39,10 @@ def test_a_base_is_warned_of_where_a_plain_session_is_far_from_pytorch(name: str
     assert report.passed
     assert any("8-bit products saturate" in line for line in report.warnings) == far
     assert far == (saturates() and "q" in name)
+
+
+def test_a_base_that_cannot_be_run_exactly_is_warned_of_without_a_measurement() -> None:
+    base = oa.open_model(Fixture("bert/qoperator").folder / "model.onnx")
+    (warning,) = processor_warning(base, [], None, CPU) if saturates() else ("may be far off",)
+    assert "may be far off" in warning
+    assert processor_warning(base, [], None, (Provider("CUDAExecutionProvider"),)) == ()

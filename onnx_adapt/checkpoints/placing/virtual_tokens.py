@@ -88,7 +88,7 @@ def _states_of(
             given, options, read_providers(None), label=model.label, hint="does the base run?"
         )
 
-    session = start_exactly(start)
+    session, _ = start_exactly(start)
     feeds = _feeds(index, names, embedding, tokens.rows)
     return tuple(run_session(session, made, feeds, label=model.label))
 
